@@ -1,0 +1,1 @@
+"""The workbench: how a probe bundle comes to be."""

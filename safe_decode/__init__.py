@@ -1,0 +1,1 @@
+"""safe-decode: generation-time safety re-evaluation for language models."""
