@@ -56,7 +56,7 @@ check: $(VENV)/.check ## Check format, lint, types and layers.
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 fmt: $(VENV)/.check ## Format the code and repair what can be repaired.
 	@$(BIN)/ruff format .
