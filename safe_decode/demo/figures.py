@@ -135,8 +135,6 @@ def _at_most(k: int, n: int, p: float) -> float:
     # In logarithms: a binomial coefficient of thousands does not fit a float.
     top = math.lgamma(n + 1)
     return math.fsum(
-        math.exp(
-            top - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * log_p + (n - i) * log_q
-        )
+        math.exp(top - math.lgamma(i + 1) - math.lgamma(n - i + 1) + i * log_p + (n - i) * log_q)
         for i in range(k + 1)
     )

@@ -128,9 +128,7 @@ def _prompt(line: str, where: str) -> DemoPrompt:
             f"{where}: messages must be a list of role and content that ends with the user's, "
             f"got {str(messages)[:80]!r}."
         )
-    return DemoPrompt(
-        record["scene"], tuple(messages), record["prefill"], bool(record["showcase"])
-    )
+    return DemoPrompt(record["scene"], tuple(messages), record["prefill"], bool(record["showcase"]))
 
 
 def _is_conversation(messages: object) -> bool:
