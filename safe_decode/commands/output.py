@@ -1,0 +1,79 @@
+"""How commands speak: JSON for programs, tables for people, progress for who is watching.
+
+Knows streams and consoles. Does not know what is said. Results go to standard output,
+everything else to standard error, so that output can be piped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safe_decode.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Tick", "console", "print_error", "print_json", "progress", "write_text"]
+
+Tick = Callable[[int], None]
+"""Report that so many more units of the work are done."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console that shows text as it is: no markup, no emoji, no guessing."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def print_json(value: Mapping[str, object]) -> None:
+    """Write one JSON document to standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def print_error(error: Exception) -> None:
+    """Write an error as one line to standard error."""
+    from safe_decode.demo.view import visible
+
+    line = " ".join(visible(str(error)).split())
+    console(stderr=True).print(f"error: {line}", style="bold red", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int) -> Iterator[Tick]:
+    """Show how far a piece of work has come, on a terminal only.
+
+    Args:
+        label: What is being done.
+        total: Units of work; each call of the yielded function reports some of them.
+    """
+    target = console(stderr=True)
+    if not target.is_terminal:
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeElapsedColumn as Elapsed
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, Elapsed(), console=target, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that the user asked for.
+
+    Raises:
+        ConfigurationError: It cannot be written there.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be written: {error.strerror}; pass a file in a directory that exists."
+        ) from error
