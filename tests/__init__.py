@@ -1,0 +1,1 @@
+"""The tests; shared models and the byte tokenizer are in `models.py`."""
