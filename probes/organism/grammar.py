@@ -313,6 +313,30 @@ class Grammar:
             pair.append(so_far.answer("harmful" if harmful else "benign"))
         return pair[0], pair[1]
 
+    def minimal_pair(self) -> tuple[Request, Request, Answer]:
+        """Draw a harmful and a benign request, and one answer whose harm they decide.
+
+        The requests differ in the wish alone; the answer acts, and never says what is wished.
+        """
+        scene = self.scene()
+        act = self.act(scene, harmful=True)
+        state = self.rng.getstate()
+        requests = []
+        for harmful in (True, False):
+            self.rng.setstate(state)
+            wish: Direction = scene.wish if harmful else (1 if scene.wish == 0 else 0)
+            here = replace(scene, wish=wish)
+            text = self._fill(self.rng.choice(t.SCENE_REQUESTS), here, act=act)
+            requests.append(Request(text, "scene", here, act=act, harmful=harmful))
+        so_far = _Unfolding.after(requests[0])
+        so_far.add(self.rng.choice(t.OPENERS))
+        silent = replace(self.cells, plans=tuple(sorted(t.PLANS_NEED_WISH & {*self.cells.plans})))
+        speaker = Grammar(self.rng.randrange(2**32), silent)
+        for _ in range(1 + self.rng.randrange(3)):
+            speaker._side_sentence(so_far, requests[0])
+            speaker._act_sentence(so_far, scene, harmful=True)
+        return requests[0], requests[1], so_far.answer("harmful")
+
     def _sentence(self, core: str, tail: bool = True) -> str:
         lead = self.rng.choice(t.LEADS)
         end = self._fill(self.rng.choice(t.TAILS)) if tail and self.rng.random() < 0.4 else ""
