@@ -1,0 +1,305 @@
+"""What `generate` can do that is guarded, and what is refused by name, with the reason.
+
+One table is the source of the check before the first token and of the README's table.
+Knows option names and values. Does not know tensors, hooks or how the guard works, and
+does not import transformers: configurations are read by duck typing. What the table does
+not name is refused unless it has its default value, so that an option of a later version
+cannot skip the guard in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from safe_decode.errors import UnsupportedError
+
+__all__ = ["TABLE", "Capability", "as_markdown", "require_supported", "require_supported_model"]
+
+Status = Literal["supported", "ignored", "refused"]
+"""ignored: has no effect in the supported modes, in bare `generate` neither."""
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One row of the table.
+
+    Attributes:
+        feature: The option as users write it: an argument of `generate`, a key of the
+            generation configuration, or a property of the model.
+        status: What becomes of a call that uses it.
+        reason: Why it is refused, or what to know about it.
+        instead: What to do instead; empty where it is supported.
+        neutral: Values that do not use the feature; None never does.
+    """
+
+    feature: str
+    status: Status
+    reason: str = ""
+    instead: str = ""
+    neutral: tuple[object, ...] = ()
+
+    def is_used_by(self, value: object) -> bool:
+        """Say whether `value` uses the feature."""
+        if value is None:
+            return False
+        plain = isinstance(value, (bool, int, float, str))
+        return not (plain and any(value == n for n in self.neutral))
+
+
+def _supported(reason: str, *features: str) -> list[Capability]:
+    return [Capability(feature, "supported", reason) for feature in features]
+
+
+def _ignored(reason: str, *features: str) -> list[Capability]:
+    return [Capability(feature, "ignored", reason) for feature in features]
+
+
+def _refused(reason: str, instead: str, **features: tuple[object, ...]) -> list[Capability]:
+    return [Capability(f, "refused", reason, instead, n) for f, n in features.items()]
+
+
+_NO: tuple[object, ...] = (False,)
+
+TABLE: tuple[Capability, ...] = (
+    *_supported("greedy and multinomial sampling", "do_sample", "temperature", "top_k", "top_p"),
+    *_supported("", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+    *_supported("one guarded row a sequence", "num_return_sequences"),
+    *_supported("", "max_new_tokens", "max_length", "min_new_tokens", "min_length"),
+    *_supported("the tail is judged by a closing forward", "max_time", "stop_strings"),
+    *_supported("runs before the guard", "logits_processor", "prefix_allowed_tokens_fn"),
+    *_supported("the tail is judged by a closing forward", "stopping_criteria"),
+    *_supported("runs before the guard", "repetition_penalty", "no_repeat_ngram_size"),
+    *_supported("runs before the guard", "bad_words_ids", "sequence_bias", "suppress_tokens"),
+    *_supported("runs before the guard", "begin_suppress_tokens", "forced_bos_token_id"),
+    *_supported("runs before the guard", "forced_eos_token_id", "renormalize_logits"),
+    *_supported("runs before the guard", "exponential_decay_length_penalty"),
+    *_supported("", "generation_config", "input_ids", "inputs", "attention_mask", "tokenizer"),
+    *_supported("", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+    *_supported("generation runs eagerly", "disable_compile"),
+    *_ignored("of beam search", "early_stopping", "length_penalty"),
+    *_ignored("of encoder-decoder models", "decoder_start_token_id"),
+    *_ignored("of assisted decoding", "num_assistant_tokens", "num_assistant_tokens_schedule"),
+    *_ignored("of assisted decoding", "assistant_confidence_threshold", "assistant_lookbehind"),
+    *_ignored("of assisted decoding", "target_lookbehind", "max_matching_ngram_size"),
+    *_ignored("of static caches and contrastive search", "max_cache_len", "low_memory"),
+    *_refused(
+        "beams are reordered between the forward and the choice, so scores would judge another "
+        "row's token",
+        "pass num_beams=1, with num_return_sequences for several answers",
+        num_beams=(1,),
+        num_beam_groups=(1,),
+        diversity_penalty=(0.0,),
+        constraints=(),
+        force_words_ids=(),
+    ),
+    *_refused(
+        "a forward proposes several tokens, and rejected ones would be judged",
+        "generate without a draft",
+        assistant_model=(),
+        assistant_tokenizer=(),
+        prompt_lookup_num_tokens=(0,),
+        assistant_early_exit=(0,),
+        assistant_ensemble_weight=(),
+        is_assistant=_NO,
+        speculation_type=(),
+        use_mtp=_NO,
+    ),
+    *_refused(
+        "static caches compile and skip hooks; other caches are not tested with the guard",
+        "leave cache_implementation unset or pass 'dynamic'",
+        # "hybrid" in a hub configuration is unset by generate itself.
+        cache_implementation=("dynamic", "hybrid"),
+        cache_config=(),
+    ),
+    *_refused(
+        "the prompt passes in several forwards before one choice",
+        "leave prefill_chunk_size unset",
+        prefill_chunk_size=(),
+    ),
+    *_refused(
+        "a second forward runs between the guard's score and the choice",
+        "generate without guidance",
+        guidance_scale=(1, 1.0),
+        negative_prompt_ids=(),
+        negative_prompt_attention_mask=(),
+    ),
+    *_refused(
+        "contrastive search and DoLa run loops of their own",
+        "use greedy or sampled generation",
+        penalty_alpha=(0, 0.0),
+        dola_layers=(),
+    ),
+    *_refused(
+        "a foreign loop may call neither hooks nor processors",
+        "use greedy or sampled generation",
+        custom_generate=(),
+        trust_remote_code=_NO,
+    ),
+    *_refused(
+        "paged and continuous batching drop custom processors in silence",
+        "call generate on one batch",
+        continuous_batching_config=(),
+    ),
+    *_refused(
+        "a compiled graph skips hooks installed after it",
+        "generate eagerly, without compile_config",
+        compile_config=(),
+    ),
+    *_refused(
+        "positions cannot be matched to tokens",
+        "pass prompts or input_ids",
+        inputs_embeds=(),
+        past_key_values=(),
+        position_ids=(),
+        token_healing=_NO,
+    ),
+    *_refused(
+        "NaN would be hidden from the guard",
+        "leave remove_invalid_values off; a row with NaN is redirected",
+        remove_invalid_values=_NO,
+    ),
+    *_refused(
+        "redirected text would carry no watermark",
+        "generate without watermarking_config",
+        watermarking_config=(),
+    ),
+    *_refused(
+        "the penalty is meant for encoder inputs",
+        "pass repetition_penalty or no_repeat_ngram_size",
+        encoder_repetition_penalty=(1.0,),
+        encoder_no_repeat_ngram_size=(0,),
+    ),
+    *_refused(
+        "recorded steps would not match the text of redirected rows",
+        "read the traces, or use decoder.processor with your own generate",
+        return_dict_in_generate=_NO,
+        output_scores=_NO,
+        output_logits=_NO,
+        output_attentions=_NO,
+        output_hidden_states=_NO,
+    ),
+    *_refused(
+        "tokens would be shown before they are judged",
+        "call generate without a streamer and show the returned text",
+        streamer=(),
+    ),
+    *_refused("waits across devices are not tested", "run on one device", synced_gpus=_NO),
+    *_refused(
+        "the assistant turn is not one open sequence",
+        "use a decoder-only model",
+        is_encoder_decoder=_NO,
+    ),
+    *_refused(
+        "dropout draws random numbers and makes scores noise",
+        "call model.eval() first",
+        training=_NO,
+    ),
+    *_refused(
+        "a recurrent state cannot be judged again for the tail",
+        "use an attention model",
+        is_stateful=_NO,
+    ),
+    *_refused(
+        "padding after the prompt would be scored as text",
+        "set tokenizer.padding_side='left' and pass the attention mask",
+        right_padding=_NO,
+    ),
+)
+
+_BY_FEATURE = {capability.feature: capability for capability in TABLE}
+# Bookkeeping of a GenerationConfig, not an option.
+_BOOKKEEPING = frozenset({"transformers_version"})
+
+
+def require_supported(model: Any, options: Mapping[str, object]) -> None:  # noqa: ANN401 - duck-typed
+    """Refuse a call that would skip the guard, before the first token.
+
+    Args:
+        model: A Hugging Face model; its `generation_config` fills what the call leaves open.
+        options: Keyword arguments as for `model.generate`.
+
+    Raises:
+        UnsupportedError: An option is refused, or unknown to this version and not at its
+            default. The message names it, the reason and what to do instead.
+    """
+    require_supported_model(model)
+    own = getattr(model, "generation_config", None)
+    given = options.get("generation_config")
+    defaults = _defaults_of(own)
+    for key, value in options.items():
+        if key != "generation_config":
+            _require(key, value, defaults.get(key))
+    for config in (given, own):
+        for key, value in _values_of(config).items():
+            if options.get(key) is None and not (
+                config is own and _values_of(given).get(key) is not None
+            ):
+                _require(key, value, defaults.get(key))
+
+
+def require_supported_model(model: Any) -> None:  # noqa: ANN401 - duck-typed
+    """Refuse a model in a state that cannot be guarded.
+
+    Raises:
+        UnsupportedError: Encoder-decoder, stateful, or in training mode.
+    """
+    config = getattr(model, "config", None)
+    _require("is_encoder_decoder", getattr(config, "is_encoder_decoder", False))
+    _require("is_stateful", getattr(model, "_is_stateful", False))
+    _require("training", getattr(model, "training", False))
+
+
+def as_markdown() -> str:
+    """Render the table for the README, supported features first."""
+    lines = ["| feature | status | note | instead |", "|---|---|---|---|"]
+    for status in ("supported", "ignored", "refused"):
+        grouped: dict[tuple[str, str], list[str]] = {}
+        for row in TABLE:
+            if row.status == status:
+                grouped.setdefault((row.reason, row.instead), []).append(f"`{row.feature}`")
+        lines += [
+            f"| {', '.join(features)} | {status} | {reason} | {instead} |"
+            for (reason, instead), features in grouped.items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _require(feature: str, value: object, default: object = None) -> None:
+    capability = _BY_FEATURE.get(feature)
+    if capability is None:
+        if value is None or feature in _BOOKKEEPING or _same(value, default):
+            return
+        raise UnsupportedError(
+            f"{feature}={_shown(value)} is not known to this version of safe-decode and could skip "
+            "the guard; leave it at its default."
+        )
+    if capability.status == "refused" and capability.is_used_by(value):
+        raise UnsupportedError(
+            f"{feature}={_shown(value)} is refused: {capability.reason}; {capability.instead}."
+        )
+
+
+def _same(value: object, default: object) -> bool:
+    return type(value) is type(default) and bool(value == default)
+
+
+def _shown(value: object) -> str:
+    plain = isinstance(value, (bool, int, float, str))
+    return repr(value) if plain else f"<{type(value).__name__}>"
+
+
+def _values_of(config: object) -> dict[str, object]:
+    public = vars(config) if config is not None else {}
+    return {key: value for key, value in public.items() if not key.startswith("_")}
+
+
+def _defaults_of(config: object) -> dict[str, object]:
+    """Read the defaults of the installed version from the class of a configuration."""
+    if config is None:
+        return {}
+    fallback: Callable[[], dict[str, object]] = getattr(
+        config, "_get_default_generation_params", dict
+    )
+    return {**_values_of(type(config)()), **fallback()}

@@ -1,0 +1,86 @@
+"""What is to happen to a row: its redirect, its hold-back, and what counts as a trip.
+
+Knows the choices and their limits. Does not know thresholds' origin, models or text.
+Without a self-check, every alarm is a trip, and a trip is a latch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from safe_decode.errors import ConfigurationError
+
+__all__ = ["MAX_TRIES", "OnError", "Policy", "RedirectKind"]
+
+RedirectKind = Literal["refuse", "rewind", "stop", "flag"]
+"""refuse: drop what is not released, say the canned refusal, end. rewind: drop what was said
+after the later of the clear point and the first position not released, say the opener, let
+the model finish under the probe. stop: drop what is not released, end. flag: change nothing,
+report; every token equals the bare model's and the trace says unprotected."""
+
+OnError = Literal["close", "allow"]
+"""close: a row whose guard fails is redirected. allow: it goes on unguarded, and its trace
+says so."""
+
+MAX_TRIES = 2
+"""Continuations a rewound row may have before the canned text. Each try resamples under the
+probe, which selects for what the probe misses, so there are few."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The decisions that hold for the rows of one call.
+
+    Attributes:
+        redirect: What a tripped row emits.
+        holdback_tokens: k; a token is released when it and the next k are judged.
+        on_error: What happens to a row whose guard fails.
+        max_tries: Continuations before the canned text, in 1..2; used by rewind only.
+
+    Raises:
+        ConfigurationError: A value outside its choices.
+    """
+
+    redirect: RedirectKind = "rewind"
+    holdback_tokens: int = 0
+    on_error: OnError = "close"
+    max_tries: int = MAX_TRIES
+
+    def __post_init__(self) -> None:
+        if self.redirect not in get_args(RedirectKind):
+            raise ConfigurationError(
+                f"redirect={self.redirect!r} is not one of {get_args(RedirectKind)}; pass one."
+            )
+        if self.on_error not in get_args(OnError):
+            raise ConfigurationError(
+                f"on_error={self.on_error!r} is not one of {get_args(OnError)}; pass one."
+            )
+        if self.holdback_tokens < 0:
+            raise ConfigurationError(
+                f"holdback_tokens={self.holdback_tokens} is negative; pass 0 or more tokens."
+            )
+        if not 1 <= self.max_tries <= MAX_TRIES:
+            raise ConfigurationError(
+                f"max_tries={self.max_tries} is outside 1..{MAX_TRIES}; pass one of these."
+            )
+
+    @property
+    def protects(self) -> bool:
+        """Say whether a trip changes what the reader gets."""
+        return self.redirect != "flag"
+
+    def trips(self, alarm: Tensor, finite: Tensor) -> Tensor:
+        """Turn alarms into trips.
+
+        Args:
+            alarm: [batch] bool.
+            finite: [batch] bool, False where the row's numbers are NaN or Inf: a row that
+                cannot be judged is treated as a trip, unless errors are allowed.
+
+        Returns:
+            [batch] bool. In flag mode too: the caller records these and parks nothing.
+        """
+        return alarm | ~finite if self.on_error == "close" else alarm & finite
