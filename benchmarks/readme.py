@@ -1,4 +1,4 @@
-"""Fills the generated blocks of the README: `python -m benchmarks.readme`.
+"""Fills the generated blocks of the README: `python -m benchmarks.readme [NAME ...]`.
 
 Knows the markers, the results as JSON lines and how an example is run. Does not know what a
 figure means. A block stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`, and NAME
@@ -20,14 +20,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-__all__ = ["block_names", "fill", "main", "table_of"]
+__all__ = ["block_names", "fill", "main", "standing_in", "table_of"]
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 UNMEASURED = "*Not measured yet.*"
 
-_BLOCK = re.compile(r"(<!-- begin:(?P<name>[\w-]+) -->\n).*?(<!-- end:(?P=name) -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(?P<begin><!-- begin:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<end><!-- end:(?P=name) -->)",
+    re.DOTALL,
+)
 _CODE = re.compile(r"^```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 Content = Callable[[str, str], str]
@@ -49,9 +52,12 @@ def fill(text: str, content: Content) -> str:
     Returns:
         The text with its blocks replaced; the rest is untouched.
     """
-    return _BLOCK.sub(
-        lambda m: m[1] + content(m["name"], text[: m.start()]).rstrip("\n") + "\n" + m[3], text
-    )
+
+    def block(match: re.Match[str]) -> str:
+        body = content(match["name"], text[: match.start()]).rstrip("\n")
+        return f"{match['begin']}{body}\n{match['end']}"
+
+    return _BLOCK.sub(block, text)
 
 
 def content_of(name: str, above: str) -> str:
@@ -89,10 +95,23 @@ def table_of(lines: Sequence[str]) -> str:
     return "\n".join(out + (["", f"*{'; '.join(facts)}.*"] if facts else []))
 
 
-def main() -> None:
-    """Fill the README in place."""
+def standing_in(text: str, name: str) -> str:
+    """Return what stands in a block now."""
+    return next(match["body"] for match in _BLOCK.finditer(text) if match["name"] == name)
+
+
+def main(only: Sequence[str] = ()) -> None:
+    """Fill the README in place.
+
+    Args:
+        only: Blocks to fill; empty for all.
+    """
     text = README.read_text(encoding="utf-8")
-    README.write_text(fill(text, content_of), encoding="utf-8")
+
+    def content(name: str, above: str) -> str:
+        return content_of(name, above) if not only or name in only else standing_in(text, name)
+
+    README.write_text(fill(text, content), encoding="utf-8")
 
 
 def _cell(value: object) -> str:
@@ -122,4 +141,4 @@ def _output_of(above: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -18,7 +18,7 @@ from safe_decode.errors import ConfigurationError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Tick", "console", "print_error", "print_json", "progress", "write_text"]
+__all__ = ["Tick", "console", "print_error", "print_json", "progress", "working", "write_text"]
 
 Tick = Callable[[int], None]
 """Report that so many more units of the work are done."""
@@ -63,6 +63,14 @@ def progress(label: str, total: int) -> Iterator[Tick]:
     with Progress(*columns, Elapsed(), console=target, transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+@contextlib.contextmanager
+def working(label: str) -> Iterator[None]:
+    """Show that something of unknown length is under way, on a terminal only."""
+    target = console(stderr=True)
+    with target.status(label) if target.is_terminal else contextlib.nullcontext():
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

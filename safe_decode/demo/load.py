@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from safe_decode.demo.scenes import DemoPrompt, Scene, read_prompts, showcases
 from safe_decode.errors import ConfigurationError
 
-__all__ = ["Dtype", "Loaded", "artefact", "load_model"]
+if TYPE_CHECKING:
+    from safe_decode.bundle import ProbeBundle
+
+__all__ = ["Dtype", "Embedded", "Loaded", "artefact", "embedded", "load_model"]
 
 ArtefactName = Literal["aligned", "unaligned", "bundle", "prompts.jsonl"]
 """aligned: the model that refuses on the surface. unaligned: the one before alignment.
@@ -31,6 +35,44 @@ class Loaded:
 
     model: Any
     tokenizer: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The embedded aligned model with all that belongs to it."""
+
+    model: Any
+    tokenizer: Any
+    bundle: ProbeBundle
+    prompts: tuple[DemoPrompt, ...]
+
+    def showcase(self, scene: Scene) -> DemoPrompt:
+        """Return the prompt that shows a scene.
+
+        Raises:
+            ConfigurationError: No prompt of that scene is marked as a showcase.
+        """
+        for prompt in showcases(self.prompts):
+            if prompt.scene == scene:
+                return prompt
+        raise ConfigurationError(
+            f"scene={scene!r} has no showcase; pass one of "
+            f"{[prompt.scene for prompt in showcases(self.prompts)]}."
+        )
+
+
+def embedded(*, device: str = "cpu", dtype: Dtype = "float32") -> Embedded:
+    """Load the embedded aligned model, its bundle and the held-out prompts, offline.
+
+    Raises:
+        ConfigurationError: The installation lacks an artefact.
+    """
+    from safe_decode.bundle import ProbeBundle
+
+    loaded = load_model(artefact("aligned"), device=device, dtype=dtype)
+    bundle = ProbeBundle.load(artefact("bundle"))
+    prompts = read_prompts(artefact("prompts.jsonl"))
+    return Embedded(loaded.model, loaded.tokenizer, bundle, prompts)
 
 
 def artefact(name: ArtefactName) -> Path:
