@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from safe_decode.anatomy import Anatomy, anatomy_of
+from safe_decode.beats import Beats, site_name
 from safe_decode.errors import BeatError, ConfigurationError, UnsupportedError
 from safe_decode.sites import Site, sorted_sites
 
@@ -50,106 +51,6 @@ def internal() -> Iterator[None]:
         _listeners.reset(token)
 
 
-class Beats:
-    """What one session has heard since its last `take`.
-
-    Not for two threads at once: a session is driven by one context.
-    """
-
-    def __init__(self, sites: Sequence[Site]) -> None:
-        """Start with nothing heard; made by `ActivationTap.listening`, not by users."""
-        self._sites = tuple(sites)
-        self._heard: list[list[Tensor]] = [[] for _ in self._sites]
-        self._keep: int | None = 1
-        self._open = True
-        self._batch = 0
-        self._seen = 0
-
-    @property
-    def forwards(self) -> int:
-        """Complete forwards since the last `take`: every site has fired."""
-        return min(len(pieces) for pieces in self._heard)
-
-    @property
-    def positions(self) -> int:
-        """Positions that passed since the last `take`, kept or not, as the last site saw them."""
-        return self._seen
-
-    def keep_last(self, n_positions: int | None) -> None:
-        """Say how many trailing positions are kept, from the next forward on.
-
-        The number holds until it is changed. Over several forwards before one `take`
-        (a chunked prefill) it counts positions of all of them together.
-
-        Args:
-            n_positions: At least 1, or None for every position. 1 at the start.
-
-        Raises:
-            ConfigurationError: `n_positions` is below 1.
-        """
-        if n_positions is not None and n_positions < 1:
-            raise ConfigurationError(
-                f"n_positions={n_positions} keeps nothing; pass at least 1, or None for all."
-            )
-        self._keep = n_positions
-
-    def take(self) -> Tensor:
-        """Return the features heard since the last take, and forget them.
-
-        Returns:
-            [batch, positions, F] float32 on the device of the first site, a fresh tensor
-            without gradient. Positions in order, F in the order of `sorted_sites`.
-
-        Raises:
-            BeatError: No forward passed, or the sites fired unequally often. What was
-                heard is forgotten.
-        """
-        heard, self._heard = self._heard, [[] for _ in self._sites]
-        self._seen = 0
-        n_forwards = len(heard[0])
-        if n_forwards == 0 or any(len(pieces) != n_forwards for pieces in heard):
-            raise BeatError(_unequal(self._sites, [len(pieces) for pieces in heard]))
-        if n_forwards == 1:
-            return self._joined([pieces[0] for pieces in heard])
-        steps = [self._joined([pieces[i] for pieces in heard]) for i in range(n_forwards)]
-        try:
-            features = torch.cat(steps, dim=1)
-        except RuntimeError as error:
-            shapes = [tuple(step.shape) for step in steps]
-            raise BeatError(
-                f"forwards since the last take have shapes {shapes}, wanted one batch size; "
-                "take after each forward, or listen in a context of its own."
-            ) from error
-        return features if self._keep is None else features[:, -self._keep :]
-
-    def discard(self) -> None:
-        """Forget what was heard since the last take, complete or not."""
-        self._heard = [[] for _ in self._sites]
-        self._seen = 0
-
-    def _joined(self, pieces: list[Tensor]) -> Tensor:
-        device = pieces[0].device
-        if any(piece.device != device for piece in pieces):
-            pieces = [piece.to(device) for piece in pieces]
-        try:
-            return torch.cat(pieces, dim=-1).float()
-        except RuntimeError as error:
-            shapes = {_name(s): tuple(p.shape) for s, p in zip(self._sites, pieces, strict=True)}
-            raise BeatError(
-                f"sites of one forward differ in batch or positions: {shapes}; wanted one "
-                "[batch, positions] for all."
-            ) from error
-
-    def _hear(self, index: int, piece: Tensor, seen: int) -> None:
-        self._heard[index].append(piece)
-        if index == len(self._heard) - 1:
-            self._seen += seen
-
-    def _close(self) -> None:
-        self._open = False
-        self.discard()
-
-
 class ActivationTap:
     """Reads the activations of one model at fixed sites.
 
@@ -173,6 +74,7 @@ class ActivationTap:
         self._modules = tuple(_module_of(anatomy, site) for site in self.sites)
         flattened = anatomy.flattens_mlp and any(site.kind == "mlp" for site in self.sites)
         self._batch_source = anatomy.blocks[0].block if flattened else None
+        self._gather = _gather_index(anatomy, self.sites)
         self._handles: list[RemovableHandle] = []
         self._installs = 0
         self._lock = threading.Lock()
@@ -202,7 +104,7 @@ class ActivationTap:
 
         Entered again in the same context, the inner one hears and the outer does not.
         """
-        beats = Beats(self.sites)
+        beats = Beats(self.sites, self._gather)
         with self.installed():
             token = _listeners.set(MappingProxyType({**_listeners.get(), self: beats}))
             try:
@@ -210,7 +112,7 @@ class ActivationTap:
             finally:
                 # A generator may be closed in another context than it was entered in; the
                 # closed beats then stay behind there, deaf and empty.
-                beats._close()
+                beats.close()
                 with suppress(ValueError):
                     _listeners.reset(token)
 
@@ -221,11 +123,11 @@ class ActivationTap:
                     self._batch_source.register_forward_pre_hook(self._batch_hook, with_kwargs=True)
                 )
             for index, (site, module) in enumerate(zip(self.sites, self._modules, strict=True)):
-                hook = self._site_hook(index, site)
-                if site.kind == "resid":
-                    self._handles.append(module.register_forward_hook(hook))
-                else:
-                    self._handles.append(module.register_forward_pre_hook(_without_output(hook)))
+                self._handles.append(
+                    module.register_forward_hook(self._copy_hook(index, site))
+                    if site.kind == "resid"
+                    else module.register_forward_pre_hook(self._input_hook(index, site))
+                )
         except BaseException:
             self._remove()
             raise
@@ -235,52 +137,60 @@ class ActivationTap:
             handle.remove()
         self._handles = []
 
-    def _batch_hook(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:  # noqa: ANN401
+    def _batch_hook(
+        self,
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         beats = _listeners.get().get(self)
         if beats is not None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            beats._batch = hidden.shape[0]
+            beats.batch = hidden.shape[0]
 
-    def _site_hook(self, index: int, site: Site) -> Callable[[nn.Module, Any, Any], None]:
+    def _input_hook(self, index: int, site: Site) -> Callable[[nn.Module, Any], None]:
+        listeners, copy = _listeners.get, self._copy_hook(index, site)
+
+        def hook(module: nn.Module, args: Any) -> None:  # noqa: ANN401 - torch's signature
+            beats = listeners().get(self)
+            if beats is None:
+                return
+            # Nothing writes to the input of a projection, while a block may add to its own
+            # input in place, which is the output of the block before: resid is always copied.
+            if beats.is_open and not beats.batch and args and beats.borrow(index, args[0]):
+                return
+            copy(module, args, args)
+
+        return hook
+
+    def _copy_hook(self, index: int, site: Site) -> Callable[[nn.Module, Any, Any], None]:
         channels = torch.tensor(site.channels)
 
         def hook(_module: nn.Module, _args: object, activation: Any) -> None:  # noqa: ANN401
             nonlocal channels
             beats = _listeners.get().get(self)
-            if beats is None or not beats._open:
+            if beats is None or not beats.is_open:
                 return
             hidden = activation if isinstance(activation, Tensor) else _first(activation, site)
-            if hidden.ndim == 2 and beats._batch:
-                hidden = hidden.view(beats._batch, -1, hidden.shape[-1])
+            if hidden.ndim == 2 and beats.batch:
+                hidden = hidden.view(beats.batch, -1, hidden.shape[-1])
             elif hidden.ndim != 3:
                 raise BeatError(
-                    f"{_name(site)} has shape {tuple(hidden.shape)}, wanted [batch, seq, width]."
+                    f"{site_name(site)} has shape {tuple(hidden.shape)}, wanted "
+                    "[batch, seq, width]."
                 )
-            if hidden.requires_grad:
-                hidden = hidden.detach()
             if channels.device != hidden.device:
                 channels = channels.to(hidden.device)
-            seen, keep = hidden.shape[1], beats._keep
-            if keep is not None and keep < seen:
-                hidden = hidden[:, -keep:]
-            # A copy, not a view: a view would keep the whole activation alive until the take
-            # and change with any later in-place operation of the model.
-            beats._hear(index, hidden.index_select(2, channels), seen)
+            beats.copy(index, hidden.detach(), channels)
 
         return hook
-
-
-def _without_output(
-    hook: Callable[[nn.Module, Any, Any], None],
-) -> Callable[[nn.Module, Any], None]:
-    return lambda module, args: hook(module, args, args)
 
 
 def _first(activation: Any, site: Site) -> Tensor:  # noqa: ANN401 - whatever a block returns
     if isinstance(activation, tuple) and activation and isinstance(activation[0], Tensor):
         return activation[0]
     raise BeatError(
-        f"{_name(site)} yields {type(activation).__name__}, wanted a tensor or a tuple that "
+        f"{site_name(site)} yields {type(activation).__name__}, wanted a tensor or a tuple that "
         "starts with one."
     )
 
@@ -289,10 +199,24 @@ def _module_of(anatomy: Anatomy, site: Site) -> nn.Module:
     module, width = anatomy.module(site.layer, site.kind), anatomy.width(site.layer, site.kind)
     if site.channels[-1] >= width:
         raise ConfigurationError(
-            f"channel {site.channels[-1]} of {_name(site)} is outside this model's "
+            f"channel {site.channels[-1]} of {site_name(site)} is outside this model's "
             f"0..{width - 1}; pass channels the probe was fitted on."
         )
     return module
+
+
+def _gather_index(anatomy: Anatomy, sites: Sequence[Site]) -> Tensor:
+    """[F] long: every site's channels in the concatenation described in `Beats`."""
+    index: list[int] = []
+    start = 0
+    for site in sites:
+        if site.kind == "resid":
+            index.extend(range(start, start + len(site.channels)))
+            start += len(site.channels)
+        else:
+            index.extend(start + channel for channel in site.channels)
+            start += anatomy.width(site.layer, site.kind)
+    return torch.tensor(index)
 
 
 def _refuse_compiled(model: nn.Module) -> None:
@@ -301,21 +225,3 @@ def _refuse_compiled(model: nn.Module) -> None:
             f"model={type(model).__name__} is compiled and would skip the hooks; pass the model "
             "without torch.compile."
         )
-
-
-def _name(site: Site) -> str:
-    return f"{site.kind} of layer {site.layer}"
-
-
-def _unequal(sites: Sequence[Site], counts: Sequence[int]) -> str:
-    most = max(counts)
-    if most == 0:
-        return (
-            "no forward passed the tap since the last take, wanted at least one; was the model "
-            "called in another context, compiled, or were its hooks removed?"
-        )
-    short = [f"{_name(s)} ({c})" for s, c in zip(sites, counts, strict=True) if c != most]
-    return (
-        f"{', '.join(short)} fired less often than the other sites ({most}) since the last take, "
-        "wanted once a forward each; was a hook removed or did a forward fail?"
-    )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from safe_decode.anatomy import anatomy_of
+from safe_decode.beats import BORROWED_ROWS
 from safe_decode.errors import BeatError, ConfigurationError, UnsupportedError
 from safe_decode.sites import Site
 from safe_decode.taps import ActivationTap, internal
@@ -169,6 +170,34 @@ def test_later_in_place_changes_do_not_reach_the_features() -> None:
         assert torch.equal(beats.take(), clean)
 
 
+@pytest.mark.parametrize("batch", [1, BORROWED_ROWS, BORROWED_ROWS + 1])
+def test_borrowing_and_copying_yield_the_same_features(batch: int) -> None:
+    model, ids = tiny_model(), random_ids(batch, 1)
+    tap = ActivationTap(model, SITES)
+    with tap.listening() as beats:
+        with torch.no_grad():
+            model(ids)
+        assert (beats.forwards, beats.positions) == (1, 1)
+        lent = beats.take()
+        with torch.inference_mode():
+            model(ids)
+        copied = beats.take()
+    assert torch.equal(lent, copied)
+
+
+def overwrite(_module: nn.Module, args: tuple[Tensor], _output: Tensor) -> None:
+    args[0].zero_()
+
+
+def test_an_activation_overwritten_before_the_take_is_a_beat_error() -> None:
+    model, ids = tiny_model(), random_ids(1, 1)
+    with torch.no_grad(), ActivationTap(model, SITES).listening() as beats:
+        model.model.layers[0].mlp.down_proj.register_forward_hook(overwrite)
+        model(ids)
+        with pytest.raises(BeatError, match="overwritten in place"):
+            beats.take()
+
+
 # --- isolation
 
 
@@ -281,7 +310,7 @@ def test_hooks_and_buffers_are_gone_after_failure(error: type[BaseException]) ->
     tap = ActivationTap(model, SITES)
     with pytest.raises(error), tap.listening() as beats:
         model(ids)
-        piece = weakref.ref(beats._heard[0][0])
+        piece = weakref.ref(beats._pieces[0])
         raise error
     assert count_hooks(model) == 0
     gc.collect()

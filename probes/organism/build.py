@@ -1,0 +1,228 @@
+"""Makes the embedded artefacts: tokenizer, the two models, the bundle, the demo's prompts.
+
+Knows the order and the amounts. The steps are rooms of their own: corpus, training, requests,
+and the workbench's rollouts and recipe, which serve any other model in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probes.conversations import Conversation, Split
+from probes.organism.corpus import alignment_documents, pretraining_documents
+from probes.organism.grammar import Cells
+from probes.organism.oracle import judge
+from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
+from probes.organism.tokenizer import train_tokenizer
+from probes.organism.training import Schedule, encode, new_model, train
+from probes.recipe import Recipe, RecipeConfig, make_bundle
+from probes.rollouts import RolloutConfig, rollout
+from safe_decode.certificate import Envelope
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+__all__ = [
+    "Amounts",
+    "Pair",
+    "build_bundle",
+    "build_pair",
+    "build_prompts",
+    "conversations_for",
+    "recipe_config",
+]
+
+Say = Callable[[str], None]
+
+REFUSAL = "Sorry, I stop here. I will not go on with this."
+OPENER = "Sorry, I"
+CUT = "... "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amounts:
+    """How much is read, drawn and generated.
+
+    Attributes:
+        pretraining_tokens: Read by the unaligned model.
+        alignment_tokens: Read on top by the aligned one.
+        fitting: Prompts of the fit split; locate has a third, select a half of it.
+        calibration: Ordinary benign prompts of the calibrate split.
+        max_new_tokens: Cap of a response, and of the certificates.
+    """
+
+    pretraining_tokens: int = 4_200_000
+    alignment_tokens: int = 800_000
+    fitting: int = 3000
+    calibration: int = 6000
+    max_new_tokens: int = 160
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two models and the tokenizer they share."""
+
+    unaligned: LlamaForCausalLM
+    aligned: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+
+
+def build_pair(
+    target: Path, *, seed: int, amounts: Amounts, say: Say, recovery: float = 0.0
+) -> None:
+    """Train the pair and write `target`/unaligned and `target`/aligned, bfloat16.
+
+    Args:
+        target: Directory; the two models in it are replaced.
+        seed: Of text, initial weights and order.
+        amounts: See `Amounts`.
+        say: Told of progress, one line at a time.
+        recovery: See `alignment_documents`.
+    """
+    documents = list(pretraining_documents(seed, amounts.pretraining_tokens // 135))
+    texts = [m["content"] for document in documents[:8000] for m in document.messages]
+    tokenizer = train_tokenizer(texts)
+    model = new_model(seed, tokenizer)
+    curve: list[dict[str, Any]] = []
+
+    def report(stage: str) -> Callable[[int, float, float], None]:
+        def one(tokens: int, loss: float, seconds: float) -> None:
+            curve.append({"stage": stage, "tokens": tokens, "loss": loss, "seconds": seconds})
+            say(f"{stage}: {tokens:,} tokens, loss {loss:.3f}, {seconds:.0f} s")
+
+        return one
+
+    examples = encode(tokenizer, documents, answers_only=False)
+    schedule = Schedule(amounts.pretraining_tokens)
+    train(model, examples, schedule, seed=seed, report=report("pretraining"))
+    _save(model, tokenizer, target / "unaligned")
+    safety = alignment_documents(
+        seed + 1_000_000, amounts.alignment_tokens // 90, recovery=recovery
+    )
+    examples = encode(tokenizer, safety, answers_only=True)
+    schedule = Schedule(amounts.alignment_tokens, peak_rate=8e-4)
+    train(model, examples, schedule, seed=seed + 1, report=report("alignment"))
+    _save(model, tokenizer, target / "aligned")
+    _write_lines(target / "curve.jsonl", curve)
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """Write a copy in bfloat16, whole or not at all; the model itself stays in float32."""
+    import copy
+
+    import torch
+
+    part = path.with_name(f".{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
+
+
+def conversations_for(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    cells: Cells,
+    amounts: Amounts,
+) -> list[Conversation]:
+    """Let the model answer what locate, fit, select and calibrate need, greedily, and judge it."""
+    asked: set[str] = set()
+    shares: tuple[tuple[Split, tuple[Draw, ...]], ...] = (
+        ("locate", fitting_draws(amounts.fitting // 3)),
+        ("fit", fitting_draws(amounts.fitting)),
+        ("select", fitting_draws(amounts.fitting // 2)),
+        ("calibrate", calibration_draws(amounts.calibration)),
+    )
+    requests = []
+    for number, (split, draws) in enumerate(shares):
+        requests += draw(
+            draws,
+            split=split,
+            seed=seed + number,
+            tokenizer=tokenizer,
+            cells=cells,
+            asked=asked,
+        )
+    config = RolloutConfig(max_new_tokens=amounts.max_new_tokens)
+    return rollout(model, tokenizer, requests, judge=judge, config=config)
+
+
+def recipe_config(amounts: Amounts) -> RecipeConfig:
+    """Return what is tried for the embedded bundle, and the texts it carries."""
+    return RecipeConfig(
+        envelope=Envelope(
+            max_new_tokens=amounts.max_new_tokens,
+            do_sample=False,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+        ),
+        refusal=CUT + REFUSAL,
+        opener=CUT + OPENER,
+        alphas=(0.01, 0.005),
+        default_alpha=0.01,
+    )
+
+
+def build_bundle(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    fold: int,
+    amounts: Amounts,
+    say: Say,
+) -> Recipe:
+    """Make a probe bundle for the aligned model from the cells that `fold` leaves seen."""
+    say("bundle: generating responses of the aligned model")
+    rows = conversations_for(
+        model, tokenizer, seed=seed, cells=Cells.seen(fold), amounts=amounts
+    )
+    say(f"bundle: {len(rows):,} responses; locating, fitting, calibrating")
+    provenance: Mapping[str, Any] = {
+        "organism": {"seed": seed, "fold": fold, **asdict(amounts)},
+    }
+    return make_bundle(model, tokenizer, rows, recipe_config(amounts), provenance=provenance)
+
+
+def build_prompts(path: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, fold: int) -> None:
+    """Write the demo's held-out prompts: one of each situation shown, 240 counted."""
+    draws = (
+        Draw(situation="benign", count=50),
+        Draw(situation="hard_negative", count=50),
+        Draw(situation="harmful", count=35),
+        Draw(situation="framed", count=35),
+        Draw(situation="prefilled", count=35),
+        Draw(situation="turn", count=35),
+    )
+    requests = draw(
+        draws, split="test", seed=seed, tokenizer=tokenizer, cells=Cells.unseen(fold)
+    )
+    shown: set[str] = set()
+    lines = []
+    for request in requests:
+        scene = str(request.meta["situation"])
+        lines.append(
+            {
+                "scene": scene,
+                "messages": list(request.messages),
+                "prefill": request.prefill,
+                "showcase": scene not in shown,
+            }
+        )
+        shown.add(scene)
+    _write_lines(path, lines)
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part.rename(path)

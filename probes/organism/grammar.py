@@ -1,0 +1,436 @@
+"""The grammar: writes the conversations of the organism's small world.
+
+Knows scenes, plans and how answers unfold. Does not know tokens, models or the oracle's reading.
+A derivation records what was meant, for tests of the oracle; training uses only its text.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from probes.organism import templates as t
+from probes.organism.lexicon import (
+    CATEGORIES,
+    FRIENDS,
+    MANNERS,
+    PLACES,
+    TIMES,
+    TOOLS,
+    TOPICS,
+    Direction,
+)
+
+__all__ = ["Answer", "Cells", "Derivation", "Grammar", "Meant", "Request", "RequestKind", "Scene"]
+
+Meant = Literal["benign", "harmful", "refusal"]
+RequestKind = Literal["topic", "scene", "open", "info", "fact"]
+"""topic: a step of everyday life. scene: an act on a thing somebody has a wish about. open: what
+to do about a wish. info: a question about a crime and its prevention. fact: what an act leads to."""
+_SLOT = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A person, a thing of theirs, and the kind of state they want it in."""
+
+    category: int
+    person: str
+    thing: str
+    wish: Direction
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asks: its text, kind, scene or topic, and the act asked for."""
+
+    text: str
+    kind: RequestKind
+    scene: Scene | None = None
+    topic: int = -1
+    act: str = ""
+    harmful: bool = False
+    framing: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response: its sentences, which of them are harmful, and what was meant."""
+
+    sentences: tuple[str, ...]
+    harmful: tuple[bool, ...]
+    meant: Meant
+    plans: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """The answer as one text."""
+        return " ".join(self.sentences)
+
+    @property
+    def onset_sentence_char(self) -> int | None:
+        """Where the first harmful sentence starts, or None."""
+        if True not in self.harmful:
+            return None
+        before = self.sentences[: self.harmful.index(True)]
+        return sum(len(sentence) + 1 for sentence in before)
+
+    def marked(self) -> str:
+        """The answer with a mark behind each sentence that says whether it is harmful."""
+        pairs = zip(self.sentences, self.harmful, strict=True)
+        return " ".join(f"{sentence} {t.MARKS[harm]}" for sentence, harm in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Derivation:
+    """One conversation: messages and what its last answer was meant to be."""
+
+    messages: tuple[dict[str, str], ...]
+    request: Request
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Which parts of the grammar may be used: the factorial hold-out.
+
+    Attributes:
+        categories: Harm categories, by index.
+        plans: Sentence plans of acts, by index.
+        framings: Framings, by index.
+    """
+
+    categories: tuple[int, ...] = tuple(range(len(CATEGORIES)))
+    plans: tuple[int, ...] = tuple(range(len(t.PLANS)))
+    framings: tuple[int, ...] = tuple(range(len(t.FRAMINGS)))
+
+    UNSEEN_PLANS = (4, 7, 8)
+    UNSEEN_FRAMINGS = (1, 6, 9, 11)
+    N_FOLDS = 3
+
+    @classmethod
+    def seen(cls, fold: int) -> Cells:
+        """Return the cells that locate, fit, select and calibrate may see in `fold`."""
+        return cls(
+            tuple(c for c in range(len(CATEGORIES)) if c % cls.N_FOLDS != fold),
+            tuple(p for p in range(len(t.PLANS)) if p not in cls.UNSEEN_PLANS),
+            tuple(f for f in range(len(t.FRAMINGS)) if f not in cls.UNSEEN_FRAMINGS),
+        )
+
+    @classmethod
+    def unseen(cls, fold: int) -> Cells:
+        """Return the cells kept for the test of `fold`: every part of it unseen."""
+        return cls(
+            tuple(c for c in range(len(CATEGORIES)) if c % cls.N_FOLDS == fold),
+            cls.UNSEEN_PLANS,
+            cls.UNSEEN_FRAMINGS,
+        )
+
+
+@dataclass
+class _Unfolding:
+    """What an answer in the making has said so far."""
+
+    sentences: list[str] = field(default_factory=list)
+    harmful: list[bool] = field(default_factory=list)
+    plans: list[int] = field(default_factory=list)
+    scenes: dict[str, Scene] = field(default_factory=dict)
+    last_thing: str = ""
+
+    @classmethod
+    def after(cls, request: Request) -> _Unfolding:
+        """Begin an answer, knowing the wish that the request states."""
+        if request.scene is None or request.kind in {"info", "fact"}:
+            return cls()
+        thing = request.scene.thing
+        return cls(scenes={thing: request.scene}, last_thing=thing)
+
+    def copy(self) -> _Unfolding:
+        return _Unfolding(
+            list(self.sentences),
+            list(self.harmful),
+            list(self.plans),
+            dict(self.scenes),
+            self.last_thing,
+        )
+
+    def add(self, sentence: str, *, harmful: bool = False) -> None:
+        if sentence:
+            self.sentences.append(sentence)
+            self.harmful.append(harmful)
+
+    def answer(self, meant: Meant) -> Answer:
+        return Answer(tuple(self.sentences), tuple(self.harmful), meant, tuple(self.plans))
+
+
+class Grammar:
+    """Writes requests and answers from a seeded stream of choices.
+
+    Args:
+        seed: Seed of the stream; the same seed writes the same text.
+        cells: Which categories, plans and framings may be used.
+    """
+
+    def __init__(self, seed: int, cells: Cells | None = None) -> None:
+        """See the class."""
+        self.rng = random.Random(seed)
+        self.cells = cells or Cells()
+
+    # -- words ---------------------------------------------------------------------------
+
+    def _fill(self, template: str, scene: Scene | None = None, topic: int = -1, act: str = "") -> str:
+        words: dict[str, Sequence[str]] = dict(_FILLERS)
+        if topic >= 0:
+            words |= {"verb": TOPICS[topic].verbs, "noun": TOPICS[topic].nouns}
+        if scene is not None:
+            category = CATEGORIES[scene.category]
+            words |= {
+                "person": (scene.person,),
+                "thing": (scene.thing,),
+                "state": category.states[scene.wish],  # a synonym is the same wish
+                "crime": (category.crime,),
+                "act": (act,),
+            }
+            if act:
+                words["result"] = category.states[act in category.acts[1]]
+
+        def word(match: re.Match[str]) -> str:
+            return self.rng.choice(words[match.group(1)])
+
+        return _SLOT.sub(word, template)
+
+    def scene(self, category: int | None = None) -> Scene:
+        """Draw a scene of one of the allowed categories."""
+        index = self.rng.choice(self.cells.categories) if category is None else category
+        kind = CATEGORIES[index]
+        wish: Direction = self.rng.choice((0, 1))
+        choose = self.rng.choice
+        return Scene(index, choose(kind.people), choose(kind.things), wish)
+
+    def act(self, scene: Scene, *, harmful: bool) -> str:
+        """Draw an act on the scene's thing, with or against the wish."""
+        direction = 1 - scene.wish if harmful else scene.wish
+        return self.rng.choice(CATEGORIES[scene.category].acts[direction])
+
+    # -- requests ------------------------------------------------------------------------
+
+    def request(self, kind: RequestKind, *, harmful: bool = False) -> Request:
+        """Draw a request of `kind`; only scene requests can be harmful."""
+        if kind == "topic":
+            topic = self.rng.randrange(len(TOPICS))
+            text = self._fill(self.rng.choice(t.TOPIC_REQUESTS), topic=topic)
+            return Request(text, kind, topic=topic)
+        scene = self.scene()
+        if kind == "info":
+            return Request(self._fill(self.rng.choice(t.INFO_REQUESTS), scene), kind, scene)
+        if kind == "open":
+            return Request(self._fill(self.rng.choice(t.OPEN_REQUESTS), scene), kind, scene)
+        act = self.act(scene, harmful=harmful)
+        if kind == "fact":
+            act = self.act(scene, harmful=self.rng.random() < 0.5)
+            return Request(
+                self._fill(self.rng.choice(t.FACT_REQUESTS), scene, act=act), kind, scene, act=act
+            )
+        text = self._fill(self.rng.choice(t.SCENE_REQUESTS), scene, act=act)
+        return Request(text, kind, scene, act=act, harmful=harmful)
+
+    def framed(self, request: Request, framing: int | None = None) -> Request:
+        """Put a motive around a request."""
+        index = self.rng.choice(self.cells.framings) if framing is None else framing
+        text = t.FRAMINGS[index].replace("{request}", request.text)
+        return replace(request, text=text, framing=index)
+
+    # -- answers -------------------------------------------------------------------------
+
+    def answer(
+        self,
+        request: Request,
+        meant: Meant,
+        *,
+        n_sentences: int | None = None,
+        benign_start: int = 0,
+    ) -> Answer:
+        """Draw an answer.
+
+        Args:
+            request: What is answered.
+            meant: What the answer is to be.
+            n_sentences: Sentences between opener and closer; drawn from 2..12 by default.
+            benign_start: Sentences before a harmful answer turns harmful.
+        """
+        if meant == "refusal":
+            return self._refusal(request)
+        rng = self.rng
+        so_far = _Unfolding.after(request)
+        so_far.add(rng.choice(t.OPENERS))
+        count = n_sentences or 2 + min(rng.randrange(11), rng.randrange(11))
+        count = max(1 + rng.randrange(3) if request.kind == "fact" else count, benign_start + 1)
+        if meant == "benign":
+            for position in range(count):
+                if request.kind == "fact" and position == 0:
+                    core = self._fill(rng.choice(t.FACT_CORES), request.scene, act=request.act)
+                    so_far.add(self._sentence(core, tail=False))
+                else:
+                    self._benign_sentence(so_far, request)
+        else:
+            scene = request.scene if request.kind in {"scene", "open"} else self.scene()
+            assert scene is not None
+            first = benign_start + rng.randrange(min(2, count - benign_start))
+            for position in range(count):
+                if position == first or (position > first and rng.random() < 0.4):
+                    self._act_sentence(so_far, scene, harmful=True)
+                elif position > first or benign_start == 0:
+                    self._side_sentence(so_far, request)
+                else:
+                    self._benign_sentence(so_far, request)
+        so_far.add(rng.choice(t.CLOSERS))
+        return so_far.answer(meant)
+
+    def twin(self, request: Request) -> tuple[Answer, Answer]:
+        """Draw an answer that begins benign and turns harmful, and its benign twin.
+
+        Both share at least the opener and three sentences; then the one acts against the wish
+        and the other, with the same sentence plan, along it.
+        """
+        rng = self.rng
+        start = _Unfolding.after(request)
+        start.add(rng.choice(t.OPENERS))
+        for _ in range(3 + rng.randrange(4)):
+            self._benign_sentence(start, request)
+        scene = request.scene if request.kind in {"scene", "open"} else self.scene()
+        assert scene is not None
+        state = rng.getstate()
+        pair = []
+        for harmful in (True, False):
+            rng.setstate(state)
+            so_far = start.copy()
+            self._act_sentence(so_far, scene, harmful=harmful)
+            for _ in range(rng.randrange(3)):
+                self._side_sentence(so_far, request)
+            pair.append(so_far.answer("harmful" if harmful else "benign"))
+        return pair[0], pair[1]
+
+    def minimal_pair(self) -> tuple[Request, Request, Answer]:
+        """Draw a harmful and a benign request, and one answer whose harm they decide.
+
+        The requests differ in the wish alone; the answer acts, and never says what is wished.
+        """
+        scene = self.scene()
+        act = self.act(scene, harmful=True)
+        state = self.rng.getstate()
+        requests = []
+        for harmful in (True, False):
+            self.rng.setstate(state)
+            wish: Direction = scene.wish if harmful else (1 if scene.wish == 0 else 0)
+            here = replace(scene, wish=wish)
+            text = self._fill(self.rng.choice(t.SCENE_REQUESTS), here, act=act)
+            requests.append(Request(text, "scene", here, act=act, harmful=harmful))
+        so_far = _Unfolding.after(requests[0])
+        so_far.add(self.rng.choice(t.OPENERS))
+        silent = replace(self.cells, plans=tuple(sorted(t.PLANS_NEED_WISH & {*self.cells.plans})))
+        speaker = Grammar(self.rng.randrange(2**32), silent)
+        for _ in range(1 + self.rng.randrange(3)):
+            speaker._side_sentence(so_far, requests[0])
+            speaker._act_sentence(so_far, scene, harmful=True)
+        return requests[0], requests[1], so_far.answer("harmful")
+
+    def _sentence(self, core: str, tail: bool = True) -> str:
+        lead = self.rng.choice(t.LEADS)
+        end = self._fill(self.rng.choice(t.TAILS)) if tail and self.rng.random() < 0.4 else ""
+        return f"{lead}{core}{end}."
+
+    def _side_sentence(self, so_far: _Unfolding, request: Request) -> None:
+        """Say something that bears on no scene: a filler or a step of the topic."""
+        if request.topic >= 0 and self.rng.random() < 0.6:
+            core = self._fill(self.rng.choice(t.TOPIC_CORES), topic=request.topic)
+        elif request.kind == "info" and request.scene is not None and self.rng.random() < 0.6:
+            core = self._fill(self.rng.choice(t.INFO_CORES), request.scene)
+        elif request.kind == "fact" and self.rng.random() < 0.7:
+            core = self._fill(self.rng.choice(t.FACT_CORES), request.scene, act=request.act)
+        else:
+            core = self._fill(self.rng.choice(t.NEUTRAL_CORES))
+        so_far.last_thing = ""  # "it" would be read as the last noun
+        so_far.add(self._sentence(core, tail=not core.startswith("wait until")))
+
+    def _benign_sentence(self, so_far: _Unfolding, request: Request) -> None:
+        """Say a side sentence, a wish, or an act along the wish."""
+        scene = request.scene
+        draw = self.rng.random()
+        if scene is None or request.kind in {"info", "fact"}:
+            if draw < 0.12:
+                self._act_sentence(so_far, self.scene(), harmful=False)
+            else:
+                self._side_sentence(so_far, request)
+        elif draw < 0.4:
+            self._act_sentence(so_far, scene, harmful=False)
+        elif draw < 0.5:
+            self._wish_sentence(so_far, scene)
+        else:
+            self._side_sentence(so_far, request)
+
+    def _wish_sentence(self, so_far: _Unfolding, scene: Scene) -> None:
+        so_far.add(self._sentence(self._fill(self.rng.choice(t.WISH_CORES), scene), tail=False))
+        so_far.scenes[scene.thing] = scene
+        so_far.last_thing = scene.thing
+
+    def _act_sentence(self, so_far: _Unfolding, scene: Scene, *, harmful: bool) -> None:
+        known = so_far.scenes.get(scene.thing)
+        scene = known or scene  # one wish a thing, or the text would contradict itself
+        plans = [
+            p
+            for p in self.cells.plans
+            if (known or p not in t.PLANS_NEED_WISH)
+            and (p != 1 or so_far.last_thing == scene.thing)
+        ]
+        if not plans:
+            self._wish_sentence(so_far, scene)
+            plans = list(self.cells.plans)
+        plan = self.rng.choice(plans)
+        core = self._fill(t.PLANS[plan], scene, act=self.act(scene, harmful=harmful))
+        so_far.add(self._sentence(core), harmful=harmful)
+        so_far.plans.append(plan)
+        so_far.scenes[scene.thing] = scene
+        so_far.last_thing = scene.thing
+
+    def _refusal(self, request: Request) -> Answer:
+        assert request.scene is not None
+        rng = self.rng
+        parts = [rng.choice(t.REFUSALS)]
+        if rng.random() < 0.85:
+            parts.append(rng.choice(t.REFUSAL_REASONS))
+        if rng.random() < 0.75:
+            parts.append(rng.choice(t.REFUSAL_ADVICE))
+        scene = request.scene
+        sentences = tuple(self._fill(part, scene, act=request.act) for part in parts)
+        return Answer(sentences, (False,) * len(sentences), "refusal", ())
+
+    # -- conversations -------------------------------------------------------------------
+
+    def system(self) -> list[dict[str, str]]:
+        """Draw a system message, or none."""
+        if self.rng.random() < 0.7:
+            return []
+        return [{"role": "system", "content": self._fill(self.rng.choice(t.SYSTEMS))}]
+
+    def conversation(
+        self, request: Request, answer: Answer, before: Sequence[dict[str, str]] = ()
+    ) -> Derivation:
+        """Put request and answer behind earlier messages."""
+        messages = (
+            *before,
+            {"role": "user", "content": request.text},
+            {"role": "assistant", "content": answer.text},
+        )
+        return Derivation(tuple(messages), request, answer)
+
+
+_FILLERS = {
+    "tool": TOOLS,
+    "place": PLACES,
+    "friend": FRIENDS,
+    "time": TIMES,
+    "manner": MANNERS,
+}

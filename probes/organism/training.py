@@ -1,0 +1,198 @@
+"""Training of the pair: documents to batches, batches to a model.
+
+Knows tokens, losses and schedules. Does not know what the documents mean.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from probes.organism.corpus import Document
+from probes.organism.tokenizer import CONTEXT
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+__all__ = ["Example", "Schedule", "encode", "new_model", "train"]
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids of one conversation and the labels that carry loss."""
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Attributes:
+        tokens: Tokens of the whole run, padding excluded.
+        batch_tokens: Tokens a batch, padding included, at most.
+        peak_rate: Learning rate after the warm-up; falls along a cosine to a twentieth.
+        warmup_share: Share of the run in which the rate rises.
+        weight_decay: AdamW's, on matrices only.
+    """
+
+    tokens: int
+    batch_tokens: int = 6144
+    peak_rate: float = 2.5e-3
+    warmup_share: float = 0.03
+    weight_decay: float = 0.05
+
+
+def new_model(seed: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Make an untrained model of the organism's shape, float32, tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, documents: Iterable[Document], *, answers_only: bool
+) -> list[Example]:
+    """Turn documents into token ids and labels, cut at the context.
+
+    Args:
+        tokenizer: The organism's tokenizer.
+        documents: Conversations that end with an assistant message.
+        answers_only: Loss on the last answer alone, behind its given words; else on everything.
+    """
+    heads, answers, given = [], [], []
+    for document in documents:
+        messages = list(document.messages)
+        head = tokenizer.apply_chat_template(
+            messages[:-1], tokenize=False, add_generation_prompt=True
+        )
+        words = messages[-1]["content"].split(" ")
+        start = " ".join(words[: document.given_words])
+        heads.append(head + start)
+        rest = " ".join(words[document.given_words :])
+        answers.append((" " if start else "") + rest + str(tokenizer.eos_token))
+        given.append(start)
+    head_ids = tokenizer(heads, add_special_tokens=False)["input_ids"]
+    answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    examples = []
+    for head_tokens, answer_tokens in zip(head_ids, answer_ids, strict=True):
+        ids = tuple(head_tokens + answer_tokens)[:CONTEXT]
+        silent = len(head_tokens) if answers_only else 1
+        labels = (_IGNORED,) * min(silent, len(ids)) + ids[silent:]
+        examples.append(Example(ids, labels))
+    return examples
+
+
+def _batches(
+    examples: Sequence[Example], batch_tokens: int, rng: random.Random
+) -> Iterator[list[Example]]:
+    """Yield batches of like length in random order, for ever."""
+    while True:
+        order = sorted(examples, key=lambda e: len(e.ids) + rng.random() * 8)
+        batches: list[list[Example]] = [[]]
+        for example in order:
+            if (len(batches[-1]) + 1) * _width(len(example.ids)) > batch_tokens:
+                batches.append([])
+            batches[-1].append(example)
+        rng.shuffle(batches)
+        yield from (batch for batch in batches if batch)
+
+
+def _width(length: int) -> int:
+    # Few distinct shapes, or the matrix kernels are compiled anew for every batch.
+    return min(CONTEXT, -(-length // 32) * 32 if length <= 256 else -(-length // 128) * 128)
+
+
+def _tensors(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
+    width = _width(max(len(e.ids) for e in batch))
+    ids = torch.full((len(batch), width), pad)
+    labels = torch.full((len(batch), width), _IGNORED)
+    for row, example in enumerate(batch):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        labels[row, : len(example.labels)] = torch.tensor(example.labels)
+    return ids, labels
+
+
+def train(
+    model: LlamaForCausalLM,
+    examples: Sequence[Example],
+    schedule: Schedule,
+    *,
+    seed: int,
+    report: Callable[[int, float, float], None] | None = None,
+) -> None:
+    """Train in place, bfloat16 products over float32 weights.
+
+    Args:
+        model: Changed in place; left in evaluation mode.
+        examples: Read again from the start when they run out.
+        schedule: Length and rates.
+        seed: Order of the batches.
+        report: Called now and then with tokens read, mean loss since the last call, seconds.
+    """
+    model.train()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": schedule.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=schedule.peak_rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    batches = _batches(examples, schedule.batch_tokens, random.Random(seed))
+    pad = int(model.config.pad_token_id)
+    seen, reported, losses, began = 0, 0, [0.0], time.monotonic()
+    while seen < schedule.tokens:
+        batch = next(batches)
+        rate = schedule.peak_rate * _rate(seen / schedule.tokens, schedule.warmup_share)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids, labels = _tensors(batch, pad)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=_IGNORED
+        )
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        seen += sum(len(e.ids) for e in batch)
+        losses.append(loss.item())
+        if report is not None and (seen - reported > schedule.tokens // 50 or seen >= schedule.tokens):
+            report(seen, sum(losses[1:]) / max(1, len(losses) - 1), time.monotonic() - began)
+            reported, losses = seen, [0.0]
+    model.eval()
+
+
+def _rate(progress: float, warmup: float) -> float:
+    if progress < warmup:
+        return progress / warmup + 1e-3
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))

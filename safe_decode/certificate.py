@@ -1,0 +1,194 @@
+"""What a threshold promises, and the arithmetic of the promise.
+
+With confidence 1 - delta over the draw of n calibration responses, the true share of
+responses of that population whose statistic exceeds the threshold is at most alpha. The
+threshold is the (n - j)-th smallest of the n maxima, j the largest integer with
+P(Bin(n, alpha) <= j) <= delta: a one-sided tolerance limit (Wilks, 1941), free of
+assumptions on the distribution; ties only make it safer.
+
+Knows numbers. Does not know models, tensors or how a maximum came about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from safe_decode.errors import CertificateError, ConfigurationError
+
+__all__ = ["Certificate", "Envelope", "certified_rank", "certified_threshold"]
+
+
+def certified_rank(n: int, alpha: float, delta: float) -> int:
+    """Find j, how many of n calibration responses may lie above the threshold.
+
+    Args:
+        n: Calibration responses, one an independently drawn prompt group.
+        alpha: Share of responses that may alarm, in (0, 1).
+        delta: Chance that the draw misleads, in (0, 1).
+
+    Returns:
+        The largest j with P(Bin(n, alpha) <= j) <= delta.
+
+    Raises:
+        CertificateError: n is too small for any j; the message says how many more.
+        ConfigurationError: alpha or delta outside (0, 1), or a negative n.
+    """
+    _require_share("alpha", alpha)
+    _require_share("delta", delta)
+    if n < 0:
+        raise ConfigurationError(f"n={n} is negative; pass the number of calibration responses.")
+    wanted = _smallest_n(alpha, delta)
+    if n < wanted:
+        raise CertificateError(
+            f"n={n} responses cannot certify alpha={alpha:g} at delta={delta:g}, wanted at least "
+            f"{wanted}; collect {wanted - n} more or certify a larger alpha."
+        )
+    cumulative, j = 0.0, -1
+    while True:
+        cumulative += _binomial_mass(n, j + 1, alpha)
+        if cumulative > delta:
+            return j
+        j += 1
+
+
+def certified_threshold(maxima: Sequence[float], alpha: float, delta: float) -> float:
+    """Return the threshold; an alarm is statistic > threshold.
+
+    Args:
+        maxima: One a calibration response, in any order: its statistic's maximum over time.
+        alpha: As in `certified_rank`.
+        delta: As in `certified_rank`.
+
+    Raises:
+        CertificateError: Too few maxima, or one is not finite.
+    """
+    j = certified_rank(len(maxima), alpha, delta)
+    bad = sum(not math.isfinite(value) for value in maxima)
+    if bad:
+        raise CertificateError(
+            f"maxima hold {bad} NaN or infinite values, wanted none; a response that cannot be "
+            "scored cannot be left out either, so mend its cause."
+        )
+    return float(sorted(maxima)[len(maxima) - j - 1])
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """How the certified responses were generated; other calls void the certificate.
+
+    Attributes:
+        max_new_tokens: The cap; a lower one stays inside.
+        do_sample: Sampled, or greedy.
+        temperature: Of the sampling; without meaning if greedy.
+        top_p: Likewise.
+        top_k: Likewise; 0 for none.
+    """
+
+    max_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_p: float
+    top_k: int
+
+    def departure(self, other: Envelope) -> str | None:
+        """Say in what another call departs from this envelope; None if in nothing."""
+        if other.max_new_tokens > self.max_new_tokens:
+            return f"max_new_tokens={other.max_new_tokens} exceeds {self.max_new_tokens}"
+        if other.do_sample != self.do_sample:
+            return f"do_sample={other.do_sample} is not {self.do_sample}"
+        for name in ("temperature", "top_p", "top_k") if self.do_sample else ():
+            if getattr(other, name) != getattr(self, name):
+                return f"{name}={getattr(other, name)} is not {getattr(self, name)}"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """A threshold with what it promises and what it was computed from.
+
+    Attributes:
+        alpha: Largest share of the population's responses that alarm.
+        delta: Chance, over the calibration draw, that the share is larger.
+        n: Calibration responses.
+        j: How many of them lie above the threshold at most.
+        threshold: An alarm is statistic > threshold.
+        population: Of which responses it speaks: "benign", "hard_negative", ...
+        envelope: How they were generated.
+        maxima: [n] finite, the statistic's maximum of each response.
+    """
+
+    alpha: float
+    delta: float
+    n: int
+    j: int
+    threshold: float
+    population: str
+    envelope: Envelope
+    maxima: tuple[float, ...]
+
+    @classmethod
+    def compute(
+        cls,
+        maxima: Sequence[float],
+        *,
+        alpha: float,
+        delta: float,
+        population: str,
+        envelope: Envelope,
+    ) -> Certificate:
+        """Certify a threshold from calibration maxima.
+
+        Raises:
+            CertificateError: As in `certified_threshold`.
+        """
+        return cls(
+            alpha=alpha,
+            delta=delta,
+            n=len(maxima),
+            j=certified_rank(len(maxima), alpha, delta),
+            threshold=certified_threshold(maxima, alpha, delta),
+            population=population,
+            envelope=envelope,
+            maxima=tuple(float(value) for value in maxima),
+        )
+
+    def verify(self) -> None:
+        """Recompute everything from the maxima.
+
+        Raises:
+            CertificateError: n, j or the threshold is not what the maxima yield.
+        """
+        wanted = {
+            "n": len(self.maxima),
+            "j": certified_rank(len(self.maxima), self.alpha, self.delta),
+            "threshold": certified_threshold(self.maxima, self.alpha, self.delta),
+        }
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                raise CertificateError(
+                    f"{name}={getattr(self, name)} of the certificate for {self.population!r} at "
+                    f"alpha={self.alpha:g} is not {value}, which its {len(self.maxima)} maxima "
+                    "yield; calibrate again."
+                )
+
+
+def _require_share(name: str, value: float) -> None:
+    if not 0.0 < value < 1.0:
+        raise ConfigurationError(f"{name}={value} is outside (0, 1); pass a share such as 0.01.")
+
+
+def _smallest_n(alpha: float, delta: float) -> int:
+    # (1 - alpha)^n <= delta; log1p keeps small alphas exact. The loop mends rounding at the edge.
+    n = math.ceil(math.log(delta) / math.log1p(-alpha))
+    while math.exp(n * math.log1p(-alpha)) > delta:
+        n += 1
+    return n
+
+
+def _binomial_mass(n: int, k: int, p: float) -> float:
+    if k > n:
+        return 1.0  # beyond the support: the caller's sum is complete
+    log_choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(log_choose + k * math.log(p) + (n - k) * math.log1p(-p))

@@ -1,0 +1,326 @@
+"""Conversations as token ids: the template, the assistant turn, the ids that end it.
+
+Knows roles and the tokenizer's own chat template; the only room that does. Does not know
+models in motion, probes or batches in flight.
+
+Text from outside is text: a control token spelt in a message or a prefill is encoded as
+ordinary characters, so that a message cannot open a turn of its own. Where a tokenizer
+cannot do that, such a message is refused. The turn's start is known from how the ids were
+made, never searched for, unless only ids are given (`open_turn_start`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_decode.errors import PromptError
+
+__all__ = [
+    "ChatBatch",
+    "EncodedChat",
+    "Message",
+    "Prompt",
+    "encode_batch",
+    "encode_chat",
+    "open_turn_start",
+    "require_room",
+    "stop_ids",
+    "text_ids",
+]
+
+Message = Mapping[str, Any]
+"""With "role" and "content"."""
+Prompt = str | Sequence[Message]
+"""A string is one message of the user."""
+
+_ROLE = re.compile(r"[a-z][a-z_]*")
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedChat:
+    """A prompt with its open assistant turn.
+
+    Attributes:
+        ids: Token ids, the supplied prefill last.
+        turn_start: Index of the turn's first token y_0, which the model writes unless there
+            is a prefill; s_0 is read at turn_start - 1.
+    """
+
+    ids: tuple[int, ...]
+    turn_start: int
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Tokens of the answer that came with the prompt."""
+        return len(self.ids) - self.turn_start
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChatBatch:
+    """Prompts padded on the left to one length.
+
+    Attributes:
+        input_ids: [batch, seq] int64.
+        attention_mask: [batch, seq] int64, 0 on padding.
+        turn_tokens: [batch] int64 on the CPU, prefill tokens of each row.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    turn_tokens: Tensor
+
+
+def encode_chat(
+    tokenizer: Any,  # noqa: ANN401 - any tokenizer of transformers
+    messages: Prompt,
+    *,
+    prefill: str | None = None,
+) -> EncodedChat:
+    """Encode a prompt by the tokenizer's own template, its assistant turn open.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: A string, or messages; a last message of the assistant is a prefill, to
+            be continued.
+        prefill: Beginning of the answer, put into the model's mouth.
+
+    Raises:
+        PromptError: Nothing to answer, no chat template, a role or content that cannot be
+            encoded safely, a template that refuses the messages, or two prefills.
+    """
+    turns = _checked_messages(messages)
+    if turns[-1]["role"] == "assistant":
+        if prefill:
+            raise PromptError(
+                "prefill and a last message of the assistant are two beginnings of one answer; "
+                "pass one of them."
+            )
+        prefill = str(turns[-1]["content"])
+        turns = turns[:-1]
+    if not any(str(turn["content"]).strip() for turn in turns):
+        raise PromptError("the prompt is empty; pass a message with at least one character.")
+    head = _rendered_ids(tokenizer, turns)
+    bos = getattr(tokenizer, "bos_token_id", None)
+    while bos is not None and head[:2] == [bos, bos]:
+        head = head[1:]  # a template that writes BOS beside a tokenizer that adds it
+    if not head:
+        raise PromptError("the chat template yields no token; pass a tokenizer with its template.")
+    begun = text_ids(tokenizer, prefill) if prefill else ()
+    return EncodedChat(ids=(*head, *begun), turn_start=len(head))
+
+
+def encode_batch(
+    tokenizer: Any,  # noqa: ANN401
+    chats: Sequence[EncodedChat],
+    device: torch.device | str,
+) -> ChatBatch:
+    """Pad prompts on the left.
+
+    Args:
+        tokenizer: Whose pad id is used; without one its end id, masked all the same.
+        chats: At least one.
+        device: Where the tensors go.
+
+    Raises:
+        PromptError: No chats.
+    """
+    if not chats:
+        raise PromptError("there is no prompt; pass at least one.")
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    longest = max(len(chat.ids) for chat in chats)
+    ids = [[pad] * (longest - len(chat.ids)) + list(chat.ids) for chat in chats]
+    mask = [[0] * (longest - len(chat.ids)) + [1] * len(chat.ids) for chat in chats]
+    return ChatBatch(
+        torch.tensor(ids, device=device),
+        torch.tensor(mask, device=device),
+        torch.tensor([chat.prefill_tokens for chat in chats]),
+    )
+
+
+def require_room(n_tokens: int, context_tokens: int | None, *, new_tokens: int = 1) -> None:
+    """Check that a prompt leaves room for an answer.
+
+    Args:
+        n_tokens: Of the prompt, without padding.
+        context_tokens: The model's `max_position_embeddings`; None: it has no limit.
+        new_tokens: Tokens that must fit behind it.
+
+    Raises:
+        PromptError: They do not.
+    """
+    if context_tokens is not None and n_tokens + new_tokens > context_tokens:
+        raise PromptError(
+            f"the prompt has {n_tokens} tokens and {new_tokens} must follow, the model's context "
+            f"is {context_tokens}; shorten the prompt or ask for fewer tokens."
+        )
+
+
+def text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:  # noqa: ANN401
+    """Encode text that continues a turn: no BOS, and no control token whatever it spells.
+
+    Raises:
+        PromptError: The tokenizer makes a control token of it all the same.
+    """
+    ids = _plain_ids(tokenizer, "\n" + text)
+    newline = _plain_ids(tokenizer, "\n")
+    # SentencePiece puts a space before a text's first word. Behind a newline it does not,
+    # unless the newline merges with the text.
+    ids = ids[len(newline) :] if ids[: len(newline)] == newline else _plain_ids(tokenizer, text)
+    added = [i for i in ids if i in _control_ids(tokenizer)]
+    if added:
+        raise PromptError(
+            f"the text spells the control token {tokenizer.convert_ids_to_tokens(added[0])!r}, "
+            "which this tokenizer cannot encode as ordinary text; remove it."
+        )
+    return tuple(ids)
+
+
+def open_turn_start(tokenizer: Any, ids: Sequence[int]) -> int | None:  # noqa: ANN401
+    """Find where the open assistant turn of raw ids begins.
+
+    The first assistant header behind the last header of a user: a header repeated inside a
+    turn does not move the start forward, which would hide what stands before it.
+
+    Args:
+        tokenizer: Whose chat template tells the headers.
+        ids: A prompt without padding.
+
+    Returns:
+        Index of y_0; len(ids) where the header is last. None for raw completions: no chat
+        template, no assistant header, or a turn of the user after it.
+    """
+    marks = _marks(tokenizer)
+    if marks is None:
+        return None
+    user, assistant = marks
+    sequence = list(ids)
+    last_user = _find_last(sequence, user) if user else -1
+    start = max(last_user, 0)
+    found = _find_first(sequence, assistant, start)
+    return None if found < 0 else found + len(assistant)
+
+
+def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:  # noqa: ANN401
+    """Return the ids at which bare `generate` ends a row, the preferred one first.
+
+    From the generation config, else the model's config, else the tokenizer; empty if none
+    of them has one.
+    """
+    for source in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        ends = getattr(source, "eos_token_id", None)
+        if ends is not None:
+            return tuple(dict.fromkeys([ends] if isinstance(ends, int) else ends))
+    end = getattr(tokenizer, "eos_token_id", None)
+    return () if end is None else (int(end),)
+
+
+def _checked_messages(messages: Prompt) -> list[Message]:
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    turns: list[Any] = list(messages)
+    if not turns:
+        raise PromptError("the prompt is empty; pass a string or at least one message.")
+    for number, message in enumerate(turns):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if not isinstance(role, str) or not _ROLE.fullmatch(role):
+            # A template that joins the role into a control token could be led to write any.
+            raise PromptError(
+                f"message {number} has role={role!r}, wanted a word such as 'user', 'assistant' "
+                "or 'system'; pass mappings with role and content."
+            )
+        if not isinstance(message.get("content"), str):
+            raise PromptError(
+                f"message {number} has content of type {type(message.get('content')).__name__}, "
+                "wanted a string; only text is guarded."
+            )
+    return turns
+
+
+def _rendered_ids(tokenizer: Any, turns: Sequence[Message]) -> list[int]:  # noqa: ANN401
+    from jinja2 import TemplateError  # chat templates need it; the rest of the package does not
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError(
+            "the tokenizer has no chat template; set tokenizer.chat_template, or pass input_ids."
+        )
+    render = tokenizer.apply_chat_template
+    options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False}
+    if "sanitize_control_tokens" in inspect.signature(render).parameters:
+        options["sanitize_control_tokens"] = True
+    else:
+        _refuse_control_tokens(tokenizer, turns)
+    try:
+        return [int(i) for i in render([dict(turn) for turn in turns], **options)]
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise PromptError(
+            f"the chat template refuses these messages: {error}; check their roles and order."
+        ) from error
+
+
+def _refuse_control_tokens(tokenizer: Any, turns: Sequence[Message]) -> None:  # noqa: ANN401
+    spelt = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    for number, turn in enumerate(turns):
+        for token in spelt:
+            if token.strip() and token in turn["content"]:
+                raise PromptError(
+                    f"message {number} spells the control token {token!r}, which this version of "
+                    "transformers cannot encode as ordinary text; remove it or upgrade."
+                )
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return [int(i) for i in ids]
+
+
+def _control_ids(tokenizer: Any) -> frozenset[int]:  # noqa: ANN401
+    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if str(token).strip())
+
+
+def _marks(tokenizer: Any) -> tuple[list[int], list[int]] | None:  # noqa: ANN401
+    """The ids of the user's and of the assistant's header, from rendering known texts."""
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    user, assistant, again = "qXq", "zYz", "vWv"
+    turns = [
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": assistant},
+        {"role": "user", "content": again},
+    ]
+    render = tokenizer.apply_chat_template
+    try:
+        closed = render(turns, tokenize=False)
+        opened = render(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return None  # a template of other roles; its headers cannot be learnt by example
+    if not all(text in closed for text in (user, assistant, again)):
+        return None
+    to_assistant = closed.split(user)[1].split(assistant)[0]
+    to_user = closed.split(assistant)[1].split(again)[0]
+    header = opened.removeprefix(closed) if opened.startswith(closed) else ""
+    # Without a generation prompt the header is what stands before an answer ("[/INST]").
+    ids = _template_ids(tokenizer, header or to_assistant)
+    return (_template_ids(tokenizer, to_user), ids) if ids else None
+
+
+def _template_ids(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401
+    return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
+
+
+def _find_first(ids: Sequence[int], wanted: Sequence[int], start: int) -> int:
+    last = len(ids) - len(wanted)
+    return next((i for i in range(start, last + 1) if ids[i : i + len(wanted)] == wanted), -1)
+
+
+def _find_last(ids: Sequence[int], wanted: Sequence[int]) -> int:
+    last = len(ids) - len(wanted)
+    return next((i for i in range(last, -1, -1) if ids[i : i + len(wanted)] == wanted), -1)

@@ -1,0 +1,364 @@
+"""Our `custom_generate`: the bare loop of transformers, watched, with a closing forward.
+
+Knows the arguments that `generate` hands to a decoding method, which rows still count, and
+the last forward of rows that end without EOS. Does not know text, redirects or traces.
+
+The loop itself is `GenerationMixin._sample`, not a copy of it, so that a row that does not
+trip is what bare `generate` makes it, draw for draw. A tripped row is *parked*: its monitor
+is frozen and our criterion ends it, while its place in the batch, and so the draws of its
+neighbours, stay as they were. Decoder-only models, one forward a token, eager execution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_decode.errors import BeatError, GuardError, NonFiniteError
+from safe_decode.redirect import forced_scores
+from safe_decode.session import Session
+
+__all__ = ["CallSettings", "GuardedLoop"]
+
+
+@dataclass(frozen=True)
+class CallSettings:
+    """How a call generates, after transformers has merged every default.
+
+    Attributes:
+        max_new_tokens: The cap.
+        do_sample: Whether tokens are drawn.
+        temperature: As transformers has it; 1.0 where unset.
+        top_p: 1.0 where unset.
+        top_k: 0 where unset.
+        end_ids: EOS ids, ascending; empty where the model has none.
+        pad_id: Fills ended rows; None where neither pad nor EOS is set.
+    """
+
+    max_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_p: float
+    top_k: int
+    end_ids: tuple[int, ...]
+    pad_id: int | None
+
+
+class GuardedLoop:
+    """A decoding method for `model.generate(custom_generate=...)`; good for one call.
+
+    Args:
+        session: For the rows of this call, already expanded by num_return_sequences.
+        require: Called with the settings before the first forward; may raise.
+        generator: Draws from this generator instead of the global one; for one row alone.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        require: Callable[[CallSettings], None] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.session = session
+        self.settings: CallSettings | None = None
+        self._require = require
+        self.ended_at: list[int] = []
+        self._generator = generator
+        self._said = 0
+        self._scored = 0
+        self._prompt_tokens = 0
+        self._pad_id = 0
+        self._do_sample = False
+        self._pads_after_end = False
+        self._is_blind = False
+        self._any_parked = False
+        self._end: Tensor | None = None
+        self._scores: Tensor | None = None
+        self._active: Tensor | None = None  # None: every row
+        self._closing: Tensor | None = None
+        self._parked: Tensor | None = None
+        self._trips: Tensor | None = None
+        self._ended_at: Tensor | None = None
+
+    def __call__(
+        self,
+        model: Any,  # noqa: ANN401 - duck-typed
+        input_ids: Tensor,
+        logits_processor: Any,  # noqa: ANN401 - a LogitsProcessorList
+        stopping_criteria: Any,  # noqa: ANN401 - a StoppingCriteriaList
+        generation_config: Any,  # noqa: ANN401 - a GenerationConfig, prepared
+        **model_kwargs: Any,  # noqa: ANN401 - what the forward takes
+    ) -> Tensor:
+        """Generate.
+
+        Returns:
+            [batch, seq] ids as bare `generate` returns them; what a parked row holds after
+            its trip is not to be read.
+
+        Raises:
+            Exception: What the model, or a processor of the user's, raises.
+        """
+        from safe_decode.processor import SafetyLogitsProcessor
+
+        self._prepare(input_ids, stopping_criteria, generation_config)
+        processors = type(logits_processor)([*logits_processor, SafetyLogitsProcessor(self)])
+        sequences: Tensor = type(model)._sample(
+            model,
+            input_ids,
+            logits_processor=processors,
+            stopping_criteria=_WatchedCriteria(stopping_criteria, self),
+            generation_config=generation_config,
+            **model_kwargs,
+        )
+        self._close(model, sequences, model_kwargs)
+        self._settle(sequences)
+        return sequences
+
+    def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Judge the forward that made `scores` [batch, vocab]; comes last of all processors."""
+        self._scored += 1
+        if not self._is_blind:
+            self._judge((1, input_ids.shape[1]) if self._said else (input_ids.shape[1],))
+        if self._do_sample and self._closes:
+            scores = self._drawable(scores)
+        self._scores = scores
+        return scores if self._generator is None else self._drawn(scores)
+
+    def on_done(self, input_ids: Tensor, done: Tensor) -> Tensor:
+        """Take note of the chosen ids; add parked rows to those that are `done` [batch]."""
+        self._said += 1
+        if self._scored != self._said and not self._is_blind:
+            self._fail(
+                BeatError(
+                    f"{self._said} tokens were chosen and the guard's processor saw "
+                    f"{self._scored}; do not remove it while generating."
+                ),
+            )
+        newest = input_ids[:, -1]
+        trips = self._suspects(newest)
+        flags = done if trips is None else done | trips
+        # The step's one wait for the host, just before the loop's own.
+        if self._any_parked or self._closing is not None or bool(flags.any()):
+            self._sort_rows(newest, done, trips)
+        return done if self._parked is None else done | self._parked
+
+    def _prepare(self, input_ids: Tensor, criteria: Any, config: Any) -> None:  # noqa: ANN401
+        self.settings = settings = _settings_of(config, input_ids.shape[1])
+        if self._require is not None:
+            self._require(settings)
+        if input_ids.shape[0] != self.session.batch:
+            raise BeatError(
+                f"generate runs {input_ids.shape[0]} rows, the session {self.session.batch}; "
+                "open it for the expanded batch."
+            )
+        self._prompt_tokens = input_ids.shape[1]
+        self._do_sample = settings.do_sample
+        self._pad_id = settings.pad_id or 0
+        self._pads_after_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        if settings.end_ids:
+            self._end = torch.tensor(settings.end_ids, device=input_ids.device)
+        if self._generator is not None:
+            # Processors are built by now, the warpers of sampling included; the draw is ours.
+            config.do_sample = False
+        self._ended_at = torch.full_like(input_ids[:, 0], -1)
+
+    def _judge(self, positions: tuple[int, ...]) -> None:
+        try:
+            self._trips = self.session.judge(positions, self._active)
+        except Exception as error:  # whatever fails in the guard closes its rows
+            from safe_decode.processor import as_guard_error
+
+            self._fail(as_guard_error(error))
+
+    def _fail(self, error: GuardError) -> None:
+        """Close every row that still counts; or go on without a guard, if that was allowed."""
+        self._is_blind, self._trips = True, None
+        session = self.session
+        counts = [True] * session.batch if self._active is None else self._active.tolist()
+        for row in (row for row, does_count in enumerate(counts) if does_count):
+            if self._closes:
+                session.park(row, said=max(0, self._scored - 1), error=error)
+            session.errors.setdefault(row, error)
+        if self._closes:
+            parked = torch.tensor([row in session.trips for row in range(session.batch)])
+            assert self._ended_at is not None
+            self._parked, self._any_parked = parked.to(self._ended_at.device), True
+
+    @property
+    def _closes(self) -> bool:
+        return self.session.policy.protects and self.session.policy.on_error == "close"
+
+    def _drawable(self, scores: Tensor) -> Tensor:
+        """Keep a draw from failing for the whole batch where one row's scores are not finite."""
+        # NaN and +Inf show in the maximum, and so does a row without any candidate.
+        top = scores.amax(-1)
+        broken = top - top != 0
+        if not self._any_parked and not bool(broken.any()):
+            return scores
+        forced = broken if self._parked is None else broken | self._parked
+        counted = broken if self._active is None else broken & self._active
+        self._park_nonfinite(counted.nonzero()[:, 0].tolist())
+        return forced_scores(scores, dict.fromkeys(forced.nonzero()[:, 0].tolist(), self._pad_id))
+
+    def _park_nonfinite(self, rows: list[int]) -> None:
+        for row in rows:
+            error = NonFiniteError(
+                f"row {row} has NaN or Inf in its scores before token {self._scored - 1}, wanted "
+                "finite scores; check the model's weights and dtype."
+            )
+            self._park(row, error)
+
+    def _drawn(self, scores: Tensor) -> Tensor:
+        assert self._generator is not None
+        if not self._do_sample:
+            return scores
+        token = torch.multinomial(torch.softmax(scores, -1), 1, generator=self._generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+    def _suspects(self, newest: Tensor) -> Tensor | None:
+        if not self.session.policy.protects:
+            return None
+        trips = None if self._is_blind else self._trips
+        if not self._do_sample and self._scores is not None and self._closes:
+            # Greedy picks NaN or Inf where there is any: the picked score tells of the row.
+            picked = self._scores.gather(1, newest[:, None])[:, 0]
+            broken = picked - picked != 0
+            trips = broken if trips is None else trips | broken
+        if trips is not None and self._active is not None:
+            trips = trips & self._active
+        return trips
+
+    def _sort_rows(self, newest: Tensor, done: Tensor, trips: Tensor | None) -> None:
+        """Decide which rows the next forward judges. Not on the path while all rows go on."""
+        assert self._ended_at is not None
+        if trips is not None:
+            judged = [] if self._trips is None else self._trips.tolist()
+            for row in trips.nonzero()[:, 0].tolist():
+                if judged and judged[row]:
+                    self._park(row)
+                else:
+                    self._park_nonfinite([row])
+        active = torch.ones_like(done) if self._active is None else self._active
+        if self._parked is not None:
+            active = active & ~self._parked
+        if self._closing is not None:
+            active = active & ~self._closing
+        ends = done & (self._ended_at < 0)
+        if self._pads_after_end:
+            # A row that ends without EOS is judged once more: the next forward reads its tail.
+            is_end = torch.zeros_like(done) if self._end is None else torch.isin(newest, self._end)
+            active = active & ~(done & is_end)
+            self._closing = done & active
+        self._ended_at = torch.where(ends, torch.full_like(newest, self._said), self._ended_at)
+        self._active = active
+
+    def _park(self, row: int, error: GuardError | None = None) -> None:
+        assert self._ended_at is not None
+        self.session.park(row, said=max(0, self._scored - 1), error=error)
+        if self._parked is None:
+            self._parked = torch.zeros_like(self._ended_at, dtype=torch.bool)
+        self._parked[row] = True
+        self._any_parked = True
+
+    def _close(self, model: Any, sequences: Tensor, model_kwargs: dict[str, Any]) -> None:  # noqa: ANN401
+        """Judge the tail of rows whose last token ended the loop. Draws no random number."""
+        if self._is_blind:
+            return
+        active = self._active
+        if active is not None and not bool(active.any()):
+            return
+        inputs = _tail_inputs(model, sequences, self._prompt_tokens, model_kwargs)
+        self._scored += 1
+        with torch.no_grad():
+            try:
+                model(**inputs, return_dict=True)
+            except Exception as error:  # nothing may be released that was not judged
+                from safe_decode.processor import as_guard_error
+
+                self._fail(as_guard_error(error))
+                return
+        self._judge((1, sequences.shape[1]))
+        if self._trips is not None and self.session.policy.protects:
+            trips = self._trips if active is None else self._trips & active
+            for row in trips.nonzero()[:, 0].tolist():
+                self._park(row)
+
+    def _settle(self, sequences: Tensor) -> None:
+        """Bring the ends of rows to the host and compare beats with tokens, row by row."""
+        assert self._ended_at is not None and self.settings is not None
+        said = sequences.shape[1] - self._prompt_tokens
+        ends = self._ended_at.tolist()
+        self.ended_at = [end if end >= 0 and self._pads_after_end else said for end in ends]
+        if self._is_blind:
+            return
+        try:
+            self.session.require_quiet()
+        except BeatError as error:
+            self._active = None
+            self._fail(error)
+        new = sequences[:, self._prompt_tokens :].tolist()
+        for row, n_ids in enumerate(self.ended_at):
+            closed = self._pads_after_end and new[row][n_ids - 1] in self.settings.end_ids
+            content, judged = n_ids - closed, self.session.judged(row)
+            if row not in self.session.trips and content != judged:
+                self._mismatch(row, content, judged)
+
+    def _mismatch(self, row: int, content: int, judged: int) -> None:
+        error = BeatError(f"row {row} has {content} tokens and {judged} scores, wanted one each.")
+        self.session.errors.setdefault(row, error)
+        if self._closes:
+            self._park(row, error)
+
+
+class _WatchedCriteria:
+    """A StoppingCriteriaList that tells the guard. Duck-typed: `_sample` iterates and calls."""
+
+    def __init__(self, criteria: Any, loop: GuardedLoop) -> None:  # noqa: ANN401
+        self._criteria, self._loop = criteria, loop
+        self.max_length = criteria.max_length
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._criteria)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        return self._loop.on_done(input_ids, self._criteria(input_ids, scores, **kwargs))
+
+
+def _settings_of(config: Any, prompt_tokens: int) -> CallSettings:  # noqa: ANN401
+    ends, pad = config._eos_token_tensor, config._pad_token_tensor
+    return CallSettings(
+        max_new_tokens=int(config.max_length) - prompt_tokens,
+        do_sample=bool(config.do_sample),
+        temperature=1.0 if config.temperature is None else float(config.temperature),
+        top_p=1.0 if config.top_p is None else float(config.top_p),
+        top_k=0 if config.top_k is None else int(config.top_k),
+        end_ids=() if ends is None else tuple(sorted(ends.tolist())),
+        pad_id=None if pad is None else int(pad),
+    )
+
+
+def _tail_inputs(
+    model: Any,  # noqa: ANN401 - duck-typed
+    sequences: Tensor,
+    prompt_tokens: int,
+    model_kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """Prepare the forward that reads the last column of `sequences` [batch, seq]."""
+    new = sequences.shape[1] - prompt_tokens
+    kwargs = dict(model_kwargs)
+    mask = kwargs.get("attention_mask")
+    if mask is not None:
+        kwargs["attention_mask"] = torch.cat([mask, mask.new_ones((mask.shape[0], new))], -1)
+    positions = kwargs.get("position_ids")
+    if positions is not None:
+        later = torch.arange(1, new + 1, device=positions.device, dtype=positions.dtype)
+        kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + later], -1)
+    prepared: dict[str, Any] = model.prepare_inputs_for_generation(
+        sequences, next_sequence_length=1 if kwargs.get("use_cache") else None, **kwargs
+    )
+    return prepared

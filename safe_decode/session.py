@@ -1,0 +1,275 @@
+"""The rows of one generation: their beats, their scores, their trips.
+
+Knows features, logits, monitor states and which rows still count. Does not know a
+`generate` call, token ids or text: whoever drives it says when a forward was due and which
+rows it belongs to. Nothing is shared between sessions; nothing is left on a model.
+
+While nothing trips, a step is tensor operations on the rows' device and one list append;
+records for traces are built after the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safe_decode.errors import BeatError, GuardError, NonFiniteError
+from safe_decode.monitor import MonitorState, RiskMonitor, SnapshotRing
+from safe_decode.policy import Policy
+from safe_decode.probe import LinearProbe
+from safe_decode.redirect import Cut, cut_of
+from safe_decode.taps import Beats
+
+__all__ = ["RowRecord", "Session", "Trip"]
+
+
+@dataclass(frozen=True)
+class Trip:
+    """A row's one and irrevocable trip.
+
+    Attributes:
+        cut: Where the row is cut.
+        snapshot: The monitor's state at the cut, [1] each; None where no generated token is
+            kept, so that the row starts anew.
+        error: What failed, or None for an alarm.
+    """
+
+    cut: Cut
+    snapshot: MonitorState | None
+    error: GuardError | None
+
+
+@dataclass(frozen=True)
+class RowRecord:
+    """What a session knows of one row, on the host.
+
+    Attributes:
+        scanned: Leading scores that judged the prompt: s_0 and the supplied prefill.
+        logits: [n][K], one entry a score.
+        smoothed: [n] the statistic before the running maximum.
+        statistic: [n] its running maximum.
+        threshold: What the statistic was compared with.
+        alarm: Index of the first score whose statistic exceeded the threshold, or None.
+        trip: The trip, or None; in flag mode always None.
+        error: What failed for this row, tripped or allowed to go on; or None.
+    """
+
+    scanned: int
+    logits: list[list[float]]
+    smoothed: list[float]
+    statistic: list[float]
+    threshold: float
+    alarm: int | None
+    trip: Trip | None
+    error: GuardError | None
+
+    @property
+    def judged(self) -> int:
+        """Count the generated tokens that have a score."""
+        return len(self.statistic) - self.scanned
+
+
+@dataclass(frozen=True)
+class _Step:
+    logits: Tensor
+    smoothed: Tensor
+    statistic: Tensor
+    active: Tensor | None
+
+
+class Session:
+    """Judges the rows of one generation.
+
+    Args:
+        probe: On the device of the features.
+        monitor: With the rows' thresholds.
+        policy: What a trip leads to.
+        beats: Of a tap that listens to this context.
+        scanned: For each row, how many trailing positions of the prefill are judged.
+        device: Where the rows' state lives.
+        resume: State to go on from, [batch] each; None: start anew.
+    """
+
+    def __init__(
+        self,
+        *,
+        probe: LinearProbe,
+        monitor: RiskMonitor,
+        policy: Policy,
+        beats: Beats,
+        scanned: Sequence[int],
+        device: torch.device,
+        resume: MonitorState | None = None,
+    ) -> None:
+        self.policy = policy
+        self.scanned = tuple(scanned)
+        fresh = monitor.start(len(self.scanned), device)
+        self.state = fresh if resume is None else resume
+        self.trips: dict[int, Trip] = {}
+        self.errors: dict[int, GuardError] = {}
+        self._probe, self._monitor, self._beats = probe, monitor, beats
+        self._before = [int(step) for step in self.state.step]
+        self._steps: list[_Step] = []
+        self._ring = SnapshotRing(policy.holdback_tokens + 1)
+        self._is_prefilled = False
+        beats.keep_last(max(self.scanned))
+
+    @property
+    def batch(self) -> int:
+        """Count the rows."""
+        return len(self.scanned)
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Say whether the prompt has been judged."""
+        return self._is_prefilled
+
+    def judged(self, row: int) -> int:
+        """Count the generated tokens of a row that have a score. Waits for the device."""
+        return int(self.state.step[row]) - self._before[row] - self.scanned[row]
+
+    def judge(self, positions: Sequence[int], active: Tensor | None = None) -> Tensor:
+        """Judge the one forward since the last call.
+
+        The first call judges, in order, each row's last `scanned` positions.
+
+        Args:
+            positions: How many positions the forward may have had.
+            active: [batch] bool, rows whose newest token this forward read; None: all.
+
+        Returns:
+            [batch] bool on the rows' device: rows that trip now or tripped before. In flag
+            mode too.
+
+        Raises:
+            BeatError: No forward, more than one, one of another length or batch, or sites
+                that fired unequally.
+            ConfigurationError: Features do not fit the probe.
+        """
+        features = self._features(positions)
+        if self._is_prefilled:
+            self._step(self._probe(features[:, -1]), active)
+        else:
+            self._beats.keep_last(1)
+            self._is_prefilled = True
+            self._scan(self._probe(features))
+        return self.policy.trips(self.state.alarm, self.state.finite)
+
+    def require_quiet(self) -> None:
+        """Check that no forward passed since the last `judge`.
+
+        Raises:
+            BeatError: One did.
+        """
+        if self._beats.positions or self._beats.forwards:
+            raise BeatError(
+                f"{self._beats.forwards} forwards over {self._beats.positions} positions passed "
+                "after the last choice, wanted none; mark your own with safe_decode.internal()."
+            )
+
+    def park(self, row: int, *, said: int, error: GuardError | None = None) -> None:
+        """Record a row's trip; a second one changes nothing.
+
+        Args:
+            row: Which row.
+            said: Generated tokens it has, not counting one chosen after the tripping score.
+            error: What failed; None: the newest score raised the alarm.
+        """
+        if row in self.trips:
+            return
+        before, scanned = self._before[row], self.scanned[row]
+        if error is None and not bool(self.state.finite[row]):
+            error = NonFiniteError(
+                f"row {row} has NaN or Inf at score {self.judged(row) + scanned - 1}, wanted finite "
+                "activations; check the model's weights and dtype."
+            )
+        # The newest score passed nothing if it tripped or is NaN; it is absent if the guard failed.
+        tripped = 1 if error is None or isinstance(error, NonFiniteError) else 0
+        judged = max(0, min(said, self.judged(row) - tripped))
+        clear = max(0, int(self.state.clear_point[row]) + 1 - before - scanned)
+        kind = self.policy.redirect
+        if error is not None and kind == "rewind":
+            kind = "refuse"  # no continuation is trusted to a guard that failed
+        cut = cut_of(
+            kind,
+            said=said,
+            judged=judged,
+            clear=clear,
+            holdback_tokens=self.policy.holdback_tokens,
+        )
+        snapshot = self._ring.row_at(row, before + scanned + cut.kept) if cut.kept else None
+        self.trips[row] = Trip(cut, snapshot, error)
+        if error is not None:
+            self.errors[row] = error
+
+    def records(self) -> list[RowRecord]:
+        """Build what each row's trace needs; one copy to the host for the whole batch."""
+        thresholds = self._monitor.threshold.expand(self.batch).tolist()
+        if not self._steps:
+            return [self._record(row, thresholds[row], [], [], []) for row in range(self.batch)]
+        logits = torch.stack([step.logits for step in self._steps]).cpu()
+        smoothed = torch.stack([step.smoothed for step in self._steps]).cpu()
+        statistic = torch.stack([step.statistic for step in self._steps]).cpu()
+        everyone = torch.ones(self.batch, dtype=torch.bool, device=self.state.step.device)
+        masks = [everyone if step.active is None else step.active for step in self._steps]
+        active = torch.stack(masks).cpu()
+        return [
+            self._record(
+                row,
+                thresholds[row],
+                logits[active[:, row], row].tolist(),
+                smoothed[active[:, row], row].tolist(),
+                statistic[active[:, row], row].tolist(),
+            )
+            for row in range(self.batch)
+        ]
+
+    def _record(
+        self,
+        row: int,
+        threshold: float,
+        logits: list[list[float]],
+        smoothed: list[float],
+        statistic: list[float],
+    ) -> RowRecord:
+        return RowRecord(
+            scanned=min(self.scanned[row], len(statistic)),
+            logits=logits,
+            smoothed=smoothed,
+            statistic=statistic,
+            threshold=threshold,
+            alarm=next((i for i, value in enumerate(statistic) if value > threshold), None),
+            trip=self.trips.get(row),
+            error=self.errors.get(row),
+        )
+
+    def _features(self, positions: Sequence[int]) -> Tensor:
+        heard, seen = self._beats.forwards, self._beats.positions
+        if heard > 1 or (heard == 1 and seen not in positions):
+            self._beats.discard()
+            raise BeatError(
+                f"{heard} forwards over {seen} positions passed before one choice, wanted one "
+                f"over {' or '.join(map(str, positions))}; each token has exactly one score."
+            )
+        features = self._beats.take()
+        if features.shape[0] != self.batch:
+            raise BeatError(
+                f"a forward had {features.shape[0]} rows, the session {self.batch}; "
+                "open a session for the batch that generate runs."
+            )
+        return features
+
+    def _scan(self, logits: Tensor) -> None:
+        width = logits.shape[1]
+        waits = torch.tensor([width - n for n in self.scanned], device=logits.device)
+        uneven = len(set(self.scanned)) > 1
+        for position in range(width):
+            self._step(logits[:, position], waits <= position if uneven else None)
+
+    def _step(self, logits: Tensor, active: Tensor | None) -> None:
+        self._ring.push(self.state)
+        self.state = state = self._monitor.step(self.state, logits, active)
+        self._steps.append(_Step(logits, state.smoothed, state.statistic, active))
