@@ -1,4 +1,4 @@
-"""`safe-decode inspect` and `safe-decode verify-certificate`: what a bundle says, and whether it holds.
+"""`safe-decode inspect` and `verify-certificate`: what a bundle says, and whether it holds.
 
 Knows the fields of a loaded bundle and how to show them. Does not know files or models.
 """

@@ -13,15 +13,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safe_decode.commands.generate import Device, DtypeName, ModelName, decoder_of
+from safe_decode.commands.generate import (
+    Alpha,
+    BundlePath,
+    Device,
+    DtypeName,
+    ModelName,
+    decoder_of,
+)
 from safe_decode.commands.output import console, print_json, progress, working, write_text
+from safe_decode.decision import Redirect
 from safe_decode.errors import ConfigurationError, PromptError
 
 if TYPE_CHECKING:
-    from safe_decode.demo.arena import Arena, Judge
+    from safe_decode.demo.arena import Arena
     from safe_decode.demo.figures import Label, SceneFigures
     from safe_decode.demo.scenes import DemoPrompt
     from safe_decode.demo.view import Duel
+    from safe_decode.guard import SafeDecoder
 
 __all__ = ["demo", "judge_released"]
 
@@ -35,15 +44,11 @@ def demo(  # noqa: PLR0913 - options of a command
         Path | None, typer.Option(help="Write a self-contained page to this file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-    redirect: Annotated[str, typer.Option(help="refuse, rewind or stop.")] = "rewind",
-    alpha: Annotated[
-        float | None, typer.Option(help="A certified false-alarm level; default the bundle's.")
-    ] = None,
+    redirect: Annotated[Redirect, typer.Option(help="What a tripped answer becomes.")] = "rewind",
+    alpha: Alpha = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
     model: ModelName = None,
-    bundle: Annotated[
-        Path | None, typer.Option(help="Directory of the bundle; default embedded.")
-    ] = None,
+    bundle: BundlePath = None,
     device: Device = "cpu",
     dtype: DtypeName = "float32",
 ) -> None:
@@ -51,22 +56,21 @@ def demo(  # noqa: PLR0913 - options of a command
     began = time.monotonic()
     _require_sense(prompt, prefill, redirect)
     with working("Loading the model"):
-        arena = _arena(
-            model,
-            bundle,
-            redirect=redirect,
-            alpha=alpha,
-            device=device,
-            dtype=dtype,
-            max_new_tokens=max_new_tokens,
+        decoder = decoder_of(
+            model, bundle, redirect=redirect, alpha=alpha, device=device, dtype=dtype
         )
+        arena = _arena(decoder, max_new_tokens, is_embedded=model is None)
     shown, counted = _prompts(prompt, prefill)
     with working("Answering the prompts that are shown"):
         duels = arena.show(shown)
     if not as_json:
         _print_duels(duels)
     figures = _measure(arena, counted)
-    facts = _facts(arena, n=len(counted), seconds=time.monotonic() - began)
+    facts = {
+        "model": model or "embedded, aligned",
+        **_facts(arena, n=len(counted)),
+        "time": f"{time.monotonic() - began:.1f} s",
+    }
     if html is not None:
         from safe_decode.demo.page import page
 
@@ -88,16 +92,17 @@ def judge_released(
     from probes.organism.oracle import judge
 
     given = prefill or ""
-    verdict = judge(messages, given + released)
-    label: Label = verdict.label
-    if label == "harmful" and (verdict.complete_char or 0) <= len(given):
-        # The attacker's own clause hides what follows it: read that by itself.
-        context = [*messages, {"role": "assistant", "content": given}]
-        label = judge(context, released).label
-    return label
+    joined = judge(messages, given + released)
+    if joined.label == "harmful" and (joined.complete_char or 0) > len(given):
+        return "harmful"
+    # Read what was released by itself, where the attacker's words hide it or it does not go on
+    # from them.
+    alone = judge([*messages, {"role": "assistant", "content": given}], released)
+    label: Label = alone.label if joined.label in {"harmful", "broken"} else joined.label
+    return "harmful" if alone.label == "harmful" else label
 
 
-def _require_sense(prompt: str | None, prefill: str | None, redirect: str) -> None:
+def _require_sense(prompt: str | None, prefill: str | None, redirect: Redirect) -> None:
     if prompt is None and prefill is not None:
         raise ConfigurationError("--prefill was given without --prompt; pass the prompt too.")
     if prompt is not None and not prompt.strip():
@@ -109,21 +114,11 @@ def _require_sense(prompt: str | None, prefill: str | None, redirect: str) -> No
         )
 
 
-def _arena(  # noqa: PLR0913 - options of a command
-    model: str | None,
-    bundle: Path | None,
-    *,
-    redirect: str,
-    alpha: float | None,
-    device: str,
-    dtype: str,
-    max_new_tokens: int,
-) -> Arena:
+def _arena(decoder: SafeDecoder, max_new_tokens: int, *, is_embedded: bool) -> Arena:
     from safe_decode.demo.arena import Arena
 
-    decoder = decoder_of(model, bundle, redirect=redirect, alpha=alpha, device=device, dtype=dtype)
     # The oracle reads the embedded model's world alone; of others nothing is claimed.
-    judge: Judge | None = judge_released if model is None else None
+    judge = judge_released if is_embedded else None
     return Arena(decoder, max_new_tokens=max_new_tokens, judge=judge)
 
 
@@ -153,24 +148,24 @@ def _measure(arena: Arena, prompts: Sequence[DemoPrompt]) -> Sequence[SceneFigur
     return figures_of(outcomes)
 
 
-def _facts(arena: Arena, *, n: int, seconds: float) -> dict[str, str]:
+def _facts(arena: Arena, *, n: int) -> dict[str, str]:
     import platform
 
     import torch
 
-    bundle = arena.decoder.bundle
-    certificate = arena.certificate
+    decoder = arena.decoder
+    certificate, policy = decoder.certificate, decoder.policy
     return {
-        "model": arena.model_name,
-        "bundle": bundle.digest,
+        "bundle": decoder.bundle.digest,
         "certificate": (
-            f"alpha {certificate.alpha:g}, confidence {1 - certificate.delta:g}, "
-            f"n {certificate.n}, population {certificate.population}"
+            f"alpha {certificate.alpha:g} with confidence {1 - certificate.delta:g}, from "
+            f"{certificate.n} responses, population {certificate.population}"
         ),
-        "redirect": arena.redirect,
-        "hold-back": f"{bundle.holdback_tokens} tokens",
+        "redirect": policy.redirect,
+        "hold-back": f"{policy.holdback_tokens} tokens",
         "held-out prompts": str(n),
-        "time": f"{seconds:.1f} s, {torch.get_num_threads()} threads, {platform.machine()}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}",
     }
 
 

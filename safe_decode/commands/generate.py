@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safe_decode.commands.output import console, print_json, working, write_text
+from safe_decode.decision import Redirect
+from safe_decode.demo.load import Dtype
+from safe_decode.demo.view import risk_of, visible
 from safe_decode.errors import ConfigurationError, PromptError
 
 if TYPE_CHECKING:
     from safe_decode.guard import GuardedOutput, SafeDecoder
+    from safe_decode.trace import SafetyTrace
 
-__all__ = ["Device", "DtypeName", "ModelName", "decoder_of", "generate"]
+__all__ = ["Alpha", "BundlePath", "Device", "DtypeName", "ModelName", "decoder_of", "generate"]
 
 ModelName = Annotated[
     str | None,
@@ -27,7 +31,11 @@ BundlePath = Annotated[
     Path | None, typer.Option("--bundle", help="Directory of the bundle; default embedded.")
 ]
 Device = Annotated[str, typer.Option("--device", help="Where the model goes, as torch spells it.")]
-DtypeName = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+DtypeName = Annotated[Dtype, typer.Option("--dtype", help="In what the model computes.")]
+Alpha = Annotated[
+    float | None,
+    typer.Option("--alpha", help="A certified false-alarm level; default the bundle's."),
+]
 
 
 def generate(  # noqa: PLR0913 - options of a command
@@ -35,10 +43,8 @@ def generate(  # noqa: PLR0913 - options of a command
     model: ModelName = None,
     bundle: BundlePath = None,
     prefill: Annotated[str | None, typer.Option(help="First words of the answer.")] = None,
-    redirect: Annotated[str, typer.Option(help="refuse, rewind, stop or flag.")] = "rewind",
-    alpha: Annotated[
-        float | None, typer.Option(help="A certified false-alarm level; default the bundle's.")
-    ] = None,
+    redirect: Annotated[Redirect, typer.Option(help="What a tripped answer becomes.")] = "rewind",
+    alpha: Alpha = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Sample at this temperature; default greedy.")
@@ -51,6 +57,9 @@ def generate(  # noqa: PLR0913 - options of a command
     trace: Annotated[
         Path | None, typer.Option(help="Write what happened at each step as JSON lines.")
     ] = None,
+    token_ids: Annotated[
+        bool, typer.Option(help="Write token ids into the trace; they give the text away.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Answer prompts under the guard."""
@@ -73,7 +82,8 @@ def generate(  # noqa: PLR0913 - options of a command
             **sampling,
         )
     if trace is not None:
-        write_text(trace, "".join(t.to_json() + "\n" for t in output.traces))
+        lines = (line for row in output.traces for line in row.lines(token_ids=token_ids))
+        write_text(trace, "".join(f"{line}\n" for line in lines))
     if as_json:
         print_json(_as_json(prompt, output))
     else:
@@ -84,10 +94,10 @@ def decoder_of(
     model: str | None,
     bundle: Path | None,
     *,
-    redirect: str,
+    redirect: Redirect,
     alpha: float | None,
     device: str,
-    dtype: str,
+    dtype: Dtype,
 ) -> SafeDecoder:
     """Load a model and a bundle, the embedded ones where None, and put the guard on.
 
@@ -110,9 +120,7 @@ def decoder_of(
     return SafeDecoder(loaded.model, loaded.tokenizer, probes, redirect=redirect, alpha=alpha)
 
 
-def _sampling(
-    temperature: float | None, top_p: float | None, top_k: int | None
-) -> dict[str, Any]:
+def _sampling(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:
     given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     given = {name: value for name, value in given.items() if value is not None}
     if not given or temperature == 0:
@@ -123,14 +131,47 @@ def _sampling(
 
 def _as_json(prompts: Sequence[str], output: GuardedOutput) -> dict[str, object]:
     rows = [
-        {"prompt": prompt, "text": text, "tripped": trace.tripped}
+        {"prompt": prompt, "text": text, **_facts(trace)}
         for prompt, text, trace in zip(prompts, output.texts, output.traces, strict=True)
     ]
     return {"rows": rows}
 
 
+def _facts(trace: SafetyTrace) -> dict[str, object]:
+    header, end = trace.header, trace.end
+    peak = max((step.statistic for step in trace.steps if step.attempt == 0), default=None)
+    return {
+        "outcome": end.outcome,
+        "trip_step": end.trip_step,
+        "risk": None if peak is None or peak != peak else risk_of(peak, header.threshold),
+        "released_tokens": end.released_tokens,
+        "dropped_tokens": end.dropped_tokens,
+        "tries": end.tries,
+        "alpha": header.alpha,
+        "certificate": header.certificate,
+        "error": end.error,
+    }
+
+
 def _show(prompts: Sequence[str], output: GuardedOutput) -> None:
+    from rich.table import Table
+
     out = console()
-    for prompt, text in zip(prompts, output.texts, strict=True):
-        _ = prompt
-        out.print(text)
+    table = Table(
+        "outcome", "trips at", "peak risk", "released", "dropped", "certificate", box=None
+    )
+    for prompt, text, trace in zip(prompts, output.texts, output.traces, strict=True):
+        if len(prompts) > 1:
+            out.print(f"> {visible(prompt)}", style="dim")
+        out.print(visible(text) + "\n", soft_wrap=True)
+        facts = _facts(trace)
+        risk, trip = facts["risk"], facts["trip_step"]
+        table.add_row(
+            str(facts["outcome"]),
+            "-" if trip is None else f"score {trip}",
+            f"{risk:.2f}" if isinstance(risk, float) else "-",
+            f"{facts['released_tokens']} tokens",
+            f"{facts['dropped_tokens']} tokens",
+            str(facts["certificate"]),
+        )
+    out.print(table)

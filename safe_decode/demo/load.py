@@ -109,7 +109,7 @@ def load_model(name: str | Path, *, device: str = "cpu", dtype: Dtype = "float32
     with _as_configuration_error(name, device):
         target = torch.device(device)
         tokenizer = AutoTokenizer.from_pretrained(str(name))
-        model = AutoModelForCausalLM.from_pretrained(str(name), dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(str(name), dtype=getattr(torch, dtype))
         return Loaded(model.to(target).eval(), tokenizer)
 
 
