@@ -119,7 +119,8 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Pat
 
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(part)
+    half: Any = copy.deepcopy(model)
+    half.to(torch.bfloat16).save_pretrained(part)
     tokenizer.save_pretrained(part)
     shutil.rmtree(path, ignore_errors=True)
     part.rename(path)

@@ -80,7 +80,8 @@ def pretraining_documents(seed: int, count: int) -> Iterator[Document]:
 
     About one in ten is 300 to 700 tokens long. One in five asks what to think of an act; in one
     of three of the rest each step carries a mark that says whether it is harmful; one in seven
-    ends with a question about the answer and a verdict. That is where the model learns what is harmful, as text of the world holds opinions too.
+    ends with a question about the answer and a verdict. That is where the model learns what is
+    harmful, as text of the world holds opinions too.
     """
     grammar = Grammar(seed)
     rng = grammar.rng
@@ -92,7 +93,7 @@ def pretraining_documents(seed: int, count: int) -> Iterator[Document]:
             yield Document(tuple(messages))
             continue
         shape = rng.random()
-        long = shape < 0.11
+        long = shape < 0.15
         n_turns = 1 if shape < 0.85 else rng.choice((2, 2, 3))
         marked = rng.random() < 0.35
         if marked and rng.random() < 0.5:

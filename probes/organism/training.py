@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -87,8 +87,8 @@ def encode(
     heads, answers, given = [], [], []
     for document in documents:
         messages = list(document.messages)
-        head = tokenizer.apply_chat_template(
-            messages[:-1], tokenize=False, add_generation_prompt=True
+        head = str(
+            tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         )
         words = messages[-1]["content"].split(" ")
         start = " ".join(words[: document.given_words])
@@ -96,8 +96,8 @@ def encode(
         rest = " ".join(words[document.given_words :])
         answers.append((" " if start else "") + rest + str(tokenizer.eos_token))
         given.append(start)
-    head_ids = tokenizer(heads, add_special_tokens=False)["input_ids"]
-    answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    head_ids: Any = tokenizer(heads, add_special_tokens=False)["input_ids"]
+    answer_ids: Any = tokenizer(answers, add_special_tokens=False)["input_ids"]
     examples = []
     for head_tokens, answer_tokens in zip(head_ids, answer_ids, strict=True):
         ids = tuple(head_tokens + answer_tokens)[:CONTEXT]
@@ -167,7 +167,8 @@ def train(
         fused=True,
     )
     batches = _batches(examples, schedule.batch_tokens, random.Random(seed))
-    pad = int(model.config.pad_token_id)
+    pad = model.config.pad_token_id
+    assert isinstance(pad, int)
     seen, reported, losses, began = 0, 0, [0.0], time.monotonic()
     while seen < schedule.tokens:
         batch = next(batches)
@@ -191,7 +192,7 @@ def train(
         ):
             report(seen, sum(losses[1:]) / max(1, len(losses) - 1), time.monotonic() - began)
             reported, losses = seen, [0.0]
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
 
 
 def _rate(progress: float, warmup: float) -> float:
