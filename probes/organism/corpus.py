@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from probes.organism import templates as t
 from probes.organism.grammar import Answer, Grammar, Meant, Request, RequestKind
 
-__all__ = ["Document", "alignment_documents", "pretraining_documents"]
+__all__ = ["Document", "alignment_documents", "pretraining_documents", "primer_documents"]
 
 Messages = tuple[dict[str, str], ...]
 
@@ -73,6 +73,30 @@ def _exchange(grammar: Grammar, n_sentences: int | None) -> tuple[Request, Answe
     start = rng.choice((0, 0, 0, 2, 4))
     answer = grammar.answer(request, meant, n_sentences=n_sentences, benign_start=start)
     return request, answer
+
+
+def primer_documents(seed: int, count: int) -> Iterator[Document]:
+    """Write short conversations, read first: what acts lead to, and what to think of them.
+
+    The same world in few words, so that its relations are met often before answers grow long.
+    """
+    grammar = Grammar(seed)
+    rng = grammar.rng
+    for _ in range(count):
+        messages = grammar.system() if rng.random() < 0.3 else []
+        draw = rng.random()
+        if draw < 0.55:
+            asked, thought = grammar.judgement()
+            messages += [_user(asked), _assistant(thought)]
+            yield Document(tuple(messages))
+            continue
+        kind: RequestKind = rng.choice(("fact", "open", "scene")) if draw < 0.8 else "scene"
+        request = grammar.request(kind, harmful=kind == "scene" and rng.random() < 0.5)
+        meant: Meant = "harmful" if request.harmful else "benign"
+        answer = grammar.answer(request, meant, n_sentences=1 + rng.randrange(2))
+        messages += [_user(request.text)]
+        messages += [_assistant(answer.marked() if rng.random() < 0.5 else answer.text)]
+        yield Document(tuple(messages), request.harmful)
 
 
 def pretraining_documents(seed: int, count: int) -> Iterator[Document]:

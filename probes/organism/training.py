@@ -21,7 +21,7 @@ from probes.organism.tokenizer import CONTEXT
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["Example", "Schedule", "encode", "new_model", "train"]
+__all__ = ["Example", "Schedule", "Stage", "encode", "new_model", "train"]
 
 _IGNORED = -100
 
@@ -35,18 +35,24 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """Examples, and how many of their tokens are read before the next stage."""
+
+    examples: Sequence[Example]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long and how fast to train.
+    """How fast to train.
 
     Attributes:
-        tokens: Tokens of the whole run, padding excluded.
         batch_tokens: Tokens a batch, padding included, at most.
         peak_rate: Learning rate after the warm-up; falls along a cosine to a twentieth.
         warmup_share: Share of the run in which the rate rises.
         weight_decay: AdamW's, on matrices only.
     """
 
-    tokens: int
     batch_tokens: int = 2560
     peak_rate: float = 2e-3
     warmup_share: float = 0.03
@@ -122,6 +128,18 @@ def _batches(
         yield from (batch for batch in batches if batch)
 
 
+def _staged(
+    stages: Sequence[Stage], batch_tokens: int, rng: random.Random
+) -> Iterator[list[Example]]:
+    for stage in stages:
+        seen = 0
+        for batch in _batches(stage.examples, batch_tokens, rng):
+            yield batch
+            seen += sum(len(e.ids) for e in batch)
+            if seen >= stage.tokens:
+                break
+
+
 def _width(length: int) -> int:
     # Few distinct shapes, or the matrix kernels are compiled anew for every batch.
     return min(CONTEXT, -(-length // 32) * 32 if length <= 256 else -(-length // 128) * 128)
@@ -139,7 +157,7 @@ def _tensors(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
 
 def train(
     model: LlamaForCausalLM,
-    examples: Sequence[Example],
+    stages: Sequence[Stage],
     schedule: Schedule,
     *,
     seed: int,
@@ -149,8 +167,8 @@ def train(
 
     Args:
         model: Changed in place; left in evaluation mode.
-        examples: Read again from the start when they run out.
-        schedule: Length and rates.
+        stages: Read one after the other; examples start again when they run out.
+        schedule: Rates, over all stages together.
         seed: Order of the batches.
         report: Called now and then with tokens read, mean loss since the last call, seconds.
     """
@@ -166,13 +184,13 @@ def train(
         betas=(0.9, 0.98),
         fused=True,
     )
-    batches = _batches(examples, schedule.batch_tokens, random.Random(seed))
+    batches = _staged(stages, schedule.batch_tokens, random.Random(seed))
+    tokens = sum(stage.tokens for stage in stages)
     pad = model.config.pad_token_id
     assert isinstance(pad, int)
     seen, reported, losses, began = 0, 0, [0.0], time.monotonic()
-    while seen < schedule.tokens:
-        batch = next(batches)
-        rate = schedule.peak_rate * _rate(seen / schedule.tokens, schedule.warmup_share)
+    for batch in batches:
+        rate = schedule.peak_rate * _rate(seen / tokens, schedule.warmup_share)
         for group in optimizer.param_groups:
             group["lr"] = rate
         ids, labels = _tensors(batch, pad)
@@ -187,10 +205,9 @@ def train(
         optimizer.step()
         seen += sum(len(e.ids) for e in batch)
         losses.append(loss.item())
-        if report is not None and (
-            seen - reported > schedule.tokens // 50 or seen >= schedule.tokens
-        ):
-            report(seen, sum(losses[1:]) / max(1, len(losses) - 1), time.monotonic() - began)
+        if report is not None and (seen - reported > tokens // 50 or seen >= tokens):
+            mean = sum(losses[1:]) / max(1, len(losses) - 1)
+            report(seen, mean, time.monotonic() - began)
             reported, losses = seen, [0.0]
     model.eval()  # type: ignore[no-untyped-call]
 
