@@ -116,7 +116,7 @@ class GuardedLoop:
             **model_kwargs,
         )
         self._close(model, sequences, model_kwargs)
-        self._settle()
+        self._settle(sequences)
         return sequences
 
     def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -288,12 +288,12 @@ class GuardedLoop:
             for row in trips.nonzero()[:, 0].tolist():
                 self._park(row)
 
-    def _settle(self) -> None:
-        """Bring the ends of rows to the host and compare beats with tokens."""
-        assert self._ended_at is not None
+    def _settle(self, sequences: Tensor) -> None:
+        """Bring the ends of rows to the host and compare beats with tokens, row by row."""
+        assert self._ended_at is not None and self.settings is not None
+        said = sequences.shape[1] - self._prompt_tokens
         ends = self._ended_at.tolist()
-        whole = self._said
-        self.ended_at = [end if end >= 0 and self._pads_after_end else whole for end in ends]
+        self.ended_at = [end if end >= 0 and self._pads_after_end else said for end in ends]
         if self._is_blind:
             return
         try:
@@ -301,6 +301,18 @@ class GuardedLoop:
         except BeatError as error:
             self._active = None
             self._fail(error)
+        new = sequences[:, self._prompt_tokens :].tolist()
+        for row, n_ids in enumerate(self.ended_at):
+            closed = self._pads_after_end and new[row][n_ids - 1] in self.settings.end_ids
+            content, judged = n_ids - closed, self.session.judged(row)
+            if row not in self.session.trips and content != judged:
+                self._mismatch(row, content, judged)
+
+    def _mismatch(self, row: int, content: int, judged: int) -> None:
+        error = BeatError(f"row {row} has {content} tokens and {judged} scores, wanted one each.")
+        self.session.errors.setdefault(row, error)
+        if self._closes:
+            self._park(row, error)
 
 
 class _WatchedCriteria:

@@ -127,6 +127,10 @@ class Session:
         """Say whether the prompt has been judged."""
         return self._is_prefilled
 
+    def judged(self, row: int) -> int:
+        """Count the generated tokens of a row that have a score. Waits for the device."""
+        return int(self.state.step[row]) - self._before[row] - self.scanned[row]
+
     def judge(self, positions: Sequence[int], active: Tensor | None = None) -> Tensor:
         """Judge the one forward since the last call.
 
@@ -177,15 +181,14 @@ class Session:
         if row in self.trips:
             return
         before, scanned = self._before[row], self.scanned[row]
-        consumed = int(self.state.step[row]) - before
         if error is None and not bool(self.state.finite[row]):
             error = NonFiniteError(
-                f"row {row} has NaN or Inf at score {consumed - 1}, wanted finite activations; "
-                "check the model's weights and dtype."
+                f"row {row} has NaN or Inf at score {self.judged(row) + scanned - 1}, wanted finite "
+                "activations; check the model's weights and dtype."
             )
         # The newest score passed nothing if it tripped or is NaN; it is absent if the guard failed.
         tripped = 1 if error is None or isinstance(error, NonFiniteError) else 0
-        judged = max(0, min(said, consumed - scanned - tripped))
+        judged = max(0, min(said, self.judged(row) - tripped))
         clear = max(0, int(self.state.clear_point[row]) + 1 - before - scanned)
         kind = self.policy.redirect
         if error is not None and kind == "rewind":

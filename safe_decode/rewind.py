@@ -1,0 +1,218 @@
+"""What becomes of one tripped row after its batch: canned text, or its own continuation.
+
+Knows one row's ids, its cut, the texts and how to generate one row anew under the probe.
+Does not know batches, prompts as text, or traces. A continuation draws from a generator of
+its own, so the global one is left where bare `generate` leaves it.
+
+The threshold never rises, and the probe watches each try; a second trip leads to the next
+try, and after the last to the canned text. A continuation resumes the monitor at the cut:
+scores up to there are settled, every position from the opener on is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from safe_decode.loop import CallSettings, GuardedLoop
+from safe_decode.monitor import MonitorConfig, MonitorState, RiskMonitor
+from safe_decode.policy import Policy
+from safe_decode.probe import LinearProbe
+from safe_decode.session import RowRecord, Session, Trip
+from safe_decode.taps import ActivationTap
+
+__all__ = ["Redirected", "Rewinder", "Texts", "Try"]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Canned text as ids, alone and after kept text.
+
+    Attributes:
+        refusal: At the start of a turn.
+        refusal_after: After kept text, joined to it.
+        opener: At the start of a turn.
+        opener_after: After kept text, joined to it.
+    """
+
+    refusal: tuple[int, ...]
+    refusal_after: tuple[int, ...]
+    opener: tuple[int, ...]
+    opener_after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Try:
+    """One continuation of a rewound row.
+
+    Attributes:
+        record: What its session saw; its first scores judge the opener.
+        opener: Ids of the opener.
+        ids: Ids the model then said, EOS included.
+        start: Generated ids that stood before the opener.
+        kept: How many of `ids` stand.
+    """
+
+    record: RowRecord
+    opener: tuple[int, ...]
+    ids: tuple[int, ...]
+    kept: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Redirected:
+    """What a tripped row says in the end.
+
+    Attributes:
+        ids: Generated ids, EOS included where the row ends by one.
+        how: The redirect that took effect: a rewind without room, with a failed guard or
+            with all its tries tripped ends as refuse.
+        tries: Continuations, in order.
+        drops_prefill: Whether the supplied prefill was left out of the model's context.
+    """
+
+    ids: tuple[int, ...]
+    how: Literal["refuse", "rewind", "stop"]
+    tries: tuple[Try, ...] = ()
+    drops_prefill: bool = False
+
+
+@dataclass(frozen=True)
+class Rewinder:
+    """Redirects the tripped rows of one call.
+
+    Attributes:
+        model: The protected model.
+        tap: On its probe's sites.
+        probe: On the model's device.
+        config: The monitor's.
+        threshold: Of every try too.
+        policy: Of the call.
+        texts: Canned ids.
+        settings: Of the call.
+        options: Keyword arguments of the call that a continuation repeats.
+        context_tokens: Positions the model has, or None if it does not say.
+    """
+
+    model: Any
+    tap: ActivationTap
+    probe: LinearProbe
+    config: MonitorConfig
+    threshold: float
+    policy: Policy
+    texts: Texts
+    settings: CallSettings
+    options: Mapping[str, Any]
+    context_tokens: int | None
+
+    def redirect(
+        self,
+        trip: Trip,
+        *,
+        row: int,
+        prompt: Sequence[int],
+        prefill_tokens: int,
+        said: Sequence[int],
+    ) -> Redirected:
+        """Redirect one row.
+
+        Args:
+            trip: Its trip.
+            row: Its index in the batch; seeds its generator.
+            prompt: Its prompt ids without padding, the supplied prefill included.
+            prefill_tokens: Trailing ids of `prompt` that are supplied prefill.
+            said: Its generated ids.
+        """
+        kept = tuple(said[: trip.cut.kept])
+        if self.policy.redirect == "stop":
+            return Redirected(kept, "stop")
+        if self.policy.redirect == "rewind" and trip.error is None:
+            return self._rewind(trip.snapshot, row, tuple(prompt), prefill_tokens, kept)
+        return Redirected(self._refused(kept), "refuse")
+
+    def _rewind(
+        self,
+        snapshot: MonitorState | None,
+        row: int,
+        prompt: tuple[int, ...],
+        prefill_tokens: int,
+        kept: tuple[int, ...],
+    ) -> Redirected:
+        # A prefill that nothing released builds on is the attacker's word, not the answer's.
+        drops = prefill_tokens > 0 and not kept
+        base = prompt[: len(prompt) - prefill_tokens] if drops else prompt
+        tries: list[Try] = []
+        repeats = False
+        while len(tries) < self.policy.max_tries:
+            opener = self.texts.opener_after if kept else self.texts.opener
+            room = self._room(len(base), len(kept) + len(opener))
+            if room < len(self.texts.refusal):
+                break  # the model's own words would have less room than the canned ones
+            attempt, trip = self._continue(
+                base, kept, opener, snapshot, room, (row, len(tries)), repeats
+            )
+            tries.append(attempt)
+            if trip is None:
+                return Redirected(kept + opener + attempt.ids, "rewind", tuple(tries), drops)
+            if trip.error is not None:
+                break
+            repeats = attempt.kept == 0
+            if not repeats:
+                kept, snapshot = kept + opener + attempt.ids[: attempt.kept], trip.snapshot
+        return Redirected(self._refused(kept), "refuse", tuple(tries), drops)
+
+    def _refused(self, kept: tuple[int, ...]) -> tuple[int, ...]:
+        text = self.texts.refusal_after if kept else self.texts.refusal
+        return kept + text + self.settings.end_ids[:1]
+
+    def _room(self, prompt: int, said: int) -> int:
+        room = self.settings.max_new_tokens - said
+        if self.context_tokens is not None:
+            room = min(room, self.context_tokens - prompt - said)
+        return room
+
+    def _continue(
+        self,
+        base: tuple[int, ...],
+        kept: tuple[int, ...],
+        opener: tuple[int, ...],
+        snapshot: MonitorState | None,
+        room: int,
+        seed: tuple[int, int],
+        repeats: bool,
+    ) -> tuple[Try, Trip | None]:
+        device = self.model.device
+        generator = torch.Generator(device=device)
+        # initial_seed reads the global generator and does not advance it.
+        generator.manual_seed(hash((torch.initial_seed(), *seed)) % 2**63)
+        # A greedy try from the same context would only repeat itself.
+        options = {"do_sample": True, "temperature": 1.0} if repeats else {}
+        ids = torch.tensor([base + kept + opener], device=device)
+        with self.tap.listening() as beats:
+            session = Session(
+                probe=self.probe,
+                monitor=RiskMonitor(self.config, self.threshold),
+                policy=self.policy,
+                beats=beats,
+                scanned=[len(opener)],
+                device=device,
+                resume=snapshot,
+            )
+            loop = GuardedLoop(session, generator=generator)
+            sequences: Tensor = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                custom_generate=loop,
+                **{**self.options, **options, "max_new_tokens": room},
+            )
+        record = session.records()[0]
+        trip = session.trips.get(0)
+        said = tuple(sequences[0, ids.shape[1] :].tolist())
+        said = said[: record.judged] if trip else said[: loop.ended_at[0]]
+        attempt = Try(record, opener, said, trip.cut.kept if trip else len(said), len(kept))
+        return attempt, trip

@@ -1,0 +1,80 @@
+"""Bundles for tiny models, and thresholds that make some rows trip and not others."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from safe_decode.bundle import Fingerprint, ProbeBundle
+from safe_decode.certificate import Certificate, Envelope
+from safe_decode.guard import SafeDecoder
+from safe_decode.monitor import MonitorConfig
+from safe_decode.probe import LinearProbe
+from safe_decode.sites import Site
+
+SITES = (
+    Site(0, "mlp", tuple(range(0, 64, 5))),
+    Site(1, "resid", tuple(range(8))),
+    Site(2, "attn", tuple(range(16))),
+)
+REFUSAL, OPENER = "I can't help with that.", "I'm sorry,"
+
+
+def random_probe(seed: int = 3) -> LinearProbe:
+    n = sum(len(site.channels) for site in SITES)
+    generator = torch.Generator().manual_seed(seed)
+    return LinearProbe(
+        SITES, torch.randn(n, 1, generator=generator) / n**0.5, torch.zeros(1), ("harm",)
+    )
+
+
+def bundle_for(
+    model: Any, tokenizer: Any, *, threshold: float = 1e9, holdback: int = 2, **changes: Any
+) -> ProbeBundle:
+    """A bundle around a random probe; `threshold` goes into its certificate."""
+    envelope = Envelope(max_new_tokens=64, do_sample=False, temperature=1.0, top_p=1.0, top_k=50)
+    certificate = Certificate(
+        alpha=0.01,
+        delta=0.05,
+        n=1,
+        j=0,
+        threshold=threshold,
+        population="benign",
+        envelope=envelope,
+        maxima=(threshold,),
+    )
+    bundle = ProbeBundle(
+        probe=random_probe(),
+        monitor=MonitorConfig(2 / 5, (0.0,), (0.0,), (1.0,), 0.0),
+        certificates=(certificate,),
+        default_alpha=0.01,
+        holdback_tokens=holdback,
+        refusal=REFUSAL,
+        opener=OPENER,
+        fingerprint=Fingerprint.of(model, tokenizer),
+        canary=None,
+        provenance={},
+    )
+    return dataclasses.replace(bundle, **changes)
+
+
+def decoder_for(
+    model: Any, tokenizer: Any, *, threshold: float = 1e9, holdback: int = 2, **options: Any
+) -> SafeDecoder:
+    bundle = bundle_for(model, tokenizer, threshold=threshold, holdback=holdback)
+    return SafeDecoder(model, tokenizer, bundle, **options)
+
+
+def peaks(output: Any) -> list[float]:
+    """Each row's largest statistic."""
+    return [max(step.statistic for step in trace.steps) for trace in output.traces]
+
+
+def threshold_between(values: list[float]) -> float:
+    """A threshold that about half of the rows exceed, in the middle of the widest gap there."""
+    ordered = sorted(set(values))
+    middle = range(max(1, len(ordered) // 3), max(2, len(ordered) - 1))
+    gap = max(middle, key=lambda i: ordered[i] - ordered[i - 1])
+    return (ordered[gap] + ordered[gap - 1]) / 2
