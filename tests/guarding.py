@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 import torch
-from safe_decode.bundle import Fingerprint, ProbeBundle
 
+from safe_decode.bundle import Fingerprint, ProbeBundle
 from safe_decode.certificate import Certificate, Envelope
 from safe_decode.guard import SafeDecoder
 from safe_decode.monitor import MonitorConfig
@@ -65,3 +65,16 @@ def decoder_for(
 ) -> SafeDecoder:
     bundle = bundle_for(model, tokenizer, threshold=threshold, holdback=holdback)
     return SafeDecoder(model, tokenizer, bundle, **options)
+
+
+def peaks(output: Any) -> list[float]:
+    """Each row's largest statistic."""
+    return [max(step.statistic for step in trace.steps) for trace in output.traces]
+
+
+def threshold_between(values: list[float]) -> float:
+    """A threshold that about half of the rows exceed, in the middle of the widest gap there."""
+    ordered = sorted(set(values))
+    middle = range(max(1, len(ordered) // 3), max(2, len(ordered) - 1))
+    gap = max(middle, key=lambda i: ordered[i] - ordered[i - 1])
+    return (ordered[gap] + ordered[gap - 1]) / 2
