@@ -1,0 +1,189 @@
+"""What a bundle was made for: the model, its tokenizer and how it computes.
+
+Knows how to digest them quickly: every parameter is sampled, none is read whole. Does
+not know bundles or probes. An edit that leaves all sampled values as they were is not
+seen; training, merging, quantising and casting change them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from safe_decode.errors import FingerprintMismatchError, UnsupportedError
+
+__all__ = ["Fingerprint"]
+
+SAMPLED_VALUES = 256
+"""Values read from each parameter, evenly spaced."""
+
+# Keys that change what is computed; the rest (dropout, caching, output options, names) does
+# not, and new versions of transformers add to it.
+_CONFIG_KEYS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "max_position_embeddings",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "sliding_window",
+    "layer_types",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "query_pre_attn_scalar",
+    "use_parallel_residual",
+    "parallel_attn",
+    "new_decoder_architecture",
+    "multi_query",
+    "alibi",
+    "do_layer_norm_before",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "tie_word_embeddings",
+)
+_LAYER = re.compile(r"^(.*?\.(?:layers|h|blocks|block)\.\d+)\.")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Everything a probe depends on, digested.
+
+    Attributes:
+        architecture: Config keys that change computation, each value as JSON.
+        tokenizer: Digest of the vocabulary, merges and added tokens.
+        template: Digest of the chat template; "none" without one.
+        weights: Digest of sampled values a decoder block, and one for the rest.
+        adapters: Names of the adapters on the model.
+        quantisation: Its configuration as JSON; "none" without.
+        dtype: Of the parameters, several joined by a comma.
+    """
+
+    architecture: Mapping[str, str]
+    tokenizer: str
+    template: str
+    weights: Mapping[str, str]
+    adapters: tuple[str, ...]
+    quantisation: str
+    dtype: str
+
+    @classmethod
+    def of(cls, model: nn.Module, tokenizer: Any) -> Fingerprint:  # noqa: ANN401
+        """Digest a model and its tokenizer, without a forward.
+
+        Args:
+            model: Loaded; its parameters may be on any devices but `meta`.
+            tokenizer: Of transformers.
+
+        Raises:
+            UnsupportedError: Parameters are on the meta device, so there is nothing to read.
+        """
+        config: Any = model.config
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        quantisation: Any = getattr(config, "quantization_config", None)
+        if hasattr(quantisation, "to_dict"):
+            quantisation = quantisation.to_dict()
+        template = getattr(tokenizer, "chat_template", None)
+        adapters: Any = getattr(model, "peft_config", None) or {}
+        return cls(
+            architecture={
+                key: _json(getattr(text_config, key))
+                for key in _CONFIG_KEYS
+                if getattr(text_config, key, None) is not None
+            },
+            tokenizer=_tokenizer_digest(tokenizer),
+            template="none" if template is None else _digest(_json(template).encode()),
+            weights=_weight_digests(model),
+            adapters=tuple(sorted(adapters)),
+            quantisation="none" if quantisation is None else _json(quantisation),
+            dtype=",".join(sorted({str(p.dtype) for p in model.parameters()})),
+        )
+
+    def require(self, other: Fingerprint) -> None:
+        """Check that a model is the one this fingerprint was taken of.
+
+        Args:
+            other: Of the model at hand.
+
+        Raises:
+            FingerprintMismatchError: Any field differs; all that do are named.
+        """
+        differing = [
+            line
+            for field in fields(self)
+            for line in _differences(
+                field.name, getattr(self, field.name), getattr(other, field.name)
+            )
+        ]
+        if differing:
+            raise FingerprintMismatchError(
+                f"the bundle was made for another model: {'; '.join(differing)}; load the model, "
+                "tokenizer and dtype it was made for, or make a bundle for this one."
+            )
+
+
+def _differences(name: str, wanted: Any, got: Any) -> list[str]:  # noqa: ANN401
+    if not isinstance(wanted, Mapping):
+        return [] if wanted == got else [f"{name} is {got!r}, wanted {wanted!r}"]
+    keys = [key for key in {**wanted, **got} if wanted.get(key) != got.get(key)]
+    if name == "weights" and keys:
+        shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        return [f"weights of {shown} differ"]
+    return [f"config {key} is {got.get(key)}, wanted {wanted.get(key)}" for key in keys]
+
+
+def _json(value: Any) -> str:  # noqa: ANN401
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # Only the model part: padding and truncation in the same file are state of the last call.
+    merges = json.loads(backend.to_str())["model"].get("merges") if backend is not None else None
+    added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
+    vocab = sorted(tokenizer.get_vocab().items())
+    return _digest(_json([vocab, merges, added]).encode())
+
+
+def _weight_digests(model: nn.Module) -> dict[str, str]:
+    hashes: dict[str, Any] = {}
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            raise UnsupportedError(
+                f"parameter {name} is on the meta device and cannot be read; load the model's "
+                "weights before its fingerprint is taken."
+            )
+        layer = _LAYER.match(name)
+        group = hashes.setdefault(layer[1] if layer else "the rest", hashlib.sha256())
+        group.update(f"{name}{tuple(parameter.shape)}".encode())
+        group.update(_sampled_bytes(parameter))
+    return {group: value.hexdigest()[:16] for group, value in sorted(hashes.items())}
+
+
+def _sampled_bytes(parameter: nn.Parameter) -> bytes:
+    flat = parameter.detach().reshape(-1)
+    step = max(1, flat.numel() // SAMPLED_VALUES)
+    sample = flat[::step][:SAMPLED_VALUES].contiguous().cpu()
+    return bytes(sample.view(torch.uint8).numpy().tobytes())
