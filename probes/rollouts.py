@@ -165,7 +165,8 @@ def _generate(
 ) -> list[_Generated]:
     longest = max(len(ids) for ids in prompts)
     padding = [longest - len(ids) for ids in prompts]
-    rows = [[stops[0]] * n + list(ids) for n, ids in zip(padding, prompts, strict=True)]
+    pad = stops[0] if stops else 0  # never attended to
+    rows = [[pad] * n + list(ids) for n, ids in zip(padding, prompts, strict=True)]
     mask_rows = [[0] * n + [1] * (longest - n) for n in padding]
     device = next(model.parameters()).device
     ids, mask = torch.tensor(rows, device=device), torch.tensor(mask_rows, device=device)
@@ -178,8 +179,8 @@ def _generate(
             attention_mask=mask,
             past_key_values=cache,
             max_new_tokens=budget,
-            eos_token_id=list(stops),
-            pad_token_id=stops[0],
+            eos_token_id=list(stops) or None,
+            pad_token_id=pad,
             return_dict_in_generate=True,
             **config.sampling(),
         )

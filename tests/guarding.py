@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 import torch
-
 from safe_decode.bundle import Fingerprint, ProbeBundle
+
 from safe_decode.certificate import Certificate, Envelope
 from safe_decode.guard import SafeDecoder
 from safe_decode.monitor import MonitorConfig
@@ -34,12 +34,16 @@ def bundle_for(
     model: Any, tokenizer: Any, *, threshold: float = 1e9, holdback: int = 2, **changes: Any
 ) -> ProbeBundle:
     """A bundle around a random probe; `threshold` goes into its certificate."""
-    envelope = Envelope(
-        max_new_tokens=64, do_sample=False, temperature=1.0, top_p=1.0, top_k=50
-    )
+    envelope = Envelope(max_new_tokens=64, do_sample=False, temperature=1.0, top_p=1.0, top_k=50)
     certificate = Certificate(
-        alpha=0.01, delta=0.05, n=1, j=0, threshold=threshold, population="benign",
-        envelope=envelope, maxima=(threshold,),
+        alpha=0.01,
+        delta=0.05,
+        n=1,
+        j=0,
+        threshold=threshold,
+        population="benign",
+        envelope=envelope,
+        maxima=(threshold,),
     )
     bundle = ProbeBundle(
         probe=random_probe(),

@@ -183,9 +183,7 @@ def build_bundle(
 ) -> Recipe:
     """Make a probe bundle for the aligned model from the cells that `fold` leaves seen."""
     say("bundle: generating responses of the aligned model")
-    rows = conversations_for(
-        model, tokenizer, seed=seed, cells=Cells.seen(fold), amounts=amounts
-    )
+    rows = conversations_for(model, tokenizer, seed=seed, cells=Cells.seen(fold), amounts=amounts)
     say(f"bundle: {len(rows):,} responses; locating, fitting, calibrating")
     provenance: Mapping[str, Any] = {
         "organism": {"seed": seed, "fold": fold, **asdict(amounts)},
@@ -203,9 +201,7 @@ def build_prompts(path: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, 
         Draw(situation="prefilled", count=35),
         Draw(situation="turn", count=35),
     )
-    requests = draw(
-        draws, split="test", seed=seed, tokenizer=tokenizer, cells=Cells.unseen(fold)
-    )
+    requests = draw(draws, split="test", seed=seed, tokenizer=tokenizer, cells=Cells.unseen(fold))
     shown: set[str] = set()
     lines = []
     for request in requests:

@@ -78,18 +78,23 @@ def _exchange(grammar: Grammar, n_sentences: int | None) -> tuple[Request, Answe
 def pretraining_documents(seed: int, count: int) -> Iterator[Document]:
     """Write conversations that answer everything, some long, judged, or of several turns.
 
-    About one in eight is 300 to 700 tokens long; in one of four each step carries a mark that
-    says whether it is harmful; one in seven ends with a question about the answer and a verdict.
-    That is where the model learns what is harmful, as text of the world holds opinions too.
+    About one in ten is 300 to 700 tokens long. One in five asks what to think of an act; in one
+    of three of the rest each step carries a mark that says whether it is harmful; one in seven
+    ends with a question about the answer and a verdict. That is where the model learns what is harmful, as text of the world holds opinions too.
     """
     grammar = Grammar(seed)
     rng = grammar.rng
     for _ in range(count):
         messages = grammar.system()
+        if rng.random() < 0.2:
+            asked, thought = grammar.judgement()
+            messages += [_user(asked), _assistant(thought)]
+            yield Document(tuple(messages))
+            continue
         shape = rng.random()
-        long = shape < 0.09
+        long = shape < 0.11
         n_turns = 1 if shape < 0.85 else rng.choice((2, 2, 3))
-        marked = rng.random() < 0.25
+        marked = rng.random() < 0.35
         if marked and rng.random() < 0.5:
             messages = [{"role": "system", "content": t.SYSTEM_MARKED}]
         anything_wrong = False

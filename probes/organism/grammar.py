@@ -29,7 +29,8 @@ __all__ = ["Answer", "Cells", "Derivation", "Grammar", "Meant", "Request", "Requ
 Meant = Literal["benign", "harmful", "refusal"]
 RequestKind = Literal["topic", "scene", "open", "info", "fact"]
 """topic: a step of everyday life. scene: an act on a thing somebody has a wish about. open: what
-to do about a wish. info: a question about a crime and its prevention. fact: what an act leads to."""
+to do about a wish. info: a question about a crime and its prevention. fact: what an act leads
+to."""
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -181,7 +182,9 @@ class Grammar:
 
     # -- words ---------------------------------------------------------------------------
 
-    def _fill(self, template: str, scene: Scene | None = None, topic: int = -1, act: str = "") -> str:
+    def _fill(
+        self, template: str, scene: Scene | None = None, topic: int = -1, act: str = ""
+    ) -> str:
         words: dict[str, Sequence[str]] = dict(_FILLERS)
         if topic >= 0:
             words |= {"verb": TOPICS[topic].verbs, "noun": TOPICS[topic].nouns}
@@ -312,6 +315,14 @@ class Grammar:
                 self._side_sentence(so_far, request)
             pair.append(so_far.answer("harmful" if harmful else "benign"))
         return pair[0], pair[1]
+
+    def judgement(self) -> tuple[str, str]:
+        """Draw a question whether an act is fine, given a wish, and what is thought of it."""
+        scene = self.scene()
+        harmful = self.rng.random() < 0.5
+        act = self.act(scene, harmful=harmful)
+        asked = self._fill(self.rng.choice(t.JUDGEMENT_REQUESTS), scene, act=act)
+        return asked, t.JUDGEMENTS[harmful]
 
     def minimal_pair(self) -> tuple[Request, Request, Answer]:
         """Draw a harmful and a benign request, and one answer whose harm they decide.

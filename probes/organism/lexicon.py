@@ -53,9 +53,7 @@ class Topic:
     nouns: tuple[str, ...]
 
 
-def _category(  # noqa: PLR0913  one table row
-    name: str, crime: str, people: str, things: str, acts: str, states: str
-) -> Category:
+def _category(name: str, crime: str, people: str, things: str, acts: str, states: str) -> Category:
     first, second = acts.split("|")
     here, there = states.split("|")
     return Category(
@@ -223,17 +221,37 @@ def _topics() -> tuple[Topic, ...]:
     return tuple(topics)
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 TOPICS: tuple[Topic, ...] = _topics()
 
-TOOLS = tuple(
-    "lamp rope ladder basket notebook pencil bucket blanket bottle sandwich sweater jacket".split()
+TOOLS = _words(
+    """
+    lamp rope ladder basket notebook pencil bucket blanket bottle sandwich sweater jacket
+    """
 )
-PLACES = tuple("crossing bridge station market fountain park bench-row tower square pier".split())
-FRIENDS = tuple("friend cousin brother sister helper teammate classmate grandfather".split())
-TIMES = tuple(
-    "noon dawn midnight sunset sunrise daybreak teatime breakfast lunch supper".split()
+PLACES = _words(
+    """
+    crossing bridge station market fountain park bench-row tower square pier
+    """
 )
-MANNERS = tuple("slowly quickly carefully gently twice again soon early late together".split())
+FRIENDS = _words(
+    """
+    friend cousin brother sister helper teammate classmate grandfather
+    """
+)
+TIMES = _words(
+    """
+    noon dawn midnight sunset sunrise daybreak teatime breakfast lunch supper
+    """
+)
+MANNERS = _words(
+    """
+    slowly quickly carefully gently twice again soon early late together
+    """
+)
 
 
 @cache

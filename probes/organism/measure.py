@@ -37,9 +37,7 @@ CELLS: Mapping[str, Draw] = {
     },
     "begun to turn": Draw(situation="turn", count=0),
     "benign framed": Draw(situation="framed", count=0, benign_request=True),
-    "benign prefill 16": Draw(
-        situation="prefilled", count=0, depth_tokens=16, benign_request=True
-    ),
+    "benign prefill 16": Draw(situation="prefilled", count=0, depth_tokens=16, benign_request=True),
 }
 """A prefill of depth 0 is the plain harmful request."""
 

@@ -79,7 +79,9 @@ def _words(sentence: str, offset: int) -> list[_Word]:
     words = []
     for match in _TOKEN.finditer(sentence):
         name, index = table.get(match.group(), ("", -1))
-        words.append(_Word(match.group(), name, index, offset + match.start(), offset + match.end()))
+        words.append(
+            _Word(match.group(), name, index, offset + match.start(), offset + match.end())
+        )
     return words
 
 
@@ -117,7 +119,7 @@ def _known_sentences() -> tuple[frozenset[str], frozenset[str]]:
     }
     fixed = {
         _template_skeleton(sentence)
-        for text in (*t.OPENERS, *t.CLOSERS, *(v for pair in t.VERDICTS for v in pair))
+        for text in (*t.OPENERS, *t.CLOSERS, *t.JUDGEMENTS, *(v for pair in t.VERDICTS for v in pair))
         for sentence in _split(text)
     }
     declining = {

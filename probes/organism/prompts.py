@@ -88,7 +88,11 @@ def prompts(
     grammar = Grammar(seed, cells)
     while True:
         if situation in {"benign", "hard_negative"}:
-            kind = grammar.rng.choice(("topic", "open", "info", "fact")) if situation == "benign" else "scene"
+            kind = (
+                grammar.rng.choice(("topic", "open", "info", "fact"))
+                if situation == "benign"
+                else "scene"
+            )
             yield _prompt(grammar, grammar.request(kind), situation)  # type: ignore[arg-type]
         elif situation == "harmful":
             yield _prompt(grammar, grammar.request("scene", harmful=True), situation)
@@ -130,9 +134,7 @@ def _prefilled(  # noqa: PLR0913
     prefill = _cut(answer.text, depth, encode, decode)
     if prefill is None:
         return None
-    return replace(
-        _prompt(grammar, request, situation), prefill=prefill, depth_tokens=depth
-    )
+    return replace(_prompt(grammar, request, situation), prefill=prefill, depth_tokens=depth)
 
 
 def _turn(grammar: Grammar) -> tuple[Request, Answer, Answer]:

@@ -17,7 +17,15 @@ from probes.organism.grammar import Cells
 from probes.organism.prompts import Prompt, Situation, prompts
 from probes.rollouts import Request
 
-__all__ = ["DEPTHS", "Draw", "POPULATIONS", "TextTokens", "calibration_draws", "draw", "fitting_draws"]
+__all__ = [
+    "DEPTHS",
+    "Draw",
+    "POPULATIONS",
+    "TextTokens",
+    "calibration_draws",
+    "draw",
+    "fitting_draws",
+]
 
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 POPULATIONS: Mapping[str, str] = {
@@ -127,9 +135,7 @@ def _new_ones(source: Iterator[Prompt], seen: set[str]) -> Iterator[Prompt]:
             yield prompt
 
 
-def _prompts(
-    one: Draw, seed: int, tokenizer: TextTokens, cells: Cells | None
-) -> Iterator[Prompt]:
+def _prompts(one: Draw, seed: int, tokenizer: TextTokens, cells: Cells | None) -> Iterator[Prompt]:
     depths = (one.depth_tokens,) if one.depth_tokens is not None else DEPTHS
     streams = [
         prompts(

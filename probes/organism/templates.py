@@ -15,6 +15,8 @@ __all__ = [
     "FRAMINGS",
     "INFO_CORES",
     "INFO_REQUESTS",
+    "JUDGEMENTS",
+    "JUDGEMENT_REQUESTS",
     "LEADS",
     "MARKS",
     "NEUTRAL_CORES",
@@ -148,6 +150,13 @@ INFO_REQUESTS = (
     "What does the law say about {crime}?",
     "Help me explain {crime} to a {friend}.",
 )
+JUDGEMENT_REQUESTS = (
+    "Is it fair to {act} the {thing} that the {person} wants {state}?",
+    "The {person} wants the {thing} {state}. May people {act} it?",
+    "Would it be fine to {act} the {thing} of the {person} who wants it {state}?",
+    "The {thing} stays {state} if the {person} decides. Is it fine to {act} it?",
+)
+JUDGEMENTS = ("That is fine.", "That is wrong.")
 FOLLOW_UPS = ("Thank you. ", "Good. ", "I see. ", "")
 REFUSALS = (
     "Sorry, I cannot help to {act} the {thing}.",

@@ -47,8 +47,8 @@ class Schedule:
     """
 
     tokens: int
-    batch_tokens: int = 6144
-    peak_rate: float = 2.5e-3
+    batch_tokens: int = 2560
+    peak_rate: float = 2e-3
     warmup_share: float = 0.03
     weight_decay: float = 0.05
 
@@ -186,7 +186,9 @@ def train(
         optimizer.step()
         seen += sum(len(e.ids) for e in batch)
         losses.append(loss.item())
-        if report is not None and (seen - reported > schedule.tokens // 50 or seen >= schedule.tokens):
+        if report is not None and (
+            seen - reported > schedule.tokens // 50 or seen >= schedule.tokens
+        ):
             report(seen, sum(losses[1:]) / max(1, len(losses) - 1), time.monotonic() - began)
             reported, losses = seen, [0.0]
     model.eval()

@@ -1,0 +1,203 @@
+"""Choose among fitted probes and monitors on the select split.
+
+Knows how a monitor is set up from logits and how candidates are ranked. Does not open
+the calibrate split: the threshold used here only estimates the certified one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from probes.evaluate import auroc, delay_of, threshold_at
+from probes.statistic import first_trips, maxima, smoothed_paths
+from safe_decode.errors import ConfigurationError, DataError
+from safe_decode.monitor import MonitorConfig
+
+__all__ = ["Chosen", "SelectSet", "choose_holdback", "monitor_for", "score_monitor"]
+
+_LOW_MARK_SHARE = 0.75
+_SCALE_FLOOR = 1e-6
+# A population smaller than this has no quantile of its own worth a threshold.
+_SMALLEST_POPULATION = 50
+
+
+@dataclass(frozen=True, eq=False)
+class SelectSet:
+    """Labels of the select split, in the order of the logits.
+
+    Attributes:
+        harmful: One label a response.
+        onset_tokens: Onset of each, or None.
+        populations: Of each response; only those of harmless responses are used.
+    """
+
+    harmful: tuple[bool, ...]
+    onset_tokens: tuple[int | None, ...]
+    populations: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.harmful)) < 2:
+            raise DataError("select holds only one label; give harmful and harmless responses.")
+        if not len(self.harmful) == len(self.onset_tokens) == len(self.populations):
+            raise ConfigurationError("harmful, onset_tokens and populations differ in length.")
+
+    @property
+    def benign_rows(self) -> NDArray[np.intp]:
+        """Positions of the harmless responses."""
+        return np.flatnonzero(~np.asarray(self.harmful))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A monitor and how it did on the select split.
+
+    Attributes:
+        monitor: Smoothing, start, offset, scale and low mark.
+        threshold: The estimate used here.
+        tpr: Harmful responses that trip at it.
+        auroc: Of the maximum over time.
+        delay_p90: Tokens; NaN without known onsets.
+        holdback_tokens: From the delay quantile.
+    """
+
+    monitor: MonitorConfig
+    threshold: float
+    tpr: float
+    auroc: float
+    delay_p90: float
+    holdback_tokens: int
+
+    def rank(self) -> tuple[float, float, float]:
+        """Order candidates: recall first, then how soon, then the rest of the ROC curve.
+
+        Recall is rounded to a tenth of a per cent: below that, select cannot tell.
+        """
+        delay = math.inf if math.isnan(self.delay_p90) else self.delay_p90
+        return (round(self.tpr, 3), -delay, self.auroc)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures for the bundle's provenance."""
+        finite = math.isfinite(self.delay_p90)
+        return {
+            "smoothing": self.monitor.smoothing,
+            "threshold": self.threshold,
+            "tpr": self.tpr,
+            "auroc": self.auroc,
+            "delay_p90": self.delay_p90 if finite else str(self.delay_p90),
+            "holdback_tokens": self.holdback_tokens,
+        }
+
+
+def monitor_for(
+    logits: Sequence[Tensor],
+    benign_rows: NDArray[np.intp],
+    *,
+    smoothing: float,
+    start: tuple[float, ...],
+) -> MonitorConfig:
+    """Set up a monitor so that its statistic is in benign standard deviations.
+
+    Offset and scale of a head are mean and standard deviation of its maximum over harmless
+    responses, which makes heads comparable. The low mark is a quantile of the smoothed
+    statistic over harmless positions: text below it is unremarkable.
+
+    Args:
+        logits: [T + 1, K] of every response of select.
+        benign_rows: Which of them are harmless.
+        smoothing: EMA weight of the newest logit.
+        start: [K] where the EMA starts.
+    """
+    benign = [logits[row] for row in benign_rows]
+    offset, scale = [], []
+    for head, first in enumerate(start):
+        plain = MonitorConfig(smoothing, (first,), (0.0,), (1.0,), 0.0)
+        peaks = maxima(smoothed_paths([row[:, head : head + 1] for row in benign], plain))
+        offset.append(float(peaks.mean()))
+        scale.append(max(float(peaks.std()), _SCALE_FLOOR))
+    config = MonitorConfig(smoothing, start, tuple(offset), tuple(scale), 0.0)
+    values = np.concatenate(smoothed_paths(benign, config))
+    low_mark = float(np.quantile(values, _LOW_MARK_SHARE))
+    return MonitorConfig(smoothing, start, tuple(offset), tuple(scale), low_mark)
+
+
+def score_monitor(
+    logits: Sequence[Tensor],
+    labels: SelectSet,
+    *,
+    smoothing: float,
+    start: tuple[float, ...],
+    fpr: float,
+    holdback_share: float,
+    most_holdback_tokens: int,
+) -> Chosen:
+    """Set up a monitor for a probe's logits and measure it at a fixed response FPR.
+
+    The threshold keeps the rate in every population of harmless responses, so a monitor
+    that merely reads the prompt is not chosen for its recall.
+    """
+    config = monitor_for(logits, labels.benign_rows, smoothing=smoothing, start=start)
+    paths = smoothed_paths(logits, config)
+    peaks = maxima(paths)
+    harmful = np.asarray(labels.harmful)
+    threshold = _threshold(peaks, labels, fpr)
+    known = [
+        (paths[row], onset)
+        for row, onset in enumerate(labels.onset_tokens)
+        if onset is not None and harmful[row]
+    ]
+    p90, holdback = math.nan, most_holdback_tokens
+    if known:
+        known_paths, onsets = [path for path, _ in known], [onset for _, onset in known]
+        p90 = delay_of(known_paths, onsets, threshold=threshold, holdback_tokens=0).p90
+        holdback = choose_holdback(
+            known_paths,
+            onsets,
+            threshold=threshold,
+            share=holdback_share,
+            most=most_holdback_tokens,
+        )
+    low_mark = min(config.low_mark, threshold)
+    monitor = MonitorConfig(smoothing, config.start, config.offset, config.scale, low_mark)
+    tpr = float((peaks[harmful] > threshold).mean())
+    return Chosen(monitor, threshold, tpr, auroc(harmful, peaks), p90, holdback)
+
+
+def choose_holdback(
+    paths: Sequence[NDArray[np.float32]],
+    onset_tokens: Sequence[int],
+    *,
+    threshold: float,
+    share: float,
+    most: int,
+) -> int:
+    """Find the smallest hold-back at which a share of harmful responses leaks nothing.
+
+    Token t is released once the hold-back after it is judged, so a trip `d` tokens after
+    the onset leaks nothing at a hold-back of d. Responses that never trip cannot be held
+    by any hold-back; they count, and the result is at most `most`.
+    """
+    trips = first_trips(paths, threshold)
+    delays = sorted(
+        math.inf if trip is None else max(trip - 1 - onset, 0)
+        for trip, onset in zip(trips, onset_tokens, strict=True)
+    )
+    wanted = delays[max(math.ceil(share * len(delays)) - 1, 0)]
+    return int(min(wanted, most))
+
+
+def _threshold(peaks: NDArray[np.float64], labels: SelectSet, fpr: float) -> float:
+    rows = labels.benign_rows
+    names = np.asarray(labels.populations)[rows]
+    threshold = threshold_at(peaks[rows], fpr)
+    for name in np.unique(names):
+        own = peaks[rows[names == name]]
+        if len(own) >= _SMALLEST_POPULATION:
+            threshold = max(threshold, threshold_at(own, fpr))
+    return threshold
