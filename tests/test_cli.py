@@ -1,10 +1,9 @@
 """The command line: what people read, what programs read, and how errors are told."""
 
 import json
-import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from safe_decode.trace import read_traces
 from tests.guarding import random_probe
 from tests.models import byte_tokenizer, tiny_model
 
+ROOT = Path(__file__).resolve().parent.parent
 CAP, N = 8, 299
 WORDS = ("a", "lamp", "by the sea", "tell me more", "who", "is it late")
 
@@ -108,24 +108,22 @@ def refused(result):
     return line
 
 
+def cpu_seconds_of_children():
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_answers_in_half_a_second():
-    code = (
-        "import sys; sys.argv = ['safe-decode', '--help']; from safe_decode.cli import main; main()"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    code = "import sys; sys.argv[1:] = ['--help']; from safe_decode.cli import main; main()"
     taken = []
+    # The fastest of three, in processor time: a busy machine is not the program's doing.
     for _ in range(3):
-        began = time.perf_counter()
+        began = cpu_seconds_of_children()
         done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=True,
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
         )
-        taken.append(time.perf_counter() - began)
+        taken.append(cpu_seconds_of_children() - began)
     assert "verify-certificate" in done.stdout
-    # The fastest of three: a busy machine is not the program's doing.
     assert min(taken) < 0.5
 
 
@@ -134,7 +132,9 @@ def test_help_loads_nothing_heavy():
         "import sys\nfrom safe_decode import cli\n"
         "print({'torch', 'transformers', 'sklearn', 'numpy'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert done.stdout.strip() == "set()"
 
 
@@ -186,7 +186,7 @@ def test_a_trace_can_be_read_back_and_gives_no_text_away(run, tmp_path):
         (("--prompt", "x", "--alpha", "0.3"), "0.3"),
         (("--prompt", "x", "--model", "somewhere"), "without --bundle"),
         (("--prompt", "x", "--device", "nowhere"), "device='nowhere'"),
-        (("--prompt", "x" * 400), "400"),
+        (("--prompt", "x" * 400), "404 tokens"),
         (("--prompt", "x", "--bundle", "/nonexistent"), "/nonexistent"),
         (("--prompt", "x", "--trace", "/nonexistent/t"), "/nonexistent/t cannot be written"),
     ],

@@ -123,9 +123,15 @@ def decoder_of(
             f"--model={model!r} was given without --bundle; pass the bundle made for that model, "
             "the embedded one fits the embedded model alone."
         )
+    from transformers.utils import logging
+
     from safe_decode.bundle import ProbeBundle
     from safe_decode.demo.load import artefact, load_model
     from safe_decode.guard import SafeDecoder
+
+    # Standard error is for our own progress, and for errors of one line.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
     # The bundle first: a bad one is told before seconds are spent on the model.
     probes = ProbeBundle.load(bundle or artefact("bundle"))
