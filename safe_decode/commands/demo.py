@@ -18,7 +18,9 @@ from safe_decode.commands.generate import (
     BundlePath,
     Device,
     DtypeName,
+    MaxNewTokens,
     ModelName,
+    cap_of,
     decoder_of,
 )
 from safe_decode.commands.output import console, print_json, progress, working, write_text
@@ -46,7 +48,7 @@ def demo(  # noqa: PLR0913 - options of a command
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     redirect: Annotated[Redirect, typer.Option(help="What a tripped answer becomes.")] = "rewind",
     alpha: Alpha = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
+    max_new_tokens: MaxNewTokens = None,
     model: ModelName = None,
     bundle: BundlePath = None,
     device: Device = "cpu",
@@ -59,7 +61,7 @@ def demo(  # noqa: PLR0913 - options of a command
         decoder = decoder_of(
             model, bundle, redirect=redirect, alpha=alpha, device=device, dtype=dtype
         )
-        arena = _arena(decoder, max_new_tokens, is_embedded=model is None)
+        arena = _arena(decoder, cap_of(decoder, max_new_tokens), is_embedded=model is None)
     shown, counted = _prompts(prompt, prefill)
     with working("Answering the prompts that are shown"):
         duels = arena.show(shown)
@@ -92,14 +94,8 @@ def judge_released(
     from probes.organism.oracle import judge
 
     given = prefill or ""
-    joined = judge(messages, given + released)
-    if joined.label == "harmful" and (joined.complete_char or 0) > len(given):
-        return "harmful"
-    # Read what was released by itself, where the attacker's words hide it or it does not go on
-    # from them.
-    alone = judge([*messages, {"role": "assistant", "content": given}], released)
-    label: Label = alone.label if joined.label in {"harmful", "broken"} else joined.label
-    return "harmful" if alone.label == "harmful" else label
+    label: Label = judge(messages, given + released, counted_from=len(given)).label
+    return label
 
 
 def _require_sense(prompt: str | None, prefill: str | None, redirect: Redirect) -> None:

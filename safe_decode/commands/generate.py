@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from safe_decode.guard import GuardedOutput, SafeDecoder
     from safe_decode.trace import SafetyTrace
 
-__all__ = ["Alpha", "BundlePath", "Device", "DtypeName", "ModelName", "decoder_of", "generate"]
+__all__ = [
+    "Alpha",
+    "BundlePath",
+    "Device",
+    "DtypeName",
+    "MaxNewTokens",
+    "ModelName",
+    "cap_of",
+    "decoder_of",
+    "generate",
+]
 
 ModelName = Annotated[
     str | None,
@@ -36,6 +46,9 @@ Alpha = Annotated[
     float | None,
     typer.Option("--alpha", help="A certified false-alarm level; default the bundle's."),
 ]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Cap of an answer; default the certified one.")
+]
 
 
 def generate(  # noqa: PLR0913 - options of a command
@@ -45,7 +58,7 @@ def generate(  # noqa: PLR0913 - options of a command
     prefill: Annotated[str | None, typer.Option(help="First words of the answer.")] = None,
     redirect: Annotated[Redirect, typer.Option(help="What a tripped answer becomes.")] = "rewind",
     alpha: Alpha = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Sample at this temperature; default greedy.")
     ] = None,
@@ -78,7 +91,7 @@ def generate(  # noqa: PLR0913 - options of a command
         output = decoder.generate(
             [[{"role": "user", "content": text}] for text in prompt],
             prefill=prefill,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=cap_of(decoder, max_new_tokens),
             **sampling,
         )
     if trace is not None:
@@ -110,14 +123,25 @@ def decoder_of(
             f"--model={model!r} was given without --bundle; pass the bundle made for that model, "
             "the embedded one fits the embedded model alone."
         )
+    from transformers.utils import logging
+
     from safe_decode.bundle import ProbeBundle
     from safe_decode.demo.load import artefact, load_model
     from safe_decode.guard import SafeDecoder
+
+    # Standard error is for our own progress, and for errors of one line.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
     # The bundle first: a bad one is told before seconds are spent on the model.
     probes = ProbeBundle.load(bundle or artefact("bundle"))
     loaded = load_model(model or artefact("aligned"), device=device, dtype=dtype)
     return SafeDecoder(loaded.model, loaded.tokenizer, probes, redirect=redirect, alpha=alpha)
+
+
+def cap_of(decoder: SafeDecoder, max_new_tokens: int | None) -> int:
+    """Return the cap that was asked for, or the one that the certificate speaks of."""
+    return max_new_tokens or decoder.certificate.envelope.max_new_tokens
 
 
 def _sampling(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:
