@@ -109,8 +109,8 @@ def build_pair(
     safety = alignment_documents(
         seed + 1_000_000, amounts.alignment_tokens // 90, recovery=recovery
     )
-    stages = (Stage(encode(tokenizer, safety, answers_only=True), amounts.alignment_tokens),)
-    train(model, stages, Schedule(peak_rate=8e-4), seed=seed + 1, report=report("alignment"))
+    refusing = Stage(encode(tokenizer, safety, answers_only=True), amounts.alignment_tokens)
+    train(model, (refusing,), Schedule(peak_rate=8e-4), seed=seed + 1, report=report("alignment"))
     _save(model, tokenizer, target / "aligned")
     _write_lines(target / "curve.jsonl", curve)
 

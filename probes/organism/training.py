@@ -36,10 +36,17 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Examples, and how many of their tokens are read before the next stage."""
+    """Examples, and how much of them is read before the next stage.
+
+    Attributes:
+        examples: In any order; read again from the start when they run out.
+        tokens: Of the stage, padding excluded.
+        batch_tokens: A batch, padding included, at most.
+    """
 
     examples: Sequence[Example]
     tokens: int
+    batch_tokens: int = 2560
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +54,12 @@ class Schedule:
     """How fast to train.
 
     Attributes:
-        batch_tokens: Tokens a batch, padding included, at most.
         peak_rate: Learning rate after the warm-up; falls along a cosine to a twentieth.
         warmup_share: Share of the run in which the rate rises.
         weight_decay: AdamW's, on matrices only.
     """
 
-    batch_tokens: int = 2560
-    peak_rate: float = 2e-3
+    peak_rate: float = 1.5e-3
     warmup_share: float = 0.03
     weight_decay: float = 0.05
 
@@ -128,12 +133,10 @@ def _batches(
         yield from (batch for batch in batches if batch)
 
 
-def _staged(
-    stages: Sequence[Stage], batch_tokens: int, rng: random.Random
-) -> Iterator[list[Example]]:
+def _staged(stages: Sequence[Stage], rng: random.Random) -> Iterator[list[Example]]:
     for stage in stages:
         seen = 0
-        for batch in _batches(stage.examples, batch_tokens, rng):
+        for batch in _batches(stage.examples, stage.batch_tokens, rng):
             yield batch
             seen += sum(len(e.ids) for e in batch)
             if seen >= stage.tokens:
@@ -184,7 +187,7 @@ def train(
         betas=(0.9, 0.98),
         fused=True,
     )
-    batches = _staged(stages, schedule.batch_tokens, random.Random(seed))
+    batches = _staged(stages, random.Random(seed))
     tokens = sum(stage.tokens for stage in stages)
     pad = model.config.pad_token_id
     assert isinstance(pad, int)
