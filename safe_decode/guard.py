@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from safe_decode import chat
-from safe_decode.bundle import Fingerprint, ProbeBundle
+from safe_decode.bundle import ProbeBundle
 from safe_decode.capabilities import require_supported, require_supported_model
 from safe_decode.certificate import Certificate
 from safe_decode.decision import Redirect
@@ -27,6 +27,7 @@ from safe_decode.errors import (
     PromptError,
     UnsupportedError,
 )
+from safe_decode.fingerprint import Fingerprint
 from safe_decode.inputs import GuardInputs, Prompts, from_ids, from_prompts
 from safe_decode.loop import CallSettings, GuardedLoop
 from safe_decode.monitor import RiskMonitor
@@ -328,8 +329,8 @@ class SafeDecoder:
         reason = next((reason for reason in reasons if reason is not None), None)
         if self.strict and reason is not None:
             raise CertificateError(
-                f"the call is outside the certified envelope: {reason}; stay inside it, certify for "
-                "it, or pass strict=False."
+                f"the call is outside the certified envelope: {reason}; stay inside it, certify "
+                "for it, or pass strict=False."
             )
 
     def _rewinder(

@@ -257,11 +257,11 @@ class GuardedSteps:
 
     def _fail(self, error: GuardError, said: int) -> None:
         policy = self.session.policy
+        closes = policy.protects and policy.on_error == "close"
         for row in range(self.session.batch):
-            if policy.protects and policy.on_error == "close":
-                if row not in self.scripts:
-                    self.session.park(row, said=said, error=error)
-                    self._open_script(row)
+            if closes and row not in self.scripts:
+                self.session.park(row, said=said, error=error)
+                self._open_script(row)
             self.session.errors.setdefault(row, error)
 
     def _open_script(self, row: int) -> None:
