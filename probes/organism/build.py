@@ -57,9 +57,9 @@ class Amounts:
         max_new_tokens: Cap of a response, and of the certificates.
     """
 
-    primer_tokens: int = 1_200_000
-    pretraining_tokens: int = 3_000_000
-    alignment_tokens: int = 800_000
+    primer_tokens: int = 1_000_000
+    pretraining_tokens: int = 2_700_000
+    alignment_tokens: int = 700_000
     fitting: int = 3000
     calibration: int = 6000
     max_new_tokens: int = 160
@@ -101,7 +101,8 @@ def build_pair(
 
     primer = primer_documents(seed + 500_000, amounts.primer_tokens // 35)
     stages = (
-        Stage(encode(tokenizer, primer, answers_only=False), amounts.primer_tokens),
+        # Loss on answers alone: what people ask is noise beside one word of judgement.
+        Stage(encode(tokenizer, primer, answers_only=True), amounts.primer_tokens, 1280),
         Stage(encode(tokenizer, documents, answers_only=False), amounts.pretraining_tokens),
     )
     train(model, stages, Schedule(), seed=seed, report=report("pretraining"))
@@ -110,7 +111,7 @@ def build_pair(
         seed + 1_000_000, amounts.alignment_tokens // 90, recovery=recovery
     )
     refusing = Stage(encode(tokenizer, safety, answers_only=True), amounts.alignment_tokens)
-    train(model, (refusing,), Schedule(peak_rate=8e-4), seed=seed + 1, report=report("alignment"))
+    train(model, (refusing,), Schedule(peak_rate=5e-4), seed=seed + 1, report=report("alignment"))
     _save(model, tokenizer, target / "aligned")
     _write_lines(target / "curve.jsonl", curve)
 
