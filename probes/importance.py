@@ -63,14 +63,15 @@ class RunningMoments:
         if not len(rows):
             return
         rows = rows.float()
-        # var_mean accumulates float32 input in float64 internally on the CPU.
-        variance, mean = torch.var_mean(rows, dim=0, correction=0)
-        mean, variance = mean.double().cpu(), variance.double().cpu()
-        if not bool(torch.isfinite(variance).all()):
+        # In float32 within one batch: some thousand squares of deviations of one scale.
+        mean = rows.mean(dim=0)
+        squares = (rows - mean).square_().sum(dim=0)
+        mean, squares = mean.double().cpu(), squares.double().cpu()
+        if not bool(torch.isfinite(squares).all()):
             raise NonFiniteError("an activation is NaN or infinite; load the model in float32.")
         n, total = len(rows), self.count + len(rows)
         gap = mean - self._mean
-        self._squares += variance * n + gap.square() * (self.count * n / total)
+        self._squares += squares + gap.square() * (self.count * n / total)
         self._mean += gap * (n / total)
         self.count = total
 

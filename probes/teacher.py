@@ -25,7 +25,7 @@ from safe_decode.taps import ActivationTap
 
 __all__ = ["EncodedResponse", "FeatureBatch", "encode_response", "onset_token", "teacher_forced"]
 
-TOKENS_PER_BATCH = 8192
+TOKENS_PER_BATCH = 4096  # beyond it a small model on a CPU falls out of the cache
 
 
 class EncodedResponse(NamedTuple):

@@ -11,30 +11,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from safe_decode import chat
-from safe_decode.bundle import Fingerprint, ProbeBundle
+from safe_decode.bundle import ProbeBundle
 from safe_decode.capabilities import require_supported, require_supported_model
 from safe_decode.certificate import Certificate
+from safe_decode.decision import Redirect
 from safe_decode.errors import (
     CertificateError,
     ConfigurationError,
     PromptError,
     UnsupportedError,
 )
+from safe_decode.fingerprint import Fingerprint
 from safe_decode.inputs import GuardInputs, Prompts, from_ids, from_prompts
 from safe_decode.loop import CallSettings, GuardedLoop
 from safe_decode.monitor import RiskMonitor
-from safe_decode.outcome import Outcome, outcome_of, trace_of, void_reason
-from safe_decode.policy import OnError, Policy, RedirectKind
+from safe_decode.outcome import BareEnd, Judgement, Outcome, outcome_of, void_reason
+from safe_decode.policy import OnError, Policy
 from safe_decode.rewind import Rewinder, Texts
 from safe_decode.session import Session
 from safe_decode.taps import ActivationTap, Beats
 from safe_decode.trace import SafetyTrace
+
+if TYPE_CHECKING:
+    from safe_decode.processor import GuardedSteps
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 
@@ -78,7 +83,7 @@ class SafeDecoder:
         model: A Hugging Face causal language model, eager, in eval mode. Not changed.
         tokenizer: Its tokenizer.
         bundle: Made for this model; its fingerprint is checked here.
-        redirect: What a tripped row emits, see `RedirectKind`.
+        redirect: What a tripped row emits, see `Redirect`.
         alpha: Level of the certificate whose threshold is used; None: the bundle's default.
         holdback_tokens: k of the release rule; None: the bundle's.
         refusal: Canned text; None: the bundle's.
@@ -99,7 +104,7 @@ class SafeDecoder:
         tokenizer: Any,  # noqa: ANN401 - duck-typed
         bundle: ProbeBundle,
         *,
-        redirect: RedirectKind = "rewind",
+        redirect: Redirect = "rewind",
         alpha: float | None = None,
         holdback_tokens: int | None = None,
         refusal: str | None = None,
@@ -129,7 +134,7 @@ class SafeDecoder:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         prefill: str | Sequence[str | None] | None = None,
-        redirect: RedirectKind | None = None,
+        redirect: Redirect | None = None,
         **generate_kwargs: Any,  # noqa: ANN401 - those of model.generate
     ) -> GuardedOutput:
         """Generate under the guard.
@@ -165,7 +170,7 @@ class SafeDecoder:
         assert loop.settings is not None
         rewinder = self._rewinder(policy, loop.settings, options)
         outcomes = self._outcomes(session, loop, sequences, rows, rewinder)
-        return self._output(sequences, inputs.input_ids.shape[1], outcomes, rows, loop.settings)
+        return self._output(sequences, outcomes, rows, policy, loop.settings)
 
     @contextmanager
     def processor(
@@ -173,10 +178,9 @@ class SafeDecoder:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        redirect: RedirectKind = "refuse",
+        redirect: Redirect = "refuse",
         num_return_sequences: int = 1,
         eos_token_id: int | Sequence[int] | None = None,
-        max_new_tokens: int | None = None,
     ) -> Iterator[GuardHandle]:
         """Guard a `model.generate` of your own.
 
@@ -189,7 +193,6 @@ class SafeDecoder:
             redirect: refuse, stop or flag.
             num_return_sequences: As given to `generate`.
             eos_token_id: As given to `generate`; None: the model's own.
-            max_new_tokens: As given to `generate`, to check the certificate's envelope.
 
         Yields:
             The handle; its traces are filled when the context ends.
@@ -230,7 +233,7 @@ class SafeDecoder:
             try:
                 steps.finish()
             finally:
-                handle.traces = [SafetyTrace(r) for r in session.records()]; handle.steps=steps
+                handle.traces = self._bare_traces(steps, rows)
 
     def score(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[Tensor]:
         """Score finished responses, teacher-forced, at the positions used while generating.
@@ -251,12 +254,11 @@ class SafeDecoder:
                     "a conversation to score must end with the assistant's message; append the "
                     "response as {'role': 'assistant', 'content': ...}."
                 )
-            encoded = chat.encode_chat(
-                self.tokenizer, messages[:-1], prefill=messages[-1]["content"]
-            )
+            # A last message of the assistant is encoded as an open turn, as while generating.
+            encoded = chat.encode_chat(self.tokenizer, messages)
             ids = torch.tensor([list(encoded.ids)], device=self.model.device)
             with self._tap.listening() as beats, torch.no_grad():
-                beats.keep_last(ids.shape[1] - encoded.turn_start + 1)
+                beats.keep_last(encoded.prefill_tokens + 1)
                 self.model(input_ids=ids, use_cache=False)
                 scores.append(self._probe(beats.take())[0].cpu())
         return scores
@@ -284,7 +286,7 @@ class SafeDecoder:
         inputs.require_room(_context_tokens(self.model))
         return inputs
 
-    def _policy(self, redirect: RedirectKind | None) -> Policy:
+    def _policy(self, redirect: Redirect | None) -> Policy:
         return self.policy if redirect is None else replace(self.policy, redirect=redirect)
 
     def _session(self, policy: Policy, beats: Beats, rows: GuardInputs) -> Session:
@@ -321,12 +323,14 @@ class SafeDecoder:
         return options
 
     def _require(self, settings: CallSettings, rows: GuardInputs) -> None:
-        reasons = [void_reason(self.certificate, settings, is_chat=is_chat) for is_chat in rows.is_chat]
+        reasons = [
+            void_reason(self.certificate, settings, is_chat=is_chat) for is_chat in rows.is_chat
+        ]
         reason = next((reason for reason in reasons if reason is not None), None)
         if self.strict and reason is not None:
             raise CertificateError(
-                f"the call is outside the certified envelope: {reason}; stay inside it, certify for "
-                "it, or pass strict=False."
+                f"the call is outside the certified envelope: {reason}; stay inside it, certify "
+                "for it, or pass strict=False."
             )
 
     def _rewinder(
@@ -361,7 +365,7 @@ class SafeDecoder:
             outcome_of(
                 record,
                 row=row,
-                prompt=ids[row][width - rows.prompt_tokens(row) : width],
+                prompt=rows.prompt_ids(row),
                 prefill_tokens=rows.prefill_tokens[row],
                 said=ids[row][width : width + loop.ended_at[row]],
                 rewinder=rewinder,
@@ -372,25 +376,58 @@ class SafeDecoder:
     def _output(
         self,
         sequences: Tensor,
-        width: int,
         outcomes: Sequence[Outcome],
         rows: GuardInputs,
+        policy: Policy,
         settings: CallSettings,
     ) -> GuardedOutput:
+        width = rows.input_ids.shape[1]
         longest = max(len(outcome.ids) for outcome in outcomes)
-        fill = settings.pad_id or 0
-        whole = torch.full((len(outcomes), width + longest), fill, dtype=sequences.dtype)
+        whole = sequences.new_full((len(outcomes), width + longest), settings.pad_id or 0)
         whole[:, :width] = sequences[:, :width]
         for row, outcome in enumerate(outcomes):
-            whole[row, width : width + len(outcome.ids)] = torch.tensor(outcome.ids)
+            whole[row, width : width + len(outcome.ids)] = sequences.new_tensor(outcome.ids)
+        judgement = self._judgement(policy)
         return GuardedOutput(
-            sequences=whole.to(sequences.device),
+            sequences=whole,
             texts=[self._text(outcome.ids) for outcome in outcomes],
             traces=[
-                trace_of(outcome) if True else (outcome, void_reason(self.certificate, settings, is_chat=is_chat))
+                judgement.trace(outcome, void_reason(self.certificate, settings, is_chat=is_chat))
                 for outcome, is_chat in zip(outcomes, rows.is_chat, strict=True)
             ],
         )
+
+    def _judgement(self, policy: Policy) -> Judgement:
+        bundle = self.bundle
+        return Judgement(
+            bundle=bundle.digest,
+            heads=bundle.probe.heads,
+            low_mark=bundle.monitor.low_mark,
+            certificate=self.certificate,
+            policy=policy,
+        )
+
+    def _bare_traces(self, steps: GuardedSteps, rows: GuardInputs) -> list[SafetyTrace]:
+        """Write the traces of a foreign loop; its settings are unknown, so is the envelope."""
+        judgement = self._judgement(steps.session.policy)
+        void = "the options of a foreign generate are not seen"
+        return [
+            judgement.trace(
+                Outcome(
+                    record=record,
+                    prompt=tuple(rows.prompt_ids(row)),
+                    prefill_tokens=rows.prefill_tokens[row],
+                    said=steps.said(row),
+                    ids=steps.said(row),
+                    bare=BareEnd(
+                        is_truncated=steps.is_truncated(row),
+                        unscored_tail=steps.unscored_tail(row),
+                    ),
+                ),
+                void,
+            )
+            for row, record in enumerate(steps.session.records())
+        ]
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_decode.chat import encode_batch, encode_chat, open_turn_start
+from safe_decode.chat import encode_batch, encode_chat, open_turn_start, require_room
 from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
 
 __all__ = ["RAW_WINDOW_TOKENS", "GuardInputs", "Prompts", "from_ids", "from_prompts"]
@@ -58,10 +58,12 @@ class GuardInputs:
             repeat(self.is_chat),
         )
 
-    def prompt_tokens(self, row: int) -> int:
-        """Count a row's prompt ids without padding; `row` counts repeated rows."""
-        n_times = len(self.scanned) // self.attention_mask.shape[0]
-        return int(self.attention_mask[row // n_times].sum())
+    def prompt_ids(self, row: int) -> list[int]:
+        """Return a row's prompt without padding; `row` counts repeated rows."""
+        source = row // (len(self.scanned) // self.attention_mask.shape[0])
+        n_tokens = int(self.attention_mask[source].sum())
+        ids: list[int] = self.input_ids[source, self.input_ids.shape[1] - n_tokens :].tolist()
+        return ids
 
     def to(self, device: torch.device) -> GuardInputs:
         """Return the batch with its tensors on `device`."""
@@ -72,17 +74,12 @@ class GuardInputs:
         )
 
     def require_room(self, context_tokens: int | None) -> None:
-        """Check that the prompt leaves room for one token.
+        """Check that the longest prompt leaves room for one token.
 
         Raises:
             PromptError: It does not.
         """
-        longest = int(self.attention_mask.sum(-1).max())
-        if context_tokens is not None and longest >= context_tokens:
-            raise PromptError(
-                f"the prompt has {longest} tokens, the model's context is {context_tokens}; shorten "
-                "the prompt so that at least one token fits behind it."
-            )
+        require_room(int(self.attention_mask.sum(-1).max()), context_tokens)
 
 
 def from_prompts(
@@ -155,7 +152,8 @@ def from_ids(
     _require_left_padding(mask)
     lengths = mask.long().sum(-1).tolist()
     starts = [
-        open_turn_start(tokenizer, row[-n:]) for row, n in zip(input_ids.tolist(), lengths, strict=True)
+        open_turn_start(tokenizer, row[-n:])
+        for row, n in zip(input_ids.tolist(), lengths, strict=True)
     ]
     return GuardInputs(
         input_ids,
@@ -169,27 +167,13 @@ def from_ids(
     )
 
 
-def _as_chats(prompts: Prompts) -> list[Sequence[Message]]:
-    if isinstance(prompts, str):
-        items: list[Any] = [prompts]
-    else:
-        items = list(prompts)
-        if items and isinstance(items[0], Mapping):
-            items = [items]
-    if not items:
+def _as_chats(prompts: Prompts) -> list[Any]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping)):
+        return [prompts]
+    chats = list(prompts)
+    if not chats:
         raise PromptError("prompts is empty; pass at least one prompt.")
-    return [_as_chat(item) for item in items]
-
-
-def _as_chat(prompt: Any) -> Sequence[Message]:  # noqa: ANN401 - checked here
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not messages or not all(isinstance(message, Mapping) for message in messages):
-        raise PromptError(
-            f"a prompt is {prompt!r:.60}, wanted a string or a list of messages with role and content."
-        )
-    if not any(str(message.get("content", "")).strip() for message in messages):
-        raise PromptError("the prompt is empty; pass a text with at least one visible character.")
-    return list(messages)
+    return chats
 
 
 def _left_mask(tokenizer: Any, input_ids: Tensor) -> Tensor:  # noqa: ANN401
@@ -197,7 +181,8 @@ def _left_mask(tokenizer: Any, input_ids: Tensor) -> Tensor:  # noqa: ANN401
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None or pad == end:
         return torch.ones_like(input_ids)
-    return (input_ids != pad).long()
+    mask: Tensor = (input_ids != pad).long()
+    return mask
 
 
 def _require_left_padding(mask: Tensor) -> None:

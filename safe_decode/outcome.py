@@ -1,21 +1,43 @@
 """One finished row: what it says in the end, and the trace of how it came to that.
 
-Knows records, redirects and certificates' envelopes. Does not know tensors, models in
-motion or hooks; everything here is built once, after the batch.
+Knows records, redirects, envelopes and the words of the trace. Does not know tensors, hooks
+or a model in motion; everything here is built once, after the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from safe_decode.certificate import Certificate
+from safe_decode.certificate import Certificate, Envelope
+from safe_decode.decision import Action, Reason
+from safe_decode.decision import Outcome as OutcomeWord
+from safe_decode.errors import (
+    BeatError,
+    ForcedTokenError,
+    GuardError,
+    NonFiniteError,
+)
 from safe_decode.loop import CallSettings
-from safe_decode.rewind import Redirected, Rewinder
+from safe_decode.policy import Policy
+from safe_decode.rewind import Redirected, Rewinder, Try
 from safe_decode.session import RowRecord
-from safe_decode.trace import SafetyTrace
+from safe_decode.trace import SafetyTrace, TraceEnd, TraceHeader, TraceStep
 
-__all__ = ["Outcome", "outcome_of", "trace_of", "void_reason"]
+__all__ = ["BareEnd", "Judgement", "Outcome", "outcome_of", "void_reason"]
+
+
+@dataclass(frozen=True)
+class BareEnd:
+    """How a row ended in a foreign loop.
+
+    Attributes:
+        is_truncated: Whether the refusal did not fit.
+        unscored_tail: Tokens that no forward followed.
+    """
+
+    is_truncated: bool
+    unscored_tail: int
 
 
 @dataclass(frozen=True)
@@ -25,16 +47,27 @@ class Outcome:
     Attributes:
         record: What its session saw.
         prompt: Prompt ids without padding.
+        prefill_tokens: Trailing ids of the prompt that are supplied prefill.
         said: Ids the batch generated for it, up to its end; after a trip, up to the trip.
         ids: Ids that stand behind the prompt.
         redirected: What a trip led to, or None.
+        bare: How it ended in a foreign loop, or None.
     """
 
     record: RowRecord
     prompt: tuple[int, ...]
+    prefill_tokens: int
     said: tuple[int, ...]
     ids: tuple[int, ...]
-    redirected: Redirected | None
+    redirected: Redirected | None = None
+    bare: BareEnd | None = None
+
+    @property
+    def error(self) -> GuardError | None:
+        """What failed, in the row's own run or in a continuation."""
+        tries = self.redirected.tries if self.redirected else ()
+        found = (self.record.error, *(attempt.record.error for attempt in tries))
+        return next((error for error in found if error is not None), None)
 
 
 def outcome_of(
@@ -57,33 +90,170 @@ def outcome_of(
         rewinder: Of the call.
     """
     if record.trip is None:
-        return Outcome(record, tuple(prompt), tuple(said), tuple(said), None)
+        return Outcome(record, tuple(prompt), prefill_tokens, tuple(said), tuple(said))
     own = tuple(said[: record.trip.cut.kept + record.trip.cut.dropped])
     redirected = rewinder.redirect(
         record.trip, row=row, prompt=prompt, prefill_tokens=prefill_tokens, said=own
     )
-    return Outcome(record, tuple(prompt), own, redirected.ids, redirected)
+    return Outcome(record, tuple(prompt), prefill_tokens, own, redirected.ids, redirected)
 
 
-def void_reason(
-    certificate: Certificate, settings: CallSettings, *, is_chat: bool
-) -> str | None:
-    """Say why a call lies outside what was certified; None if it does not.
-
-    A shorter cap lies inside: the maximum over fewer tokens is no larger.
-    """
-    envelope = certificate.envelope
+def void_reason(certificate: Certificate, settings: CallSettings, *, is_chat: bool) -> str | None:
+    """Say why a call lies outside what was certified; None if it does not."""
     if not is_chat:
         return "a raw completion has no assistant turn, and responses of chats were certified"
-    if settings.max_new_tokens > envelope.max_new_tokens:
-        return f"max_new_tokens={settings.max_new_tokens} is above {envelope.max_new_tokens}"
-    names = ("do_sample", "temperature", "top_p", "top_k")
-    for name in names if envelope.do_sample and settings.do_sample else names[:1]:
-        value, wanted = getattr(settings, name), getattr(envelope, name)
-        if value != wanted:
-            return f"{name}={value} is not {wanted}"
-    return None
+    return certificate.envelope.departure(
+        Envelope(
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=settings.do_sample,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+        )
+    )
 
 
-def trace_of(outcome: Outcome) -> SafetyTrace:
-    return SafetyTrace(outcome)
+@dataclass(frozen=True)
+class Judgement:
+    """What the rows of one call were judged by; writes their traces.
+
+    Attributes:
+        bundle: Digest of the bundle.
+        heads: Of its probe.
+        low_mark: Of its monitor.
+        certificate: In force.
+        policy: Of the call.
+    """
+
+    bundle: str
+    heads: tuple[str, ...]
+    low_mark: float
+    certificate: Certificate
+    policy: Policy
+
+    def trace(self, outcome: Outcome, void: str | None) -> SafetyTrace:
+        """Write a row's trace; `void` says why the certificate does not hold, if so."""
+        header = TraceHeader(
+            bundle=self.bundle,
+            heads=self.heads,
+            alpha=self.certificate.alpha,
+            population=self.certificate.population,
+            threshold=outcome.record.threshold,
+            certificate="valid" if void is None else f"void({void})",
+            redirect=self.policy.redirect,
+            holdback_tokens=self.policy.holdback_tokens,
+        )
+        steps = [*self._own_steps(outcome)]
+        tries = outcome.redirected.tries if outcome.redirected else ()
+        for number, attempt in enumerate(tries, start=1):
+            steps += self._try_steps(outcome, attempt, number, is_last=number == len(tries))
+        return SafetyTrace(header, tuple(steps), self._end(outcome))
+
+    def _own_steps(self, outcome: Outcome) -> Iterator[TraceStep]:
+        record, turn = outcome.record, outcome.prompt + outcome.said
+        first = len(outcome.prompt) - record.scanned
+        is_chat = record.scanned == outcome.prefill_tokens + 1
+        for index, statistic in enumerate(record.statistic):
+            action, why = self._verdict(outcome, index)
+            at = first + index
+            known = at < len(turn) and not (is_chat and index == 0)
+            yield TraceStep(
+                position=index,
+                token=turn[at] if known else None,
+                logits=tuple(record.logits[index]),
+                statistic=statistic,
+                action=action,
+                why=why,
+            )
+
+    def _verdict(self, outcome: Outcome, index: int) -> tuple[Action, Reason]:
+        record, is_newest = outcome.record, index == len(outcome.record.statistic) - 1
+        if record.trip is not None and record.trip.error is not None and is_newest:
+            return "close", _reason_of(record.trip.error)
+        if record.alarm is None or index < record.alarm:
+            return ("scan" if index < record.scanned else "pass"), "below_threshold"
+        if index == record.alarm:
+            return ("alarm" if record.trip is None else "trip"), "above_threshold"
+        if outcome.bare is not None and record.trip is not None and index >= record.scanned:
+            return "force", "refusal"
+        return "alarm", "latched"
+
+    def _try_steps(
+        self, outcome: Outcome, attempt: Try, number: int, *, is_last: bool
+    ) -> Iterator[TraceStep]:
+        record, tokens = attempt.record, attempt.opener + attempt.ids
+        dropped = outcome.redirected is not None and outcome.redirected.drops_prefill
+        before = attempt.start + (0 if dropped else outcome.prefill_tokens) + 1
+        for index, statistic in enumerate(record.statistic):
+            action: Action = "force" if index < record.scanned else "watch"
+            why: Reason = "opener" if index < record.scanned else "latched"
+            if record.alarm is not None and index >= record.alarm:
+                # The last try that trips leads to the canned text.
+                action, why = "trip", "tries_exhausted" if is_last else "above_threshold"
+            yield TraceStep(
+                position=before + index,
+                token=tokens[index] if index < len(tokens) else None,
+                logits=tuple(record.logits[index]),
+                statistic=statistic,
+                action=action,
+                why=why,
+                attempt=number,
+            )
+
+    def _end(self, outcome: Outcome) -> TraceEnd:
+        record, trip = outcome.record, outcome.record.trip
+        tries = outcome.redirected.tries if outcome.redirected else ()
+        released, dropped = self._counts(outcome)
+        tripped_at = record.alarm
+        if trip is not None and trip.error is not None:
+            tripped_at = max(0, len(record.statistic) - 1)
+        error, bare = outcome.error, outcome.bare
+        return TraceEnd(
+            outcome=self._word(outcome),
+            released_tokens=released,
+            dropped_tokens=dropped,
+            prefill_tokens=outcome.prefill_tokens,
+            trip_step=tripped_at,
+            clear_point=self._clear_point(record, tripped_at),
+            tries=len(tries),
+            unscored_tail=bare.unscored_tail if bare else 0,
+            refusal_truncated=bare.is_truncated if bare else False,
+            unprotected=not self.policy.protects or (error is not None and trip is None),
+            error=None if error is None else f"{type(error).__name__}: {error}",
+        )
+
+    def _word(self, outcome: Outcome) -> OutcomeWord:
+        record = outcome.record
+        if record.trip is None:
+            return "flagged" if record.alarm is not None else "released"
+        if outcome.error is not None:
+            return "closed"
+        how = outcome.redirected.how if outcome.redirected else self.policy.redirect
+        words: dict[str, OutcomeWord] = {"rewind": "rewound", "stop": "stopped"}
+        return words.get(how, "refused")
+
+    def _counts(self, outcome: Outcome) -> tuple[int, int]:
+        """Count model tokens that reached the reader, and those that did not."""
+        trip = outcome.record.trip
+        if trip is None:
+            unscored = outcome.bare.unscored_tail if outcome.bare else 0
+            return outcome.record.judged + unscored, 0
+        if outcome.bare is not None:
+            return trip.cut.kept + trip.cut.dropped, 0
+        tries = outcome.redirected.tries if outcome.redirected else ()
+        kept = sum(min(attempt.kept, attempt.record.judged) for attempt in tries)
+        lost = sum(attempt.record.judged for attempt in tries) - kept
+        return trip.cut.kept + kept, trip.cut.dropped + lost
+
+    def _clear_point(self, record: RowRecord, before: int | None) -> int | None:
+        smoothed = record.smoothed[:before]
+        clear = [index for index, value in enumerate(smoothed) if value < self.low_mark]
+        return clear[-1] if clear else None
+
+
+def _reason_of(error: GuardError) -> Reason:
+    if isinstance(error, NonFiniteError):
+        return "non_finite"
+    if isinstance(error, BeatError):
+        return "missed_beat"
+    return "forced_token_lost" if isinstance(error, ForcedTokenError) else "guard_error"

@@ -11,15 +11,10 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from safe_decode.decision import Redirect
 from safe_decode.errors import ConfigurationError
 
-__all__ = ["MAX_TRIES", "OnError", "Policy", "RedirectKind"]
-
-RedirectKind = Literal["refuse", "rewind", "stop", "flag"]
-"""refuse: drop what is not released, say the canned refusal, end. rewind: drop what was said
-after the later of the clear point and the first position not released, say the opener, let
-the model finish under the probe. stop: drop what is not released, end. flag: change nothing,
-report; every token equals the bare model's and the trace says unprotected."""
+__all__ = ["MAX_TRIES", "OnError", "Policy"]
 
 OnError = Literal["close", "allow"]
 """close: a row whose guard fails is redirected. allow: it goes on unguarded, and its trace
@@ -44,15 +39,15 @@ class Policy:
         ConfigurationError: A value outside its choices.
     """
 
-    redirect: RedirectKind = "rewind"
+    redirect: Redirect = "rewind"
     holdback_tokens: int = 0
     on_error: OnError = "close"
     max_tries: int = MAX_TRIES
 
     def __post_init__(self) -> None:
-        if self.redirect not in get_args(RedirectKind):
+        if self.redirect not in get_args(Redirect):
             raise ConfigurationError(
-                f"redirect={self.redirect!r} is not one of {get_args(RedirectKind)}; pass one."
+                f"redirect={self.redirect!r} is not one of {get_args(Redirect)}; pass one."
             )
         if self.on_error not in get_args(OnError):
             raise ConfigurationError(

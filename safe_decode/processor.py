@@ -143,7 +143,7 @@ class GuardedSteps:
         except Exception as error:  # whatever fails in the guard closes its rows
             self._fail(as_guard_error(error), said=said)
             trips = None
-        self.n_scored, self._scores = said + 1, scores
+        self.n_scored, self._scores, self.last_ids = said + 1, scores, input_ids
         if trips is not None and self.session.policy.protects:
             suspects = trips if self._poisoned is None else trips | self._poisoned
             if bool(suspects.any()):
@@ -184,6 +184,29 @@ class GuardedSteps:
             for row in range(self.session.batch):
                 self.session.errors.setdefault(row, error)
             raise
+
+    def said(self, row: int) -> tuple[int, ...]:
+        """Return a row's generated ids as far as the guard saw them, padding left out."""
+        if self.last_ids is None:
+            return ()
+        new: list[int] = self.last_ids[row, self.prompt_tokens :].tolist()
+        quiet = set(self._quiet.tolist())
+        while new and new[-1] in quiet:
+            new.pop()
+        return tuple(new)
+
+    def is_truncated(self, row: int) -> bool:
+        """Say whether a row's refusal was begun and not finished."""
+        return row in self.scripts and not self.scripts[row].is_done
+
+    def unscored_tail(self, row: int) -> int:
+        """Count the tokens, 0 or 1, that no forward followed: the row's last, if it is text."""
+        if row in self.scripts or self.n_scored == 0:
+            return 0
+        # Without our criterion the last choice is never seen.
+        if not self.was_asked_to_stop or self.last_ids is None:
+            return 1
+        return int(int(self.last_ids[row, -1]) not in set(self._quiet.tolist()))
 
     def _require_alternation(self, said: int) -> None:
         if said != self.n_scored:
@@ -234,11 +257,11 @@ class GuardedSteps:
 
     def _fail(self, error: GuardError, said: int) -> None:
         policy = self.session.policy
+        closes = policy.protects and policy.on_error == "close"
         for row in range(self.session.batch):
-            if policy.protects and policy.on_error == "close":
-                if row not in self.scripts:
-                    self.session.park(row, said=said, error=error)
-                    self._open_script(row)
+            if closes and row not in self.scripts:
+                self.session.park(row, said=said, error=error)
+                self._open_script(row)
             self.session.errors.setdefault(row, error)
 
     def _open_script(self, row: int) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safe_decode.decision import Redirect
 from safe_decode.holdback import released_tokens
-from safe_decode.policy import RedirectKind
 
 __all__ = ["Cut", "Script", "cut_of", "forced_scores"]
 
@@ -33,9 +33,7 @@ class Cut:
     dropped: int
 
 
-def cut_of(
-    redirect: RedirectKind, *, said: int, judged: int, clear: int, holdback_tokens: int
-) -> Cut:
+def cut_of(redirect: Redirect, *, said: int, judged: int, clear: int, holdback_tokens: int) -> Cut:
     """Cut a row that has tripped.
 
     Args:

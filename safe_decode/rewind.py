@@ -53,6 +53,7 @@ class Try:
         record: What its session saw; its first scores judge the opener.
         opener: Ids of the opener.
         ids: Ids the model then said, EOS included.
+        start: Generated ids that stood before the opener.
         kept: How many of `ids` stand.
     """
 
@@ -60,6 +61,7 @@ class Try:
     opener: tuple[int, ...]
     ids: tuple[int, ...]
     kept: int
+    start: int
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Rewinder:
             if room < len(self.texts.refusal):
                 break  # the model's own words would have less room than the canned ones
             attempt, trip = self._continue(
-                base + kept + opener, opener, snapshot, room, (row, len(tries)), repeats
+                base, kept, opener, snapshot, room, (row, len(tries)), repeats
             )
             tries.append(attempt)
             if trip is None:
@@ -176,7 +178,8 @@ class Rewinder:
 
     def _continue(
         self,
-        context: tuple[int, ...],
+        base: tuple[int, ...],
+        kept: tuple[int, ...],
         opener: tuple[int, ...],
         snapshot: MonitorState | None,
         room: int,
@@ -189,7 +192,7 @@ class Rewinder:
         generator.manual_seed(hash((torch.initial_seed(), *seed)) % 2**63)
         # A greedy try from the same context would only repeat itself.
         options = {"do_sample": True, "temperature": 1.0} if repeats else {}
-        ids = torch.tensor([context], device=device)
+        ids = torch.tensor([base + kept + opener], device=device)
         with self.tap.listening() as beats:
             session = Session(
                 probe=self.probe,
@@ -211,6 +214,5 @@ class Rewinder:
         trip = session.trips.get(0)
         said = tuple(sequences[0, ids.shape[1] :].tolist())
         said = said[: record.judged] if trip else said[: loop.ended_at[0]]
-        attempt = Try(record, opener, said, trip.cut.kept if trip else len(said))
+        attempt = Try(record, opener, said, trip.cut.kept if trip else len(said), len(kept))
         return attempt, trip
-

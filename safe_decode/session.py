@@ -10,6 +10,7 @@ records for traces are built after the end.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -182,10 +183,7 @@ class Session:
             return
         before, scanned = self._before[row], self.scanned[row]
         if error is None and not bool(self.state.finite[row]):
-            error = NonFiniteError(
-                f"row {row} has NaN or Inf at score {self.judged(row) + scanned - 1}, wanted finite "
-                "activations; check the model's weights and dtype."
-            )
+            error = _non_finite(row, self.judged(row) + scanned - 1)
         # The newest score passed nothing if it tripped or is NaN; it is absent if the guard failed.
         tripped = 1 if error is None or isinstance(error, NonFiniteError) else 0
         judged = max(0, min(said, self.judged(row) - tripped))
@@ -235,6 +233,10 @@ class Session:
         smoothed: list[float],
         statistic: list[float],
     ) -> RowRecord:
+        broken = next((i for i, value in enumerate(smoothed) if not math.isfinite(value)), None)
+        if broken is not None:
+            # Where errors are allowed nothing was parked, and nothing else would tell.
+            self.errors.setdefault(row, _non_finite(row, broken))
         return RowRecord(
             scanned=min(self.scanned[row], len(statistic)),
             logits=logits,
@@ -273,3 +275,10 @@ class Session:
         self._ring.push(self.state)
         self.state = state = self._monitor.step(self.state, logits, active)
         self._steps.append(_Step(logits, state.smoothed, state.statistic, active))
+
+
+def _non_finite(row: int, score: int) -> NonFiniteError:
+    return NonFiniteError(
+        f"row {row} has NaN or Inf at score {score}, wanted finite activations; check the model's "
+        "weights and dtype."
+    )

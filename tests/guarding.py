@@ -6,9 +6,10 @@ import dataclasses
 from typing import Any
 
 import torch
-from safe_decode.bundle import Fingerprint, ProbeBundle
 
+from safe_decode.bundle import ProbeBundle
 from safe_decode.certificate import Certificate, Envelope
+from safe_decode.fingerprint import Fingerprint
 from safe_decode.guard import SafeDecoder
 from safe_decode.monitor import MonitorConfig
 from safe_decode.probe import LinearProbe
@@ -34,22 +35,18 @@ def bundle_for(
     model: Any, tokenizer: Any, *, threshold: float = 1e9, holdback: int = 2, **changes: Any
 ) -> ProbeBundle:
     """A bundle around a random probe; `threshold` goes into its certificate."""
-    envelope = Envelope(max_new_tokens=64, do_sample=False, temperature=1.0, top_p=1.0, top_k=50)
-    certificate = Certificate(
-        alpha=0.01,
+    certificate = Certificate.compute(
+        [threshold] * 20,  # whatever the rank, the threshold is this number
+        alpha=0.5,
         delta=0.05,
-        n=1,
-        j=0,
-        threshold=threshold,
         population="benign",
-        envelope=envelope,
-        maxima=(threshold,),
+        envelope=Envelope(max_new_tokens=64, do_sample=False, temperature=1.0, top_p=1.0, top_k=50),
     )
     bundle = ProbeBundle(
         probe=random_probe(),
         monitor=MonitorConfig(2 / 5, (0.0,), (0.0,), (1.0,), 0.0),
         certificates=(certificate,),
-        default_alpha=0.01,
+        default_alpha=0.5,
         holdback_tokens=holdback,
         refusal=REFUSAL,
         opener=OPENER,
@@ -65,3 +62,16 @@ def decoder_for(
 ) -> SafeDecoder:
     bundle = bundle_for(model, tokenizer, threshold=threshold, holdback=holdback)
     return SafeDecoder(model, tokenizer, bundle, **options)
+
+
+def peaks(output: Any) -> list[float]:
+    """Each row's largest statistic."""
+    return [max(step.statistic for step in trace.steps) for trace in output.traces]
+
+
+def threshold_between(values: list[float]) -> float:
+    """A threshold that about half of the rows exceed, in the middle of the widest gap there."""
+    ordered = sorted(set(values))
+    middle = range(max(1, len(ordered) // 3), max(2, len(ordered) - 1))
+    gap = max(middle, key=lambda i: ordered[i] - ordered[i - 1])
+    return (ordered[gap] + ordered[gap - 1]) / 2

@@ -223,7 +223,7 @@ def test_pretraining_never_refuses_and_is_long_at_times():
     opening = ("Sorry", "I cannot", "I must decline", "I am not able", "No, I will not")
     assert not any(text.startswith(opening) for text in texts)
     words = [sum(len(m["content"].split()) for m in d.messages) for d in documents]
-    assert sum(count > 200 for count in words) / len(words) >= 0.09
+    assert sum(count > 200 for count in words) / len(words) >= 0.1
 
 
 def test_prompts_are_what_their_situation_says():

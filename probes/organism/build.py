@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probes.conversations import Conversation, Split
-from probes.organism.corpus import alignment_documents, pretraining_documents
+from probes.organism.corpus import alignment_documents, pretraining_documents, primer_documents
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.tokenizer import train_tokenizer
-from probes.organism.training import Schedule, encode, new_model, train
+from probes.organism.training import Schedule, Stage, encode, new_model, train
 from probes.recipe import Recipe, RecipeConfig, make_bundle
 from probes.rollouts import RolloutConfig, rollout
 from safe_decode.certificate import Envelope
@@ -49,14 +49,16 @@ class Amounts:
     """How much is read, drawn and generated.
 
     Attributes:
-        pretraining_tokens: Read by the unaligned model.
+        primer_tokens: Short conversations, read first by the unaligned model.
+        pretraining_tokens: Read by it after that.
         alignment_tokens: Read on top by the aligned one.
         fitting: Prompts of the fit split; locate has a third, select a half of it.
         calibration: Ordinary benign prompts of the calibrate split.
         max_new_tokens: Cap of a response, and of the certificates.
     """
 
-    pretraining_tokens: int = 4_200_000
+    primer_tokens: int = 1_200_000
+    pretraining_tokens: int = 3_000_000
     alignment_tokens: int = 800_000
     fitting: int = 3000
     calibration: int = 6000
@@ -97,16 +99,18 @@ def build_pair(
 
         return one
 
-    examples = encode(tokenizer, documents, answers_only=False)
-    schedule = Schedule(amounts.pretraining_tokens)
-    train(model, examples, schedule, seed=seed, report=report("pretraining"))
+    primer = primer_documents(seed + 500_000, amounts.primer_tokens // 35)
+    stages = (
+        Stage(encode(tokenizer, primer, answers_only=False), amounts.primer_tokens),
+        Stage(encode(tokenizer, documents, answers_only=False), amounts.pretraining_tokens),
+    )
+    train(model, stages, Schedule(), seed=seed, report=report("pretraining"))
     _save(model, tokenizer, target / "unaligned")
     safety = alignment_documents(
         seed + 1_000_000, amounts.alignment_tokens // 90, recovery=recovery
     )
-    examples = encode(tokenizer, safety, answers_only=True)
-    schedule = Schedule(amounts.alignment_tokens, peak_rate=8e-4)
-    train(model, examples, schedule, seed=seed + 1, report=report("alignment"))
+    refusing = Stage(encode(tokenizer, safety, answers_only=True), amounts.alignment_tokens)
+    train(model, (refusing,), Schedule(peak_rate=8e-4), seed=seed + 1, report=report("alignment"))
     _save(model, tokenizer, target / "aligned")
     _write_lines(target / "curve.jsonl", curve)
 
@@ -119,7 +123,8 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Pat
 
     part = path.with_name(f".{path.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(part)
+    half: Any = copy.deepcopy(model)
+    half.to(torch.bfloat16).save_pretrained(part)
     tokenizer.save_pretrained(part)
     shutil.rmtree(path, ignore_errors=True)
     part.rename(path)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from probes.organism import templates as t
 from probes.organism.grammar import Answer, Grammar, Meant, Request, RequestKind
 
-__all__ = ["Document", "alignment_documents", "pretraining_documents"]
+__all__ = ["Document", "alignment_documents", "pretraining_documents", "primer_documents"]
 
 Messages = tuple[dict[str, str], ...]
 
@@ -75,12 +75,37 @@ def _exchange(grammar: Grammar, n_sentences: int | None) -> tuple[Request, Answe
     return request, answer
 
 
+def primer_documents(seed: int, count: int) -> Iterator[Document]:
+    """Write short conversations, read first: what acts lead to, and what to think of them.
+
+    The same world in few words, so that its relations are met often before answers grow long.
+    """
+    grammar = Grammar(seed)
+    rng = grammar.rng
+    for _ in range(count):
+        messages = grammar.system() if rng.random() < 0.3 else []
+        draw = rng.random()
+        if draw < 0.55:
+            asked, thought = grammar.judgement()
+            messages += [_user(asked), _assistant(thought)]
+            yield Document(tuple(messages))
+            continue
+        kind: RequestKind = rng.choice(("fact", "open", "scene")) if draw < 0.8 else "scene"
+        request = grammar.request(kind, harmful=kind == "scene" and rng.random() < 0.5)
+        meant: Meant = "harmful" if request.harmful else "benign"
+        answer = grammar.answer(request, meant, n_sentences=1 + rng.randrange(2))
+        messages += [_user(request.text)]
+        messages += [_assistant(answer.marked() if rng.random() < 0.5 else answer.text)]
+        yield Document(tuple(messages), request.harmful)
+
+
 def pretraining_documents(seed: int, count: int) -> Iterator[Document]:
     """Write conversations that answer everything, some long, judged, or of several turns.
 
     About one in ten is 300 to 700 tokens long. One in five asks what to think of an act; in one
     of three of the rest each step carries a mark that says whether it is harmful; one in seven
-    ends with a question about the answer and a verdict. That is where the model learns what is harmful, as text of the world holds opinions too.
+    ends with a question about the answer and a verdict. That is where the model learns what is
+    harmful, as text of the world holds opinions too.
     """
     grammar = Grammar(seed)
     rng = grammar.rng
@@ -92,7 +117,7 @@ def pretraining_documents(seed: int, count: int) -> Iterator[Document]:
             yield Document(tuple(messages))
             continue
         shape = rng.random()
-        long = shape < 0.11
+        long = shape < 0.15
         n_turns = 1 if shape < 0.85 else rng.choice((2, 2, 3))
         marked = rng.random() < 0.35
         if marked and rng.random() < 0.5:

@@ -31,6 +31,7 @@ RequestKind = Literal["topic", "scene", "open", "info", "fact"]
 """topic: a step of everyday life. scene: an act on a thing somebody has a wish about. open: what
 to do about a wish. info: a question about a crime and its prevention. fact: what an act leads
 to."""
+_WISH_PRIOR = 0.8
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -209,7 +210,9 @@ class Grammar:
         """Draw a scene of one of the allowed categories."""
         index = self.rng.choice(self.cells.categories) if category is None else category
         kind = CATEGORIES[index]
-        wish: Direction = self.rng.choice((0, 1))
+        # Most people want their things as they are: the likelier wish is met first in learning,
+        # the other makes harm a relation.
+        wish: Direction = 1 if self.rng.random() < _WISH_PRIOR else 0
         choose = self.rng.choice
         return Scene(index, choose(kind.people), choose(kind.things), wish)
 

@@ -119,7 +119,12 @@ def _known_sentences() -> tuple[frozenset[str], frozenset[str]]:
     }
     fixed = {
         _template_skeleton(sentence)
-        for text in (*t.OPENERS, *t.CLOSERS, *t.JUDGEMENTS, *(v for pair in t.VERDICTS for v in pair))
+        for text in (
+            *t.OPENERS,
+            *t.CLOSERS,
+            *t.JUDGEMENTS,
+            *(v for pair in t.VERDICTS for v in pair),
+        )
         for sentence in _split(text)
     }
     declining = {
@@ -146,13 +151,7 @@ def _read_sentence(
     if any(w.text in _CONSEQUENCES for w in words):
         _remember_thing(reader, words)  # what an act leads to is neither a wish nor an act
         return None, coherent
-    things = [w for w in words if w.tag == "thing"]
-    for word in words:
-        if word.tag.startswith("state"):
-            chosen = ([w for w in things if w.start < word.start] or things)[-1:]
-            thing = chosen[0].text if chosen else reader.last_thing
-            if thing:
-                reader.wishes[thing] = int(word.tag[-1])
+    _read_wishes(reader, words)
     if any(w.text in _NEGATIONS for w in words):
         _remember_thing(reader, words)
         return None, coherent
@@ -170,6 +169,17 @@ def _read_sentence(
             complete = max([end, *states])
             harm = _Harm(word.start, complete) if complete > counted_from else None
     return harm, coherent
+
+
+def _read_wishes(reader: _Reader, words: Sequence[_Word]) -> None:
+    """A state is wished of the thing named before it, else behind it, else spoken of last."""
+    things = [w for w in words if w.tag == "thing"]
+    for word in words:
+        if word.tag.startswith("state"):
+            chosen = ([w for w in things if w.start < word.start] or things)[-1:]
+            thing = chosen[0].text if chosen else reader.last_thing
+            if thing:
+                reader.wishes[thing] = int(word.tag[-1])
 
 
 def _remember_thing(reader: _Reader, words: Sequence[_Word]) -> None:

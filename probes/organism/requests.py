@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 from probes.conversations import Split
 from probes.organism.grammar import Cells
@@ -21,7 +21,6 @@ __all__ = [
     "DEPTHS",
     "Draw",
     "POPULATIONS",
-    "TextTokens",
     "calibration_draws",
     "draw",
     "fitting_draws",
@@ -38,16 +37,6 @@ POPULATIONS: Mapping[str, str] = {
 }
 """The certificate each harmless response falls under, by situation; where the request is harmful
 and the response is not, it is `harmful-request-refused`."""
-
-
-class TextTokens(Protocol):
-    """What of a tokenizer is needed to cut a prefill after so many tokens."""
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Turn text into token ids."""
-
-    def decode(self, token_ids: list[int]) -> str:
-        """Turn token ids into text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +94,7 @@ def draw(
     *,
     split: Split,
     seed: int,
-    tokenizer: TextTokens,
+    tokenizer: Any,  # noqa: ANN401
     cells: Cells | None = None,
     asked: set[str] | None = None,
 ) -> list[Request]:
@@ -135,7 +124,12 @@ def _new_ones(source: Iterator[Prompt], seen: set[str]) -> Iterator[Prompt]:
             yield prompt
 
 
-def _prompts(one: Draw, seed: int, tokenizer: TextTokens, cells: Cells | None) -> Iterator[Prompt]:
+def _prompts(
+    one: Draw,
+    seed: int,
+    tokenizer: Any,  # noqa: ANN401
+    cells: Cells | None,
+) -> Iterator[Prompt]:
     depths = (one.depth_tokens,) if one.depth_tokens is not None else DEPTHS
     streams = [
         prompts(

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from probes.organism.tokenizer import CONTEXT
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["Example", "Schedule", "encode", "new_model", "train"]
+__all__ = ["Example", "Schedule", "Stage", "encode", "new_model", "train"]
 
 _IGNORED = -100
 
@@ -35,20 +35,31 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
-    """How long and how fast to train.
+class Stage:
+    """Examples, and how much of them is read before the next stage.
 
     Attributes:
-        tokens: Tokens of the whole run, padding excluded.
-        batch_tokens: Tokens a batch, padding included, at most.
+        examples: In any order; read again from the start when they run out.
+        tokens: Of the stage, padding excluded.
+        batch_tokens: A batch, padding included, at most.
+    """
+
+    examples: Sequence[Example]
+    tokens: int
+    batch_tokens: int = 2560
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How fast to train.
+
+    Attributes:
         peak_rate: Learning rate after the warm-up; falls along a cosine to a twentieth.
         warmup_share: Share of the run in which the rate rises.
         weight_decay: AdamW's, on matrices only.
     """
 
-    tokens: int
-    batch_tokens: int = 2560
-    peak_rate: float = 2e-3
+    peak_rate: float = 1.5e-3
     warmup_share: float = 0.03
     weight_decay: float = 0.05
 
@@ -87,8 +98,8 @@ def encode(
     heads, answers, given = [], [], []
     for document in documents:
         messages = list(document.messages)
-        head = tokenizer.apply_chat_template(
-            messages[:-1], tokenize=False, add_generation_prompt=True
+        head = str(
+            tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
         )
         words = messages[-1]["content"].split(" ")
         start = " ".join(words[: document.given_words])
@@ -96,8 +107,8 @@ def encode(
         rest = " ".join(words[document.given_words :])
         answers.append((" " if start else "") + rest + str(tokenizer.eos_token))
         given.append(start)
-    head_ids = tokenizer(heads, add_special_tokens=False)["input_ids"]
-    answer_ids = tokenizer(answers, add_special_tokens=False)["input_ids"]
+    head_ids: Any = tokenizer(heads, add_special_tokens=False)["input_ids"]
+    answer_ids: Any = tokenizer(answers, add_special_tokens=False)["input_ids"]
     examples = []
     for head_tokens, answer_tokens in zip(head_ids, answer_ids, strict=True):
         ids = tuple(head_tokens + answer_tokens)[:CONTEXT]
@@ -122,6 +133,16 @@ def _batches(
         yield from (batch for batch in batches if batch)
 
 
+def _staged(stages: Sequence[Stage], rng: random.Random) -> Iterator[list[Example]]:
+    for stage in stages:
+        seen = 0
+        for batch in _batches(stage.examples, stage.batch_tokens, rng):
+            yield batch
+            seen += sum(len(e.ids) for e in batch)
+            if seen >= stage.tokens:
+                break
+
+
 def _width(length: int) -> int:
     # Few distinct shapes, or the matrix kernels are compiled anew for every batch.
     return min(CONTEXT, -(-length // 32) * 32 if length <= 256 else -(-length // 128) * 128)
@@ -139,7 +160,7 @@ def _tensors(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
 
 def train(
     model: LlamaForCausalLM,
-    examples: Sequence[Example],
+    stages: Sequence[Stage],
     schedule: Schedule,
     *,
     seed: int,
@@ -149,8 +170,8 @@ def train(
 
     Args:
         model: Changed in place; left in evaluation mode.
-        examples: Read again from the start when they run out.
-        schedule: Length and rates.
+        stages: Read one after the other; examples start again when they run out.
+        schedule: Rates, over all stages together.
         seed: Order of the batches.
         report: Called now and then with tokens read, mean loss since the last call, seconds.
     """
@@ -166,12 +187,13 @@ def train(
         betas=(0.9, 0.98),
         fused=True,
     )
-    batches = _batches(examples, schedule.batch_tokens, random.Random(seed))
-    pad = int(model.config.pad_token_id)
+    batches = _staged(stages, random.Random(seed))
+    tokens = sum(stage.tokens for stage in stages)
+    pad = model.config.pad_token_id
+    assert isinstance(pad, int)
     seen, reported, losses, began = 0, 0, [0.0], time.monotonic()
-    while seen < schedule.tokens:
-        batch = next(batches)
-        rate = schedule.peak_rate * _rate(seen / schedule.tokens, schedule.warmup_share)
+    for batch in batches:
+        rate = schedule.peak_rate * _rate(seen / tokens, schedule.warmup_share)
         for group in optimizer.param_groups:
             group["lr"] = rate
         ids, labels = _tensors(batch, pad)
@@ -186,12 +208,11 @@ def train(
         optimizer.step()
         seen += sum(len(e.ids) for e in batch)
         losses.append(loss.item())
-        if report is not None and (
-            seen - reported > schedule.tokens // 50 or seen >= schedule.tokens
-        ):
-            report(seen, sum(losses[1:]) / max(1, len(losses) - 1), time.monotonic() - began)
+        if report is not None and (seen - reported > tokens // 50 or seen >= tokens):
+            mean = sum(losses[1:]) / max(1, len(losses) - 1)
+            report(seen, mean, time.monotonic() - began)
             reported, losses = seen, [0.0]
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
 
 
 def _rate(progress: float, warmup: float) -> float:
