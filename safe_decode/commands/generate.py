@@ -131,8 +131,8 @@ def decoder_of(
     from safe_decode.guard import SafeDecoder
 
     # Standard error is for our own progress, and for errors of one line.
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
     # The bundle first: a bad one is told before seconds are spent on the model.
     probes = ProbeBundle.load(bundle or artefact("bundle"))

@@ -21,8 +21,8 @@ from safe_decode.errors import GuardError
 
 if TYPE_CHECKING:
     from safe_decode.chat import ChatBatch
+    from safe_decode.decision import Redirect
     from safe_decode.guard import SafeDecoder
-    from safe_decode.policy import RedirectKind
     from safe_decode.trace import SafetyTrace
 
 __all__ = ["Arena", "Judge"]
@@ -58,7 +58,7 @@ class Arena:
     decoder: SafeDecoder
     max_new_tokens: int
     judge: Judge | None = None
-    count_redirect: RedirectKind | None = None
+    count_redirect: Redirect | None = None
     batch_size: int = 128
 
     def show(self, prompts: Sequence[DemoPrompt]) -> list[Duel]:
@@ -143,7 +143,7 @@ class Arena:
         return self._cut(sequences[:, batch.input_ids.shape[1] :].tolist())
 
     def _guarded(
-        self, prompts: Sequence[DemoPrompt], *, redirect: RedirectKind | None = None
+        self, prompts: Sequence[DemoPrompt], *, redirect: Redirect | None = None
     ) -> _Answers:
         width = self._encoded(prompts).input_ids.shape[1]
         output = self.decoder.generate(
