@@ -29,6 +29,11 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
     assert fill(TEXT, only_tables) == TEXT, "run `make readme`"
 
 
+@pytest.mark.slow
+def test_the_outputs_in_the_readme_are_what_the_examples_print():
+    assert fill(TEXT, content_of) == TEXT, "run `make readme`"
+
+
 def test_every_results_file_has_its_block():
     assert {path.stem for path in RESULTS.glob("*.jsonl")} <= set(block_names(TEXT))
 

@@ -23,7 +23,14 @@ from safe_decode.commands.generate import (
     cap_of,
     decoder_of,
 )
-from safe_decode.commands.output import console, print_json, progress, working, write_text
+from safe_decode.commands.output import (
+    console,
+    print_json,
+    progress,
+    require_place,
+    working,
+    write_text,
+)
 from safe_decode.decision import Redirect
 from safe_decode.errors import ConfigurationError, PromptError
 
@@ -32,12 +39,11 @@ if TYPE_CHECKING:
     from safe_decode.demo.figures import Label, SceneFigures
     from safe_decode.demo.scenes import DemoPrompt
     from safe_decode.demo.view import Duel
-    from safe_decode.guard import SafeDecoder
 
 __all__ = ["demo", "judge_released"]
 
 
-def demo(  # noqa: PLR0913 - options of a command
+def demo(
     prompt: Annotated[str | None, typer.Option(help="A prompt of your own, shown alone.")] = None,
     prefill: Annotated[
         str | None, typer.Option(help="First words of the answer to your prompt.")
@@ -47,6 +53,9 @@ def demo(  # noqa: PLR0913 - options of a command
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     redirect: Annotated[Redirect, typer.Option(help="What a tripped answer becomes.")] = "rewind",
+    count_redirect: Annotated[
+        Redirect, typer.Option(help="The same for the prompts counted; rewind takes longest.")
+    ] = "refuse",
     alpha: Alpha = None,
     max_new_tokens: MaxNewTokens = None,
     model: ModelName = None,
@@ -56,12 +65,21 @@ def demo(  # noqa: PLR0913 - options of a command
 ) -> None:
     """Show bare and guarded side by side, then a table measured on held-out prompts."""
     began = time.monotonic()
-    _require_sense(prompt, prefill, redirect)
+    _require_sense(prompt, prefill, (redirect, count_redirect))
+    require_place(html)
+    from safe_decode.demo.arena import Arena
+
     with working("Loading the model"):
         decoder = decoder_of(
             model, bundle, redirect=redirect, alpha=alpha, device=device, dtype=dtype
         )
-        arena = _arena(decoder, cap_of(decoder, max_new_tokens), is_embedded=model is None)
+        arena = Arena(
+            decoder,
+            max_new_tokens=cap_of(decoder, max_new_tokens),
+            # The oracle reads the embedded model's world alone; of others nothing is claimed.
+            judge=judge_released if model is None else None,
+            count_redirect=count_redirect,
+        )
     shown, counted = _prompts(prompt, prefill)
     with working("Answering the prompts that are shown"):
         duels = arena.show(shown)
@@ -98,24 +116,18 @@ def judge_released(
     return label
 
 
-def _require_sense(prompt: str | None, prefill: str | None, redirect: Redirect) -> None:
+def _require_sense(
+    prompt: str | None, prefill: str | None, redirects: tuple[Redirect, ...]
+) -> None:
     if prompt is None and prefill is not None:
         raise ConfigurationError("--prefill was given without --prompt; pass the prompt too.")
     if prompt is not None and not prompt.strip():
         raise PromptError("--prompt is empty; pass the text to be answered.")
-    if redirect == "flag":
+    if "flag" in redirects:
         raise ConfigurationError(
-            "--redirect=flag changes nothing, so both sides would be alike; pass refuse, rewind "
+            "a redirect of flag changes nothing, so both sides would be alike; pass refuse, rewind "
             "or stop."
         )
-
-
-def _arena(decoder: SafeDecoder, max_new_tokens: int, *, is_embedded: bool) -> Arena:
-    from safe_decode.demo.arena import Arena
-
-    # The oracle reads the embedded model's world alone; of others nothing is claimed.
-    judge = judge_released if is_embedded else None
-    return Arena(decoder, max_new_tokens=max_new_tokens, judge=judge)
 
 
 def _prompts(
@@ -157,7 +169,7 @@ def _facts(arena: Arena, *, n: int) -> dict[str, str]:
             f"alpha {certificate.alpha:g} with confidence {1 - certificate.delta:g}, from "
             f"{certificate.n} responses, population {certificate.population}"
         ),
-        "redirect": policy.redirect,
+        "redirect": f"{policy.redirect} where shown, {arena.count_redirect} where counted",
         "hold-back": f"{policy.holdback_tokens} tokens",
         "held-out prompts": str(n),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch "

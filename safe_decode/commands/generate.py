@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safe_decode.commands.output import console, print_json, working, write_text
+from safe_decode.commands.output import console, print_json, require_place, working, write_text
 from safe_decode.decision import Redirect
 from safe_decode.demo.load import Dtype
 from safe_decode.demo.view import risk_of, visible
@@ -51,7 +51,7 @@ MaxNewTokens = Annotated[
 ]
 
 
-def generate(  # noqa: PLR0913 - options of a command
+def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", help="May be given several times.")],
     model: ModelName = None,
     bundle: BundlePath = None,
@@ -78,6 +78,7 @@ def generate(  # noqa: PLR0913 - options of a command
     """Answer prompts under the guard."""
     if not all(text.strip() for text in prompt):
         raise PromptError("--prompt is empty; pass the text to be answered.")
+    require_place(trace)
     sampling = _sampling(temperature, top_p, top_k)
     with working("Loading the model"):
         decoder = decoder_of(
@@ -130,8 +131,8 @@ def decoder_of(
     from safe_decode.guard import SafeDecoder
 
     # Standard error is for our own progress, and for errors of one line.
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
     # The bundle first: a bad one is told before seconds are spent on the model.
     probes = ProbeBundle.load(bundle or artefact("bundle"))

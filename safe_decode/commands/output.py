@@ -18,7 +18,16 @@ from safe_decode.errors import ConfigurationError
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Tick", "console", "print_error", "print_json", "progress", "working", "write_text"]
+__all__ = [
+    "Tick",
+    "console",
+    "print_error",
+    "print_json",
+    "progress",
+    "require_place",
+    "working",
+    "write_text",
+]
 
 Tick = Callable[[int], None]
 """Report that so many more units of the work are done."""
@@ -71,6 +80,18 @@ def working(label: str) -> Iterator[None]:
     target = console(stderr=True)
     with target.status(label) if target.is_terminal else contextlib.nullcontext():
         yield
+
+
+def require_place(path: Path | None) -> None:
+    """Check, before any work, that a file could be written there; None is no file.
+
+    Raises:
+        ConfigurationError: Its directory is not there, or it is one itself.
+    """
+    if path is not None and (not path.parent.is_dir() or path.is_dir()):
+        raise ConfigurationError(
+            f"{path} cannot be written; pass a file in a directory that exists."
+        )
 
 
 def write_text(path: Path, text: str) -> None:

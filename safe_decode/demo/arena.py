@@ -21,8 +21,8 @@ from safe_decode.errors import GuardError
 
 if TYPE_CHECKING:
     from safe_decode.chat import ChatBatch
+    from safe_decode.decision import Redirect
     from safe_decode.guard import SafeDecoder
-    from safe_decode.policy import RedirectKind
     from safe_decode.trace import SafetyTrace
 
 __all__ = ["Arena", "Judge"]
@@ -50,13 +50,16 @@ class Arena:
         decoder: The guarded arm; its model and tokenizer are the bare arm's.
         max_new_tokens: The cap of both.
         judge: Says what reached the reader; None for no claim about it.
+        count_redirect: The redirect under which prompts are counted; None for the decoder's.
+            A canned refusal takes no forward, a rewind generates each tripped row anew.
         batch_size: Prompts that are answered at once.
     """
 
     decoder: SafeDecoder
     max_new_tokens: int
     judge: Judge | None = None
-    batch_size: int = 64
+    count_redirect: Redirect | None = None
+    batch_size: int = 128
 
     def show(self, prompts: Sequence[DemoPrompt]) -> list[Duel]:
         """Answer prompts in both arms and keep every token.
@@ -95,7 +98,7 @@ class Arena:
             yield self._outcomes(ordered[start : start + self.batch_size])
 
     def _outcomes(self, prompts: Sequence[DemoPrompt]) -> list[Outcome]:
-        bare, output = self._bare(prompts), self._guarded(prompts)
+        bare, output = self._bare(prompts), self._guarded(prompts, redirect=self.count_redirect)
         rows = zip(prompts, bare, output.said, output.texts, output.traces, strict=True)
         return [
             Outcome(
@@ -140,7 +143,7 @@ class Arena:
         return self._cut(sequences[:, batch.input_ids.shape[1] :].tolist())
 
     def _guarded(
-        self, prompts: Sequence[DemoPrompt], *, redirect: RedirectKind | None = None
+        self, prompts: Sequence[DemoPrompt], *, redirect: Redirect | None = None
     ) -> _Answers:
         width = self._encoded(prompts).input_ids.shape[1]
         output = self.decoder.generate(
