@@ -48,7 +48,11 @@ def time_rows(decoder: SafeDecoder, batch_rows: int, rounds: int) -> dict[str, A
     """Time bare, empty-hooked and guarded generation of the same tokens, interleaved."""
     batch = _batch(decoder, batch_rows, seed=5)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    fixed: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    fixed: dict[str, Any] = {
+        "max_new_tokens": NEW_TOKENS,
+        "min_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+    }
     tap = ActivationTap(decoder.model, decoder.bundle.probe.sites)
 
     def bare() -> None:

@@ -66,6 +66,18 @@ def bundle(target: Target = ARTEFACTS, seed: Seed = 0, fold: Fold = 0) -> None:
 
 
 @app.command()
+def card(target: Target = ARTEFACTS) -> None:
+    """Write docs/organism.md and the learning curve beside it from what was measured."""
+    from probes.organism.card import card_text, write_curve
+
+    docs = RESULTS.parents[1] / "docs"
+    text = card_text(RESULTS / "organism.jsonl", target / "aligned")
+    (docs / "organism.md").write_text(text, encoding="utf-8")
+    if (target / "curve.jsonl").exists():
+        write_curve(target / "curve.jsonl", docs / "organism-curve.png")
+
+
+@app.command()
 def measure(
     target: Target = ARTEFACTS,
     seed: Seed = 0,
