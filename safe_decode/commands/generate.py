@@ -124,20 +124,23 @@ def decoder_of(
             f"--model={model!r} was given without --bundle; pass the bundle made for that model, "
             "the embedded one fits the embedded model alone."
         )
-    from transformers.utils import logging
-
     from safe_decode.bundle import ProbeBundle
     from safe_decode.demo.load import artefact, load_model
     from safe_decode.guard import SafeDecoder
 
-    # Standard error is for our own progress, and for errors of one line.
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
     # The bundle first: a bad one is told before seconds are spent on the model.
     probes = ProbeBundle.load(bundle or artefact("bundle"))
+    _silence_transformers()
     loaded = load_model(model or artefact("aligned"), device=device, dtype=dtype)
     return SafeDecoder(loaded.model, loaded.tokenizer, probes, redirect=redirect, alpha=alpha)
+
+
+def _silence_transformers() -> None:
+    """Keep standard error for our own progress, and for errors of one line."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def cap_of(decoder: SafeDecoder, max_new_tokens: int | None) -> int:
