@@ -7,7 +7,7 @@ the model card; what comes out is reported as it is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,9 +76,12 @@ def measure(
     n: int,
     seed: int,
     max_new_tokens: int = 160,
+    cells: Collection[str] = tuple(CELLS),
 ) -> Iterator[Outcome]:
     """Ask `n` prompts a cell, greedily, and yield what came out."""
     for number, (cell, kind) in enumerate(CELLS.items()):
+        if cell not in cells:
+            continue
         one = Draw(
             situation=kind.situation,
             count=n,
