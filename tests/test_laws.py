@@ -304,7 +304,7 @@ def _fields(output):
 
 def test_rewind_finishes_in_the_models_own_words_under_the_probe(llama, tokenizer):
     seen = set()
-    for prompt in ("hello", "go", "abc", "what", "tell me", "x y z"):
+    for prompt in ("hello", "go", "abc"):
         flag = decoder_for(llama, tokenizer, redirect="flag")
         flagged = flag.generate(prompt, max_new_tokens=100)
         values = [step.statistic for step in flagged.traces[0].steps]
