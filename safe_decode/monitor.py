@@ -171,7 +171,7 @@ class RiskMonitor:
         Returns:
             The new state. No host wait is needed for it.
         """
-        ema = torch.add(state.ema, logits - state.ema, alpha=self.config.smoothing)
+        ema = torch.lerp(state.ema, logits, self.config.smoothing)
         per_head = torch.addcmul(self._shift, ema, self._inverse_scale)
         smoothed = per_head[:, 0] if self._is_plain else per_head.amax(-1)
         # x - x is NaN for NaN and Inf alike; the sum over heads lets no head hide behind a max.
