@@ -31,7 +31,7 @@ from safe_decode.fingerprint import Fingerprint
 from safe_decode.inputs import GuardInputs, Prompts, from_ids, from_prompts
 from safe_decode.loop import CallSettings, GuardedLoop
 from safe_decode.monitor import RiskMonitor
-from safe_decode.outcome import BareEnd, Judgement, Outcome, outcome_of, void_reason
+from safe_decode.outcome import BareEnd, Judgement, LazyTraces, Outcome, outcome_of, void_reason
 from safe_decode.policy import OnError, Policy
 from safe_decode.rewind import Rewinder, Texts
 from safe_decode.session import Session
@@ -53,12 +53,12 @@ class GuardedOutput:
             right-padded. Rows that did not trip are as bare `generate` returns them.
         texts: What the reader gets: the released answer and its refusal, without the prompt
             and without a supplied prefill.
-        traces: What happened in each row, and why.
+        traces: What happened in each row, and why; written when first read.
     """
 
     sequences: Tensor
     texts: list[str]
-    traces: list[SafetyTrace]
+    traces: Sequence[SafetyTrace]
 
 
 class GuardHandle:
@@ -387,14 +387,13 @@ class SafeDecoder:
         whole[:, :width] = sequences[:, :width]
         for row, outcome in enumerate(outcomes):
             whole[row, width : width + len(outcome.ids)] = sequences.new_tensor(outcome.ids)
-        judgement = self._judgement(policy)
+        voids = [
+            void_reason(self.certificate, settings, is_chat=is_chat) for is_chat in rows.is_chat
+        ]
         return GuardedOutput(
             sequences=whole,
             texts=[self._text(outcome.ids) for outcome in outcomes],
-            traces=[
-                judgement.trace(outcome, void_reason(self.certificate, settings, is_chat=is_chat))
-                for outcome, is_chat in zip(outcomes, rows.is_chat, strict=True)
-            ],
+            traces=LazyTraces(self._judgement(policy), list(zip(outcomes, voids, strict=True))),
         )
 
     def _judgement(self, policy: Policy) -> Judgement:

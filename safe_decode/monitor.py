@@ -171,10 +171,11 @@ class RiskMonitor:
         Returns:
             The new state. No host wait is needed for it.
         """
-        ema = torch.add(state.ema, logits - state.ema, alpha=self.config.smoothing)
+        ema = torch.lerp(state.ema, logits, self.config.smoothing)
         per_head = torch.addcmul(self._shift, ema, self._inverse_scale)
         smoothed = per_head[:, 0] if self._is_plain else per_head.amax(-1)
         # x - x is NaN for NaN and Inf alike; the sum over heads lets no head hide behind a max.
+        # An average that was once NaN or Inf never becomes finite again, so this latches.
         residue = ema - ema
         sound = (residue[:, 0] if self._is_plain else residue.sum(-1)) == 0
         statistic = torch.maximum(state.statistic, smoothed)
@@ -185,7 +186,7 @@ class RiskMonitor:
             alarm=statistic > self.threshold,
             step=state.step + 1,
             clear_point=torch.where(smoothed < self.config.low_mark, state.step, state.clear_point),
-            finite=state.finite & sound,
+            finite=sound,
         )
         if active is None:
             return new

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from safe_decode.certificate import Certificate, Envelope
 from safe_decode.decision import Action, Reason
@@ -24,7 +25,7 @@ from safe_decode.rewind import Redirected, Rewinder, Try
 from safe_decode.session import RowRecord
 from safe_decode.trace import SafetyTrace, TraceEnd, TraceHeader, TraceStep
 
-__all__ = ["BareEnd", "Judgement", "Outcome", "outcome_of", "void_reason"]
+__all__ = ["BareEnd", "Judgement", "LazyTraces", "Outcome", "outcome_of", "void_reason"]
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,39 @@ class Judgement:
         smoothed = record.smoothed[:before]
         clear = [index for index, value in enumerate(smoothed) if value < self.low_mark]
         return clear[-1] if clear else None
+
+
+class LazyTraces(Sequence[SafetyTrace]):
+    """The traces of a call, each written when it is first read.
+
+    A trace is some microseconds a token, which would otherwise be paid by callers who never
+    look at it.
+
+    Args:
+        judgement: Writes them.
+        rows: Each finished row, and why its certificate is void, if it is.
+    """
+
+    def __init__(self, judgement: Judgement, rows: Sequence[tuple[Outcome, str | None]]) -> None:
+        self._judgement, self._rows = judgement, tuple(rows)
+        self._written: dict[int, SafetyTrace] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> SafetyTrace: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SafetyTrace]: ...
+
+    def __getitem__(self, index: int | slice) -> SafetyTrace | Sequence[SafetyTrace]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        row = range(len(self))[index]
+        if row not in self._written:
+            self._written[row] = self._judgement.trace(*self._rows[row])
+        return self._written[row]
 
 
 def _reason_of(error: GuardError) -> Reason:

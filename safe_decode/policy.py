@@ -78,4 +78,5 @@ class Policy:
         Returns:
             [batch] bool. In flag mode too: the caller records these and parks nothing.
         """
-        return alarm | ~finite if self.on_error == "close" else alarm & finite
+        # On booleans, a >= b is a | ~b: one operation on the path of every token.
+        return alarm >= finite if self.on_error == "close" else alarm & finite

@@ -23,7 +23,7 @@ class At(LogitsProcessor):
     def __init__(self, step, act):
         self.left, self.act = step, act
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, _ids, scores):
         if self.left == 0:
             self.act()
         self.left -= 1
@@ -50,7 +50,7 @@ def drop_one_hook(model):
     module._forward_pre_hooks.clear()
 
 
-def assert_closed(output, tokenizer, model, released=None):
+def assert_closed(output, released=None):
     for trace, text in zip(output.traces, output.texts, strict=True):
         assert trace.end.outcome == "closed"
         assert "BeatError" in trace.end.error
@@ -68,7 +68,7 @@ def test_a_hook_removed_while_generating_closes_every_row(llama, tokenizer, drop
         PROMPTS, max_new_tokens=20, min_new_tokens=20, logits_processor=[vandal], **options
     )
     # Token 5 is chosen on a whole forward; the next forward is unheard.
-    assert_closed(output, tokenizer, llama, released=5)
+    assert_closed(output, released=5)
     assert not hooks_of(llama)
 
 
@@ -79,7 +79,7 @@ def test_a_second_forward_between_score_and_choice_closes_every_row(llama, token
     output = decoder.generate(
         PROMPTS, max_new_tokens=12, min_new_tokens=12, logits_processor=[vandal]
     )
-    assert_closed(output, tokenizer, llama, released=4)
+    assert_closed(output, released=4)
     assert "2 forwards" in output.traces[0].end.error
 
 
@@ -109,14 +109,14 @@ def test_the_guards_processor_dropped_while_generating_closes_every_row(
     monkeypatch.setattr(SafetyLogitsProcessor, "__call__", skips)
     decoder = decoder_for(llama, tokenizer, redirect="rewind", holdback=0)
     output = decoder.generate(PROMPTS, max_new_tokens=12, min_new_tokens=12)
-    assert_closed(output, tokenizer, llama, released=5)
+    assert_closed(output, released=5)
 
 
 def test_a_probe_that_fails_closes_every_row(llama, tokenizer):
     decoder = decoder_for(llama, tokenizer, redirect="rewind")
 
     class Fails:
-        def __call__(self, features):
+        def __call__(self, _features):
             raise RuntimeError("expected all tensors on one device")
 
     decoder._probe = Fails()
@@ -176,7 +176,7 @@ def encoded(model, tokenizer):
 
 
 class UnForces(LogitsProcessor):
-    def __call__(self, input_ids, scores):
+    def __call__(self, _ids, scores):
         wild = torch.full_like(scores, -1.0)
         wild[:, 77] = 5.0
         return wild
