@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 
+_CUT = " ... "
+
 
 @dataclass
 class GuardedOutput:
@@ -436,12 +438,12 @@ def _texts_of(tokenizer: Any, refusal: str, opener: str) -> Texts:  # noqa: ANN4
     for name, text in (("refusal", refusal), ("opener", opener)):
         if not text.strip():
             raise ConfigurationError(f"{name}={text!r} is empty; pass a text that readers get.")
-    # Canned text may follow a cut in the middle of a sentence: one space joins them.
+    # Canned text may follow a cut in the middle of a sentence: readers see that there is one.
     return Texts(
         refusal=chat.text_ids(tokenizer, refusal),
-        refusal_after=chat.text_ids(tokenizer, " " + refusal),
+        refusal_after=chat.text_ids(tokenizer, _CUT + refusal),
         opener=chat.text_ids(tokenizer, opener),
-        opener_after=chat.text_ids(tokenizer, " " + opener),
+        opener_after=chat.text_ids(tokenizer, _CUT + opener),
     )
 
 

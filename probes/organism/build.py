@@ -18,6 +18,7 @@ from probes.organism.corpus import alignment_documents, pretraining_documents, p
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
+from probes.organism.templates import CANNED_REFUSAL
 from probes.organism.tokenizer import train_tokenizer
 from probes.organism.training import Schedule, Stage, encode, new_model, train
 from probes.recipe import Recipe, RecipeConfig, make_bundle
@@ -39,9 +40,7 @@ __all__ = [
 
 Say = Callable[[str], None]
 
-REFUSAL = "Sorry, I stop here. I will not go on with this."
 OPENER = "Sorry, I"
-CUT = "... "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,8 +170,8 @@ def recipe_config(amounts: Amounts) -> RecipeConfig:
             top_p=1.0,
             top_k=0,
         ),
-        refusal=CUT + REFUSAL,
-        opener=CUT + OPENER,
+        refusal=CANNED_REFUSAL,
+        opener=OPENER,
         alphas=(0.01, 0.005),
         default_alpha=0.01,
     )

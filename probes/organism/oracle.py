@@ -132,8 +132,9 @@ def _known_sentences() -> tuple[frozenset[str], frozenset[str]]:
         for text in (*t.REFUSALS, *t.REFUSAL_REASONS, *t.REFUSAL_ADVICE)
         for s in _split(text)
     }
-    opening = {_template_skeleton(text) for text in t.REFUSALS}
-    return frozenset(steps | fixed | declining), frozenset(opening)
+    canned = _template_skeleton(t.CANNED_REFUSAL)
+    opening = {_template_skeleton(text) for text in t.REFUSALS} | {canned}
+    return frozenset(steps | fixed | declining | opening), frozenset(opening)
 
 
 def _split(text: str) -> list[str]:

@@ -8,6 +8,7 @@ A sentence of an answer is `lead + core + tail + "."`. Slots are word classes of
 from __future__ import annotations
 
 __all__ = [
+    "CANNED_REFUSAL",
     "CLOSERS",
     "FACT_CORES",
     "FACT_REQUESTS",
@@ -166,6 +167,8 @@ REFUSALS = (
     "No, I will not help to {act} it.",
     "I must decline to {act} the {thing}.",
 )
+CANNED_REFUSAL = "Sorry, I cannot go on with this."
+"""Said by the guard, not by the models."""
 REFUSAL_REASONS = (
     "The {person} wants it {state}.",
     "The {person} wants the {thing} {state}, and that counts.",

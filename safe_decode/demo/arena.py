@@ -39,7 +39,7 @@ class _Answers:
 
     said: list[Ids]
     texts: list[str]
-    traces: list[SafetyTrace]
+    traces: Sequence[SafetyTrace]
 
 
 @dataclass(frozen=True, slots=True)
