@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from probes.conversations import Conversation, Split
 from probes.organism.corpus import alignment_documents, pretraining_documents, primer_documents
 from probes.organism.grammar import Cells
+from probes.organism.measure import judgement_accuracy
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.templates import CANNED_REFUSAL
@@ -48,7 +49,7 @@ class Amounts:
     """How much is read, drawn and generated.
 
     Attributes:
-        primer_tokens: Short conversations, read first by the unaligned model.
+        primer_tokens: Questions of right and wrong, read first by the unaligned model.
         pretraining_tokens: Read by it after that.
         alignment_tokens: Read on top by the aligned one.
         fitting: Prompts of the fit split; locate has a third, select a half of it.
@@ -56,9 +57,9 @@ class Amounts:
         max_new_tokens: Cap of a response, and of the certificates.
     """
 
-    primer_tokens: int = 1_000_000
-    pretraining_tokens: int = 2_700_000
-    alignment_tokens: int = 700_000
+    primer_tokens: int = 700_000
+    pretraining_tokens: int = 2_100_000
+    alignment_tokens: int = 600_000
     fitting: int = 3000
     calibration: int = 6000
     max_new_tokens: int = 160
@@ -93,15 +94,17 @@ def build_pair(
 
     def report(stage: str) -> Callable[[int, float, float], None]:
         def one(tokens: int, loss: float, seconds: float) -> None:
-            curve.append({"stage": stage, "tokens": tokens, "loss": loss, "seconds": seconds})
-            say(f"{stage}: {tokens:,} tokens, loss {loss:.3f}, {seconds:.0f} s")
+            known = {} if stage == "alignment" else judgement_accuracy(model, tokenizer)
+            row = {"stage": stage, "tokens": tokens, "loss": loss, "seconds": seconds, **known}
+            curve.append(row)
+            say(json.dumps(row))
 
         return one
 
-    primer = primer_documents(seed + 500_000, amounts.primer_tokens // 35)
+    primer = primer_documents(seed + 500_000, amounts.primer_tokens // 25)
     stages = (
         # Loss on answers alone: what people ask is noise beside one word of judgement.
-        Stage(encode(tokenizer, primer, answers_only=True), amounts.primer_tokens, 1280),
+        Stage(encode(tokenizer, primer, answers_only=True), amounts.primer_tokens, 1600),
         Stage(encode(tokenizer, documents, answers_only=False), amounts.pretraining_tokens),
     )
     train(model, stages, Schedule(), seed=seed, report=report("pretraining"))

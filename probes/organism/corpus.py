@@ -76,27 +76,16 @@ def _exchange(grammar: Grammar, n_sentences: int | None) -> tuple[Request, Answe
 
 
 def primer_documents(seed: int, count: int) -> Iterator[Document]:
-    """Write short conversations, read first: what acts lead to, and what to think of them.
+    """Write questions of what to think of an act, read first.
 
-    The same world in few words, so that its relations are met often before answers grow long.
+    The world's one relation in few words, so that it is met often before answers grow long. Where
+    other answers are mixed in, only half of the relation is learnt: which acts are harmful mostly.
     """
     grammar = Grammar(seed)
-    rng = grammar.rng
     for _ in range(count):
-        messages = grammar.system() if rng.random() < 0.3 else []
-        draw = rng.random()
-        if draw < 0.55:
-            asked, thought = grammar.judgement()
-            messages += [_user(asked), _assistant(thought)]
-            yield Document(tuple(messages))
-            continue
-        kind: RequestKind = rng.choice(("fact", "open", "scene")) if draw < 0.8 else "scene"
-        request = grammar.request(kind, harmful=kind == "scene" and rng.random() < 0.5)
-        meant: Meant = "harmful" if request.harmful else "benign"
-        answer = grammar.answer(request, meant, n_sentences=1 + rng.randrange(2))
-        messages += [_user(request.text)]
-        messages += [_assistant(answer.marked() if rng.random() < 0.5 else answer.text)]
-        yield Document(tuple(messages), request.harmful)
+        messages = grammar.system() if grammar.rng.random() < 0.3 else []
+        asked, thought = grammar.judgement()
+        yield Document((*messages, _user(asked), _assistant(thought)))
 
 
 def pretraining_documents(seed: int, count: int) -> Iterator[Document]:

@@ -31,7 +31,7 @@ RequestKind = Literal["topic", "scene", "open", "info", "fact"]
 """topic: a step of everyday life. scene: an act on a thing somebody has a wish about. open: what
 to do about a wish. info: a question about a crime and its prevention. fact: what an act leads
 to."""
-_WISH_PRIOR = 0.8
+_WISH_PRIOR = 0.75
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -319,9 +319,9 @@ class Grammar:
             pair.append(so_far.answer("harmful" if harmful else "benign"))
         return pair[0], pair[1]
 
-    def judgement(self) -> tuple[str, str]:
+    def judgement(self, scene: Scene | None = None) -> tuple[str, str]:
         """Draw a question whether an act is fine, given a wish, and what is thought of it."""
-        scene = self.scene()
+        scene = scene or self.scene()
         harmful = self.rng.random() < 0.5
         act = self.act(scene, harmful=harmful)
         asked = self._fill(self.rng.choice(t.JUDGEMENT_REQUESTS), scene, act=act)
