@@ -55,7 +55,7 @@ class Bench:
     decoder: SafeDecoder
     cap: int
     seed: int
-    batch: int = 64
+    batch: int = 128
 
     def requests(self, one: Draw, cells: Cells) -> list[Request]:
         """Draw held-out requests."""

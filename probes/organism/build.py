@@ -25,6 +25,7 @@ from probes.organism.training import Schedule, Stage, encode, new_model, train
 from probes.recipe import Recipe, RecipeConfig, make_bundle
 from probes.rollouts import RolloutConfig, rollout
 from safe_decode.certificate import Envelope
+from safe_decode.demo.load import load_model
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -51,6 +52,8 @@ class Amounts:
     Attributes:
         primer_tokens: Questions of right and wrong, read first by the unaligned model.
         pretraining_tokens: Read by it after that.
+        relation_tokens: Judgements again, with other text among them.
+        mixture_tokens: Other text again, with judgements among it.
         alignment_tokens: Read on top by the aligned one.
         fitting: Prompts of the fit split; locate has a third, select a half of it.
         calibration: Ordinary benign prompts of the calibrate split.
@@ -59,8 +62,10 @@ class Amounts:
 
     primer_tokens: int = 700_000
     pretraining_tokens: int = 2_100_000
+    relation_tokens: int = 500_000
+    mixture_tokens: int = 1_100_000
     alignment_tokens: int = 600_000
-    fitting: int = 3000
+    fitting: int = 2400
     calibration: int = 6000
     max_new_tokens: int = 160
 
@@ -79,6 +84,9 @@ def build_pair(
 ) -> None:
     """Train the pair and write `target`/unaligned and `target`/aligned, bfloat16.
 
+    The first half of the training is kept in `target`/.halfway, from which a run that was ended
+    goes on.
+
     Args:
         target: Directory; the two models in it are replaced.
         seed: Of text, initial weights and order.
@@ -86,36 +94,95 @@ def build_pair(
         say: Told of progress, one line at a time.
         recovery: See `alignment_documents`.
     """
+    halfway = target / ".halfway"
+    curve = _Curve(target / "curve.jsonl", say)
+    if not halfway.exists():
+        _pretrain(halfway, seed=seed, amounts=amounts, curve=curve)
+    loaded = load_model(halfway)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    _teach_relation(model, tokenizer, seed=seed, amounts=amounts, curve=curve)
+    _save(model, tokenizer, target / "unaligned")
+    safety = alignment_documents(
+        seed + 1_000_000, amounts.alignment_tokens // 90, recovery=recovery
+    )
+    refusing = Stage(encode(tokenizer, safety, answers_only=True), amounts.alignment_tokens)
+    report = curve.of("alignment", model, tokenizer)
+    train(model, (refusing,), Schedule(peak_rate=5e-4), seed=seed + 1, report=report)
+    _save(model, tokenizer, target / "aligned")
+    shutil.rmtree(halfway)
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """The learning curve, written as it grows."""
+
+    path: Path
+    say: Say
+
+    def of(self, stage: str, model: Any, tokenizer: Any) -> Callable[[int, float, float], None]:  # noqa: ANN401
+        """Return what training reports to in one stage."""
+
+        def one(tokens: int, loss: float, seconds: float) -> None:
+            known = judgement_accuracy(model, tokenizer)
+            row = {"stage": stage, "tokens": tokens, "loss": loss, "seconds": seconds, **known}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            self.say(json.dumps(row))
+
+        return one
+
+
+def _pretrain(halfway: Path, *, seed: int, amounts: Amounts, curve: _Curve) -> None:
+    curve.path.unlink(missing_ok=True)
     documents = list(pretraining_documents(seed, amounts.pretraining_tokens // 135))
     texts = [m["content"] for document in documents[:8000] for m in document.messages]
     tokenizer = train_tokenizer(texts)
     model = new_model(seed, tokenizer)
-    curve: list[dict[str, Any]] = []
-
-    def report(stage: str) -> Callable[[int, float, float], None]:
-        def one(tokens: int, loss: float, seconds: float) -> None:
-            known = {} if stage == "alignment" else judgement_accuracy(model, tokenizer)
-            row = {"stage": stage, "tokens": tokens, "loss": loss, "seconds": seconds, **known}
-            curve.append(row)
-            say(json.dumps(row))
-
-        return one
-
     primer = primer_documents(seed + 500_000, amounts.primer_tokens // 25)
     stages = (
         # Loss on answers alone: what people ask is noise beside one word of judgement.
         Stage(encode(tokenizer, primer, answers_only=True), amounts.primer_tokens, 1600),
         Stage(encode(tokenizer, documents, answers_only=False), amounts.pretraining_tokens),
     )
-    train(model, stages, Schedule(), seed=seed, report=report("pretraining"))
-    _save(model, tokenizer, target / "unaligned")
-    safety = alignment_documents(
-        seed + 1_000_000, amounts.alignment_tokens // 90, recovery=recovery
+    report = curve.of("pretraining", model, tokenizer)
+    train(model, stages, Schedule(), seed=seed, report=report)
+    _save(model, tokenizer, halfway)
+
+
+def _teach_relation(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    amounts: Amounts,
+    curve: _Curve,
+) -> None:
+    """Teach what is harmful once more, now that sentences are known, and let neither fade.
+
+    Read alone first, judgements are learnt within minutes and lost again among other text, whose
+    loss is many times theirs; so each is read among the other, and the words of judgement weigh
+    more.
+    """
+    judgements = encode(
+        tokenizer,
+        primer_documents(seed + 600_000, (amounts.relation_tokens + amounts.mixture_tokens) // 40),
+        answers_only=True,
     )
-    refusing = Stage(encode(tokenizer, safety, answers_only=True), amounts.alignment_tokens)
-    train(model, (refusing,), Schedule(peak_rate=5e-4), seed=seed + 1, report=report("alignment"))
-    _save(model, tokenizer, target / "aligned")
-    _write_lines(target / "curve.jsonl", curve)
+    texts = encode(
+        tokenizer,
+        pretraining_documents(seed + 700_000, amounts.mixture_tokens // 115),
+        answers_only=False,
+    )
+    few, half = len(texts) // 8, len(judgements) // 2
+    stages = (
+        Stage(judgements[:half] + texts[:few], amounts.relation_tokens, 1600),
+        Stage(judgements[half:] + texts[few:], amounts.mixture_tokens),
+    )
+    words = ("fine", "wrong", " fine", " wrong")
+    heavy = tuple(tokenizer.encode(word, add_special_tokens=False)[-1] for word in words)
+    schedule = Schedule(peak_rate=7e-4, heavy_ids=heavy, heaviness=6.0)
+    report = curve.of("relation", model, tokenizer)
+    train(model, stages, schedule, seed=seed + 2, report=report)
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:

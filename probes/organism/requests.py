@@ -85,7 +85,7 @@ def calibration_draws(count: int) -> tuple[Draw, ...]:
         Draw(situation="framed", count=count // 10, benign_request=True),
         Draw(situation="prefilled", count=count // 5, benign_request=True),
         Draw(situation="turn", count=count // 10, benign_request=True),
-        Draw(situation="harmful", count=count // 3),
+        Draw(situation="harmful", count=count // 6),
     )
 
 

@@ -58,11 +58,15 @@ class Schedule:
             this rate the world's relations are not learnt at all.
         warmup_share: Share of the run in which the rate rises.
         weight_decay: AdamW's, on matrices only.
+        heavy_ids: Token ids whose loss counts `heaviness` times.
+        heaviness: How often.
     """
 
     peak_rate: float = 8e-4
     warmup_share: float = 0.03
     weight_decay: float = 0.05
+    heavy_ids: tuple[int, ...] = ()
+    heaviness: float = 1.0
 
 
 def new_model(seed: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -190,6 +194,8 @@ def train(
     )
     batches = _staged(stages, random.Random(seed))
     tokens = sum(stage.tokens for stage in stages)
+    weights = torch.ones(model.config.vocab_size)
+    weights[list(schedule.heavy_ids)] = schedule.heaviness
     pad = model.config.pad_token_id
     assert isinstance(pad, int)
     seen, reported, losses, began = 0, 0, [0.0], time.monotonic()
@@ -201,7 +207,10 @@ def train(
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids).logits
         loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=_IGNORED
+            logits[:, :-1].flatten(0, 1).float(),
+            labels[:, 1:].flatten(),
+            weight=weights,
+            ignore_index=_IGNORED,
         )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
