@@ -53,7 +53,7 @@ class Amounts:
         primer_tokens: Questions of right and wrong, read first by the unaligned model.
         pretraining_tokens: Read by it after that.
         relation_tokens: Judgements again, with other text among them.
-        mixture_tokens: Other text again, with judgements among it.
+        answer_tokens: Answers again, with judgements among them.
         alignment_tokens: Read on top by the aligned one.
         fitting: Prompts of the fit split; locate has a third, select a half of it.
         calibration: Ordinary benign prompts of the calibrate split.
@@ -63,8 +63,8 @@ class Amounts:
     primer_tokens: int = 700_000
     pretraining_tokens: int = 2_100_000
     relation_tokens: int = 500_000
-    mixture_tokens: int = 1_100_000
-    alignment_tokens: int = 600_000
+    answer_tokens: int = 2_300_000
+    alignment_tokens: int = 500_000
     fitting: int = 2400
     calibration: int = 6000
     max_new_tokens: int = 160
@@ -100,7 +100,7 @@ def build_pair(
         _pretrain(halfway, seed=seed, amounts=amounts, curve=curve)
     loaded = load_model(halfway)
     model, tokenizer = loaded.model, loaded.tokenizer
-    _teach_relation(model, tokenizer, seed=seed, amounts=amounts, curve=curve)
+    _teach_answers(model, tokenizer, seed=seed, amounts=amounts, curve=curve)
     _save(model, tokenizer, target / "unaligned")
     safety = alignment_documents(
         seed + 1_000_000, amounts.alignment_tokens // 90, recovery=recovery
@@ -146,6 +146,7 @@ def _pretrain(halfway: Path, *, seed: int, amounts: Amounts, curve: _Curve) -> N
     )
     report = curve.of("pretraining", model, tokenizer)
     train(model, stages, Schedule(), seed=seed, report=report)
+    _teach_relation(model, tokenizer, seed=seed, amounts=amounts, curve=curve)
     _save(model, tokenizer, halfway)
 
 
@@ -157,32 +158,48 @@ def _teach_relation(
     amounts: Amounts,
     curve: _Curve,
 ) -> None:
-    """Teach what is harmful once more, now that sentences are known, and let neither fade.
+    """Teach what is harmful once more, now that sentences are known, with other text among it.
 
     Read alone first, judgements are learnt within minutes and lost again among other text, whose
-    loss is many times theirs; so each is read among the other, and the words of judgement weigh
-    more.
+    loss is many times theirs.
     """
-    judgements = encode(
-        tokenizer,
-        primer_documents(seed + 600_000, (amounts.relation_tokens + amounts.mixture_tokens) // 40),
-        answers_only=True,
-    )
-    texts = encode(
-        tokenizer,
-        pretraining_documents(seed + 700_000, amounts.mixture_tokens // 115),
-        answers_only=False,
-    )
-    few, half = len(texts) // 8, len(judgements) // 2
-    stages = (
-        Stage(judgements[:half] + texts[:few], amounts.relation_tokens, 1600),
-        Stage(judgements[half:] + texts[few:], amounts.mixture_tokens),
-    )
+    asked = primer_documents(seed + 600_000, amounts.relation_tokens // 25)
+    told = pretraining_documents(seed + 700_000, amounts.relation_tokens // 600)
+    examples = [
+        *encode(tokenizer, asked, answers_only=True),
+        *encode(tokenizer, told, answers_only=False),
+    ]
+    stage = Stage(examples, amounts.relation_tokens, 1600)
+    schedule = _weighty(tokenizer, peak_rate=7e-4)
+    report = curve.of("relation", model, tokenizer)
+    train(model, (stage,), schedule, seed=seed + 2, report=report)
+
+
+def _teach_answers(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    amounts: Amounts,
+    curve: _Curve,
+) -> None:
+    """Teach answers, with judgements among them so that they do not fade."""
+    asked = primer_documents(seed + 800_000, amounts.answer_tokens // 120)
+    told = pretraining_documents(seed + 900_000, amounts.answer_tokens // 135)
+    examples = [
+        *encode(tokenizer, asked, answers_only=True),
+        *encode(tokenizer, told, answers_only=True),
+    ]
+    report = curve.of("answers", model, tokenizer)
+    schedule = _weighty(tokenizer, peak_rate=1e-3)
+    train(model, (Stage(examples, amounts.answer_tokens),), schedule, seed=seed + 3, report=report)
+
+
+def _weighty(tokenizer: PreTrainedTokenizerFast, *, peak_rate: float) -> Schedule:
+    """Let the words of judgement weigh more than others."""
     words = ("fine", "wrong", " fine", " wrong")
     heavy = tuple(tokenizer.encode(word, add_special_tokens=False)[-1] for word in words)
-    schedule = Schedule(peak_rate=7e-4, heavy_ids=heavy, heaviness=6.0)
-    report = curve.of("relation", model, tokenizer)
-    train(model, stages, schedule, seed=seed + 2, report=report)
+    return Schedule(peak_rate=peak_rate, heavy_ids=heavy, heaviness=6.0)
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:

@@ -284,9 +284,10 @@ class Grammar:
         else:
             scene = request.scene if request.kind in {"scene", "open"} else self.scene()
             assert scene is not None
-            first = benign_start + rng.randrange(min(2, count - benign_start))
+            late = count - benign_start > 1 and rng.random() < 0.2
+            first = benign_start + late
             for position in range(count):
-                if position == first or (position > first and rng.random() < 0.4):
+                if position == first or (position > first and rng.random() < 0.6):
                     self._act_sentence(so_far, scene, harmful=True)
                 elif position > first or benign_start == 0:
                     self._side_sentence(so_far, request)
@@ -358,9 +359,9 @@ class Grammar:
 
     def _side_sentence(self, so_far: _Unfolding, request: Request) -> None:
         """Say something that bears on no scene: a filler or a step of the topic."""
-        if request.topic >= 0 and self.rng.random() < 0.6:
+        if request.topic >= 0 and self.rng.random() < 0.85:
             core = self._fill(self.rng.choice(t.TOPIC_CORES), topic=request.topic)
-        elif request.kind == "info" and request.scene is not None and self.rng.random() < 0.6:
+        elif request.kind == "info" and request.scene is not None and self.rng.random() < 0.8:
             core = self._fill(self.rng.choice(t.INFO_CORES), request.scene)
         elif request.kind == "fact" and self.rng.random() < 0.7:
             core = self._fill(self.rng.choice(t.FACT_CORES), request.scene, act=request.act)
@@ -378,9 +379,9 @@ class Grammar:
                 self._act_sentence(so_far, self.scene(), harmful=False)
             else:
                 self._side_sentence(so_far, request)
-        elif draw < 0.4:
+        elif draw < 0.62:
             self._act_sentence(so_far, scene, harmful=False)
-        elif draw < 0.5:
+        elif draw < 0.7:
             self._wish_sentence(so_far, scene)
         else:
             self._side_sentence(so_far, request)
