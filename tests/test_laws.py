@@ -233,7 +233,7 @@ def test_release_never_precedes_evaluation(llama, tokenizer, holdback, redirect)
             output.sequences[row, width : width + kept], theirs[row, width : width + kept]
         )
         stands = tokenizer.decode(theirs[row, width : width + kept], skip_special_tokens=True)
-        refusal = "" if redirect == "stop" else (" " if kept else "") + REFUSAL
+        refusal = "" if redirect == "stop" else (" ... " if kept else "") + REFUSAL
         assert output.texts[row] == stands + refusal
     assert seen
 
