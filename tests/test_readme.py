@@ -34,8 +34,9 @@ def test_the_outputs_in_the_readme_are_what_the_examples_print():
     assert fill(TEXT, content_of) == TEXT, "run `make readme`"
 
 
-def test_every_results_file_has_its_block():
-    assert {path.stem for path in RESULTS.glob("*.jsonl")} <= set(block_names(TEXT))
+def test_every_results_file_has_its_block_or_its_page():
+    pages = {path.stem for path in (RESULTS.parents[1] / "docs").glob("*.md")}
+    assert {path.stem for path in RESULTS.glob("*.jsonl")} <= {*block_names(TEXT), *pages}
 
 
 def test_blocks_are_filled_and_the_rest_is_untouched():
