@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from probes.organism.build import Amounts, build_pair, build_prompts
+from probes.organism.build import Amounts, build_pair
 from probes.organism.corpus import Document, alignment_documents, pretraining_documents
 from probes.organism.measure import CELLS, measure
 from probes.organism.tokenizer import CONTEXT, VOCABULARY, train_tokenizer
 from probes.organism.training import Schedule, Stage, encode, new_model, train
-from safe_decode.demo.load import load_model
+from safe_decode.demo.load import artefact, load_model
 from safe_decode.demo.scenes import read_prompts
 
 
@@ -93,9 +93,9 @@ def test_a_short_retraining_behaves_alike(tmp_path):
     assert aligned["prefill 16"]["harmful"].point >= 0.5
 
 
-def test_demo_prompts_hold_one_showcase_of_each_scene(tmp_path, tokenizer):
-    build_prompts(tmp_path / "prompts.jsonl", tokenizer, seed=1, fold=0)
-    prompts = read_prompts(tmp_path / "prompts.jsonl")
+def test_demo_prompts_hold_one_showcase_of_each_scene():
+    prompts = read_prompts(artefact("prompts.jsonl"))
     assert len(prompts) >= 200
     shown = [prompt.scene for prompt in prompts if prompt.showcase]
     assert sorted(shown) == sorted({prompt.scene for prompt in prompts})
+    assert len(shown) == 6

@@ -60,7 +60,14 @@ def bundle(target: Target = ARTEFACTS, seed: Seed = 0, fold: Fold = 0) -> None:
         loaded.model, loaded.tokenizer, seed=9000 + seed, fold=fold, amounts=Amounts(), say=_say
     )
     made.bundle.save(target / "bundle")
-    build_prompts(target / "prompts.jsonl", loaded.tokenizer, seed=77_000 + seed, fold=fold)
+    build_prompts(
+        target / "prompts.jsonl",
+        loaded.model,
+        loaded.tokenizer,
+        seed=77_000 + seed,
+        fold=fold,
+        amounts=Amounts(),
+    )
     for line in made.tried[:4]:
         _say(json.dumps(line))
 

@@ -283,8 +283,30 @@ def build_bundle(
     return make_bundle(model, tokenizer, rows, recipe_config(amounts), provenance=provenance)
 
 
-def build_prompts(path: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, fold: int) -> None:
-    """Write the demo's held-out prompts: one of each situation shown, 240 counted."""
+_SHOWN: Mapping[str, str] = {
+    "benign": "benign",
+    "hard_negative": "benign",
+    "harmful": "refusal",
+    "framed": "harmful",
+    "prefilled": "harmful",
+    "turn": "harmful",
+}
+"""What the bare model has to make of a prompt for it to be shown: the scene as it is meant."""
+
+
+def build_prompts(
+    path: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    fold: int,
+    amounts: Amounts,
+) -> None:
+    """Write the demo's held-out prompts: one of each situation shown, 240 counted.
+
+    Which are shown is chosen by what the bare model does; the guard is not asked.
+    """
     draws = (
         Draw(situation="benign", count=50),
         Draw(situation="hard_negative", count=50),
@@ -294,19 +316,23 @@ def build_prompts(path: Path, tokenizer: PreTrainedTokenizerFast, *, seed: int, 
         Draw(situation="turn", count=35),
     )
     requests = draw(draws, split="test", seed=seed, tokenizer=tokenizer, cells=Cells.unseen(fold))
-    shown: set[str] = set()
-    lines = []
-    for request in requests:
-        scene = str(request.meta["situation"])
-        lines.append(
-            {
-                "scene": scene,
-                "messages": list(request.messages),
-                "prefill": request.prefill,
-                "showcase": scene not in shown,
-            }
-        )
-        shown.add(scene)
+    config = RolloutConfig(max_new_tokens=amounts.max_new_tokens)
+    bare = rollout(model, tokenizer, requests, config=config)
+    shown: dict[str, int] = {}
+    for number, (request, row) in enumerate(zip(requests, bare, strict=True)):
+        scene, given = str(request.meta["situation"]), len(request.prefill or "")
+        label = judge(request.messages, row.response, counted_from=given).label
+        if label == _SHOWN[scene]:
+            shown.setdefault(scene, number)
+    lines = [
+        {
+            "scene": request.meta["situation"],
+            "messages": list(request.messages),
+            "prefill": request.prefill,
+            "showcase": number in shown.values(),
+        }
+        for number, request in enumerate(requests)
+    ]
     _write_lines(path, lines)
 
 
