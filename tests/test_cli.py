@@ -113,7 +113,7 @@ def cpu_seconds_of_children():
     return used.ru_utime + used.ru_stime
 
 
-def test_help_answers_in_half_a_second():
+def test_help_answers_within_a_second_of_processor_time():
     code = "import sys; sys.argv[1:] = ['--help']; from safe_decode.cli import main; main()"
     taken = []
     # The fastest of three, in processor time: a busy machine is not the program's doing.
@@ -124,7 +124,7 @@ def test_help_answers_in_half_a_second():
         )
         taken.append(cpu_seconds_of_children() - began)
     assert "verify-certificate" in done.stdout
-    assert min(taken) < 0.5
+    assert min(taken) < 1.0
 
 
 def test_help_loads_nothing_heavy():
