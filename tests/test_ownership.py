@@ -73,7 +73,8 @@ def assert_owned(model, units, removed):
         assert not bool(after[name][owned[name]].any()), name
         # What already had no gradient, such as an unread embedding, proves nothing.
         alive = grad.abs() > 1e-3 * grad.abs().max()
-        mistaken = alive & ~owned[name] & (after[name] == 0)
+        # A norm before an attention of one group has none left when the group is gone.
+        mistaken = alive & ~owned[name] & (after[name] == 0) & ("norm" not in name)
         assert not bool(mistaken.any()), (name, torch.nonzero(mistaken)[:3])
 
 
