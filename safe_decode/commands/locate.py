@@ -258,8 +258,9 @@ def _show(units: UnitSet, out: Path, plot: Path | None) -> None:
     screen.print(table)
     found = units.provenance["counts"]
     screen.print(
-        f"located on {found['refusals']} refusals ({found['distinct_refusals']} distinct) of "
-        f"{found['harmful_responses']} harmful prompts' responses and {found['benign_answers']} "
-        f"answers of {found['benign_responses']} benign ones"
+        f"located on {found['refusals']} refusals ({found['distinct_refusals']} distinct) among "
+        f"{found['harmful_responses']} responses to harmful prompts, and {found['benign_answers']} "
+        f"answers among {found['benign_responses']} to benign ones",
+        soft_wrap=True,
     )
     screen.print(f"units: {out}" + ("" if plot is None else f"; plots: {plot}"), soft_wrap=True)
