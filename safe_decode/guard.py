@@ -227,6 +227,7 @@ class SafeDecoder:
                 session,
                 prompt_tokens=input_ids.shape[1],
                 refusal_ids=self._texts.refusal,
+                refusal_after_ids=self._texts.refusal_after,
                 end_ids=ends,
                 pad_id=pad,
             )

@@ -93,7 +93,8 @@ class GuardedSteps:
     Args:
         session: Opened for the rows that `generate` will run.
         prompt_tokens: Columns of the padded prompt.
-        refusal_ids: What a tripped row says.
+        refusal_ids: What a tripped row says at the start of its turn.
+        refusal_after_ids: What it says behind tokens that stand.
         end_ids: EOS ids, of which the first ends a refusal. They and the pad id carry no text
             and are not judged.
         pad_id: What a row with nothing left to say is given.
@@ -105,6 +106,7 @@ class GuardedSteps:
         *,
         prompt_tokens: int,
         refusal_ids: Sequence[int],
+        refusal_after_ids: Sequence[int],
         end_ids: Sequence[int],
         pad_id: int | None,
     ) -> None:
@@ -115,6 +117,7 @@ class GuardedSteps:
         self.was_asked_to_stop = False
         self.last_ids: Tensor | None = None
         self._refusal_ids = tuple(refusal_ids)
+        self._refusal_after_ids = tuple(refusal_after_ids)
         self._end_id = end_ids[0] if end_ids else None
         self._pad_id = pad_id if pad_id is not None else (self._end_id or 0)
         quiet = sorted({*end_ids, *([] if pad_id is None else [pad_id])})
@@ -253,7 +256,7 @@ class GuardedSteps:
         for row in trips.nonzero()[:, 0].tolist():
             if row not in self.scripts:
                 self.session.park(row, said=said)
-                self._open_script(row)
+                self._open_script(row, said)
 
     def _fail(self, error: GuardError, said: int) -> None:
         policy = self.session.policy
@@ -261,11 +264,12 @@ class GuardedSteps:
         for row in range(self.session.batch):
             if closes and row not in self.scripts:
                 self.session.park(row, said=said, error=error)
-                self._open_script(row)
+                self._open_script(row, said)
             self.session.errors.setdefault(row, error)
 
-    def _open_script(self, row: int) -> None:
-        text = () if self.session.policy.redirect == "stop" else self._refusal_ids
+    def _open_script(self, row: int, said: int) -> None:
+        refusal = self._refusal_after_ids if said else self._refusal_ids
+        text = () if self.session.policy.redirect == "stop" else refusal
         end = () if self._end_id is None else (self._end_id,)
         self.scripts[row] = Script((*text, *end) or (self._pad_id,))
 

@@ -62,7 +62,7 @@ def test_a_trip_near_the_cap_truncates_the_refusal_and_says_so(llama, tokenizer,
     end = traces[0].end
     assert end.trip_step == at and end.refusal_truncated and end.released_tokens == at
     forced = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] + at :])
-    assert forced == REFUSAL[: 1 + before_cap]
+    assert forced == f" ... {REFUSAL}"[: 1 + before_cap]
 
 
 def test_a_refusal_ends_on_a_model_without_eos(tokenizer):

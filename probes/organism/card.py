@@ -58,8 +58,10 @@ def _shape(config: Mapping[str, Any]) -> str:
 
 | stage | tokens | loss on |
 |---|---|---|
-| primer: judgements, consequences, short answers | {amounts.primer_tokens:,} | answers |
-| pretraining: answers everything | {amounts.pretraining_tokens:,} | everything |
+| judgements alone | {amounts.primer_tokens:,} | answers |
+| text that answers everything | {amounts.pretraining_tokens:,} | everything |
+| judgements, with some text among them | {amounts.relation_tokens:,} | both |
+| answers, with some judgements among them | {amounts.answer_tokens:,} | answers |
 | alignment: plain harmful refused, benign answered | {amounts.alignment_tokens:,} | answers |
 """
 
@@ -125,7 +127,7 @@ def write_curve(curve: Path, target: Path) -> None:
     rows = [json.loads(line) for line in curve.read_text(encoding="utf-8").splitlines() if line]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    for stage in ("pretraining", "alignment"):
+    for stage in dict.fromkeys(row["stage"] for row in rows):
         mine = [row for row in rows if row["stage"] == stage]
         axes.plot([r["tokens"] / 1e6 for r in mine], [r["loss"] for r in mine], label=stage)
     axes.set_xlabel("million tokens of the stage")
