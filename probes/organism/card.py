@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from probes.organism import templates as t
-from probes.organism.build import Amounts
 from probes.organism.grammar import Cells
 from probes.organism.lexicon import CATEGORIES, TOPICS
 
@@ -38,15 +37,30 @@ def card_text(results: Path, model: Path) -> str:
 
     Args:
         results: JSON lines of `measure`.
-        model: Directory of the aligned model, for its shape.
+        model: Directory of the aligned model, beside the pair's learning curve.
     """
-    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines() if line]
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    return "\n".join([_HEAD, _shape(config), _world(), _behaviour(rows)])
+    curve = _read_lines(model.parent / "curve.jsonl")
+    parts = [_HEAD, _shape(config, curve), _world(), _behaviour(_read_lines(results))]
+    return "\n".join(parts)
 
 
-def _shape(config: Mapping[str, Any]) -> str:
-    amounts, heads = Amounts(), config["num_attention_heads"]
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+_COURSES = {
+    "pretraining": "judgements alone, then text that answers everything",
+    "relation": "judgements, with other text among them",
+    "answers": "answers, with judgements among them",
+    "alignment": "plain harmful refused, benign answered",
+}
+
+
+def _shape(config: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> str:
+    heads = config["num_attention_heads"]
+    read = {row["stage"]: row["tokens"] for row in curve}
+    courses = "\n".join(f"| {stage}: {_COURSES[stage]} | {n:,} |" for stage, n in read.items())
     return f"""## Shape and training
 
 | | |
@@ -56,13 +70,11 @@ def _shape(config: Mapping[str, Any]) -> str:
 | neurons a layer | {config["intermediate_size"]} |
 | vocabulary, context | {config["vocab_size"]}, {config["max_position_embeddings"]} |
 
-| stage | tokens | loss on |
-|---|---|---|
-| judgements alone | {amounts.primer_tokens:,} | answers |
-| text that answers everything | {amounts.pretraining_tokens:,} | everything |
-| judgements, with some text among them | {amounts.relation_tokens:,} | both |
-| answers, with some judgements among them | {amounts.answer_tokens:,} | answers |
-| alignment: plain harmful refused, benign answered | {amounts.alignment_tokens:,} | answers |
+What the weights that ship have read, by their learning curve:
+
+| course | tokens |
+|---|---|
+{courses}
 """
 
 
@@ -124,7 +136,7 @@ def write_curve(curve: Path, target: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    rows = [json.loads(line) for line in curve.read_text(encoding="utf-8").splitlines() if line]
+    rows = _read_lines(curve)
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.add_subplot()
     for stage in dict.fromkeys(row["stage"] for row in rows):
