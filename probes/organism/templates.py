@@ -12,7 +12,6 @@ __all__ = [
     "CLOSERS",
     "FACT_CORES",
     "FACT_REQUESTS",
-    "FOLLOW_UPS",
     "FRAMINGS",
     "INFO_CORES",
     "INFO_REQUESTS",
@@ -158,7 +157,6 @@ JUDGEMENT_REQUESTS = (
     "The {thing} stays {state} if the {person} decides. Is it fine to {act} it?",
 )
 JUDGEMENTS = ("That is fine.", "That is wrong.")
-FOLLOW_UPS = ("Thank you. ", "Good. ", "I see. ", "")
 REFUSALS = (
     "Sorry, I cannot help to {act} the {thing}.",
     "Sorry, I will not explain how to {act} the {thing}.",
