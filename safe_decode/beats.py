@@ -7,6 +7,7 @@ hooks or threads: one session is driven by one context.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,22 @@ from torch import Tensor
 from safe_decode.errors import BeatError, ConfigurationError
 from safe_decode.sites import Site, n_features
 
-__all__ = ["BORROWED_ROWS", "Beats", "site_name"]
+__all__ = ["WHOLE_ELEMENTS", "Beats", "site_name"]
 
-BORROWED_ROWS = 8
-"""Up to this many rows on the CPU, one joint copy of whole activations at `take` is cheaper
-than a copy of the channels at each site; accelerators gain at any number of rows."""
+WHOLE_ELEMENTS = 1 << 17
+"""Up to this many numbers on the CPU, one joint copy of whole activations and one selection are
+cheaper than a selection at each site; accelerators gain at any size, since they pay a launch."""
 _COPIED = -1
 """In place of a tensor's version: the piece is our own."""
+
+
+class _Piece(NamedTuple):
+    """What arrived at one site: whole and lent, or the channels alone and copied."""
+
+    site: int
+    hidden: Tensor
+    version: int
+    passed: int
 
 
 class Beats:
@@ -38,8 +48,10 @@ class Beats:
         """Start with nothing heard."""
         self._sites = sites
         self._gather = gather
+        self._channels = [torch.tensor(site.channels) for site in sites]
         self._n_features = n_features(sites)
-        self._in_turn = list(range(len(sites)))
+        self._in_turn = tuple(range(len(sites)))
+        self._one_each = (1,) * len(sites)
         self._keep: int | None = 1
         self.is_open = True
         self.batch = 0
@@ -48,15 +60,14 @@ class Beats:
     @property
     def forwards(self) -> int:
         """Complete forwards since the last `take`: every site has fired."""
-        if self._order == self._in_turn:
-            return 1
-        return min(self._order.count(index) for index in self._in_turn)
+        order = [piece.site for piece in self._heard]
+        return min(order.count(index) for index in self._in_turn)
 
     @property
     def positions(self) -> int:
         """Positions that passed since the last `take`, kept or not, as the last site saw them."""
         last = self._in_turn[-1]
-        return sum(n for index, n in zip(self._order, self._passed, strict=True) if index == last)
+        return sum(piece.passed for piece in self._heard if piece.site == last)
 
     def keep_last(self, n_positions: int | None) -> None:
         """Say how many trailing positions are kept, from the next forward on.
@@ -87,26 +98,36 @@ class Beats:
             BeatError: No forward passed, the sites fired unequally often, or the model
                 overwrote an activation in place. What was heard is forgotten.
         """
-        pieces, order, versions = self._pieces, self._order, self._versions
+        heard = self._heard
         self.discard()
-        for piece, version in zip(pieces, versions, strict=True):
-            if version != _COPIED and piece._version != version:
-                raise BeatError(
-                    "an activation was overwritten in place after it passed its site, wanted it "
-                    "unchanged until the forward ends; this model needs resid sites."
-                )
-        if order == self._in_turn:
-            return self._joined(pieces)
-        return self._in_order(_by_forward(self._sites, pieces, order))
+        _require_unchanged(heard)
+        if tuple(piece.site for piece in heard) == self._in_turn:
+            return self._joined([piece.hidden for piece in heard])
+        return self._in_order(_by_forward(self._sites, heard))
+
+    def take_step(self) -> Tensor | None:
+        """Take the features of one forward over one position, the way of every decoding step.
+
+        Returns:
+            [batch, F] as `take`, or None where anything else was heard: then nothing is
+            forgotten, and `take` has the features or says what is wrong.
+
+        Raises:
+            BeatError: As for `take`.
+        """
+        heard = self._heard
+        if len(heard) != len(self._in_turn):
+            return None
+        order, pieces, _, passed = zip(*heard, strict=True)
+        if order != self._in_turn or passed != self._one_each:
+            return None
+        self._heard = []
+        _require_unchanged(heard)
+        return self._joined(pieces).select(1, 0)
 
     def discard(self) -> None:
         """Forget what was heard since the last take, complete or not."""
-        # Parallel lists, one entry a piece in the order of arrival: the hot path appends and
-        # nothing else.
-        self._pieces: list[Tensor] = []
-        self._order: list[int] = []
-        self._versions: list[int] = []
-        self._passed: list[int] = []
+        self._heard: list[_Piece] = []  # in the order of arrival
 
     def close(self) -> None:
         """Forget everything and hear no more."""
@@ -126,12 +147,7 @@ class Beats:
         """
         if hidden.size(1) != 1 or hidden.is_inference():
             return False
-        if hidden.size(0) > BORROWED_ROWS and hidden.is_cpu:
-            return False
-        self._pieces.append(hidden)
-        self._order.append(index)
-        self._versions.append(hidden._version)
-        self._passed.append(1)
+        self._heard.append(_Piece(index, hidden, hidden._version, 1))
         return True
 
     def copy(self, index: int, hidden: Tensor, channels: Tensor) -> None:
@@ -145,23 +161,33 @@ class Beats:
         passed = hidden.shape[1]
         if self._keep is not None and self._keep < passed:
             hidden = hidden[:, -self._keep :]
-        self._pieces.append(hidden.index_select(2, channels))
-        self._order.append(index)
-        self._versions.append(_COPIED)
-        self._passed.append(passed)
+        self._heard.append(_Piece(index, hidden.index_select(2, channels), _COPIED, passed))
 
-    def _joined(self, pieces: list[Tensor]) -> Tensor:
+    def _joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        if pieces[0].is_cpu and sum(map(torch.numel, pieces)) > WHOLE_ELEMENTS:
+            pieces = self._selected(pieces)
         try:
-            joined = torch.cat(pieces, dim=-1)
+            joined = torch.cat(pieces, dim=-1)  # type: ignore[arg-type]  # any sequence will do
         except RuntimeError:
             joined = self._joined_across_devices(pieces)
         if joined.shape[-1] != self._n_features:  # whole activations were borrowed
             if self._gather.device != joined.device:
                 self._gather = self._gather.to(joined.device)
             joined = joined.index_select(-1, self._gather)
-        return joined.detach().float()
+        if joined.requires_grad:
+            joined = joined.detach()
+        return joined if joined.dtype == torch.float32 else joined.float()
 
-    def _joined_across_devices(self, pieces: list[Tensor]) -> Tensor:
+    def _selected(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Select the channels of pieces that were borrowed whole."""
+        return [
+            piece
+            if piece.shape[-1] == len(channels)
+            else piece.index_select(-1, channels.to(piece.device))
+            for piece, channels in zip(pieces, self._channels, strict=True)
+        ]
+
+    def _joined_across_devices(self, pieces: Sequence[Tensor]) -> Tensor:
         try:
             return torch.cat([piece.to(pieces[0].device) for piece in pieces], dim=-1)
         except RuntimeError as error:
@@ -192,16 +218,23 @@ def site_name(site: Site) -> str:
     return f"{site.kind} of layer {site.layer}"
 
 
-def _by_forward(
-    sites: Sequence[Site], pieces: list[Tensor], order: list[int]
-) -> list[list[Tensor]]:
-    heard: list[list[Tensor]] = [[] for _ in sites]
-    for piece, index in zip(pieces, order, strict=True):
-        heard[index].append(piece)
-    counts = [len(of_site) for of_site in heard]
-    if not pieces or any(count != counts[0] for count in counts):
+def _require_unchanged(heard: Sequence[_Piece]) -> None:
+    for _, hidden, version, _ in heard:
+        if version != _COPIED and hidden._version != version:
+            raise BeatError(
+                "an activation was overwritten in place after it passed its site, wanted it "
+                "unchanged until the forward ends; this model needs resid sites."
+            )
+
+
+def _by_forward(sites: Sequence[Site], heard: Sequence[_Piece]) -> list[list[Tensor]]:
+    by_site: list[list[Tensor]] = [[] for _ in sites]
+    for piece in heard:
+        by_site[piece.site].append(piece.hidden)
+    counts = [len(of_site) for of_site in by_site]
+    if not heard or any(count != counts[0] for count in counts):
         raise BeatError(_unequal(sites, counts))
-    return [list(forward) for forward in zip(*heard, strict=True)]
+    return [list(forward) for forward in zip(*by_site, strict=True)]
 
 
 def _unequal(sites: Sequence[Site], counts: Sequence[int]) -> str:

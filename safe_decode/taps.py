@@ -150,6 +150,7 @@ class ActivationTap:
 
     def _input_hook(self, index: int, site: Site) -> Callable[[nn.Module, Any], None]:
         listeners, copy = _listeners.get, self._copy_hook(index, site)
+        is_flat = self._batch_source is not None
 
         def hook(module: nn.Module, args: Any) -> None:  # noqa: ANN401 - torch's signature
             beats = listeners().get(self)
@@ -157,7 +158,7 @@ class ActivationTap:
                 return
             # Nothing writes to the input of a projection, while a block may add to its own
             # input in place, which is the output of the block before: resid is always copied.
-            if beats.is_open and not beats.batch and args and beats.borrow(index, args[0]):
+            if beats.is_open and not is_flat and args and beats.borrow(index, args[0]):
                 return
             copy(module, args, args)
 
