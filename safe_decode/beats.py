@@ -55,7 +55,7 @@ class Beats:
         self._keep: int | None = 1
         self.is_open = True
         self.batch = 0
-        self.discard()
+        self._heard: list[_Piece] = []  # since the last take, in the order of arrival
 
     @property
     def forwards(self) -> int:
@@ -127,7 +127,7 @@ class Beats:
 
     def discard(self) -> None:
         """Forget what was heard since the last take, complete or not."""
-        self._heard: list[_Piece] = []  # in the order of arrival
+        self._heard = []
 
     def close(self) -> None:
         """Forget everything and hear no more."""

@@ -110,6 +110,11 @@ class Session:
         beats.keep_last(max(self.scanned))
 
     @property
+    def is_quiet(self) -> bool:
+        """Say whether no row has tripped; False where the host cannot know without waiting."""
+        return self._watch.is_quiet
+
+    @property
     def state(self) -> MonitorState:
         """What the monitor knows of each row now."""
         return self._watch.state

@@ -51,6 +51,9 @@ class Watch:
         monitor: Started for the rows' device.
         policy: What counts as a trip, and how many snapshots are kept.
         state: Where the rows stand.
+
+    Attributes:
+        is_quiet: No row has tripped; False on an accelerator, whose trips are not read here.
     """
 
     def __init__(self, monitor: RiskMonitor, policy: Policy, state: MonitorState) -> None:
@@ -68,6 +71,7 @@ class Watch:
         self._ring = SnapshotRing(policy.holdback_tokens + 1)
         self._trips = policy.trips(state.alarm, state.finite)
         self._reads_on_host = state.ema.is_cpu
+        self.is_quiet = self._reads_on_host and not bool(self._trips.any())
         self._low = torch.full_like(state.ema, -_LARGEST)
         self._high = _upper_bound(monitor, state)
 
@@ -125,6 +129,7 @@ class Watch:
             self._trips = self._trips | self._over()
             return self._trips
         self._trips = self._policy.trips(self.state.alarm, self.state.finite)
+        self.is_quiet = self._reads_on_host and not bool(self._trips.any())
         return self._trips
 
     def snapshot(self, row: int, n_scores: int) -> MonitorState | None:
