@@ -7,7 +7,6 @@ hooks or threads: one session is driven by one context.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +23,9 @@ _COPIED = -1
 """In place of a tensor's version: the piece is our own."""
 
 
-class _Piece(NamedTuple):
-    """What arrived at one site: whole and lent, or the channels alone and copied."""
-
-    site: int
-    hidden: Tensor
-    version: int
-    passed: int
+_Piece = tuple[int, Tensor, int, int]
+"""What arrived at one site, whole and lent or the channels alone and copied: index of the site,
+activation, its version, positions that passed."""
 
 
 class Beats:
@@ -40,14 +35,20 @@ class Beats:
 
     Args:
         sites: In the order of `sorted_sites`.
-        gather: [F] long, the channels of all sites in the concatenation of whole
+        columns: [F] long, the channels of all sites in the concatenation of whole
             activations (resid: of the channels alone, which are always copied at the site).
+        n_columns: Width of that concatenation.
+
+    Attributes:
+        columns: As given, on the device of the first features.
+        n_columns: As given.
     """
 
-    def __init__(self, sites: tuple[Site, ...], gather: Tensor) -> None:
+    def __init__(self, sites: tuple[Site, ...], columns: Tensor, n_columns: int) -> None:
         """Start with nothing heard."""
         self._sites = sites
-        self._gather = gather
+        self.columns = columns
+        self.n_columns = n_columns
         self._channels = [torch.tensor(site.channels) for site in sites]
         self._n_features = n_features(sites)
         self._in_turn = tuple(range(len(sites)))
@@ -60,14 +61,14 @@ class Beats:
     @property
     def forwards(self) -> int:
         """Complete forwards since the last `take`: every site has fired."""
-        order = [piece.site for piece in self._heard]
+        order = [index for index, *_ in self._heard]
         return min(order.count(index) for index in self._in_turn)
 
     @property
     def positions(self) -> int:
         """Positions that passed since the last `take`, kept or not, as the last site saw them."""
         last = self._in_turn[-1]
-        return sum(piece.passed for piece in self._heard if piece.site == last)
+        return sum(passed for index, *_, passed in self._heard if index == last)
 
     def keep_last(self, n_positions: int | None) -> None:
         """Say how many trailing positions are kept, from the next forward on.
@@ -101,16 +102,18 @@ class Beats:
         heard = self._heard
         self.discard()
         _require_unchanged(heard)
-        if tuple(piece.site for piece in heard) == self._in_turn:
-            return self._joined([piece.hidden for piece in heard])
+        if tuple(index for index, *_ in heard) == self._in_turn:
+            return self._joined([hidden for _, hidden, *_ in heard])
         return self._in_order(_by_forward(self._sites, heard))
 
     def take_step(self) -> Tensor | None:
         """Take the features of one forward over one position, the way of every decoding step.
 
         Returns:
-            [batch, F] as `take`, or None where anything else was heard: then nothing is
-            forgotten, and `take` has the features or says what is wrong.
+            [batch, F] as `take`; or [batch, n_columns], whole activations of which `columns`
+            are the features, where reading them all costs less than selecting; or None where
+            anything else was heard: then nothing is forgotten, and `take` has the features or
+            says what is wrong.
 
         Raises:
             BeatError: As for `take`.
@@ -123,7 +126,7 @@ class Beats:
             return None
         self._heard = []
         _require_unchanged(heard)
-        return self._joined(pieces).select(1, 0)
+        return self._joined(pieces, selects=False).select(1, 0)
 
     def discard(self) -> None:
         """Forget what was heard since the last take, complete or not."""
@@ -147,7 +150,8 @@ class Beats:
         """
         if hidden.size(1) != 1 or hidden.is_inference():
             return False
-        self._heard.append(_Piece(index, hidden, hidden._version, 1))
+        # A plain tuple: on the way of every token, the name costs as much as the rest.
+        self._heard.append((index, hidden, hidden._version, 1))
         return True
 
     def copy(self, index: int, hidden: Tensor, channels: Tensor) -> None:
@@ -161,19 +165,22 @@ class Beats:
         passed = hidden.shape[1]
         if self._keep is not None and self._keep < passed:
             hidden = hidden[:, -self._keep :]
-        self._heard.append(_Piece(index, hidden.index_select(2, channels), _COPIED, passed))
+        self._heard.append((index, hidden.index_select(2, channels), _COPIED, passed))
 
-    def _joined(self, pieces: Sequence[Tensor]) -> Tensor:
-        if pieces[0].is_cpu and sum(map(torch.numel, pieces)) > WHOLE_ELEMENTS:
-            pieces = self._selected(pieces)
+    def _joined(self, pieces: Sequence[Tensor], *, selects: bool = True) -> Tensor:
+        if pieces[0].shape[0] * self.n_columns > WHOLE_ELEMENTS:
+            selects = True
+            if pieces[0].is_cpu:
+                pieces = self._selected(pieces)
         try:
             joined = torch.cat(pieces, dim=-1)  # type: ignore[arg-type]  # any sequence will do
         except RuntimeError:
             joined = self._joined_across_devices(pieces)
-        if joined.shape[-1] != self._n_features:  # whole activations were borrowed
-            if self._gather.device != joined.device:
-                self._gather = self._gather.to(joined.device)
-            joined = joined.index_select(-1, self._gather)
+        if joined.shape[-1] != self._n_features and (selects or joined.dtype != torch.float32):
+            # whole activations were borrowed
+            if self.columns.device != joined.device:
+                self.columns = self.columns.to(joined.device)
+            joined = joined.index_select(-1, self.columns)
         if joined.requires_grad:
             joined = joined.detach()
         return joined if joined.dtype == torch.float32 else joined.float()
@@ -229,8 +236,8 @@ def _require_unchanged(heard: Sequence[_Piece]) -> None:
 
 def _by_forward(sites: Sequence[Site], heard: Sequence[_Piece]) -> list[list[Tensor]]:
     by_site: list[list[Tensor]] = [[] for _ in sites]
-    for piece in heard:
-        by_site[piece.site].append(piece.hidden)
+    for index, hidden, *_ in heard:
+        by_site[index].append(hidden)
     counts = [len(of_site) for of_site in by_site]
     if not heard or any(count != counts[0] for count in counts):
         raise BeatError(_unequal(sites, counts))

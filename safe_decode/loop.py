@@ -203,6 +203,8 @@ class GuardedLoop:
         """Keep a draw from failing for the whole batch where one row's scores are not finite."""
         # NaN and +Inf show in the maximum, and so does a row without any candidate.
         top = scores.amax(-1)
+        if top.is_cpu and not self._any_parked and math.isfinite(sum(top.tolist())):
+            return scores
         broken = top - top != 0
         if not self._any_parked and not bool(broken.any()):
             return scores

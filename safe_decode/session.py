@@ -11,8 +11,9 @@ knows besides is computed when a row trips, and records for traces after the end
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -106,8 +107,13 @@ class Session:
         self._probe, self._monitor, self._beats = probe, monitor, beats
         self._before = [0] * len(fresh.step) if resume is None else resume.step.tolist()
         self._watch = Watch(monitor, policy, fresh if resume is None else resume)
+        self._n_features = len(beats.columns)
         self._is_prefilled = False
         beats.keep_last(max(self.scanned))
+
+    @cached_property
+    def _spread(self) -> Callable[[Tensor], Tensor]:
+        return self._probe.spread(self._beats.columns, self._beats.n_columns)
 
     @property
     def is_quiet(self) -> bool:
@@ -153,13 +159,17 @@ class Session:
         """
         if not self._is_prefilled:
             return self._judge_prefill(positions)
-        # All but this way of a plain step looks closer, and says what is wrong.
         features = self._beats.take_step() if 1 in positions else None
         if features is None:
+            # All but the way of a plain step looks closer, and says what is wrong.
             features = self._features(positions)[:, -1]
         elif features.shape[0] != self.batch:
             raise self._foreign_batch(features)
-        self._watch.step(self._probe(features), active)
+        if features.shape[1] == self._n_features:
+            logits = self._probe(features)
+        else:
+            logits = self._spread(features)
+        self._watch.step(logits, active)
         return self._watch.trips()
 
     def require_quiet(self) -> None:

@@ -74,7 +74,7 @@ class ActivationTap:
         self._modules = tuple(_module_of(anatomy, site) for site in self.sites)
         flattened = anatomy.flattens_mlp and any(site.kind == "mlp" for site in self.sites)
         self._batch_source = anatomy.blocks[0].block if flattened else None
-        self._gather = _gather_index(anatomy, self.sites)
+        self._columns, self._n_columns = _columns_of(anatomy, self.sites)
         self._handles: list[RemovableHandle] = []
         self._installs = 0
         self._lock = threading.Lock()
@@ -104,7 +104,7 @@ class ActivationTap:
 
         Entered again in the same context, the inner one hears and the outer does not.
         """
-        beats = Beats(self.sites, self._gather)
+        beats = Beats(self.sites, self._columns, self._n_columns)
         with self.installed():
             token = _listeners.set(MappingProxyType({**_listeners.get(), self: beats}))
             try:
@@ -206,8 +206,8 @@ def _module_of(anatomy: Anatomy, site: Site) -> nn.Module:
     return module
 
 
-def _gather_index(anatomy: Anatomy, sites: Sequence[Site]) -> Tensor:
-    """[F] long: every site's channels in the concatenation described in `Beats`."""
+def _columns_of(anatomy: Anatomy, sites: Sequence[Site]) -> tuple[Tensor, int]:
+    """Find every site's channels, [F] long, in the concatenation described in `Beats`."""
     index: list[int] = []
     start = 0
     for site in sites:
@@ -217,7 +217,7 @@ def _gather_index(anatomy: Anatomy, sites: Sequence[Site]) -> Tensor:
         else:
             index.extend(start + channel for channel in site.channels)
             start += anatomy.width(site.layer, site.kind)
-    return torch.tensor(index)
+    return torch.tensor(index), start
 
 
 def _refuse_compiled(model: nn.Module) -> None:

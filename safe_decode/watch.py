@@ -74,6 +74,7 @@ class Watch:
         self.is_quiet = self._reads_on_host and not bool(self._trips.any())
         self._low = torch.full_like(state.ema, -_LARGEST)
         self._high = _upper_bound(monitor, state)
+        self._highest = float(self._high.max())
 
     @property
     def n_scores(self) -> int:
@@ -118,13 +119,12 @@ class Watch:
             changes, so that who holds it need not read it.
         """
         if self._reads_on_host:
-            level = self._level if n_scores == 1 else torch.stack(self._levels[-n_scores:])
-            # A clamped NaN or Inf is not what it was.
-            if torch.equal(level.clamp(self._low, self._high), level):
+            if self._is_within(n_scores):
                 return self._trips
             # An alarm is latched: what such a row does next tells nothing new.
             latched = self.state.alarm[:, None]
             self._high = torch.where(latched, self._high.new_tensor(_LARGEST), self._high)
+            self._highest = float(self._high.max())
         elif n_scores == 1 and self._policy.on_error == "close":
             self._trips = self._trips | self._over()
             return self._trips
@@ -152,6 +152,13 @@ class Watch:
         counted = smoothed.masked_fill(~masks, -torch.inf) if self._any_masked else smoothed
         statistic = torch.maximum(counted.cummax(0).values, self._first.statistic)
         return Trail(torch.stack(self._logits).cpu(), smoothed.cpu(), statistic.cpu(), masks.cpu())
+
+    def _is_within(self, n_scores: int) -> bool:
+        level = self._level if n_scores == 1 else torch.stack(self._levels[-n_scores:])
+        if level.numel() == 1:
+            return -_LARGEST <= level.item() <= self._highest
+        # A clamped NaN or Inf is not what it was.
+        return torch.equal(level.clamp(self._low, self._high), level)
 
     def _masks(self) -> Tensor:
         everyone = torch.ones_like(self._first.finite)

@@ -190,8 +190,21 @@ def test_every_way_to_the_features_of_a_step_yields_the_same(
             model(ids)
             copied = beats.take()
     assert torch.equal(lent, copied)
+    columns = beats.columns
     assert step is not None
+    if whole_elements:
+        assert step.shape[1] == beats.n_columns
+        step = step[:, columns]
     assert torch.equal(step, lent[:, -1])
+
+
+def test_half_precision_is_selected_before_it_is_widened() -> None:
+    model, ids = tiny_model().to(torch.bfloat16), random_ids(1, 1)
+    with torch.no_grad(), ActivationTap(model, SITES).listening() as beats:
+        model(ids)
+        step = beats.take_step()
+    assert step is not None
+    assert (step.dtype, step.shape) == (torch.float32, (1, 9))
 
 
 def test_take_step_leaves_all_but_one_whole_step_to_take() -> None:
@@ -335,7 +348,7 @@ def test_hooks_and_buffers_are_gone_after_failure(error: type[BaseException]) ->
     tap = ActivationTap(model, SITES)
     with pytest.raises(error), tap.listening() as beats:
         model(ids)
-        piece = weakref.ref(beats._heard[0].hidden)
+        piece = weakref.ref(beats._heard[0][1])
         raise error
     assert count_hooks(model) == 0
     gc.collect()
