@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
+from safe_decode.late import LateFlag
 from safe_decode.redirect import forced_scores
 from safe_decode.session import Session
 
@@ -88,6 +89,8 @@ class GuardedLoop:
         self._parked: Tensor | None = None
         self._trips: Tensor | None = None
         self._ended_at: Tensor | None = None
+        self._late: LateFlag | None = None  # where asking would wait
+        self._unsorted: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def __call__(
         self,
@@ -125,6 +128,7 @@ class GuardedLoop:
 
     def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Judge the forward that made `scores` [batch, vocab]; comes last of all processors."""
+        self._sort_late()
         self._scored += 1
         if not self._is_blind:
             self._judge((1, input_ids.shape[1]) if self._said else (input_ids.shape[1],))
@@ -148,10 +152,22 @@ class GuardedLoop:
         newest = input_ids[:, -1]
         trips = self._suspects(newest)
         flags = done if trips is None else done | trips
+        if self._late is not None:
+            self._late.send(flags)
+            self._unsorted = (newest, done, trips)
+            return flags if self._parked is None else flags | self._parked
         # The step's one wait for the host, just before the loop's own.
         if self._any_parked or self._closing is not None or bool(flags.any()):
             self._sort_rows(newest, done, trips)
         return done if self._parked is None else done | self._parked
+
+    def _sort_late(self) -> None:
+        """Do what `on_done` left, before the next forward is judged: nothing came between."""
+        if self._unsorted is None or self._late is None:
+            return
+        unsorted, self._unsorted = self._unsorted, None
+        if self._any_parked or self._closing is not None or self._late.read():
+            self._sort_rows(*unsorted)
 
     def _prepare(self, input_ids: Tensor, criteria: Any, config: Any) -> None:  # noqa: ANN401
         self.settings = settings = _settings_of(config, input_ids.shape[1])
@@ -168,6 +184,8 @@ class GuardedLoop:
         self._pads_after_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         if settings.end_ids:
             self._end = torch.tensor(settings.end_ids, device=input_ids.device)
+        if input_ids.is_cuda:
+            self._late = LateFlag(input_ids.device)
         if self._generator is not None:
             # Processors are built by now, the warpers of sampling included; the draw is ours.
             config.do_sample = False
@@ -288,6 +306,7 @@ class GuardedLoop:
 
     def _close(self, model: Any, sequences: Tensor, model_kwargs: dict[str, Any]) -> None:  # noqa: ANN401
         """Judge the tail of rows whose last token ended the loop. Draws no random number."""
+        self._sort_late()
         if self._is_blind:
             return
         active = self._active
