@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from safe_decode.commands.bench import bench
 from safe_decode.commands.bundles import inspect, verify_certificate
 from safe_decode.commands.capabilities import capabilities
 from safe_decode.commands.demo import demo
@@ -48,6 +49,7 @@ app.command("inspect")(inspect)
 app.command("verify-certificate")(verify_certificate)
 app.command("locate")(locate)
 app.command("capabilities")(capabilities)
+app.command("bench")(bench)
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ neighbours, stay as they were. Decoder-only models, one forward a token, eager e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch import Tensor
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
 from safe_decode.redirect import forced_scores
 from safe_decode.session import Session
+
+if TYPE_CHECKING:
+    from safe_decode.processor import SafetyLogitsProcessor
 
 __all__ = ["CallSettings", "GuardedLoop"]
 
@@ -106,7 +110,7 @@ class GuardedLoop:
         from safe_decode.processor import SafetyLogitsProcessor
 
         self._prepare(input_ids, stopping_criteria, generation_config)
-        processors = type(logits_processor)([*logits_processor, SafetyLogitsProcessor(self)])
+        processors = _WatchedProcessors(logits_processor, SafetyLogitsProcessor(self))
         sequences: Tensor = type(model)._sample(
             model,
             input_ids,
@@ -139,6 +143,8 @@ class GuardedLoop:
                     f"{self._scored}; do not remove it while generating."
                 ),
             )
+        if self._is_calm(input_ids, done):
+            return done
         newest = input_ids[:, -1]
         trips = self._suspects(newest)
         flags = done if trips is None else done | trips
@@ -197,6 +203,8 @@ class GuardedLoop:
         """Keep a draw from failing for the whole batch where one row's scores are not finite."""
         # NaN and +Inf show in the maximum, and so does a row without any candidate.
         top = scores.amax(-1)
+        if top.is_cpu and not self._any_parked and math.isfinite(sum(top.tolist())):
+            return scores
         broken = top - top != 0
         if not self._any_parked and not bool(broken.any()):
             return scores
@@ -219,6 +227,19 @@ class GuardedLoop:
             return scores
         token = torch.multinomial(torch.softmax(scores, -1), 1, generator=self._generator)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+    def _is_calm(self, input_ids: Tensor, done: Tensor) -> bool:
+        """Say, on the CPU, that no row ended, tripped or is broken: the short way of most steps."""
+        if self._active is not None or self._is_blind or not done.is_cpu or True in done.tolist():
+            return False
+        if not self.session.policy.protects:
+            return True
+        if not self.session.is_quiet:
+            return False
+        if self._do_sample or self._scores is None or not self._closes:
+            return True
+        # A sum is finite if its terms are, but for sums that overflow: those look closer.
+        return math.isfinite(sum(self._scores.gather(1, input_ids[:, -1:]).view(-1).tolist()))
 
     def _suspects(self, newest: Tensor) -> Tensor | None:
         if not self.session.policy.protects:
@@ -313,6 +334,22 @@ class GuardedLoop:
         self.session.errors.setdefault(row, error)
         if self._closes:
             self._park(row, error)
+
+
+class _WatchedProcessors:
+    """A LogitsProcessorList with the guard's own behind it, of which only the call is used.
+
+    The list inspects the signature of each processor before each call, which costs more than
+    the guard's whole step; so the guard's own is not in it.
+    """
+
+    def __init__(self, processors: Any, guard: SafetyLogitsProcessor) -> None:  # noqa: ANN401
+        self._processors, self._guard = processors, guard
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ANN401
+        if self._processors:
+            scores = self._processors(input_ids, scores)
+        return self._guard(input_ids, scores)
 
 
 class _WatchedCriteria:
