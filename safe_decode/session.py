@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safe_decode.errors import BeatError, GuardError, NonFiniteError
+from safe_decode.errors import BeatError, ConfigurationError, GuardError, NonFiniteError
 from safe_decode.monitor import MonitorState, RiskMonitor, SnapshotRing
 from safe_decode.policy import Policy
 from safe_decode.probe import LinearProbe
@@ -87,7 +87,7 @@ class Session:
     Args:
         probe: On the device of the features.
         monitor: With the rows' thresholds.
-        policy: What a trip leads to.
+        policy: What a trip leads to, for all rows or one each.
         beats: Of a tap that listens to this context.
         scanned: For each row, how many trailing positions of the prefill are judged.
         device: Where the rows' state lives.
@@ -99,14 +99,19 @@ class Session:
         *,
         probe: LinearProbe,
         monitor: RiskMonitor,
-        policy: Policy,
+        policy: Policy | Sequence[Policy],
         beats: Beats,
         scanned: Sequence[int],
         device: torch.device,
         resume: MonitorState | None = None,
     ) -> None:
-        self.policy = policy
         self.scanned = tuple(scanned)
+        self.policies = _one_each(policy, len(self.scanned))
+        self.policy = self.policies[0]
+        protects = [own.protects for own in self.policies]
+        self.protects = any(protects)
+        # None where all rows agree, so that they pay nothing for rows that differ.
+        self.protected = None if len(set(protects)) == 1 else torch.tensor(protects, device=device)
         fresh = monitor.start(len(self.scanned), device)
         self.state = fresh if resume is None else resume
         self.trips: dict[int, Trip] = {}
@@ -114,7 +119,7 @@ class Session:
         self._probe, self._monitor, self._beats = probe, monitor, beats
         self._before = [int(step) for step in self.state.step]
         self._steps: list[_Step] = []
-        self._ring = SnapshotRing(policy.holdback_tokens + 1)
+        self._ring = SnapshotRing(max(own.holdback_tokens for own in self.policies) + 1)
         self._is_prefilled = False
         beats.keep_last(max(self.scanned))
 
@@ -188,7 +193,8 @@ class Session:
         tripped = 1 if error is None or isinstance(error, NonFiniteError) else 0
         judged = max(0, min(said, self.judged(row) - tripped))
         clear = max(0, int(self.state.clear_point[row]) + 1 - before - scanned)
-        kind = self.policy.redirect
+        policy = self.policies[row]
+        kind = policy.redirect
         if error is not None and kind == "rewind":
             kind = "refuse"  # no continuation is trusted to a guard that failed
         cut = cut_of(
@@ -196,7 +202,7 @@ class Session:
             said=said,
             judged=judged,
             clear=clear,
-            holdback_tokens=self.policy.holdback_tokens,
+            holdback_tokens=policy.holdback_tokens,
         )
         snapshot = self._ring.row_at(row, before + scanned + cut.kept) if cut.kept else None
         self.trips[row] = Trip(cut, snapshot, error)
@@ -250,7 +256,8 @@ class Session:
 
     def _features(self, positions: Sequence[int]) -> Tensor:
         heard, seen = self._beats.forwards, self._beats.positions
-        if heard > 1 or (heard == 1 and seen not in positions):
+        # A prompt may pass in chunks; a token passes once.
+        if (heard > 1 and self._is_prefilled) or (heard and seen not in positions):
             self._beats.discard()
             raise BeatError(
                 f"{heard} forwards over {seen} positions passed before one choice, wanted one "
@@ -275,6 +282,17 @@ class Session:
         self._ring.push(self.state)
         self.state = state = self._monitor.step(self.state, logits, active)
         self._steps.append(_Step(logits, state.smoothed, state.statistic, active))
+
+
+def _one_each(policy: Policy | Sequence[Policy], batch: int) -> tuple[Policy, ...]:
+    policies = (policy,) * batch if isinstance(policy, Policy) else tuple(policy)
+    if len(policies) != batch:
+        raise ConfigurationError(
+            f"policy has {len(policies)} entries for {batch} rows; pass one for each row."
+        )
+    if len({own.on_error for own in policies}) > 1:
+        raise ConfigurationError("on_error differs between rows; pass one value for the batch.")
+    return policies
 
 
 def _non_finite(row: int, score: int) -> NonFiniteError:
