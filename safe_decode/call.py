@@ -8,7 +8,7 @@ is run once and holds nothing of a model afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safe_decode.bundle import ProbeBundle
 from safe_decode.certificate import Certificate
-from safe_decode.decoding import CallSettings
+from safe_decode.decoding import CallSettings, forget
 from safe_decode.draws import RowDraws
 from safe_decode.errors import CertificateError
 from safe_decode.events import FinishReason, StreamEvent
@@ -24,32 +24,21 @@ from safe_decode.inputs import GuardInputs
 from safe_decode.loop import GuardedLoop
 from safe_decode.monitor import RiskMonitor
 from safe_decode.outcome import Judgement, LazyTraces, Outcome, outcome_of, void_reason
+from safe_decode.output import GuardedOutput, Standing, matched_generation, padded
 from safe_decode.policy import Policy
 from safe_decode.probe import LinearProbe
 from safe_decode.release import Cancelled, Releaser, ReleaseRules, RowRelease
 from safe_decode.rewind import Rewinder, Texts
 from safe_decode.session import RowRecord, Session
 from safe_decode.taps import ActivationTap
-from safe_decode.trace import SafetyTrace
+from safe_decode.whole import Method, WholeLoop, picked_beams, pruned_beams
 
-__all__ = ["GuardedCall", "GuardedOutput", "Protected", "RowRules", "Watch"]
+__all__ = ["CallMode", "GuardedCall", "Protected", "RowRules", "Watch"]
 
+Loop = GuardedLoop | WholeLoop
 
-@dataclass
-class GuardedOutput:
-    """What a guarded call returns.
-
-    Attributes:
-        sequences: [batch, seq] ids: the user's prompt ids, then what stands of the answer,
-            right-padded. Rows that did not trip are as bare `generate` returns them.
-        texts: What the reader gets: the released answer and its refusal, without the prompt
-            and without a supplied prefill.
-        traces: What happened in each row, and why; written when first read.
-    """
-
-    sequences: Tensor
-    texts: list[str]
-    traces: Sequence[SafetyTrace]
+_OF_THE_BATCH = frozenset({"past_key_values", "assistant_model"})
+"""Options that a continuation of one row does not repeat."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +82,23 @@ class RowRules:
 
 
 @dataclass(frozen=True)
+class CallMode:
+    """How a call decodes.
+
+    Attributes:
+        method: See `safe_decode.whole.Method`.
+        n_candidates: Rows that run for one prompt.
+        n_returned: Rows of them that are returned.
+        assistant: Keyword arguments of assisted decoding.
+    """
+
+    method: Method = "step"
+    n_candidates: int = 1
+    n_returned: int = 1
+    assistant: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Watch:
     """Who reads a call while it runs.
 
@@ -118,6 +124,7 @@ class GuardedCall:
         rows: The batch as `generate` will run it, sequences of one prompt repeated.
         rules: One a row of `rows`.
         options: Keyword arguments for `model.generate`.
+        mode: How it decodes.
     """
 
     def __init__(
@@ -127,9 +134,21 @@ class GuardedCall:
         rows: GuardInputs,
         rules: Sequence[RowRules],
         options: Mapping[str, Any],
+        mode: CallMode,
     ) -> None:
         self._protected, self._inputs, self._rows = protected, inputs, rows
+        self.mode = mode
         self._rules, self._options = tuple(rules), dict(options)
+
+    @property
+    def batch(self) -> int:
+        """Count the rows that run."""
+        return len(self._rules)
+
+    @property
+    def prompt(self) -> Tensor:
+        """Prompts as given, [batch, seq] ids."""
+        return self._inputs.input_ids
 
     def run(self, watch: Watch | None = None) -> GuardedOutput:
         """Run the call to its end, or until its reader wants no more.
@@ -140,7 +159,7 @@ class GuardedCall:
         Returns:
             What stands of each row. After a cancellation, `sequences` is the prompt alone.
         """
-        protected, follower = self._protected, None
+        protected = self._protected
         with protected.tap.listening() as beats, torch.no_grad():
             session = Session(
                 probe=protected.probe,
@@ -151,22 +170,43 @@ class GuardedCall:
                 device=protected.model.device,
             )
             follower = None if watch is None else _LateReleaser(self._releaser, watch)
-            loop = GuardedLoop(
-                session, require=self._require, draws=self._draws(), follower=follower
-            )
-            if follower is not None:
-                follower.loop = loop
+            loop = self._loop(session, follower)
+            cache, cached = self._users_cache()
             try:
-                sequences: Tensor | None = protected.model.generate(
-                    input_ids=self._inputs.input_ids,
-                    attention_mask=self._inputs.attention_mask,
-                    custom_generate=loop,
-                    **self._options,
+                protected.model.generate(
+                    **self._model_inputs(), custom_generate=loop, **self._options
                 )
             except Cancelled:
                 sequences = None
+            else:
+                sequences = getattr(loop.generation, "sequences", loop.generation)
+            if cache is not None and (session.trips or sequences is None):
+                forget(cache, cached)
         releaser = None if follower is None else follower.releaser()
         return self._finished(session, loop, sequences, releaser)
+
+    def _loop(self, session: Session, follower: _LateReleaser | None) -> Loop:
+        if self.mode.method != "step":
+            return WholeLoop(
+                session, self.mode.method, require=self._require, assistant=self.mode.assistant
+            )
+        loop = GuardedLoop(session, require=self._require, draws=self._draws(), follower=follower)
+        if follower is not None:
+            follower.loop = loop
+        return loop
+
+    def _model_inputs(self) -> dict[str, Any]:
+        inputs = self._inputs
+        prompt = (
+            {"inputs_embeds": inputs.embeds}
+            if inputs.embeds is not None
+            else {"input_ids": inputs.input_ids}
+        )
+        return {**prompt, "attention_mask": inputs.attention_mask}
+
+    def _users_cache(self) -> tuple[Any, int]:
+        cache = self._options.get("past_key_values")
+        return cache, 0 if cache is None else int(cache.get_seq_length())
 
     def _thresholds(self) -> float | Tensor:
         thresholds = [rule.certificate.threshold for rule in self._rules]
@@ -190,7 +230,7 @@ class GuardedCall:
                 "for it, or pass strict=False."
             )
 
-    def _releaser(self, watch: Watch, loop: GuardedLoop) -> Releaser:
+    def _releaser(self, watch: Watch, loop: Loop) -> Releaser:
         assert loop.settings is not None
         rules = ReleaseRules(
             end_ids=loop.settings.end_ids,
@@ -213,8 +253,11 @@ class GuardedCall:
         return Releaser(rows)
 
     def _rewinder(self, row: int, settings: CallSettings) -> Rewinder:
-        alone = {"num_return_sequences": 1, "max_length": None}
-        free = {"min_new_tokens": None, "min_length": 0}
+        given = {k: v for k, v in self._options.items() if k not in _OF_THE_BATCH}
+        alone = {"num_return_sequences": 1, "num_beams": 1, "max_length": None}
+        free = {"min_new_tokens": None, "min_length": 0, "prompt_lookup_num_tokens": None}
+        quiet = {"return_dict_in_generate": False, "output_scores": False, "output_logits": False}
+        quiet |= {"output_attentions": False, "output_hidden_states": False}
         rule, protected = self._rules[row], self._protected
         return Rewinder(
             model=protected.model,
@@ -225,7 +268,7 @@ class GuardedCall:
             policy=rule.policy,
             texts=rule.texts,
             settings=settings,
-            options={**self._options, **alone, **free},
+            options={**given, **alone, **free, **quiet},
             context_tokens=protected.context_tokens,
             seed=rule.seed,
         )
@@ -233,7 +276,7 @@ class GuardedCall:
     def _finished(
         self,
         session: Session,
-        loop: GuardedLoop,
+        loop: Loop,
         sequences: Tensor | None,
         releaser: Releaser | None,
     ) -> GuardedOutput:
@@ -242,8 +285,11 @@ class GuardedCall:
         settings, voids = loop.settings, self._voids(loop.settings)
         width = self._rows.input_ids.shape[1]
         ids = [] if sequences is None else sequences.tolist()
+        records = session.records()
+        picked, pruned = self._picked(session, loop)
         outcomes = []
-        for row, record in enumerate(session.records()):
+        for row in picked:
+            record = records[row]
             reader = None if releaser is None else releaser.rows[row]
             if sequences is not None:
                 said = tuple(ids[row][width : width + loop.ended_at[row]])
@@ -251,11 +297,26 @@ class GuardedCall:
                 assert reader is not None
                 said = reader.said_ids
             outcome = self._outcome(row, record, said, settings, reader)
+            outcome = replace(outcome, pruned_beams=pruned[row // self.mode.n_candidates])
             outcomes.append(outcome)
             if reader is not None:
                 trace = self._judgement(row).trace(outcome, voids[row])
                 reader.finish(_finish_reason(outcome, reader, settings), trace)
-        return self._output(outcomes, voids, settings)
+        return self._output(picked, outcomes, voids, loop)
+
+    def _picked(self, session: Session, loop: Loop) -> tuple[list[int], list[int]]:
+        """Rows to return, and how many beams of each prompt were left out for a trip."""
+        n, wanted = self.mode.n_candidates, self.mode.n_returned
+        rows, pruned = [], []
+        for first in range(0, session.batch, n):
+            tripped = [row in session.trips for row in range(first, first + n)]
+            chosen = list(range(n))
+            if n > wanted:
+                is_empty = [n_ids == 0 for n_ids in loop.ended_at[first : first + n]]
+                chosen = picked_beams(tripped, is_empty, wanted)
+            rows += [first + i for i in chosen]
+            pruned.append(pruned_beams(tripped, chosen))
+        return rows, pruned
 
     def _outcome(
         self,
@@ -291,23 +352,29 @@ class GuardedCall:
             )
 
     def _output(
-        self, outcomes: Sequence[Outcome], voids: Sequence[str | None], settings: CallSettings
+        self,
+        picked: Sequence[int],
+        outcomes: Sequence[Outcome],
+        voids: Sequence[str | None],
+        loop: Loop,
     ) -> GuardedOutput:
-        prompts = self._rows.input_ids
-        width = prompts.shape[1]
-        longest = max(len(outcome.ids) for outcome in outcomes)
-        whole = prompts.new_full((len(outcomes), width + longest), settings.pad_id or 0)
-        whole[:, :width] = prompts.repeat_interleave(len(outcomes) // prompts.shape[0], 0)
-        for row, outcome in enumerate(outcomes):
-            whole[row, width : width + len(outcome.ids)] = prompts.new_tensor(outcome.ids)
+        assert loop.settings is not None
+        settings = loop.settings
+        answers = [outcome.ids for outcome in outcomes]
+        sequences = padded(self._rows.input_ids, answers, settings.pad_id or 0)
+        generation = None
+        if loop.generation is not None and not isinstance(loop.generation, Tensor):
+            rows = [_standing(row, o) for row, o in zip(picked, outcomes, strict=True)]
+            generation = matched_generation(loop.generation, sequences, rows)
         told = [
-            (self._judgement(row), outcome, void)
-            for row, (outcome, void) in enumerate(zip(outcomes, voids, strict=True))
+            (self._judgement(row), outcome, voids[row])
+            for row, outcome in zip(picked, outcomes, strict=True)
         ]
         return GuardedOutput(
-            sequences=whole,
-            texts=[self._text(outcome.ids, settings.end_ids) for outcome in outcomes],
+            sequences=sequences,
+            texts=[self._text(ids, settings.end_ids) for ids in answers],
             traces=LazyTraces(told),
+            generation=generation,
         )
 
     def _judgement(self, row: int) -> Judgement:
@@ -329,8 +396,8 @@ class GuardedCall:
 class _LateReleaser:
     """A releaser that is made at the first choice, when the settings of the call are known."""
 
-    def __init__(self, make: Callable[[Watch, GuardedLoop], Releaser], watch: Watch) -> None:
-        self.loop: GuardedLoop | None = None
+    def __init__(self, make: Callable[[Watch, Loop], Releaser], watch: Watch) -> None:
+        self.loop: Loop | None = None
         self._make, self._watch = make, watch
         self._releaser: Releaser | None = None
 
@@ -347,6 +414,11 @@ class _LateReleaser:
 
     def on_end(self, trips: Mapping[int, Any]) -> None:
         self.releaser().on_end(trips)
+
+
+def _standing(row: int, outcome: Outcome) -> Standing:
+    trip = outcome.record.trip
+    return Standing(row, outcome.ids, None if trip is None else trip.cut.kept)
 
 
 def _finish_reason(outcome: Outcome, reader: RowRelease, settings: CallSettings) -> FinishReason:

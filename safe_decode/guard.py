@@ -18,7 +18,7 @@ from torch import Tensor
 
 from safe_decode import chat
 from safe_decode.bundle import ProbeBundle
-from safe_decode.call import GuardedCall, GuardedOutput, Protected, RowRules, Watch
+from safe_decode.call import CallMode, GuardedCall, Protected, RowRules, Watch
 from safe_decode.capabilities import require_supported, require_supported_model
 from safe_decode.certificate import Certificate
 from safe_decode.decision import Redirect
@@ -26,18 +26,28 @@ from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
 from safe_decode.events import StreamEvent
 from safe_decode.fingerprint import Fingerprint
 from safe_decode.foreign import GuardHandle, bare_traces
-from safe_decode.inputs import GuardInputs, Prompts, from_ids, from_prompts
+from safe_decode.inputs import GuardInputs, Prompts, from_embeds, from_ids, from_prompts
 from safe_decode.monitor import RiskMonitor
 from safe_decode.outcome import Judgement
+from safe_decode.output import GuardedOutput
 from safe_decode.policy import OnError, Policy, RequestPolicy
 from safe_decode.rewind import Texts
 from safe_decode.session import Session
 from safe_decode.stream import AsyncGuardedStream, GuardedStream, Producer
+from safe_decode.streamer import Streamer, feeder
 from safe_decode.taps import ActivationTap
+from safe_decode.whole import method_of
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 
 _CUT = " ... "
+_OURS = frozenset(
+    {
+        *("tokenizer", "assistant_tokenizer", "inputs", "inputs_embeds", "streamer"),
+        *("custom_generate", "trust_remote_code", "disable_compile"),
+    }
+)
+"""Options that do not go to the model's `generate` as they are."""
 
 
 class SafeDecoder:
@@ -134,7 +144,8 @@ class SafeDecoder:
             seed=seed,
             options=generate_kwargs,
         )
-        return call.run()
+        streamer = generate_kwargs.get("streamer")
+        return call.run() if streamer is None else _streamed(call, streamer)
 
     def stream(
         self,
@@ -339,9 +350,12 @@ class SafeDecoder:
         prefill: str | Sequence[str | None] | None,
         options: Mapping[str, Any],
     ) -> GuardInputs:
+        embeds = options.get("inputs_embeds")
         ids = options.get("inputs") if input_ids is None else input_ids
-        if (prompts is None) == (ids is None):
-            raise PromptError("pass either prompts or input_ids, exactly one of them.")
+        if embeds is not None and prompts is None and ids is None:
+            return from_embeds(embeds, attention_mask).to(self.model.device)
+        if (prompts is None) == (ids is None) or embeds is not None:
+            raise PromptError("pass prompts, input_ids or inputs_embeds, exactly one of them.")
         if prompts is not None:
             inputs = from_prompts(self.tokenizer, prompts, prefill, self.model.device)
         elif prefill is not None:
@@ -369,17 +383,51 @@ class SafeDecoder:
         """Check and encode everything before anything runs."""
         require_supported(self.model, options)
         inputs = self._inputs(prompts, input_ids, attention_mask, prefill, options)
-        n_sequences = int(self._option("num_return_sequences", options) or 1)
-        rows = inputs.repeated(n_sequences)
+        mode = self._mode(options, inputs, seed)
         base = self.policy if redirect is None else replace(self.policy, redirect=redirect)
         requests = _one_each("policy", policy, len(inputs.scanned))
         seeds = _one_each("seed", seed, len(inputs.scanned))
         rules = [
-            self._rules(base, request or RequestPolicy(), _spread(own, copy, n_sequences))
+            self._rules(base, request or RequestPolicy(), _spread(own, copy, mode.n_candidates))
             for request, own in zip(requests, seeds, strict=True)
-            for copy in range(n_sequences)
+            for copy in range(mode.n_candidates)
         ]
-        return GuardedCall(self._protected(), inputs, rows, rules, self._options(options))
+        if inputs.embeds is not None:
+            _require_plain(mode, rules, self._option("cache_implementation", options), options)
+        if seed is not None and self._option("output_scores", options):
+            raise UnsupportedError(
+                "output_scores is refused with seed: rows draw for themselves, so recorded scores "
+                "would be those of the draw; pass output_logits, or no seed."
+            )
+        rows = inputs.repeated(mode.n_candidates)
+        given = self._options(options)
+        if mode.method == "beams":
+            # All beams come back, so that one that trips can give way to one that does not.
+            given["num_return_sequences"] = mode.n_candidates
+        return GuardedCall(self._protected(), inputs, rows, rules, given, mode)
+
+    def _mode(
+        self, options: Mapping[str, Any], inputs: GuardInputs, seed: int | Sequence[int] | None
+    ) -> CallMode:
+        method = method_of(lambda name: self._option(name, options))
+        wanted = int(self._option("num_return_sequences", options) or 1)
+        if method == "step":
+            return CallMode(method, wanted, wanted)
+        if seed is not None:
+            raise UnsupportedError(
+                "seed is refused with beams and assistants: they draw for the whole batch at "
+                "once; call torch.manual_seed before generate."
+            )
+        if method == "beams":
+            return CallMode(method, int(self._option("num_beams", options)), wanted)
+        if len(inputs.scanned) > 1:
+            raise UnsupportedError(
+                f"assisted decoding is refused for {len(inputs.scanned)} prompts: transformers "
+                "runs it on one; call generate once for each."
+            )
+        names = ("assistant_model", "assistant_tokenizer", "tokenizer")
+        assistant = {name: options[name] for name in names if options.get(name) is not None}
+        return CallMode(method, 1, 1, assistant)
 
     def _producer(
         self,
@@ -389,6 +437,11 @@ class SafeDecoder:
         **given: Any,  # noqa: ANN401
     ) -> Producer:
         call = self._call(prompts, **given)
+        if call.mode.method != "step":
+            raise UnsupportedError(
+                "stream is refused with beams and assistants: their answers are judged when they "
+                "are whole; use generate."
+            )
         stops = self._option("stop_strings", given["options"]) or ()
         stops = (stops,) if isinstance(stops, str) else tuple(stops)
 
@@ -423,11 +476,9 @@ class SafeDecoder:
         return next((value for value in values if value is not None), None)
 
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        options = {
-            key: value
-            for key, value in given.items()
-            if key not in ("tokenizer", "inputs", "custom_generate", "trust_remote_code")
-        }
+        options = {key: value for key, value in given.items() if key not in _OURS}
+        # A graph compiled by generate itself, for static caches, would skip the hooks.
+        options["disable_compile"] = True
         stop_strings = self._option("stop_strings", given)
         if stop_strings is not None:
             # generate keeps its tokenizer from a callable custom_generate, so the criterion is
@@ -490,3 +541,33 @@ def _one_each(name: str, given: _Each | Sequence[_Each], n_prompts: int) -> list
 def _spread(seed: int | None, copy: int, n_copies: int) -> int | None:
     # Sequences of one prompt are to differ; a prompt's first one is that of the seed itself.
     return seed if seed is None or n_copies == 1 else seed + copy
+
+
+def _require_plain(
+    mode: CallMode, rules: Sequence[RowRules], cache: str | None, options: Mapping[str, Any]
+) -> None:
+    """Refuse what inputs_embeds cannot be combined with."""
+    if any(rule.policy.redirect == "rewind" for rule in rules):
+        raise UnsupportedError(
+            "redirect='rewind' is refused with inputs_embeds: a continuation starts from ids; pass "
+            "redirect='refuse', 'stop' or 'flag', or input_ids."
+        )
+    keeps = options.get("past_key_values") is not None or "static" in (cache or "")
+    if mode.method != "step" or keeps or options.get("return_dict_in_generate"):
+        raise UnsupportedError(
+            "inputs_embeds is refused with beams, assistants, static or returned caches and "
+            "past_key_values: the answer's tail is judged from ids there; pass input_ids."
+        )
+
+
+def _streamed(call: GuardedCall, streamer: Streamer) -> GuardedOutput:
+    if call.batch > 1 or call.mode.method != "step":
+        raise UnsupportedError(
+            f"streamer is refused for {call.batch} rows, beams and assistants: it shows one row "
+            "as it is written; pass one prompt, or use decoder.stream."
+        )
+    streamer.put(call.prompt.cpu())
+    try:
+        return call.run(Watch(feeder(streamer)))
+    finally:
+        streamer.end()  # its reader, in another thread, would wait forever

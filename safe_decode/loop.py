@@ -17,7 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from safe_decode.decoding import CallSettings, WatchedCriteria, settings_of, tail_inputs
+from safe_decode.decoding import (
+    CallSettings,
+    PrefillSpan,
+    WatchedCriteria,
+    settings_of,
+    tail_inputs,
+    whole_inputs,
+)
 from safe_decode.draws import RowDraws
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
 from safe_decode.redirect import forced_scores
@@ -62,6 +69,9 @@ class GuardedLoop:
         self.settings: CallSettings | None = None
         self._require = require
         self.ended_at: list[int] = []
+        self.generation: Any = None
+        self._span: PrefillSpan | None = None
+        self._rescan: Callable[[], None] | None = None
         self._draws, self._follower = draws, follower
         self._said = 0
         self._scored = 0
@@ -87,12 +97,12 @@ class GuardedLoop:
         stopping_criteria: Any,  # noqa: ANN401 - a StoppingCriteriaList
         generation_config: Any,  # noqa: ANN401 - a GenerationConfig, prepared
         **model_kwargs: Any,  # noqa: ANN401 - what the forward takes
-    ) -> Tensor:
+    ) -> Any:  # noqa: ANN401 - as the method that it stands for
         """Generate.
 
         Returns:
-            [batch, seq] ids as bare `generate` returns them; what a parked row holds after
-            its trip is not to be read.
+            What bare `generate` returns: ids [batch, seq], or its output object; what a
+            parked row holds after its trip is not to be read.
 
         Raises:
             Exception: What the model, or a processor of the user's, raises.
@@ -100,8 +110,9 @@ class GuardedLoop:
         from safe_decode.processor import SafetyLogitsProcessor
 
         self._prepare(input_ids, stopping_criteria, generation_config)
+        self._measure(model, input_ids, generation_config, model_kwargs)
         processors = type(logits_processor)([*logits_processor, SafetyLogitsProcessor(self)])
-        sequences: Tensor = type(model)._sample(
+        self.generation = type(model)._sample(
             model,
             input_ids,
             logits_processor=processors,
@@ -109,17 +120,18 @@ class GuardedLoop:
             generation_config=generation_config,
             **model_kwargs,
         )
+        sequences: Tensor = getattr(self.generation, "sequences", self.generation)
         self._close(model, sequences, model_kwargs)
         self._settle(sequences)
         if self._follower is not None:
             self._follower.on_end(self.session.trips)
-        return sequences
+        return self.generation
 
     def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Judge the forward that made `scores` [batch, vocab]; comes last of all processors."""
         self._scored += 1
         if not self._is_blind:
-            self._judge((1, input_ids.shape[1]) if self._said else (input_ids.shape[1],))
+            self._judge((1, input_ids.shape[1]) if self._said else self._prefilled(input_ids))
         if self._do_sample and self._closes:
             scores = self._drawable(scores)
         self._scores = scores
@@ -165,7 +177,37 @@ class GuardedLoop:
         if self._draws is not None:
             # Processors are built by now, the warpers of sampling included; the draw is ours.
             config.do_sample = False
-        self._ended_at = torch.full_like(input_ids[:, 0], -1)
+        self._ended_at = input_ids.new_full(input_ids.shape[:1], -1)
+
+    def _measure(
+        self,
+        model: Any,  # noqa: ANN401
+        input_ids: Tensor,
+        config: Any,  # noqa: ANN401
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        self._span = span = PrefillSpan.of(input_ids, config, model_kwargs)
+        if span.is_partial and max(self.session.scanned) > span.positions:
+            # Some of what is to be judged is cached: a turn continued call by call. Nobody
+            # knows that it was judged then, so it passes once more.
+            def rescan() -> None:
+                inputs = whole_inputs(model, input_ids, model_kwargs, input_ids.shape[1])
+                self.session.discard()
+                model(**inputs, return_dict=True)
+
+            self._rescan = rescan
+
+    def _prefilled(self, input_ids: Tensor) -> tuple[int, ...]:
+        assert self._span is not None
+        if self._rescan is None:
+            return (self._span.positions,)
+        try:
+            self._rescan()
+        except Exception as error:  # whatever fails in the guard closes its rows
+            from safe_decode.processor import as_guard_error
+
+            self._fail(as_guard_error(error))
+        return (input_ids.shape[1],)
 
     def _judge(self, positions: tuple[int, ...]) -> None:
         try:
@@ -267,10 +309,14 @@ class GuardedLoop:
         active = self._active
         if active is not None and not bool(active.any()):
             return
-        inputs = tail_inputs(model, sequences, self._prompt_tokens, model_kwargs)
+        assert self._span is not None
         self._scored += 1
         with torch.no_grad():
             try:
+                if self._span.keeps_cache or self._span.is_full:
+                    inputs = whole_inputs(model, sequences, model_kwargs, self._prompt_tokens)
+                else:
+                    inputs = tail_inputs(model, sequences, self._prompt_tokens, model_kwargs)
                 model(**inputs, return_dict=True)
             except Exception as error:  # nothing may be released that was not judged
                 from safe_decode.processor import as_guard_error

@@ -54,6 +54,7 @@ class Outcome:
         ids: Ids that stand behind the prompt.
         redirected: What a trip led to, or None.
         bare: How it ended in a foreign loop, or None.
+        pruned_beams: Beams of the same prompt that tripped and gave way to others.
         cancelled_after: Tokens that were released when its reader wanted no more, or None.
     """
 
@@ -65,6 +66,7 @@ class Outcome:
     redirected: Redirected | None = None
     bare: BareEnd | None = None
     cancelled_after: int | None = None
+    pruned_beams: int = 0
 
     @property
     def error(self) -> GuardError | None:
@@ -165,7 +167,8 @@ class Judgement:
         for index, statistic in enumerate(record.statistic):
             action, why = self._verdict(outcome, index)
             at = first + index
-            known = at < len(turn) and not (is_chat and index == 0)
+            # A prompt of embeddings has no ids.
+            known = 0 <= at < len(turn) and not (is_chat and index == 0)
             yield TraceStep(
                 position=index,
                 token=turn[at] if known else None,
@@ -227,6 +230,7 @@ class Judgement:
             tries=len(tries),
             unscored_tail=bare.unscored_tail if bare else 0,
             refusal_truncated=bare.is_truncated if bare else False,
+            pruned_beams=outcome.pruned_beams,
             unprotected=not self.policy.protects or (error is not None and trip is None),
             error=None if error is None else f"{type(error).__name__}: {error}",
         )

@@ -164,6 +164,45 @@ class Session:
             self._scan(self._probe(features))
         return self.policy.trips(self.state.alarm, self.state.finite)
 
+    def discard(self) -> None:
+        """Forget the forwards since the last `judge`; another one judges what they would."""
+        self._beats.discard()
+
+    def expect_whole(self, new_tokens: int) -> None:
+        """Make ready, before its forward, for `judge_whole` of so many columns of answers."""
+        self._beats.discard()
+        self._beats.keep_last(new_tokens + max(self.scanned))
+
+    def judge_whole(self, width: int, content: Sequence[int]) -> None:
+        """Judge finished responses in the one forward since the last call; park what trips.
+
+        Each row's scores are read in order, as while generating, up to its trip.
+
+        Args:
+            width: Columns of the forward.
+            content: [batch] tokens of each response, end ids not counted.
+
+        Raises:
+            BeatError: As `judge`.
+            ConfigurationError: As `judge`.
+        """
+        longest = max(self.scanned)
+        logits = self._probe(self._features((width,)))
+        self._is_prefilled = True
+        begins = torch.tensor([longest - n for n in self.scanned], device=logits.device)
+        ends = torch.tensor([longest + n for n in content], device=logits.device)
+        open_rows = torch.ones_like(begins, dtype=torch.bool)
+        for position in range(longest + max(content)):
+            active = (begins <= position) & (position < ends) & open_rows
+            self._step(logits[:, position], active)
+            trips = self.policy.trips(self.state.alarm, self.state.finite) & active
+            if self.protected is not None:
+                trips = trips & self.protected
+            if self.protects and bool(trips.any()):
+                for row in trips.nonzero()[:, 0].tolist():
+                    self.park(row, said=max(0, position - longest + 1))
+                open_rows = open_rows & ~trips
+
     def require_quiet(self) -> None:
         """Check that no forward passed since the last `judge`.
 
