@@ -17,6 +17,7 @@ from safe_decode.commands.demo import demo
 from safe_decode.commands.generate import generate
 from safe_decode.commands.locate import locate
 from safe_decode.commands.output import print_error
+from safe_decode.commands.replay import replay, show
 from safe_decode.errors import SafeDecodeError
 
 __all__ = ["app", "main"]
@@ -48,6 +49,8 @@ app.command("inspect")(inspect)
 app.command("verify-certificate")(verify_certificate)
 app.command("locate")(locate)
 app.command("capabilities")(capabilities)
+app.command("replay")(replay)
+app.command("show")(show)
 
 
 def main() -> None:
