@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from safe_decode.commands.bench import bench
 from safe_decode.commands.bundles import inspect, verify_certificate
 from safe_decode.commands.capabilities import capabilities
 from safe_decode.commands.demo import demo
@@ -51,6 +52,7 @@ app.command("locate")(locate)
 app.command("capabilities")(capabilities)
 app.command("replay")(replay)
 app.command("show")(show)
+app.command("bench")(bench)
 
 
 def main() -> None:

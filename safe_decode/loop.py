@@ -11,8 +11,9 @@ neighbours, stay as they were. Decoder-only models, one forward a token, eager e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from safe_decode.draws import RowDraws
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
 from safe_decode.redirect import forced_scores
 from safe_decode.session import Session, Trip
+
+if TYPE_CHECKING:
+    from safe_decode.processor import SafetyLogitsProcessor
 
 __all__ = ["Follower", "GuardedLoop"]
 
@@ -111,7 +115,7 @@ class GuardedLoop:
 
         self._prepare(input_ids, stopping_criteria, generation_config)
         self._measure(model, input_ids, generation_config, model_kwargs)
-        processors = type(logits_processor)([*logits_processor, SafetyLogitsProcessor(self)])
+        processors = _WatchedProcessors(logits_processor, SafetyLogitsProcessor(self))
         self.generation = type(model)._sample(
             model,
             input_ids,
@@ -148,6 +152,9 @@ class GuardedLoop:
                 ),
             )
         newest = input_ids[:, -1]
+        if self._is_calm(input_ids, done):
+            self._tell(newest, done)
+            return done
         trips = self._suspects(newest)
         flags = done if trips is None else done | trips
         # The step's one wait for the host, just before the loop's own.
@@ -155,9 +162,12 @@ class GuardedLoop:
             self._sort_rows(newest, done, trips)
         if self._parked is not None:
             done = done | self._parked
+        self._tell(newest, done)
+        return done
+
+    def _tell(self, newest: Tensor, done: Tensor) -> None:
         if self._follower is not None:
             self._follower.on_choice(newest.tolist(), done.tolist(), self.session.trips)
-        return done
 
     def _prepare(self, input_ids: Tensor, criteria: Any, config: Any) -> None:  # noqa: ANN401
         self.settings = settings = settings_of(config, input_ids.shape[1])
@@ -239,6 +249,8 @@ class GuardedLoop:
         """Keep a draw from failing for the whole batch where one row's scores are not finite."""
         # NaN and +Inf show in the maximum, and so does a row without any candidate.
         top = scores.amax(-1)
+        if top.is_cpu and not self._any_parked and math.isfinite(sum(top.tolist())):
+            return scores
         broken = top - top != 0
         if not self._any_parked and not bool(broken.any()):
             return scores
@@ -254,6 +266,19 @@ class GuardedLoop:
                 "finite scores; check the model's weights and dtype."
             )
             self._park(row, error)
+
+    def _is_calm(self, input_ids: Tensor, done: Tensor) -> bool:
+        """Say, on the CPU, that no row ended, tripped or is broken: the short way of most steps."""
+        if self._active is not None or self._is_blind or not done.is_cpu or True in done.tolist():
+            return False
+        if not self.session.protects:
+            return True
+        if not self.session.is_quiet:
+            return False
+        if self._do_sample or self._scores is None or not self._closes:
+            return True
+        # A sum is finite if its terms are, but for sums that overflow: those look closer.
+        return math.isfinite(sum(self._scores.gather(1, input_ids[:, -1:]).view(-1).tolist()))
 
     def _suspects(self, newest: Tensor) -> Tensor | None:
         if not self.session.protects:
@@ -356,3 +381,19 @@ class GuardedLoop:
         self.session.errors.setdefault(row, error)
         if self._closes:
             self._park(row, error)
+
+
+class _WatchedProcessors:
+    """A LogitsProcessorList with the guard's own behind it, of which only the call is used.
+
+    The list inspects the signature of each processor before each call, which costs more than
+    the guard's whole step; so the guard's own is not in it.
+    """
+
+    def __init__(self, processors: Any, guard: SafetyLogitsProcessor) -> None:  # noqa: ANN401
+        self._processors, self._guard = processors, guard
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ANN401
+        if self._processors:
+            scores = self._processors(input_ids, scores)
+        return self._guard(input_ids, scores)

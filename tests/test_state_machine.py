@@ -30,6 +30,8 @@ WILD = st.one_of(LOGIT, LOGIT, LOGIT, LOGIT, st.sampled_from([math.nan, math.inf
 class Heard:
     """Stands for a tap: one forward is whatever was put last."""
 
+    columns, n_columns = (0, 1), 2
+
     def __init__(self):
         self.features, self.forwards, self.positions = None, 0, 0
 
@@ -42,6 +44,9 @@ class Heard:
     def take(self):
         self.forwards = self.positions = 0
         return self.features
+
+    def take_step(self):
+        return self.take()[:, -1]
 
     discard = take
 
