@@ -18,6 +18,7 @@ from safe_decode.commands.demo import demo
 from safe_decode.commands.generate import generate
 from safe_decode.commands.locate import locate
 from safe_decode.commands.output import print_error
+from safe_decode.commands.replay import replay, show
 from safe_decode.errors import SafeDecodeError
 
 __all__ = ["app", "main"]
@@ -49,6 +50,8 @@ app.command("inspect")(inspect)
 app.command("verify-certificate")(verify_certificate)
 app.command("locate")(locate)
 app.command("capabilities")(capabilities)
+app.command("replay")(replay)
+app.command("show")(show)
 app.command("bench")(bench)
 
 
