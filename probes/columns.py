@@ -180,7 +180,7 @@ _XSTEST_HARM = {"2_full_refusal": False}
 
 def _hh_rlhf(row: Values) -> list[Record]:
     """A chosen and a rejected answer; which is preferred is kept, harm is not judged."""
-    records = []
+    records: list[Record] = []
     for name in ("chosen", "rejected"):
         turns = _dialogue(str(row[name]))
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
