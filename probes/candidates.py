@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -187,7 +188,9 @@ def _stored(
                 heads = fit_heads(here, harmful, categories, config)
                 fitted += [heads] if len(heads.probe.heads) > 1 else []
             for one in fitted:
-                logits = [one.probe(torch.from_numpy(v)) for v in there.responses]
+                # Copied: what is memory-mapped cannot be lent to torch.
+                values = (np.array(v, dtype=np.float32) for v in there.responses)
+                logits = [one.probe(torch.from_numpy(v)) for v in values]
                 yield _Fitted(name, one, logits, aurocs)
 
 

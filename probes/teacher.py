@@ -23,7 +23,14 @@ from safe_decode.errors import ConfigurationError, DataError, PromptError
 from safe_decode.sites import Site
 from safe_decode.taps import ActivationTap
 
-__all__ = ["EncodedResponse", "FeatureBatch", "encode_response", "onset_token", "teacher_forced"]
+__all__ = [
+    "EncodedResponse",
+    "FeatureBatch",
+    "encode_response",
+    "onset_token",
+    "teacher_forced",
+    "within_context",
+]
 
 TOKENS_PER_BATCH = 4096  # beyond it a small model on a CPU falls out of the cache
 
@@ -74,6 +81,18 @@ def encode_response(tokenizer: Any, conversation: Conversation) -> EncodedRespon
         return EncodedResponse(tuple(chat.ids), chat.turn_start)
     chat = encode_chat(tokenizer, conversation.messages, prefill=None)
     return EncodedResponse((*chat.ids, *conversation.response_ids), chat.turn_start)
+
+
+def within_context(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    conversations: Sequence[Conversation],
+) -> list[Conversation]:
+    """Keep the conversations that fit the model's context whole."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return list(conversations)
+    return [row for row in conversations if len(encode_response(tokenizer, row).ids) <= limit]
 
 
 def onset_token(
