@@ -23,6 +23,7 @@ Record = dict[str, Any]
 Values = Mapping[str, Any]
 
 _FIELDS = {field.name for field in fields(Conversation)} | {"prompt"}
+_META = "meta."
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def map_for(columns: Collection[str]) -> ColumnMap:
 def column_map(spec: str) -> ColumnMap | None:
     """Read `--columns`: a set's name, `field=column` pairs, or `auto` for None.
 
+    A field `meta.NAME` puts a column into `meta` under that name.
+
     Raises:
         ConfigurationError: No such set, or a pair that names no field.
     """
@@ -66,7 +69,11 @@ def column_map(spec: str) -> ColumnMap | None:
     if spec in COLUMN_MAPS:
         return COLUMN_MAPS[spec]
     pairs = dict(pair.partition("=")[::2] for pair in spec.split(","))
-    unknown = sorted(name for name, column in pairs.items() if name not in _FIELDS or not column)
+    unknown = sorted(
+        name
+        for name, column in pairs.items()
+        if not column or (name not in _FIELDS and not name.startswith(_META))
+    )
     if unknown:
         raise ConfigurationError(
             f"columns={spec!r} is neither a known set (auto, {', '.join(COLUMN_MAPS)}) nor pairs "
@@ -76,7 +83,13 @@ def column_map(spec: str) -> ColumnMap | None:
 
 
 def _picked(row: Values, pairs: Mapping[str, str]) -> Record:
-    return {name: row[column] for name, column in pairs.items()}
+    record: Record = {}
+    for name, column in pairs.items():
+        if name.startswith(_META):
+            record.setdefault("meta", {})[name.removeprefix(_META)] = row[column]
+        else:
+            record[name] = row[column]
+    return record
 
 
 def _native(row: Values) -> list[Record]:

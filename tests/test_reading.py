@@ -203,6 +203,8 @@ def test_columns_of_ones_own_are_named_in_pairs(tmp_path):
     spec = "prompt=question,response=answer,response_harmful=bad"
     (row,) = read_conversations(path, columns=spec).conversations
     assert (row.prompt, row.response, row.response_harmful) == ("Why?", "So.", True)
+    (row,) = read_conversations(path, columns=f"{spec},meta.origin=question").conversations
+    assert row.meta == {"origin": "Why?"}
     with pytest.raises(ConfigurationError, match="it names"):
         column_map("question=prompt")
     with pytest.raises(ConfigurationError, match="neither a known set"):

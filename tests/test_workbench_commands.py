@@ -133,16 +133,19 @@ def test_check_compares_live_traces_with_the_calibration(folder):
         model, tokenizer, ProbeBundle.load(folder / "bundle"), alpha=0.05, redirect="flag"
     )
     prompts = [row.prompt for row in corpus(60)]
-    output = decoder.generate(prompts, max_new_tokens=8, do_sample=False)
-    for trace in output.traces:
-        trace.write(folder / "traces.jsonl")
-    arguments = ("check", "--bundle", folder / "bundle", "--trace", folder / "traces.jsonl")
-    # The model's own babble is not the text that was calibrated on, and that is seen.
-    found = told(*arguments, "--alpha", 0.05, status=1)
-    assert found["traces"] == 60
-    assert found["verdict"] == "calibrate again"
-    assert found["reasons"]
-    assert "distance" in run(*arguments).stdout
+    # Live answers that begin with the letters of planted harm: other traffic than calibrated on.
+    for name, prefill in (("calm", None), ("moved", "klmnopqrst" * 3)):
+        output = decoder.generate(prompts, prefill=prefill, max_new_tokens=8, do_sample=False)
+        for trace in output.traces:
+            trace.write(folder / f"{name}.jsonl")
+    arguments = ("check", "--bundle", folder / "bundle", "--alpha", 0.05, "--trace")
+    calm = told(*arguments, folder / "calm.jsonl")
+    assert (calm["traces"], calm["verdict"]) == (60, "no sign of change")
+    moved = told(*arguments, folder / "moved.jsonl", status=1)
+    assert moved["verdict"] == "calibrate again"
+    assert moved["alarms"] > calm["alarms"]
+    shown = run(*arguments, folder / "moved.jsonl")
+    assert "responses alarm, more than 0.05 explains" in shown.stdout
     assert "cannot be read" in refused("check", "--bundle", folder / "bundle", "--trace", "/none")
 
 
