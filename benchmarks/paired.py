@@ -119,7 +119,7 @@ def compared(
         "control's": round(other, 4),
         "difference": round(probe - other, 4),
         "95 % interval": [round(float(low), 4), round(float(high), 4)],
-        "by source": by_source,
+        "by source": by_source and ", ".join(f"{k} {v}" for k, v in by_source.items()),
         "target": "above the control",
         "met": "yes" if low > 0 else "above, interval holds 0" if probe > other else "no",
     }
