@@ -86,13 +86,13 @@ def pooled_features(
         model, ordered, encoded, description="reading", tokens_per_batch=tokens_per_batch
     )
     for batch in batches:
-        for index, row in enumerate(batch.rows):
+        for index, place in enumerate(batch.rows):
             values = batch.of(index).cpu().numpy()
             spoken = values[1:] if len(values) > 1 else values
             for prefix in PREFIXES:
                 mean = spoken[:prefix].mean(axis=0)
                 for kind in kinds:
-                    found[kind][prefix][row] = mean[of_kind[kind]]
+                    found[kind][prefix][place] = mean[of_kind[kind]]
     return found
 
 

@@ -33,8 +33,8 @@ class Agreement:
         onnx_torch: Between onnxruntime and torch.
         onnx_numpy: Between onnxruntime and NumPy.
         torch_numpy: Between torch and NumPy.
-        flags_differ: Rows and steps where alarm, step, clear point or finiteness differ though
-            no value lies within the tolerance of its mark.
+        flags_differ: Rows and steps where alarm, step or finiteness differ though the statistic
+            does not lie within the tolerance of the threshold.
     """
 
     steps: int
@@ -101,8 +101,7 @@ def agreement(
         as_arrays = PortableState(*(field.numpy() for field in torch_state))
         pairs = ((onnx_state, as_arrays), (onnx_state, numpy_state), (as_arrays, numpy_state))
         largest = np.maximum(largest, [_difference(a, b) for a, b in pairs])
-        marks = (threshold, config.low_mark)
-        flags += sum(_flags_differ(a, b, marks, tolerance) for a, b in pairs)
+        flags += sum(_flags_differ(a, b, threshold, tolerance) for a, b in pairs)
         again = rng.random(batch) < _RESTART
         onnx_state, numpy_state = (_restarted(s, begun, again) for s in (onnx_state, numpy_state))
         mask = torch.from_numpy(again)
@@ -112,7 +111,8 @@ def agreement(
                 for new, old in zip(begun_torch, torch_state, strict=True)
             )
         )
-    return Agreement(steps, batch, *(float(value) for value in largest), flags)
+    onnx_torch, onnx_numpy, torch_numpy = (float(value) for value in largest)
+    return Agreement(steps, batch, onnx_torch, onnx_numpy, torch_numpy, flags)
 
 
 def _feeds(session: Any, features: NDArray[Any], state: PortableState) -> dict[str, Any]:  # noqa: ANN401
@@ -136,19 +136,15 @@ def _difference(a: PortableState, b: PortableState) -> float:
     return worst
 
 
-def _flags_differ(
-    a: PortableState, b: PortableState, marks: tuple[float, float], tolerance: float
-) -> int:
-    threshold, _ = marks
+def _flags_differ(a: PortableState, b: PortableState, threshold: float, tolerance: float) -> int:
     near = np.abs(b.statistic - threshold) <= tolerance * max(abs(threshold), 1)
     differ = ((a.alarm != b.alarm) & ~near) | (a.step != b.step) | (a.finite != b.finite)
     return int(differ.sum())
 
 
 def _restarted(state: PortableState, begun: PortableState, again: NDArray[Any]) -> PortableState:
-    return PortableState(
-        *(
-            np.where(again.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
-            for new, old in zip(begun, state, strict=True)
-        )
-    )
+    fields: dict[str, Any] = {}
+    for name, old in state._asdict().items():
+        rows = again.reshape(-1, *(1,) * (old.ndim - 1))
+        fields[name] = np.where(rows, getattr(begun, name), old)
+    return PortableState(**fields)

@@ -205,12 +205,14 @@ def _fits(methods: Sequence[str] | None, c: Sequence[float] | None) -> tuple[Fit
     from probes.fit import FitConfig, Method
 
     first = c[0] if c else 0.1
+    known: dict[str, Method] = {name: name for name in get_args(Method)}
+    unknown = [name for name in methods or () if name not in known]
+    if unknown:
+        raise ConfigurationError(
+            f"--method={unknown[0]!r} is not one of {tuple(known)}; pass one of these."
+        )
     found: list[FitConfig] = []
-    for method in methods or get_args(Method):
-        if method not in get_args(Method):
-            raise ConfigurationError(
-                f"--method={method!r} is not one of {get_args(Method)}; pass one of these."
-            )
+    for method in (known[name] for name in methods or known):
         windows = _WINDOWS if method == "windowed" else (8,)
         found += [FitConfig(method=method, c=first, window=window) for window in windows]
     return tuple(found)
