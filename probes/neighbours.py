@@ -13,9 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
 
 from probes.conversations import Conversation
 from probes.refusals import refuses
@@ -23,7 +28,12 @@ from safe_decode.errors import ConfigurationError
 
 __all__ = ["Merged", "merge_near_duplicates", "word_grams"]
 
+_NOTHING: NDArray[np.uint64] = np.empty(0, np.uint64)
+
 _WORD = re.compile(r"\w+")
+_CACHED_WORDS = 2**18
+# Odd, so that no word of a run is lost to the wrap-around of 64 bits.
+_MULTIPLIER = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ def merge_near_duplicates(
     number = {name: index for index, name in enumerate(names)}
     groups = [number[row.group] for row in rows]
     prompts = [word_grams(_asked(row), size, whole=True) for row in rows]
-    answers = [frozenset[int]() if refuses(row) else word_grams(row.response, size) for row in rows]
+    answers = [_NOTHING if refuses(row) else word_grams(row.response, size) for row in rows]
     boilerplate = sum(
         _join(texts, groups, forest, share=share, most_groups=most_groups)
         for texts in (prompts, answers)
@@ -94,18 +104,25 @@ def merge_near_duplicates(
     return Merged(merged, len(names), len(sizes), largest, boilerplate)
 
 
-def word_grams(text: str, size: int, *, whole: bool = False) -> frozenset[int]:
-    """Digest every run of `size` words; case and punctuation do not count.
+def word_grams(text: str, size: int, *, whole: bool = False) -> NDArray[np.uint64]:
+    """Digest every distinct run of `size` words; case and punctuation do not count.
 
     Args:
         text: Any.
         size: Words of a run.
         whole: Take a text of fewer words as one gram, rather than as none.
+
+    Returns:
+        [n] uint64, ascending.
     """
-    words = _WORD.findall(text.casefold())
+    words = np.asarray([_digest(word) for word in _WORD.findall(text.casefold())], np.uint64)
     if len(words) < size:
-        return frozenset([_digest(words)] if whole and words else [])
-    return frozenset(_digest(words[start : start + size]) for start in range(len(words) - size + 1))
+        if not whole or not len(words):
+            return _NOTHING
+        size = len(words)
+    runs = np.lib.stride_tricks.sliding_window_view(words, size)
+    powers = [pow(_MULTIPLIER, place, 2**64) for place in range(size)]
+    return np.unique((runs * np.asarray(powers, np.uint64)).sum(axis=1, dtype=np.uint64))
 
 
 class _Forest:
@@ -126,7 +143,7 @@ class _Forest:
 
 
 def _join(
-    texts: Sequence[frozenset[int]],
+    texts: Sequence[NDArray[np.uint64]],
     groups: Sequence[int],
     forest: _Forest,
     *,
@@ -134,28 +151,35 @@ def _join(
     most_groups: int,
 ) -> int:
     """Join the groups of near duplicates and count what was left out as boilerplate."""
-    holders: dict[int, set[int]] = defaultdict(set)
-    for grams, group in zip(texts, groups, strict=True):
-        for gram in grams:
-            holders[gram].add(group)
-    common = {gram for gram, found in holders.items() if len(found) > most_groups}
-    rare = [grams - common for grams in texts]
-    seen: dict[int, list[int]] = defaultdict(list)
-    for row, grams in enumerate(rare):
-        shared: Counter[int] = Counter()
-        for gram in grams:
-            shared.update(seen[gram])
-            seen[gram].append(row)
-        for other, count in shared.items():
-            if count > share * min(len(grams), len(rare[other])):
-                forest.join(groups[row], groups[other])
-    return len(common)
+    rows = np.repeat(np.arange(len(texts)), [len(grams) for grams in texts])
+    if not len(rows):
+        return 0
+    grams = np.concatenate(texts)
+    group = np.asarray(groups)[rows]
+    order = np.lexsort((group, grams))
+    rows, grams, group = rows[order], grams[order], group[order]
+    is_new = np.r_[True, grams[1:] != grams[:-1]]
+    is_new_group = is_new | np.r_[True, group[1:] != group[:-1]]
+    run = np.cumsum(is_new) - 1
+    holders = np.bincount(run, weights=is_new_group)
+    common = holders > most_groups
+    rare = np.bincount(rows[~common[run]], minlength=len(texts))
+    shared: Counter[tuple[int, int]] = Counter()
+    # Only what stands in several groups can join any.
+    joins = ((holders > 1) & ~common)[run]
+    begins = np.flatnonzero(np.r_[True, run[joins][1:] != run[joins][:-1]])[1:]
+    for members in np.split(rows[joins], begins):
+        shared.update(combinations(sorted(members.tolist()), 2))
+    for (first, second), count in shared.items():
+        if count > share * min(rare[first], rare[second]):
+            forest.join(groups[first], groups[second])
+    return int(common.sum())
 
 
 def _asked(row: Conversation) -> str:
     return "\n".join(message["content"] for message in row.messages if message["role"] == "user")
 
 
-def _digest(words: Sequence[str]) -> int:
-    digest = hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+@lru_cache(_CACHED_WORDS)
+def _digest(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")

@@ -46,7 +46,7 @@ def test_short_prompts_are_compared_whole_and_short_responses_not_at_all():
         row("Bye", "Yes.", "c"),
     ]
     assert groups_of(rows) == ["a", "a", "c"]
-    assert word_grams("one two", 8) == frozenset()
+    assert len(word_grams("one two", 8)) == 0
 
 
 def test_refusals_and_boilerplate_join_nobody():
@@ -66,13 +66,13 @@ def test_no_near_duplicate_stands_in_two_splits():
     rows = [row(text(i * 7 % 3900), text((i * 31) % 3900), f"g{i}") for i in range(400)]
     parts = by_split(assign_splits(merge_near_duplicates(rows).conversations))
     seen = {
-        split: {gram for r in part for gram in word_grams(r.prompt, 8)}
+        split: {gram for r in part for gram in word_grams(r.prompt, 8).tolist()}
         for split, part in parts.items()
     }
     for split, part in parts.items():
         others = set().union(*(grams for name, grams in seen.items() if name != split))
         for one in part:
-            grams = word_grams(one.prompt, 8)
+            grams = set(word_grams(one.prompt, 8).tolist())
             assert len(grams & others) <= 0.5 * len(grams)
 
 
