@@ -195,7 +195,7 @@ class Watch:
 def _is_moving_average(monitor: RiskMonitor) -> bool:
     """Say whether the level is all a decision needs; other statistics are stepped in full."""
     config = monitor.config
-    return getattr(config, "kind", "ema") == "ema" and getattr(config, "hits", 1) == 1
+    return config.kind == "ema" and config.hits == 1
 
 
 def _upper_bound(monitor: RiskMonitor, state: MonitorState) -> Tensor:

@@ -26,6 +26,7 @@ from probes.recipe import Recipe, RecipeConfig, make_bundle
 from probes.rollouts import RolloutConfig, rollout
 from safe_decode.certificate import Envelope
 from safe_decode.demo.load import load_model
+from safe_decode.sites import Site
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -246,9 +247,15 @@ def conversations_for(
     return rollout(model, tokenizer, requests, judge=judge, config=config)
 
 
-def recipe_config(amounts: Amounts) -> RecipeConfig:
-    """Return what is tried for the embedded bundle, and the texts it carries."""
+def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
+    """Return what is tried for the embedded bundle, and the texts it carries.
+
+    Beside located units, the residual stream behind each block but the first is tried whole.
+    """
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    streams = {f"resid-{i}": (Site(i, "resid", tuple(range(width))),) for i in range(1, layers)}
     return RecipeConfig(
+        extra_sites=streams,
         envelope=Envelope(
             max_new_tokens=amounts.max_new_tokens,
             do_sample=False,
@@ -279,7 +286,8 @@ def build_bundle(
     provenance: Mapping[str, Any] = {
         "organism": {"seed": seed, "fold": fold, **asdict(amounts)},
     }
-    return make_bundle(model, tokenizer, rows, recipe_config(amounts), provenance=provenance)
+    config = recipe_config(amounts, model)
+    return make_bundle(model, tokenizer, rows, config, provenance=provenance)
 
 
 _SHOWN: Mapping[str, str] = {
