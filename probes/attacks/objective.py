@@ -170,8 +170,9 @@ class Objective:
         length = len(answer.target)
         scores = output.logits[:, -length - 1 : -1].float()
         ids = torch.tensor(answer.target, device=scores.device).expand(scores.shape[0], -1)
-        losses: Tensor = functional.cross_entropy(scores.transpose(1, 2), ids, reduction="none")
-        return losses.mean(1)
+        losses = functional.cross_entropy(scores.transpose(1, 2), ids, reduction="none")
+        means: Tensor = losses.mean(1)
+        return means
 
     def _margin(self, features: Tensor) -> Tensor:
         assert self._watch is not None
