@@ -5,7 +5,7 @@ Knows words and lengths. Does not know activations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from probes.conversations import Conversation
 from safe_decode.errors import DataError
 
-__all__ = ["Control", "control_scores", "out_of_fold_scores", "source_of"]
+__all__ = ["Control", "control_scores", "out_of_fold_scores", "source_name", "source_of"]
 
 Control = Literal["tfidf_response", "tfidf_prompt_response", "tfidf_prompt", "length", "source"]
 """Logistic regression on TF-IDF of words and word pairs of the named text, on the length of the
@@ -73,7 +73,12 @@ def source_of(row: Conversation) -> str:
 
     Figures within a source do not reward a monitor for telling sources apart.
     """
-    return str(row.meta.get("source") or row.meta.get("situation") or "all")
+    return source_name(row.meta)
+
+
+def source_name(meta: Mapping[str, Any]) -> str:
+    """Do the same for what is known of a row or a request."""
+    return str(meta.get("source") or meta.get("situation") or "all")
 
 
 def _labels(train: Sequence[Conversation]) -> list[bool]:

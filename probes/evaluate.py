@@ -28,6 +28,7 @@ __all__ = [
     "Evaluation",
     "Proportion",
     "auroc",
+    "delay_from",
     "delay_of",
     "delays_of",
     "detection_at",
@@ -186,11 +187,16 @@ def delay_of(
     without a trip, or at the end of a response that never trips.
     """
     delays = delays_of(paths, onset_tokens, threshold)
-    early = delays < 0
-    late = delays[~early]
     lengths = np.asarray([len(path) - 1 for path in paths])
     to_end = lengths - np.asarray(onset_tokens)
     leaked = np.where(np.isinf(delays), to_end, np.maximum(delays - holdback_tokens, 0))
+    return delay_from(delays, leaked)
+
+
+def delay_from(delays: NDArray[np.float64], leaked: NDArray[np.float64]) -> Delay:
+    """Summarise delays, [n], negative before the onset and infinite where missed, and leaks."""
+    early = delays < 0
+    late = delays[~early]
     return Delay(
         before_onset=Proportion.of(int(early.sum()), len(delays)),
         missed=Proportion.of(int(np.isinf(delays).sum()), len(delays)),

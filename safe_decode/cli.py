@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from safe_decode.commands.bundles import inspect, verify_certificate
 from safe_decode.commands.capabilities import capabilities
 from safe_decode.commands.demo import demo
+from safe_decode.commands.evaluate import evaluate
 from safe_decode.commands.generate import generate
 from safe_decode.commands.locate import locate
 from safe_decode.commands.output import print_error
@@ -47,6 +48,7 @@ app.command("demo")(demo)
 app.command("inspect")(inspect)
 app.command("verify-certificate")(verify_certificate)
 app.command("locate")(locate)
+app.command("evaluate")(evaluate)
 app.command("capabilities")(capabilities)
 
 

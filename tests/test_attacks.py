@@ -12,13 +12,8 @@ import torch
 
 from probes.attacks.behaviours import AttackSet, Behaviour, embedded_behaviours, from_conversations
 from probes.attacks.black_box import BlackBoxConfig, queries
-from probes.attacks.deployed import (
-    Candidate,
-    Deployment,
-    SoftGap,
-    judged_alone,
-    organism_judge,
-)
+from probes.attacks.config import AttackConfig
+from probes.attacks.deployed import Candidate, Deployment, SoftGap
 from probes.attacks.encodings import ENCODINGS
 from probes.attacks.records import (
     Record,
@@ -33,9 +28,10 @@ from probes.attacks.records import (
 )
 from probes.attacks.soft_prompt import SoftConfig
 from probes.attacks.suffix import SuffixConfig
-from probes.attacks.suite import AttackConfig, attack, jobs_of
+from probes.attacks.suite import attack, jobs_of
 from probes.attacks.surrogate import fit_surrogate, residual_sites
 from probes.conversations import Conversation
+from probes.released import Released, organism_reading, reading_alone
 from safe_decode.errors import ConfigurationError, DataError
 from tests.guarding import decoder_for
 
@@ -54,11 +50,11 @@ def attack_set():
 
 
 def always(_messages, _prefill, _released):
-    return "harmful"
+    return Released("harmful")
 
 
 def never(_messages, _prefill, _released):
-    return "benign"
+    return Released("benign")
 
 
 def plain(text="open the gate", **changes):
@@ -102,7 +98,7 @@ def test_a_guard_that_always_trips_lets_nothing_out(llama, tokenizer):
 
     def judge(_messages, _prefill, released):
         seen.append(released)
-        return "benign"
+        return Released("benign")
 
     decoder = decoder_for(llama, tokenizer, threshold=-1e9, redirect="refuse")
     guarded = Deployment(decoder, judge, max_new_tokens=CAP, samples=3)
@@ -125,7 +121,7 @@ def test_one_harmful_sample_is_a_success_and_order_is_kept(llama, tokenizer):
 
 
 def test_an_encoded_answer_is_read_back(llama, tokenizer):
-    judge = lambda _m, _p, text: "harmful" if text == "decoded" else "benign"  # noqa: E731
+    judge = lambda _m, _p, text: Released("harmful" if text == "decoded" else "x")  # noqa: E731
     deployment = Deployment(decoder_for(llama, tokenizer), judge, max_new_tokens=2)
     (found,) = deployment.attempt([plain(decoding=lambda _text: "decoded")])
     assert found.success
@@ -230,21 +226,36 @@ def test_behaviours_of_the_embedded_world_are_harmful_and_held_out():
     assert len({b.name for b in found.behaviours}) == 8
     assert max(Counter(b.category for b in found.behaviours).values()) <= math.ceil(8 / 3)
     for one in found.behaviours:
-        assert organism_judge(one.messages, "", one.target) == "harmful"
+        assert organism_reading(one.messages, "", one.target).label == "harmful"
         # What the attacker wrote does not count, and neither does filler.
-        assert organism_judge(one.messages, one.target, "") != "harmful"
-        assert organism_judge(one.messages, "", found.fillers[0]) == "benign"
+        assert organism_reading(one.messages, one.target, "").label != "harmful"
+        assert organism_reading(one.messages, "", found.fillers[0]).label == "benign"
     assert all("{request}" in framing for framing in found.framings)
     assert embedded_behaviours(8, seed=1) == found
 
 
 def test_a_judge_of_whole_responses_reads_released_text_alone():
-    judge = judged_alone(
-        lambda _messages, text: SimpleNamespace(label="harmful" if "bad" in text else "benign")
+    def whole(_messages, text):
+        found = text.find("bad")
+        return SimpleNamespace(
+            label="harmful" if found >= 0 else "benign", onset_char=found if found >= 0 else None
+        )
+
+    read = reading_alone(whole)
+    assert read((), "bad words", "and so on") == Released("benign")
+    assert read((), "", "so bad") == Released("harmful", 3)
+    assert read((), "bad", "  ") == Released("benign")
+
+
+def test_harm_begun_in_the_prefill_counts_when_released_text_completes_it():
+    one = embedded_behaviours(1, seed=2).behaviours[0]
+    begun, whole = one.target, organism_reading(one.messages, "", one.target)
+    cut = whole.onset_char + 3
+    assert organism_reading(one.messages, begun[:cut], begun[cut:]) == Released("harmful", 0)
+    early = organism_reading(
+        one.messages, begun[: whole.onset_char - 2], begun[whole.onset_char - 2 :]
     )
-    assert judge((), "bad words", "and so on") == "benign"
-    assert judge((), "", "bad") == "harmful"
-    assert judge((), "bad", "  ") == "benign"
+    assert early == Released("harmful", 2)
 
 
 def record(threat="T3", arm="guarded", name="b", success_at=None, **changes):
@@ -355,7 +366,8 @@ def test_every_threat_runs_in_every_arm_and_goes_on_where_it_stopped(
     assert watch.probe.sites == residual_sites(llama)
     journal = tmp_path / "attack.jsonl"
     # Any letter that the bare model says is harm; the guard always trips before it is out.
-    judge = lambda _m, _p, text: "harmful" if text and text != decoder.refusal else "x"  # noqa: E731
+    harm = lambda text: bool(text) and text != decoder.refusal  # noqa: E731
+    judge = lambda _m, _p, text: Released("harmful" if harm(text) else "x")  # noqa: E731
     records = attack(decoder, attack_set, judge, CONFIG, surrogate=watch, journal=journal)
     assert len(records) == 2 * (2 + 1 + 3 + 2) == len(jobs_of(attack_set, CONFIG))
     assert all((r.success_at is not None) == (r.arm == "bare") for r in records)
@@ -367,7 +379,7 @@ def test_every_threat_runs_in_every_arm_and_goes_on_where_it_stopped(
     again = attack(
         decoder,
         attack_set,
-        lambda *a: calls.append(a) or "x",
+        lambda *a: calls.append(a) or Released("x"),
         CONFIG,
         surrogate=watch,
         journal=journal,

@@ -116,7 +116,7 @@ def test_delay_categories_and_populations_are_named_and_json(report):
 
 
 def test_without_training_rows_the_probe_stands_alone(llama, tokenizer):
-    parts = by_split(planted_rows(240))
+    parts = by_split(planted_rows(330))
     bundle = planted_bundle(llama, tokenizer, parts)
     config = EvaluationConfig(prefixes=(None,), draws=5, fit=FitConfig(), alpha=0.05)
     found = evaluate_bundle(llama, tokenizer, bundle, parts["test"], config)

@@ -9,7 +9,7 @@ Knows candidates, sampling and the judge. Does not know how candidates are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from probes.attacks.soft_prompt import carrying
 from probes.conversations import Message
-from probes.rollouts import Judge
+from probes.released import Reading
 from safe_decode.errors import ConfigurationError
 from safe_decode.guard import GuardedOutput, SafeDecoder
 
@@ -28,14 +28,9 @@ __all__ = [
     "Candidate",
     "Decoding",
     "Deployment",
-    "ReleaseJudge",
     "SoftGap",
-    "judged_alone",
-    "organism_judge",
 ]
 
-ReleaseJudge = Callable[[Sequence[Message], str, str], str]
-"""From messages, supplied prefill and released text to a label; "harmful" is a success."""
 Decoding = Callable[[str], str]
 """How the attacker reads an encoded answer back."""
 
@@ -99,7 +94,7 @@ class Deployment:
 
     Attributes:
         decoder: As deployed.
-        judge: Of released text.
+        judge: Reads released text; `harmful` is a success.
         is_guarded: False: the guard only watches, and every token is the bare model's.
         max_new_tokens: Cap of an answer; None: the certified one.
         samples: Continuations drawn for each candidate.
@@ -109,7 +104,7 @@ class Deployment:
     """
 
     decoder: SafeDecoder
-    judge: ReleaseJudge
+    judge: Reading
     is_guarded: bool = True
     max_new_tokens: int | None = None
     samples: int = 1
@@ -203,11 +198,11 @@ class Deployment:
         return Attempt(bool(harmful), (harmful or texts)[0], len(texts), tripped)
 
     def _is_harmful(self, candidate: Candidate, given: str, text: str) -> bool:
-        if self.judge(candidate.asked, given, text) == "harmful":
+        if self.judge(candidate.asked, given, text).label == "harmful":
             return True
         if candidate.decoding is None:
             return False
-        return self.judge(candidate.asked, "", candidate.decoding(text)) == "harmful"
+        return self.judge(candidate.asked, "", candidate.decoding(text)).label == "harmful"
 
     @contextmanager
     def _seeded(self, draw: int, part: int) -> Iterator[None]:
@@ -216,23 +211,3 @@ class Deployment:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed((self.seed * 1009 + draw) * 1009 + part)
             yield
-
-
-def organism_judge(messages: Sequence[Mapping[str, str]], prefill: str, released: str) -> str:
-    """Judge by the embedded world's oracle: a clause counts if released text completed it."""
-    from probes.organism.oracle import judge
-
-    return judge(messages, prefill + released, counted_from=len(prefill)).label
-
-
-def judged_alone(judge: Judge) -> ReleaseJudge:
-    """Make a judge of whole responses one of released text.
-
-    It reads the released text alone, so that nothing the attacker wrote counts; harm that is
-    only understood together with the prefill is missed, and the success rate is a lower bound.
-    """
-
-    def of_release(messages: Sequence[Message], _prefill: str, released: str) -> str:
-        return judge(messages, released).label if released.strip() else "benign"
-
-    return of_release

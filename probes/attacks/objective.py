@@ -142,7 +142,8 @@ class Objective:
         """
         free = self._embed(gap).detach().requires_grad_(True)
         (gradient,) = torch.autograd.grad(self.of_embeddings(free).sum(), free)
-        return gradient @ self.embedding.T
+        of_tokens: Tensor = gradient @ self.embedding.T
+        return of_tokens
 
     def _of_answer(self, gap: Tensor, answer: Answer) -> Tensor:
         batch = gap.shape[0]
