@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from safe_decode.commands.attack import attack
 from safe_decode.commands.bundles import inspect, verify_certificate
 from safe_decode.commands.capabilities import capabilities
 from safe_decode.commands.demo import demo
@@ -18,6 +19,8 @@ from safe_decode.commands.evaluate import evaluate
 from safe_decode.commands.generate import generate
 from safe_decode.commands.locate import locate
 from safe_decode.commands.output import print_error
+from safe_decode.commands.refit import refit
+from safe_decode.commands.reproduce import reproduce
 from safe_decode.errors import SafeDecodeError
 
 __all__ = ["app", "main"]
@@ -49,9 +52,16 @@ app.command("inspect")(inspect)
 app.command("verify-certificate")(verify_certificate)
 app.command("locate")(locate)
 app.command("evaluate")(evaluate)
+app.command("attack")(attack)
+app.command("refit")(refit)
+app.command("reproduce")(reproduce)
 app.command("capabilities")(capabilities)
 
 
 def main() -> None:
     """Run the command line."""
     app()
+
+
+if __name__ == "__main__":
+    main()

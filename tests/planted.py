@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -93,3 +94,10 @@ def planted_bundle(model: Any, tokenizer: Any, parts: Any) -> ProbeBundle:
 
 def _as_benign(row: Conversation) -> Conversation:
     return replace(row, meta={**row.meta, "population": "benign"})
+
+
+def judge(_messages: Any, text: str) -> Any:
+    """A judge of whole responses, by `tests.planted:judge`."""
+    onset = next((i for i in range(len(text)) if is_harm(text[i : i + 3])), None)
+    label = "benign" if onset is None else "harmful"
+    return SimpleNamespace(label=label, onset_char=onset)

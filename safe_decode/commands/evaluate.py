@@ -6,13 +6,14 @@ anything is scored, counted or drawn.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from safe_decode.commands.evaluation_tables import json_of, tables_of
 from safe_decode.commands.generate import (
     Alpha,
     BundlePath,
@@ -25,13 +26,7 @@ from safe_decode.commands.generate import (
 )
 from safe_decode.commands.output import console, print_json, require_place, working, write_text
 from safe_decode.commands.readings import JudgeName, reading_of
-from safe_decode.commands.tables import (
-    delay_rows,
-    method_rows,
-    print_tables,
-    share_rows,
-    situation_rows,
-)
+from safe_decode.commands.tables import print_tables
 from safe_decode.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -74,6 +69,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of draws, bootstrap and controls.")] = 0,
     fold: Annotated[int, typer.Option(min=0, max=2, help="Held-out categories.")] = 0,
     judge: JudgeName = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
     html: Annotated[
         Path | None,
         typer.Option(help="Write a self-contained page; it shows test responses in full."),
@@ -88,6 +84,7 @@ def evaluate(
 ) -> None:
     """Evaluate a bundle: detection beside controls, delay, leaks, over-refusal."""
     require_place(html)
+    require_place(out)
     _require_sense(data, model, judge, mode, html)
     with working("Loading the model"):
         decoder = decoder_of(
@@ -100,11 +97,14 @@ def evaluate(
     if mode != "teacher-forced":
         answered = _answered(decoder, rows["test"], judge, max_new_tokens)
     facts = _facts(decoder, data, rows, seed=seed, fold=fold)
-    tables = _tables(report, answered)
+    tables = tables_of(report, answered)
     if html is not None:
         write_text(html, _page(report, decoder, tables, facts))
+    found = {"facts": facts, **json_of(report, answered)}
+    if out is not None:
+        write_text(out, json.dumps(found, indent=1, allow_nan=False) + "\n")
     if as_json:
-        print_json({"facts": facts, **_as_json(report, answered)})
+        print_json(found)
     else:
         print_tables(tables)
         console().print(_footer(facts, html), soft_wrap=True)
@@ -221,35 +221,6 @@ def _answered(
     return answer_both(decoder, requests, reading_of(judge), max_new_tokens=max_new_tokens)
 
 
-def _tables(
-    report: Report | None, answered: Sequence[Answered] | None
-) -> dict[str, list[dict[str, str]]]:
-    tables: dict[str, list[dict[str, str]]] = {}
-    if report is not None:
-        for one in report.slices:
-            reach = "" if one.prefix_tokens is None else f", first {one.prefix_tokens} tokens"
-            tables[f"Detection: {one.name}{reach}"] = method_rows(one.figures)
-        if report.delay is not None:
-            tables[f"Delay at hold-back {report.holdback_tokens}"] = delay_rows(report.delay)
-        tables["Recall by category, worst first"] = share_rows(
-            report.recall_by_category, "category", "harmful responses that trip"
-        )
-        tables["False alarms by population, worst first"] = share_rows(
-            report.alarms_by_population, "population", "harmless responses that trip"
-        )
-    if answered is not None:
-        from probes.controls import source_name
-        from probes.generated import delay_as_served, figures_by
-
-        named = figures_by(answered, lambda request: source_name(request.meta))
-        whole = figures_by(answered, lambda _request: "all")
-        tables["Answered, bare and guarded"] = situation_rows([*named, *whole])
-        served = delay_as_served(answered)
-        if served is not None:
-            tables["Delay as served"] = delay_rows(served)
-    return tables
-
-
 def _page(
     report: Report | None,
     decoder: SafeDecoder,
@@ -281,28 +252,6 @@ def _facts(
         "responses": ", ".join(f"{name} {len(part)}" for name, part in rows.items()),
         "seed": str(seed),
     }
-
-
-def _as_json(report: Report | None, answered: Sequence[Answered] | None) -> dict[str, Any]:
-    from probes.intervals import plain_json
-
-    found: dict[str, Any] = {}
-    if report is not None:
-        found["teacher_forced"] = report.to_json()
-    if answered is not None:
-        from probes.controls import source_name
-        from probes.generated import delay_as_served, figures_by
-
-        served = delay_as_served(answered)
-        named = figures_by(answered, lambda request: source_name(request.meta))
-        found["generated"] = plain_json(
-            {
-                "situations": [asdict(one) for one in named],
-                "all": [asdict(one) for one in figures_by(answered, lambda _request: "all")],
-                "delay": None if served is None else asdict(served),
-            }
-        )
-    return found
 
 
 def _footer(facts: Mapping[str, str], html: Path | None) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from probes.released import Reading
     from probes.rollouts import Judge
 
-__all__ = ["JudgeName", "reading_of"]
+__all__ = ["JudgeName", "judge_of", "reading_of"]
 
 JudgeName = Annotated[
     str | None,
@@ -38,6 +38,19 @@ def reading_of(judge: str | None) -> Reading:
     if judge is None or judge == "organism":
         return organism_reading
     return reading_alone(_imported(judge))
+
+
+def judge_of(judge: str | None) -> Judge:
+    """Return the judge of whole responses that a name stands for.
+
+    Raises:
+        ConfigurationError: There is no such function.
+    """
+    if judge is None or judge == "organism":
+        from probes.organism.oracle import judge as oracle
+
+        return oracle
+    return _imported(judge)
 
 
 def _imported(name: str) -> Judge:

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _NOTHING = "–"
+_LONGEST_FIGURE = 26  # what is longer is a sentence, and reads from the left
 
 
 def print_tables(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
@@ -40,7 +41,8 @@ def print_tables(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
             continue
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
         for place, column in enumerate(rows[0]):
-            table.add_column(column, justify="right" if place else "left", overflow="fold")
+            is_text = place == 0 or max(len(row[column]) for row in rows) > _LONGEST_FIGURE
+            table.add_column(column, justify="left" if is_text else "right", overflow="fold")
         for row in rows:
             table.add_row(*(visible(value) for value in row.values()))
         screen.print(table)
