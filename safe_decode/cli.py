@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from safe_decode.commands.attack import attack
+from safe_decode.commands.bench import bench
 from safe_decode.commands.bundles import inspect, verify_certificate
 from safe_decode.commands.capabilities import capabilities
 from safe_decode.commands.demo import demo
@@ -56,6 +57,7 @@ app.command("attack")(attack)
 app.command("refit")(refit)
 app.command("reproduce")(reproduce)
 app.command("capabilities")(capabilities)
+app.command("bench")(bench)
 
 
 def main() -> None:

@@ -8,74 +8,46 @@ threads on one model do not see each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from safe_decode import chat
 from safe_decode.bundle import ProbeBundle
+from safe_decode.call import CallMode, GuardedCall, Protected, RowRules, Watch
 from safe_decode.capabilities import require_supported, require_supported_model
 from safe_decode.certificate import Certificate
 from safe_decode.decision import Redirect
-from safe_decode.errors import (
-    CertificateError,
-    ConfigurationError,
-    PromptError,
-    UnsupportedError,
-)
+from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
+from safe_decode.events import StreamEvent
 from safe_decode.fingerprint import Fingerprint
-from safe_decode.inputs import GuardInputs, Prompts, from_ids, from_prompts
-from safe_decode.loop import CallSettings, GuardedLoop
+from safe_decode.foreign import GuardHandle, bare_traces
+from safe_decode.inputs import GuardInputs, Prompts, from_embeds, from_ids, from_prompts
 from safe_decode.monitor import RiskMonitor
-from safe_decode.outcome import BareEnd, Judgement, LazyTraces, Outcome, outcome_of, void_reason
-from safe_decode.policy import OnError, Policy
-from safe_decode.rewind import Rewinder, Texts
+from safe_decode.outcome import Judgement
+from safe_decode.output import GuardedOutput
+from safe_decode.policy import OnError, Policy, RequestPolicy
+from safe_decode.rewind import Texts
 from safe_decode.session import Session
-from safe_decode.taps import ActivationTap, Beats
-from safe_decode.trace import SafetyTrace
-
-if TYPE_CHECKING:
-    from safe_decode.processor import GuardedSteps
+from safe_decode.stream import AsyncGuardedStream, GuardedStream, Producer
+from safe_decode.streamer import Streamer, feeder
+from safe_decode.taps import ActivationTap
+from safe_decode.whole import method_of
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 
 _CUT = " ... "
-
-
-@dataclass
-class GuardedOutput:
-    """What a guarded call returns.
-
-    Attributes:
-        sequences: [batch, seq] ids: the user's prompt ids, then what stands of the answer,
-            right-padded. Rows that did not trip are as bare `generate` returns them.
-        texts: What the reader gets: the released answer and its refusal, without the prompt
-            and without a supplied prefill.
-        traces: What happened in each row, and why; written when first read.
-    """
-
-    sequences: Tensor
-    texts: list[str]
-    traces: Sequence[SafetyTrace]
-
-
-class GuardHandle:
-    """The guard in a user's own `model.generate`; see `SafeDecoder.processor`.
-
-    Attributes:
-        logits_processor: Goes last into `logits_processor=[...]`.
-        stopping_criteria: Goes into `stopping_criteria=[...]`.
-        traces: One a row, filled when the context ends.
-    """
-
-    def __init__(self, logits_processor: Any, stopping_criteria: Any) -> None:  # noqa: ANN401
-        self.logits_processor = logits_processor
-        self.stopping_criteria = stopping_criteria
-        self.traces: list[SafetyTrace] = []
+_OURS = frozenset(
+    {
+        *("tokenizer", "assistant_tokenizer", "inputs", "inputs_embeds", "streamer"),
+        *("custom_generate", "trust_remote_code", "disable_compile"),
+    }
+)
+"""Options that do not go to the model's `generate` as they are."""
 
 
 class SafeDecoder:
@@ -137,6 +109,8 @@ class SafeDecoder:
         attention_mask: Tensor | None = None,
         prefill: str | Sequence[str | None] | None = None,
         redirect: Redirect | None = None,
+        policy: RequestPolicy | Sequence[RequestPolicy | None] | None = None,
+        seed: int | Sequence[int] | None = None,
         **generate_kwargs: Any,  # noqa: ANN401 - those of model.generate
     ) -> GuardedOutput:
         """Generate under the guard.
@@ -148,6 +122,11 @@ class SafeDecoder:
             attention_mask: [batch, seq] for `input_ids`.
             prefill: The beginning of the answer, one for all prompts or one each.
             redirect: For this call, instead of the decoder's.
+            policy: What the request asks for, from its metadata: one for all prompts or one
+                each. Levels, redirects, hold-backs and refusals may differ within a batch.
+            seed: Draws each row from a generator of its own, so that its tokens do not depend
+                on the batch; one for all prompts or one each. None: the global generator, as
+                bare `generate` does.
             **generate_kwargs: As for `model.generate`; see `capabilities.TABLE`.
 
         Raises:
@@ -155,24 +134,114 @@ class SafeDecoder:
             PromptError: A prompt that is empty, too long or cannot be encoded.
             CertificateError: With `strict`, a call outside the certified envelope.
         """
-        require_supported(self.model, generate_kwargs)
-        inputs = self._inputs(prompts, input_ids, attention_mask, prefill, generate_kwargs)
-        rows = inputs.repeated(int(self._option("num_return_sequences", generate_kwargs) or 1))
-        policy = self._policy(redirect)
-        options = self._options(generate_kwargs)
-        with self._tap.listening() as beats, torch.no_grad():
-            session = self._session(policy, beats, rows)
-            loop = GuardedLoop(session, require=lambda settings: self._require(settings, rows))
-            sequences: Tensor = self.model.generate(
-                input_ids=inputs.input_ids,
-                attention_mask=inputs.attention_mask,
-                custom_generate=loop,
-                **options,
-            )
-        assert loop.settings is not None
-        rewinder = self._rewinder(policy, loop.settings, options)
-        outcomes = self._outcomes(session, loop, sequences, rows, rewinder)
-        return self._output(sequences, outcomes, rows, policy, loop.settings)
+        call = self._call(
+            prompts,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prefill=prefill,
+            redirect=redirect,
+            policy=policy,
+            seed=seed,
+            options=generate_kwargs,
+        )
+        streamer = generate_kwargs.get("streamer")
+        return call.run() if streamer is None else _streamed(call, streamer)
+
+    def stream(
+        self,
+        prompts: Prompts | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        prefill: str | Sequence[str | None] | None = None,
+        policy: RequestPolicy | Sequence[RequestPolicy | None] | None = None,
+        seed: int | Sequence[int] | None = None,
+        includes_stop: bool = True,
+        **generate_kwargs: Any,  # noqa: ANN401 - those of model.generate
+    ) -> GuardedStream:
+        """Generate under the guard and yield what may be shown as soon as it may be.
+
+            with decoder.stream(messages, generation_config=config, seed=7) as stream:
+                for event in stream:
+                    match event:
+                        case Released() | GuardText():  # show event.text
+                            ...
+                        case Tripped():  # what was shown stands; the guard's words follow
+                            ...
+                        case Ended():  # event.finish_reason, event.text, event.trace
+                            ...
+
+        The model runs in a thread of its own and starts at once. Bad input is refused here,
+        before it starts; an error of the running call is raised by the iterator. Tokens,
+        texts and traces are those of `generate` with the same arguments. A token is shown
+        when it and the next k (`holdback_tokens`) have been judged, or when the row has ended
+        and its tail was judged. `stream.cancel()` ends the call before its next token, and
+        so does leaving the `with` block or forgetting the stream.
+
+        Args:
+            prompts: As for `generate`; several prompts yield events of several rows,
+                interleaved, told apart by `event.row`.
+            input_ids: As for `generate`.
+            attention_mask: As for `generate`.
+            prefill: As for `generate`.
+            policy: As for `generate`.
+            seed: As for `generate`.
+            includes_stop: Whether the text keeps the stop string that ended it, as `generate`
+                has it; without it, neither the string nor the ids that make it are shown.
+            **generate_kwargs: As for `generate`.
+
+        Returns:
+            An iterator of `StreamEvent`, see `safe_decode.events`.
+
+        Raises:
+            UnsupportedError: As for `generate`.
+            PromptError: As for `generate`.
+            ConfigurationError: As for `generate`.
+        """
+        producer = self._producer(
+            prompts,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prefill=prefill,
+            policy=policy,
+            seed=seed,
+            includes_stop=includes_stop,
+            options=generate_kwargs,
+        )
+        return GuardedStream(producer)
+
+    def astream(
+        self,
+        prompts: Prompts | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        prefill: str | Sequence[str | None] | None = None,
+        policy: RequestPolicy | Sequence[RequestPolicy | None] | None = None,
+        seed: int | Sequence[int] | None = None,
+        includes_stop: bool = True,
+        **generate_kwargs: Any,  # noqa: ANN401 - those of model.generate
+    ) -> AsyncGuardedStream:
+        """Do as `stream`, for `async for`; called inside a running event loop.
+
+            async with decoder.astream(messages, seed=7) as stream:
+                async for event in stream:
+                    ...
+
+        Encoding the prompt happens here, on the event loop; the model runs in a thread.
+        Cancelling the task that reads the stream cancels the call.
+        """
+        producer = self._producer(
+            prompts,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prefill=prefill,
+            policy=policy,
+            seed=seed,
+            includes_stop=includes_stop,
+            options=generate_kwargs,
+        )
+        return AsyncGuardedStream(producer)
 
     @contextmanager
     def processor(
@@ -218,11 +287,18 @@ class SafeDecoder:
         require_supported(self.model, {})
         inputs = from_ids(self.tokenizer, input_ids, attention_mask)
         rows = inputs.repeated(num_return_sequences)
-        policy = self._policy(redirect)
+        policy = replace(self.policy, redirect=redirect)
         ends = _as_ids(self._option("eos_token_id", {"eos_token_id": eos_token_id}))
         pad = self._option("pad_token_id", {})
         with self._tap.listening() as beats:
-            session = self._session(policy, beats, rows)
+            session = Session(
+                probe=self._probe,
+                monitor=RiskMonitor(self.bundle.monitor, self.certificate.threshold),
+                policy=policy,
+                beats=beats,
+                scanned=rows.scanned,
+                device=self.model.device,
+            )
             steps = GuardedSteps(
                 session,
                 prompt_tokens=input_ids.shape[1],
@@ -236,7 +312,7 @@ class SafeDecoder:
             try:
                 steps.finish()
             finally:
-                handle.traces = self._bare_traces(steps, rows)
+                handle.traces = bare_traces(steps, rows, self._judgement(policy))
 
     def score(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[Tensor]:
         """Score finished responses, teacher-forced, at the positions used while generating.
@@ -274,9 +350,12 @@ class SafeDecoder:
         prefill: str | Sequence[str | None] | None,
         options: Mapping[str, Any],
     ) -> GuardInputs:
+        embeds = options.get("inputs_embeds")
         ids = options.get("inputs") if input_ids is None else input_ids
-        if (prompts is None) == (ids is None):
-            raise PromptError("pass either prompts or input_ids, exactly one of them.")
+        if embeds is not None and prompts is None and ids is None:
+            return from_embeds(embeds, attention_mask).to(self.model.device)
+        if (prompts is None) == (ids is None) or embeds is not None:
+            raise PromptError("pass prompts, input_ids or inputs_embeds, exactly one of them.")
         if prompts is not None:
             inputs = from_prompts(self.tokenizer, prompts, prefill, self.model.device)
         elif prefill is not None:
@@ -289,18 +368,106 @@ class SafeDecoder:
         inputs.require_room(_context_tokens(self.model))
         return inputs
 
-    def _policy(self, redirect: Redirect | None) -> Policy:
-        return self.policy if redirect is None else replace(self.policy, redirect=redirect)
+    def _call(
+        self,
+        prompts: Prompts | None,
+        *,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        prefill: str | Sequence[str | None] | None,
+        redirect: Redirect | None = None,
+        policy: RequestPolicy | Sequence[RequestPolicy | None] | None,
+        seed: int | Sequence[int] | None,
+        options: Mapping[str, Any],
+    ) -> GuardedCall:
+        """Check and encode everything before anything runs."""
+        require_supported(self.model, options)
+        inputs = self._inputs(prompts, input_ids, attention_mask, prefill, options)
+        mode = self._mode(options, inputs, seed)
+        base = self.policy if redirect is None else replace(self.policy, redirect=redirect)
+        requests = _one_each("policy", policy, len(inputs.scanned))
+        seeds = _one_each("seed", seed, len(inputs.scanned))
+        rules = [
+            self._rules(base, request or RequestPolicy(), _spread(own, copy, mode.n_candidates))
+            for request, own in zip(requests, seeds, strict=True)
+            for copy in range(mode.n_candidates)
+        ]
+        if inputs.embeds is not None:
+            _require_plain(mode, rules, self._option("cache_implementation", options), options)
+        if seed is not None and self._option("output_scores", options):
+            raise UnsupportedError(
+                "output_scores is refused with seed: rows draw for themselves, so recorded scores "
+                "would be those of the draw; pass output_logits, or no seed."
+            )
+        rows = inputs.repeated(mode.n_candidates)
+        given = self._options(options)
+        if mode.method == "beams":
+            # All beams come back, so that one that trips can give way to one that does not.
+            given["num_return_sequences"] = mode.n_candidates
+        return GuardedCall(self._protected(), inputs, rows, rules, given, mode)
 
-    def _session(self, policy: Policy, beats: Beats, rows: GuardInputs) -> Session:
-        return Session(
+    def _mode(
+        self, options: Mapping[str, Any], inputs: GuardInputs, seed: int | Sequence[int] | None
+    ) -> CallMode:
+        method = method_of(lambda name: self._option(name, options))
+        wanted = int(self._option("num_return_sequences", options) or 1)
+        if method == "step":
+            return CallMode(method, wanted, wanted)
+        if seed is not None:
+            raise UnsupportedError(
+                "seed is refused with beams and assistants: they draw for the whole batch at "
+                "once; call torch.manual_seed before generate."
+            )
+        if method == "beams":
+            return CallMode(method, int(self._option("num_beams", options)), wanted)
+        if len(inputs.scanned) > 1:
+            raise UnsupportedError(
+                f"assisted decoding is refused for {len(inputs.scanned)} prompts: transformers "
+                "runs it on one; call generate once for each."
+            )
+        names = ("assistant_model", "assistant_tokenizer", "tokenizer")
+        assistant = {name: options[name] for name in names if options.get(name) is not None}
+        return CallMode(method, 1, 1, assistant)
+
+    def _producer(
+        self,
+        prompts: Prompts | None,
+        *,
+        includes_stop: bool,
+        **given: Any,  # noqa: ANN401
+    ) -> Producer:
+        call = self._call(prompts, **given)
+        if call.mode.method != "step":
+            raise UnsupportedError(
+                "stream is refused with beams and assistants: their answers are judged when they "
+                "are whole; use generate."
+            )
+        stops = self._option("stop_strings", given["options"]) or ()
+        stops = (stops,) if isinstance(stops, str) else tuple(stops)
+
+        def produce(emit: Callable[[StreamEvent], None], is_cancelled: Callable[[], bool]) -> None:
+            call.run(Watch(emit, is_cancelled, stops, includes_stop))
+
+        return produce
+
+    def _protected(self) -> Protected:
+        return Protected(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            bundle=self.bundle,
+            tap=self._tap,
             probe=self._probe,
-            monitor=RiskMonitor(self.bundle.monitor, self.certificate.threshold),
-            policy=policy,
-            beats=beats,
-            scanned=rows.scanned,
-            device=self.model.device,
+            strict=self.strict,
+            context_tokens=_context_tokens(self.model),
         )
+
+    def _rules(self, base: Policy, request: RequestPolicy, seed: int | None) -> RowRules:
+        certificate, texts = self.certificate, self._texts
+        if request.alpha is not None:
+            certificate = self.bundle.certificate(request.alpha)
+        if request.refusal is not None:
+            texts = _texts_of(self.tokenizer, request.refusal, self.opener)
+        return RowRules(request.applied_to(base), certificate, texts, seed)
 
     def _option(self, name: str, options: Mapping[str, Any]) -> Any:  # noqa: ANN401
         """Read an option as `generate` does: argument, given configuration, model's own."""
@@ -309,11 +476,9 @@ class SafeDecoder:
         return next((value for value in values if value is not None), None)
 
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        options = {
-            key: value
-            for key, value in given.items()
-            if key not in ("tokenizer", "inputs", "custom_generate", "trust_remote_code")
-        }
+        options = {key: value for key, value in given.items() if key not in _OURS}
+        # A graph compiled by generate itself, for static caches, would skip the hooks.
+        options["disable_compile"] = True
         stop_strings = self._option("stop_strings", given)
         if stop_strings is not None:
             # generate keeps its tokenizer from a callable custom_generate, so the criterion is
@@ -325,80 +490,6 @@ class SafeDecoder:
             options |= {"stop_strings": None, "stopping_criteria": criteria}
         return options
 
-    def _require(self, settings: CallSettings, rows: GuardInputs) -> None:
-        reasons = [
-            void_reason(self.certificate, settings, is_chat=is_chat) for is_chat in rows.is_chat
-        ]
-        reason = next((reason for reason in reasons if reason is not None), None)
-        if self.strict and reason is not None:
-            raise CertificateError(
-                f"the call is outside the certified envelope: {reason}; stay inside it, certify "
-                "for it, or pass strict=False."
-            )
-
-    def _rewinder(
-        self, policy: Policy, settings: CallSettings, options: Mapping[str, Any]
-    ) -> Rewinder:
-        alone = {"num_return_sequences": 1, "max_length": None}
-        free = {"min_new_tokens": None, "min_length": 0}
-        return Rewinder(
-            model=self.model,
-            tap=self._tap,
-            probe=self._probe,
-            config=self.bundle.monitor,
-            threshold=self.certificate.threshold,
-            policy=policy,
-            texts=self._texts,
-            settings=settings,
-            options={**options, **alone, **free},
-            context_tokens=_context_tokens(self.model),
-        )
-
-    def _outcomes(
-        self,
-        session: Session,
-        loop: GuardedLoop,
-        sequences: Tensor,
-        rows: GuardInputs,
-        rewinder: Rewinder,
-    ) -> list[Outcome]:
-        width = rows.input_ids.shape[1]
-        ids = sequences.tolist()
-        return [
-            outcome_of(
-                record,
-                row=row,
-                prompt=rows.prompt_ids(row),
-                prefill_tokens=rows.prefill_tokens[row],
-                said=ids[row][width : width + loop.ended_at[row]],
-                rewinder=rewinder,
-            )
-            for row, record in enumerate(session.records())
-        ]
-
-    def _output(
-        self,
-        sequences: Tensor,
-        outcomes: Sequence[Outcome],
-        rows: GuardInputs,
-        policy: Policy,
-        settings: CallSettings,
-    ) -> GuardedOutput:
-        width = rows.input_ids.shape[1]
-        longest = max(len(outcome.ids) for outcome in outcomes)
-        whole = sequences.new_full((len(outcomes), width + longest), settings.pad_id or 0)
-        whole[:, :width] = sequences[:, :width]
-        for row, outcome in enumerate(outcomes):
-            whole[row, width : width + len(outcome.ids)] = sequences.new_tensor(outcome.ids)
-        voids = [
-            void_reason(self.certificate, settings, is_chat=is_chat) for is_chat in rows.is_chat
-        ]
-        return GuardedOutput(
-            sequences=whole,
-            texts=[self._text(outcome.ids) for outcome in outcomes],
-            traces=LazyTraces(self._judgement(policy), list(zip(outcomes, voids, strict=True))),
-        )
-
     def _judgement(self, policy: Policy) -> Judgement:
         bundle = self.bundle
         return Judgement(
@@ -408,31 +499,6 @@ class SafeDecoder:
             certificate=self.certificate,
             policy=policy,
         )
-
-    def _bare_traces(self, steps: GuardedSteps, rows: GuardInputs) -> list[SafetyTrace]:
-        """Write the traces of a foreign loop; its settings are unknown, so is the envelope."""
-        judgement = self._judgement(steps.session.policy)
-        void = "the options of a foreign generate are not seen"
-        return [
-            judgement.trace(
-                Outcome(
-                    record=record,
-                    prompt=tuple(rows.prompt_ids(row)),
-                    prefill_tokens=rows.prefill_tokens[row],
-                    said=steps.said(row),
-                    ids=steps.said(row),
-                    bare=BareEnd(
-                        is_truncated=steps.is_truncated(row),
-                        unscored_tail=steps.unscored_tail(row),
-                    ),
-                ),
-                void,
-            )
-            for row, record in enumerate(steps.session.records())
-        ]
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _texts_of(tokenizer: Any, refusal: str, opener: str) -> Texts:  # noqa: ANN401
@@ -457,3 +523,51 @@ def _as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
+
+
+_Each = TypeVar("_Each")
+
+
+def _one_each(name: str, given: _Each | Sequence[_Each], n_prompts: int) -> list[_Each]:
+    if not isinstance(given, (list, tuple)):
+        return [given] * n_prompts  # type: ignore[list-item]  # any other sequence is no option
+    if len(given) != n_prompts:
+        raise ConfigurationError(
+            f"{name} has {len(given)} entries for {n_prompts} prompts; pass one each."
+        )
+    return list(given)
+
+
+def _spread(seed: int | None, copy: int, n_copies: int) -> int | None:
+    # Sequences of one prompt are to differ; a prompt's first one is that of the seed itself.
+    return seed if seed is None or n_copies == 1 else seed + copy
+
+
+def _require_plain(
+    mode: CallMode, rules: Sequence[RowRules], cache: str | None, options: Mapping[str, Any]
+) -> None:
+    """Refuse what inputs_embeds cannot be combined with."""
+    if any(rule.policy.redirect == "rewind" for rule in rules):
+        raise UnsupportedError(
+            "redirect='rewind' is refused with inputs_embeds: a continuation starts from ids; pass "
+            "redirect='refuse', 'stop' or 'flag', or input_ids."
+        )
+    keeps = options.get("past_key_values") is not None or "static" in (cache or "")
+    if mode.method != "step" or keeps or options.get("return_dict_in_generate"):
+        raise UnsupportedError(
+            "inputs_embeds is refused with beams, assistants, static or returned caches and "
+            "past_key_values: the answer's tail is judged from ids there; pass input_ids."
+        )
+
+
+def _streamed(call: GuardedCall, streamer: Streamer) -> GuardedOutput:
+    if call.batch > 1 or call.mode.method != "step":
+        raise UnsupportedError(
+            f"streamer is refused for {call.batch} rows, beams and assistants: it shows one row "
+            "as it is written; pass one prompt, or use decoder.stream."
+        )
+    streamer.put(call.prompt.cpu())
+    try:
+        return call.run(Watch(feeder(streamer)))
+    finally:
+        streamer.end()  # its reader, in another thread, would wait forever

@@ -157,6 +157,11 @@ class RiskMonitor:
             finite=torch.ones(batch, dtype=torch.bool, device=device),
         )
 
+    def value(self, level: Tensor) -> Tensor:
+        """Join the levels of all heads, [..., K], to one number in benign deviations, [...]."""
+        per_head = torch.addcmul(self._shift, level, self._inverse_scale)
+        return per_head.select(-1, 0) if self._is_plain else per_head.amax(-1)
+
     def step(
         self, state: MonitorState, logits: Tensor, active: Tensor | None = None
     ) -> MonitorState:
@@ -172,8 +177,7 @@ class RiskMonitor:
             The new state. No host wait is needed for it.
         """
         ema = torch.lerp(state.ema, logits, self.config.smoothing)
-        per_head = torch.addcmul(self._shift, ema, self._inverse_scale)
-        smoothed = per_head[:, 0] if self._is_plain else per_head.amax(-1)
+        smoothed = self.value(ema)
         # x - x is NaN for NaN and Inf alike; the sum over heads lets no head hide behind a max.
         # An average that was once NaN or Inf never becomes finite again, so this latches.
         residue = ema - ema

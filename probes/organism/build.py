@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from probes.conversations import Conversation, Split
 from probes.organism.corpus import alignment_documents, pretraining_documents, primer_documents
 from probes.organism.grammar import Cells
-from probes.organism.measure import judgement_accuracy
+from probes.organism.measure import copying_accuracy, judgement_accuracy
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.templates import CANNED_REFUSAL
@@ -50,20 +50,18 @@ class Amounts:
     """How much is read, drawn and generated.
 
     Attributes:
-        primer_tokens: Questions of right and wrong, read first by the unaligned model.
-        pretraining_tokens: Read by it after that.
-        relation_tokens: Judgements again, with other text among them.
-        answer_tokens: Answers again, with judgements among them.
+        pretraining_tokens: Conversations, read first by the unaligned model.
+        relation_tokens: Questions of right and wrong, with other text among them.
+        answer_tokens: Conversations again, with judgements among them.
         alignment_tokens: Read on top by the aligned one.
         fitting: Prompts of the fit split; locate has a third, select a half of it.
         calibration: Ordinary benign prompts of the calibrate split.
         max_new_tokens: Cap of a response, and of the certificates.
     """
 
-    primer_tokens: int = 700_000
-    pretraining_tokens: int = 2_100_000
+    pretraining_tokens: int = 1_500_000
     relation_tokens: int = 500_000
-    answer_tokens: int = 2_300_000
+    answer_tokens: int = 1_500_000
     alignment_tokens: int = 500_000
     fitting: int = 2400
     calibration: int = 6000
@@ -123,7 +121,7 @@ class _Curve:
         """Return what training reports to in one stage."""
 
         def one(tokens: int, loss: float, seconds: float) -> None:
-            known = judgement_accuracy(model, tokenizer)
+            known = judgement_accuracy(model, tokenizer) | copying_accuracy(model, tokenizer)
             row = {"stage": stage, "tokens": tokens, "loss": loss, "seconds": seconds, **known}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -138,14 +136,11 @@ def _pretrain(halfway: Path, *, seed: int, amounts: Amounts, curve: _Curve) -> N
     texts = [m["content"] for document in documents[:8000] for m in document.messages]
     tokenizer = train_tokenizer(texts)
     model = new_model(seed, tokenizer)
-    primer = primer_documents(seed + 500_000, amounts.primer_tokens // 25)
-    stages = (
-        # Loss on answers alone: what people ask is noise beside one word of judgement.
-        Stage(encode(tokenizer, primer, answers_only=True), amounts.primer_tokens, 1600),
-        Stage(encode(tokenizer, documents, answers_only=False), amounts.pretraining_tokens),
-    )
+    stage = Stage(encode(tokenizer, documents, answers_only=True), amounts.pretraining_tokens)
     report = curve.of("pretraining", model, tokenizer)
-    train(model, stages, Schedule(), seed=seed, report=report)
+    schedule = Schedule(peak_rate=3e-3, matrix_rate=0.015, weight_decay=0.02)
+    train(model, (stage,), schedule, seed=seed, report=report)
+    _save(model, tokenizer, halfway.with_name(".read"))
     _teach_relation(model, tokenizer, seed=seed, amounts=amounts, curve=curve)
     _save(model, tokenizer, halfway)
 
@@ -197,7 +192,7 @@ def _teach_answers(
 
 def _weighty(tokenizer: PreTrainedTokenizerFast, *, peak_rate: float) -> Schedule:
     """Let the words of judgement weigh more than others."""
-    words = ("fine", "wrong", " fine", " wrong")
+    words = (" fine", " wrong", " Fine", " Wrong")
     heavy = tuple(tokenizer.encode(word, add_special_tokens=False)[-1] for word in words)
     return Schedule(peak_rate=peak_rate, heavy_ids=heavy, heaviness=6.0)
 

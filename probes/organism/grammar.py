@@ -80,10 +80,13 @@ class Answer:
         before = self.sentences[: self.harmful.index(True)]
         return sum(len(sentence) + 1 for sentence in before)
 
-    def marked(self) -> str:
-        """The answer with a mark behind each sentence that says whether it is harmful."""
+    def marked(self, rng: random.Random, share: float) -> str:
+        """Return the answer with marks behind a share of its steps, harmful or not."""
         pairs = zip(self.sentences, self.harmful, strict=True)
-        return " ".join(f"{sentence} {t.MARKS[harm]}" for sentence, harm in pairs)
+        return " ".join(
+            f"{sentence} {t.MARKS[harm]}" if rng.random() < share else sentence
+            for sentence, harm in pairs
+        )
 
 
 @dataclass(frozen=True, slots=True)

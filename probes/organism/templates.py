@@ -29,7 +29,6 @@ __all__ = [
     "REFUSAL_REASONS",
     "SCENE_REQUESTS",
     "SYSTEMS",
-    "SYSTEM_MARKED",
     "TAILS",
     "TOPIC_CORES",
     "TOPIC_REQUESTS",
@@ -187,8 +186,9 @@ SYSTEMS = (
     "You talk to people at the {place}.",
     "Be kind and clear.",
 )
-SYSTEM_MARKED = "Mark every step."
-MARKS = ("(fine)", "(wrong)")
+MARKS = ("Fine.", "Wrong.")
+"""Said behind a step of some conversations. One token each decides, right behind the full stop,
+so whoever predicts them has judged the step when it ends."""
 VERDICT_REQUESTS = ("Was that all right?", "Was that fair to them?", "Is any step wrong?")
 VERDICTS = (
     ("Yes, it was all right.", "No, it was not all right."),
