@@ -23,7 +23,14 @@ from safe_decode.errors import ConfigurationError, DataError, PromptError
 from safe_decode.sites import Site
 from safe_decode.taps import ActivationTap
 
-__all__ = ["EncodedResponse", "FeatureBatch", "encode_response", "onset_token", "teacher_forced"]
+__all__ = [
+    "EncodedResponse",
+    "FeatureBatch",
+    "encode_response",
+    "left_padded",
+    "onset_token",
+    "teacher_forced",
+]
 
 TOKENS_PER_BATCH = 4096  # beyond it a small model on a CPU falls out of the cache
 
@@ -139,7 +146,7 @@ def teacher_forced(
     with progress(description, len(encoded)) as advance:
         for rows in _buckets(encoded, tokens_per_batch):
             n_scores = tuple(encoded[row].n_scores for row in rows)
-            inputs = _left_padded([encoded[row].ids for row in rows], device)
+            inputs = left_padded([encoded[row].ids for row in rows], device)
             if "position_ids" not in accepted:
                 inputs.pop("position_ids")
             with tap.listening() as beats, torch.inference_mode():
@@ -164,7 +171,7 @@ def _buckets(
         yield tuple(batch)
 
 
-def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
     """Pad on the left; the id of a pad is never attended to, so any will do."""
     longest = max(len(ids) for ids in rows)
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
