@@ -19,7 +19,7 @@ from torch import nn
 from probes.conversations import Conversation
 from probes.importance import ChannelMoments
 from probes.outcomes import Outcomes, outcomes_of, perplexity, refusal_margins
-from probes.random_units import matched_draws, top_units
+from probes.random_units import Match, matched_draws, top_units
 from probes.removal import Fill, removed
 from probes.rollouts import Judge, Request, RolloutConfig
 from probes.units import Category, UnitSet
@@ -120,11 +120,18 @@ class Measured:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Measured:
         """Read what `to_json` returned."""
-        outcomes = [
+        harmful, benign = (
             None if row[k] is None else Outcomes(dict(row[k])) for k in ("harmful", "benign")
-        ]
-        fixed = (row["arm"], row["family"], row["units"], row["margin"])
-        return cls(*fixed, *outcomes, row["perplexity"])
+        )
+        return cls(
+            row["arm"],
+            row["family"],
+            row["units"],
+            row["margin"],
+            harmful,
+            benign,
+            row["perplexity"],
+        )
 
 
 def arms_of(units: UnitSet, config: AblationConfig) -> Iterator[Arm]:
@@ -141,14 +148,16 @@ def arms_of(units: UnitSet, config: AblationConfig) -> Iterator[Arm]:
         "UCU, same number", "UCU, same number", top_units(units, len(chosen), by="utility"), True
     )
     yield Arm("top I_S", "top I_S", top_units(units, len(chosen)), True)
-    for name in ("UCU", "RU"):
-        if name != config.category and len(units.only(name)):  # type: ignore[arg-type]
-            yield Arm(name, name, units.only(name), True)  # type: ignore[arg-type]
-    for match in ("layer", "importance"):
+    others: tuple[Category, ...] = ("UCU", "RU")
+    for name in others:
+        if name != config.category and len(units.only(name)):
+            yield Arm(name, name, units.only(name), True)
+    matches: tuple[Match, ...] = ("layer", "importance")
+    for match in matches:
         draws = matched_draws(
             units,
             config.category,
-            match=match,  # type: ignore[arg-type]
+            match=match,
             count=max(config.random_sets, config.margin_sets),
             seed=config.seed,
         )

@@ -35,7 +35,7 @@ from probes.rollouts import Request
 from probes.units import Category, Ranking, Ratios, UnitScores, UnitSet, assign
 from safe_decode.errors import ConfigurationError
 
-__all__ = ["RatioSearch", "SearchConfig", "SearchData", "search_ratios"]
+__all__ = ["RatioSearch", "SearchConfig", "SearchData", "apart", "search_ratios"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,3 +212,14 @@ class _Search:
 
 def _nothing(scores: UnitScores) -> UnitSet:
     return assign(scores, Ratios()).take(np.zeros(0, dtype=np.intp))
+
+
+def apart(
+    rows: Sequence[Conversation], *, share: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Split responses by group into those to locate on and those to search on."""
+    groups = sorted({row.group for row in rows})
+    order = np.random.default_rng(seed).permutation(len(groups))
+    searched = {groups[index] for index in order[: round(share * len(groups))]}
+    located = [row for row in rows if row.group not in searched]
+    return located, [row for row in rows if row.group in searched]

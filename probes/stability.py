@@ -76,13 +76,13 @@ def stability(
     # Parts of the data are smaller by design, so the floor on refusals is lowered for them.
     config = replace(config or LocateConfig(), min_refusals=2)
     halves = list(zip(_halves(refusals, seed), _halves(benign, seed), strict=True))
-    first, second = (locate(model, tokenizer, *half, config) for half in halves)
+    first, second = (locate(model, tokenizer, half[0], half[1], config) for half in halves)
     yield from _agreements("disjoint halves", first, second)
     full = locate(model, tokenizer, refusals, benign, config)
     for share in _SIZES:
         part = [_part(rows, share, seed) for rows in (refusals, benign)]
         if min(map(len, part)) >= _SMALLEST_PART:
-            some = locate(model, tokenizer, *part, config)
+            some = locate(model, tokenizer, part[0], part[1], config)
             yield from _agreements(f"{share:.1%} of the data, all of it", some, full)
     other = replace(config, variant="plain" if config.variant == "flap" else "flap")
     yield from _agreements("flap, plain", full, locate(model, tokenizer, refusals, benign, other))

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -93,7 +94,8 @@ class StreamKept:
             return
         part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part.npz")
         try:
-            np.savez(part, done=self.done, identity=self.identity, **self.moments.state())
+            arrays: dict[str, Any] = {"done": self.done, "identity": self.identity}
+            np.savez(part, **arrays, **self.moments.state())
             os.replace(part, self.path)
         finally:
             part.unlink(missing_ok=True)

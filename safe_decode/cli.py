@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from safe_decode.commands.ablate import ablate
 from safe_decode.commands.bundles import inspect, verify_certificate
 from safe_decode.commands.capabilities import capabilities
 from safe_decode.commands.demo import demo
@@ -47,6 +48,7 @@ app.command("demo")(demo)
 app.command("inspect")(inspect)
 app.command("verify-certificate")(verify_certificate)
 app.command("locate")(locate)
+app.command("ablate")(ablate)
 app.command("capabilities")(capabilities)
 
 
