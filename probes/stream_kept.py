@@ -94,8 +94,8 @@ class StreamKept:
             return
         part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part.npz")
         try:
-            arrays: dict[str, Any] = {"done": self.done, "identity": self.identity}
-            np.savez(part, **arrays, **self.moments.state())
+            arrays: dict[str, Any] = {**self.moments.state()}
+            np.savez(part, done=self.done, identity=self.identity, **arrays)
             os.replace(part, self.path)
         finally:
             part.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from safe_decode.commands.ablate import ablate
 from safe_decode.commands.bundles import inspect, verify_certificate
 from safe_decode.commands.capabilities import capabilities
 from safe_decode.commands.demo import demo
+from safe_decode.commands.framing import framing
 from safe_decode.commands.generate import generate
 from safe_decode.commands.locate import locate
 from safe_decode.commands.output import print_error
@@ -49,6 +50,7 @@ app.command("inspect")(inspect)
 app.command("verify-certificate")(verify_certificate)
 app.command("locate")(locate)
 app.command("ablate")(ablate)
+app.command("framing")(framing)
 app.command("capabilities")(capabilities)
 
 

@@ -110,7 +110,9 @@ def _require_fit(units: UnitSet, loaded: Loaded) -> None:
     stored = units.provenance.get("fingerprint")
     if stored is not None:
         # JSON knows lists alone.
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()
+        }
         Fingerprint(**fields).require(Fingerprint.of(loaded.model, loaded.tokenizer))
 
 
@@ -135,14 +137,13 @@ def _asked(
         from probes.organism.requests import Draw
         from probes.world import world_requests
 
+        draws = {
+            "harmful": Draw(situation="harmful", count=prompts),
+            "benign": Draw(situation="benign", count=prompts),
+        }
         return {
-            name: world_requests(
-                loaded.tokenizer,
-                Draw(situation=situation, count=prompts),
-                seed=seed + 7_000,
-                unlike=seen,
-            )
-            for name, situation in (("harmful", "harmful"), ("benign", "benign"))
+            name: world_requests(loaded.tokenizer, one, seed=seed + 7_000, unlike=seen)
+            for name, one in draws.items()
         }
     from probes.answers import read_prompts
 

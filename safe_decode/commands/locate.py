@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -115,17 +116,13 @@ def locate(
     files = {"harmful": read_prompts(harmful), "benign": read_prompts(benign)}
     _require_enough(files["harmful"], samples)
     loaded = loaded_model(model, device, dtype)
-    said = {
-        name: _kept_answers(
-            kept,
-            name,
-            {"digest": file.digest, "samples": samples, **asdict(sampling)},
-            lambda file=file: answered(
-                loaded.model, loaded.tokenizer, file, samples=samples, config=sampling
-            ),
+    said = {}
+    for name, file in files.items():
+        answer = partial(
+            answered, loaded.model, loaded.tokenizer, file, samples=samples, config=sampling
         )
-        for name, file in files.items()
-    }
+        made_of = {"digest": file.digest, "samples": samples, **asdict(sampling)}
+        said[name] = _kept_answers(kept, name, made_of, answer)
     if responses is not None:
         _write_responses(responses, said)
     phrases = tuple(refusal_phrase or ())
