@@ -15,6 +15,7 @@ from safe_decode.commands.ablate import ablate
 from safe_decode.commands.bundles import inspect, verify_certificate
 from safe_decode.commands.capabilities import capabilities
 from safe_decode.commands.demo import demo
+from safe_decode.commands.finetune import finetune
 from safe_decode.commands.framing import framing
 from safe_decode.commands.generate import generate
 from safe_decode.commands.locate import locate
@@ -51,6 +52,7 @@ app.command("verify-certificate")(verify_certificate)
 app.command("locate")(locate)
 app.command("ablate")(ablate)
 app.command("framing")(framing)
+app.command("finetune")(finetune)
 app.command("capabilities")(capabilities)
 
 
