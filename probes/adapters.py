@@ -13,6 +13,7 @@ already are refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def held_in_adapters(model: Any, owned: Sequence[WeightSlice]) -> tuple[WeightSl
     layers = _Layers(model)
     held = []
     for part in owned:
-        held += layers.held(part.name, lambda size, part=part: (part.dim, _indices(part, size)))
+        held += layers.held(part.name, part.dim, partial(_indices, part))
     return tuple(held)
 
 
@@ -63,7 +64,7 @@ def trained_in_adapters(model: Any, owned: Sequence[WeightSlice]) -> tuple[Weigh
     held: list[WeightSlice] = []
     own = {part.name: part for part in owned}
     for name, part in own.items():
-        held += layers.held(name, lambda size, part=part: (part.dim, _others(part, size)))
+        held += layers.held(name, part.dim, partial(_others, part))
     inside = {id(weight) for name in own for weight in layers.trained(name)}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in inside:
@@ -73,8 +74,8 @@ def trained_in_adapters(model: Any, owned: Sequence[WeightSlice]) -> tuple[Weigh
     return tuple(held)
 
 
-_Chosen = Callable[[int], tuple[int, Tensor]]
-"""From the size of a dimension to the dimension and the indices that are held."""
+_Chosen = Callable[[int], Tensor]
+"""From the size of a dimension to the indices that are held."""
 
 
 class _Layers:
@@ -91,28 +92,27 @@ class _Layers:
             pairs = _pairs(layer)
             return [weight for pair in pairs for weight in pair]
         own = getattr(getattr(layer, "base_layer", layer), attribute, None)
-        trained = isinstance(own, nn.Parameter) and own.requires_grad
-        return [own] if trained else []
+        return [own] if isinstance(own, nn.Parameter) and own.requires_grad else []
 
-    def held(self, name: str, chosen: _Chosen) -> list[WeightSlice]:
+    def held(self, name: str, dim: int, chosen: _Chosen) -> list[WeightSlice]:
         """Return the slices that hold a part of a plain weight, their entries set to zero."""
         layer, attribute = self._layer(name)
         if attribute == "weight" and hasattr(layer, "lora_A"):
-            return [part for pair in _pairs(layer) for part in self._of_pair(layer, pair, chosen)]
+            pairs = _pairs(layer)
+            return [part for pair in pairs for part in self._of_pair(layer, pair, dim, chosen)]
         held = []
         for own in self.trained(name):  # a bias, or a matrix trained in full beside adapters
-            dim, indices = chosen(own.shape[0])
-            held.append(WeightSlice(self.names[id(own)], dim, indices))
+            held.append(WeightSlice(self.names[id(own)], dim, chosen(own.shape[dim])))
         return held
 
     def _of_pair(
         self,
         layer: Any,  # noqa: ANN401
         pair: tuple[nn.Parameter, nn.Parameter],
+        dim: int,
         chosen: _Chosen,
     ) -> list[WeightSlice]:
         a, b = pair
-        dim, _ = chosen(1)
         weight = layer.get_base_layer().weight
         if not weight.is_floating_point():
             raise UnsupportedError(
@@ -123,7 +123,7 @@ class _Layers:
         transposed = type(layer.get_base_layer()).__name__ == "Conv1D"
         is_output = (dim == 0) != transposed
         factor, along = (b, 0) if is_output else (a, 1)
-        _, indices = chosen(factor.shape[along])
+        indices = chosen(factor.shape[along])
         there = factor.detach().index_select(along, indices.to(factor.device))
         if bool(there.any()) and (is_output or bool(b.detach().any())):
             raise _moved(self.names[id(factor)])
@@ -159,7 +159,7 @@ def _indices(part: WeightSlice, size: int) -> Tensor:
 
 def _others(part: WeightSlice, size: int) -> Tensor:
     others = torch.ones(size, dtype=torch.bool)
-    if part.indices is None or size <= int(part.indices.max()):
+    if part.indices is None:
         return torch.zeros(0, dtype=torch.long)
     others[part.indices] = False
     return others.nonzero().flatten()

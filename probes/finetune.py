@@ -190,7 +190,7 @@ def trainer_for(
     trainer = Trainer(
         model=trained,
         args=arguments,
-        train_dataset=rows,  # type: ignore[arg-type]  # a list has what a data set needs
+        train_dataset=rows,
         data_collator=lambda batch: pad_batch(batch, pad),
         callbacks=[] if freeze is None else [freeze],
     )
@@ -272,7 +272,9 @@ def _last_checkpoint(target: Path) -> str:
     from transformers.trainer_utils import get_last_checkpoint
 
     folder = target / "checkpoints"
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    found: Any = None
+    if folder.is_dir():
+        found = get_last_checkpoint(str(folder))  # type: ignore[no-untyped-call]
     if found is None:
         raise ConfigurationError(
             f"{folder} holds no checkpoint to resume from; begin without resume."

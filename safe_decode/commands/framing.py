@@ -81,7 +81,7 @@ def framing(
         requests,
         own or (WORLD_MOTIVES if harmful is None else MOTIVES),
         _bare(loaded, _judge(harmful, refusal_phrase), config),
-        decoder and _guarded(decoder, _judge(harmful, refusal_phrase), config),
+        None if decoder is None else _guarded(decoder, _judge(harmful, refusal_phrase), config),
         out,
         _identity(loaded, decoder, requests, config),
     )
@@ -215,7 +215,7 @@ def _rows(
 
 def _as_json(row: Framed) -> dict[str, Any]:
     def told(share: Proportion | None) -> list[float] | None:
-        return share and [share.point, share.low, share.high]
+        return None if share is None else [share.point, share.low, share.high]
 
     shares = {"refused": told(row.refused_bare), "stopped": told(row.stopped_guarded)}
     return {**row.to_json(), **shares}
