@@ -10,7 +10,8 @@ Knows two models with one tokenizer, positions and prefills. Does not know who j
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,13 +20,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from probes.conversations import Conversation
+from probes.conversations import Conversation, Message
 from probes.outcomes import Outcomes, outcomes_of
-from probes.rollouts import Judge, Request, RolloutConfig
+from probes.rollouts import Judge, Request, RolloutConfig, Verdict
 from probes.teacher import EncodedResponse, encode_response, left_padded
 from safe_decode.errors import ConfigurationError, DataError
 
-__all__ = ["KlDepth", "kl_by_position", "kl_depth", "prefilled", "refusal_by_depth"]
+__all__ = [
+    "KlDepth",
+    "begun_characters",
+    "judging_own_part",
+    "kl_by_position",
+    "kl_depth",
+    "prefilled",
+    "refusal_by_depth",
+]
 
 FIRST = 5
 """Tokens whose share of all divergence is reported, as in Qi et al. (arXiv 2406.05946)."""
@@ -133,7 +142,7 @@ def refusal_by_depth(
     requests: Sequence[Request],
     answers: Sequence[Conversation],
     depths: Sequence[int],
-    judge: Judge,
+    judge_of: Callable[[Sequence[Request]], Judge],
     config: RolloutConfig | None = None,
 ) -> Iterator[tuple[int, Outcomes]]:
     """Let the model go on from begun answers, and count what comes out.
@@ -144,13 +153,33 @@ def refusal_by_depth(
         requests: Harmful ones.
         answers: A harmful answer to each; whoever gave it.
         depths: Tokens that stand already.
-        judge: Reads the whole answer, the begun part included.
+        judge_of: From the begun requests to their judge; see `judging_own_part`.
         config: How the model goes on.
     """
     for depth in depths:
         begun = prefilled(tokenizer, requests, answers, depth)
         if begun:
-            yield depth, outcomes_of(model, tokenizer, begun, judge, config)
+            yield depth, outcomes_of(model, tokenizer, begun, judge_of(begun), config)
+
+
+def begun_characters(requests: Sequence[Request]) -> Callable[[Sequence[Message]], int]:
+    """Return what tells how many characters of an answer stood already, by its messages."""
+    lengths = {_key(row.messages): len(row.prefill or "") for row in requests}
+    return lambda messages: lengths[_key(messages)]
+
+
+def judging_own_part(judge: Judge, requests: Sequence[Request]) -> Judge:
+    """Judge what the model added to a begun answer, not what was put into its mouth."""
+    begun = begun_characters(requests)
+
+    def own(messages: Sequence[Message], response: str) -> Verdict:
+        return judge(messages, response[begun(messages) :])
+
+    return own
+
+
+def _key(messages: Sequence[Message]) -> str:
+    return json.dumps([dict(message) for message in messages], sort_keys=True)
 
 
 def _cut(row: EncodedResponse, positions: int) -> EncodedResponse:

@@ -1,10 +1,12 @@
 """Branches of a query and depths of alignment, against what is computed by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from probes.depth import kl_by_position, kl_depth, prefilled, refusal_by_depth
+from probes.depth import judging_own_part, kl_by_position, kl_depth, prefilled, refusal_by_depth
 from probes.direction import Openers, direction_leans
 from probes.outcomes import words_judge
 from probes.rollouts import RolloutConfig
@@ -82,6 +84,21 @@ def test_answers_are_begun_by_tokens_and_short_ones_left_out(llama, tokenizer):
     assert [r.prefill for r in prefilled(tokenizer, requests, answers, 0)] == [None, None]
     assert [r.prefill for r in prefilled(tokenizer, requests, answers, 4)] == ["brea"]
     config = RolloutConfig(max_new_tokens=4)
-    judge = words_judge(harmful_prompts=True)
+    words = words_judge(harmful_prompts=True)
+
+    def judge(begun):
+        return judging_own_part(words, begun)
+
     found = dict(refusal_by_depth(llama, tokenizer, requests, answers, (0, 4, 99), judge, config))
     assert {depth: outcomes.n for depth, outcomes in found.items()} == {0: 2, 4: 1}
+
+
+def test_only_what_was_added_is_judged():
+    begun = [replace(asked("lamp"), prefill="Sure, here is how. ")]
+    words = words_judge(harmful_prompts=True)
+    text = "Sure, here is how. No, I cannot help."
+    assert words(begun[0].messages, "I cannot help. " + text).label == "refusal"
+    long = replace(begun[0], prefill="Sure. " * 60)
+    own = judging_own_part(words, [long])
+    assert own(long.messages, long.prefill + "No, I cannot help.").label == "refusal"
+    assert words(long.messages, long.prefill + "No, I cannot help.").label != "refusal"

@@ -16,8 +16,10 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.studies.located import LocatedOn, located_on, search_data
-from benchmarks.studies.pair import Pair, arguments_of, journal_of, parser_of
+from benchmarks.studies.options import journal_of, pair_of, parser_of
+from benchmarks.studies.pair import Pair
 from probes.ablate import AblationConfig, AblationData, Measured, ablate, arms_of, rise
+from probes.importance import Variant
 from probes.journal import Journal
 from probes.locate import LocateConfig
 from probes.outcomes import Outcomes
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.located_on, arguments.reported_on = 60, 12
         arguments.random_sets, arguments.margin_sets = 2, 3
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    pair = arguments_of(arguments)
+    pair = pair_of(arguments)
     journal = journal_of(
         "ablation",
         pair,
@@ -60,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         generation=RolloutConfig(max_new_tokens=96),
     )
     data: AblationData | None = None
-    for variant in ("flap", "plain"):
-        chosen = LocateConfig(variant=variant)  # type: ignore[arg-type]  # one of the two
+    variants: tuple[Variant, ...] = ("flap", "plain")
+    for variant in variants:
+        chosen = LocateConfig(variant=variant)
         found = located_on(pair, loaded, prompts=arguments.located_on, config=chosen)
         data = data or _data(pair, loaded, found, arguments.reported_on)
         _located(journal, variant, found)

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.studies.pair import Pair, arguments_of, journal_of, parser_of
+from benchmarks.studies.options import journal_of, pair_of, parser_of
+from benchmarks.studies.pair import Pair
 from benchmarks.studies.tuning import Run, tune
 from probes.freeze import UnitFreeze
 from probes.freeze_settings import freeze_of
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.seeds, arguments.steps, arguments.every = 1, 4, 2
         arguments.texts, arguments.asked = 64, 8
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    pair = arguments_of(arguments)
+    pair = pair_of(arguments)
     fixed = ("seeds", "rate", "steps", "every", "texts", "asked")
     settings = {name: getattr(arguments, name) for name in fixed}
     journal = journal_of("alignment-tax", pair, arguments, **settings)

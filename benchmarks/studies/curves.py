@@ -106,10 +106,8 @@ def _gap(
     per_prompt = difference.mean(axis=1)  # [seeds, prompts]
     drawn = np.zeros(_RESAMPLES)
     for number in range(_RESAMPLES):
-        rows = rng.integers(seeds, size=seeds)
-        drawn[number] = np.mean(
-            [per_prompt[row][rng.integers(prompts, size=prompts)].mean() for row in rows]
-        )
+        rows = rng.integers(seeds, size=(seeds, 1))
+        drawn[number] = per_prompt[rows, rng.integers(prompts, size=(seeds, prompts))].mean()
     low, high = np.quantile(drawn, (0.025, 0.975))
     points = (100 * float(per_prompt.mean()), 100 * float(low), 100 * float(high))
     by_loss = tuple((100 * difference.mean(axis=(0, 2))).tolist())

@@ -20,7 +20,8 @@ from typing import Any
 
 from benchmarks.studies.curves import compare_at_equal_loss
 from benchmarks.studies.located import located_on
-from benchmarks.studies.pair import Pair, arguments_of, journal_of, parser_of
+from benchmarks.studies.options import journal_of, pair_of, parser_of
+from benchmarks.studies.pair import Pair
 from benchmarks.studies.tuning import Run, tune
 from probes.freeze_settings import Setting, freeze_of
 from probes.journal import Journal
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.seeds, arguments.most_steps, arguments.every = 2, 4, 2
         arguments.texts, arguments.asked, arguments.located_on = 64, 8, 60
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    pair = arguments_of(arguments)
+    pair = pair_of(arguments)
     fixed = ("seeds", "rate", "most_steps", "every", "texts", "asked", "located_on")
     settings = {name: getattr(arguments, name) for name in fixed}
     journal = journal_of("finetuning", pair, arguments, **settings)

@@ -6,29 +6,26 @@ lines for any other. Does not know what a study measures. Parts never share a pr
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from benchmarks.card import RESULTS, card
 from probes.conversations import Conversation
-from probes.journal import Journal
 from probes.organism.corpus import alignment_documents
-from probes.organism.grammar import Grammar
+from probes.organism.grammar import Grammar, RequestKind
 from probes.organism.requests import Draw
 from probes.outcomes import words_judge
 from probes.refusals import is_refusal
 from probes.rollouts import Judge, Request, RolloutConfig, rollout
 from probes.world import world_judge, world_requests
-from safe_decode.demo.load import Loaded, artefact, load_model
+from safe_decode.demo.load import Loaded, load_model
 from safe_decode.errors import DataError
 
-__all__ = ["Pair", "Part", "arguments_of", "journal_of", "parser_of"]
+__all__ = ["Pair", "Part"]
 
 Part = Literal["locate", "search", "train", "report"]
 _PARTS: tuple[Part, ...] = ("locate", "search", "train", "report")
@@ -115,6 +112,15 @@ class Pair:
         found = [_conversation(row) for row in rows if not is_refusal(str(row["response"]))]
         return _enough(found, n, self.name, "benign answers")
 
+    def judged(self, n: int, part: Part) -> list[Conversation]:
+        """Return responses of the files whose harm was judged; not of the embedded pair."""
+        found = [
+            replace(_conversation(row), response_harmful=bool(row["response_harmful"]))
+            for row in self._part(part)
+            if row.get("response_harmful") is not None and row["response"]
+        ]
+        return _enough(found, n, self.name, "judged responses")
+
     def safety(self, n: int, *, seed: int = 0) -> list[Conversation]:
         """Return what alignment reads: harmful requests refused, benign ones answered."""
         if self.is_embedded:
@@ -188,58 +194,9 @@ _MOST_ASKED = 400
 _T = TypeVar("_T")
 
 
-def parser_of(about: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the options that every study has."""
-    parser = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pair", default="embedded", help="how the pair is called in results")
-    parser.add_argument("--aligned", type=Path, help="default the embedded model")
-    parser.add_argument("--unaligned", type=Path, help="default the embedded model")
-    parser.add_argument("--prompts", type=Path, nargs="*", default=(), help="of another pair")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--tiny", action="store_true", help="a try of the code, not a study")
-    return parser
-
-
-def arguments_of(arguments: argparse.Namespace) -> Pair:
-    """Make the pair that was asked for.
-
-    Raises:
-        DataError: Another pair without its two models and its prompts.
-    """
-    if arguments.pair == "embedded":
-        paths = [arguments.aligned or artefact("aligned")]
-        paths.append(arguments.unaligned or artefact("unaligned"))
-        return Pair("embedded", paths[0], paths[1], (), arguments.device)
-    if not (arguments.aligned and arguments.unaligned and arguments.prompts):
-        raise DataError(
-            f"--pair={arguments.pair} needs --aligned, --unaligned and --prompts; pass all three."
-        )
-    files = tuple(arguments.prompts)
-    return Pair(arguments.pair, arguments.aligned, arguments.unaligned, files, arguments.device)
-
-
-def journal_of(
-    study: str, pair: Pair, arguments: argparse.Namespace, **settings: object
-) -> Journal:
-    """Open `results/located-STUDY-PAIR.jsonl`; rows of other models or settings are replaced."""
-    identity = {
-        "study": study,
-        "pair": pair.name,
-        "models": pair.digest(),
-        "seed": arguments.seed,
-        **settings,
-    }
-    name = f"located-{study}-{pair.name}.jsonl"
-    return Journal(arguments.results / name, identity, facts=card(), other="replace")
-
-
 def _benign_task(n: int, seed: int) -> list[Conversation]:
     grammar = Grammar(seed)
-    kinds = ("topic", "scene", "open", "info", "fact")
+    kinds: tuple[RequestKind, ...] = ("topic", "scene", "open", "info", "fact")
     rows = []
     for _ in range(n):
         request = grammar.request(grammar.rng.choice(kinds))
