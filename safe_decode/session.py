@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from safe_decode.errors import BeatError, GuardError, NonFiniteError
+from safe_decode.errors import BeatError, ConfigurationError, GuardError, NonFiniteError
 from safe_decode.monitor import MonitorState, RiskMonitor
 from safe_decode.policy import Policy
 from safe_decode.probe import LinearProbe
@@ -81,7 +81,7 @@ class Session:
     Args:
         probe: On the device of the features.
         monitor: With the rows' thresholds.
-        policy: What a trip leads to.
+        policy: What a trip leads to, for all rows or one each.
         beats: Of a tap that listens to this context.
         scanned: For each row, how many trailing positions of the prefill are judged.
         device: Where the rows' state lives.
@@ -93,20 +93,27 @@ class Session:
         *,
         probe: LinearProbe,
         monitor: RiskMonitor,
-        policy: Policy,
+        policy: Policy | Sequence[Policy],
         beats: Beats,
         scanned: Sequence[int],
         device: torch.device,
         resume: MonitorState | None = None,
     ) -> None:
-        self.policy = policy
         self.scanned = tuple(scanned)
+        self.policies = _one_each(policy, len(self.scanned))
+        self.policy = self.policies[0]
+        protects = [own.protects for own in self.policies]
+        self.protects = any(protects)
+        # None where all rows agree, so that they pay nothing for rows that differ.
+        self.protected = None if len(set(protects)) == 1 else torch.tensor(protects, device=device)
         fresh = monitor.start(len(self.scanned), device)
         self.trips: dict[int, Trip] = {}
         self.errors: dict[int, GuardError] = {}
         self._probe, self._monitor, self._beats = probe, monitor, beats
-        self._before = [0] * len(fresh.step) if resume is None else resume.step.tolist()
-        self._watch = Watch(monitor, policy, fresh if resume is None else resume)
+        start = fresh if resume is None else resume
+        self._before = start.step.tolist()
+        most = max(own.holdback_tokens for own in self.policies)
+        self._watch = Watch(monitor, self.policy, start, n_snapshots=most + 1)
         self._n_features = len(beats.columns)
         self._is_prefilled = False
         beats.keep_last(max(self.scanned))
@@ -172,6 +179,45 @@ class Session:
         self._watch.step(logits, active)
         return self._watch.trips()
 
+    def discard(self) -> None:
+        """Forget the forwards since the last `judge`; another one judges what they would."""
+        self._beats.discard()
+
+    def expect_whole(self, new_tokens: int) -> None:
+        """Make ready, before its forward, for `judge_whole` of so many columns of answers."""
+        self._beats.discard()
+        self._beats.keep_last(new_tokens + max(self.scanned))
+
+    def judge_whole(self, width: int, content: Sequence[int]) -> None:
+        """Judge finished responses in the one forward since the last call; park what trips.
+
+        Each row's scores are read in order, as while generating, up to its trip.
+
+        Args:
+            width: Columns of the forward.
+            content: [batch] tokens of each response, end ids not counted.
+
+        Raises:
+            BeatError: As `judge`.
+            ConfigurationError: As `judge`.
+        """
+        longest = max(self.scanned)
+        logits = self._probe(self._features((width,)))
+        self._is_prefilled = True
+        begins = torch.tensor([longest - n for n in self.scanned], device=logits.device)
+        ends = torch.tensor([longest + n for n in content], device=logits.device)
+        open_rows = torch.ones_like(begins, dtype=torch.bool)
+        for position in range(longest + max(content)):
+            active = (begins <= position) & (position < ends) & open_rows
+            self._watch.step(logits[:, position], active)
+            trips = self._watch.trips() & active
+            if self.protected is not None:
+                trips = trips & self.protected
+            if self.protects and bool(trips.any()):
+                for row in trips.nonzero()[:, 0].tolist():
+                    self.park(row, said=max(0, position - longest + 1))
+                open_rows = open_rows & ~trips
+
     def require_quiet(self) -> None:
         """Check that no forward passed since the last `judge`.
 
@@ -201,7 +247,8 @@ class Session:
         tripped = 1 if error is None or isinstance(error, NonFiniteError) else 0
         judged = max(0, min(said, self.judged(row) - tripped))
         clear = max(0, int(state.clear_point[row]) + 1 - before - scanned)
-        kind = self.policy.redirect
+        policy = self.policies[row]
+        kind = policy.redirect
         if error is not None and kind == "rewind":
             kind = "refuse"  # no continuation is trusted to a guard that failed
         cut = cut_of(
@@ -209,7 +256,7 @@ class Session:
             said=said,
             judged=judged,
             clear=clear,
-            holdback_tokens=self.policy.holdback_tokens,
+            holdback_tokens=policy.holdback_tokens,
         )
         snapshot = self._watch.snapshot(row, before + scanned + cut.kept) if cut.kept else None
         self.trips[row] = Trip(cut, snapshot, error)
@@ -258,7 +305,8 @@ class Session:
 
     def _features(self, positions: Sequence[int]) -> Tensor:
         heard, seen = self._beats.forwards, self._beats.positions
-        if heard > 1 or (heard == 1 and seen not in positions):
+        # A prompt may pass in chunks; a token passes once.
+        if (heard > 1 and self._is_prefilled) or (heard and seen not in positions):
             self._beats.discard()
             raise BeatError(
                 f"{heard} forwards over {seen} positions passed before one choice, wanted one "
@@ -285,6 +333,17 @@ class Session:
         for position in range(width):
             self._watch.step(logits[:, position], waits <= position if uneven else None)
         return self._watch.trips(width)
+
+
+def _one_each(policy: Policy | Sequence[Policy], batch: int) -> tuple[Policy, ...]:
+    policies = (policy,) * batch if isinstance(policy, Policy) else tuple(policy)
+    if len(policies) != batch:
+        raise ConfigurationError(
+            f"policy has {len(policies)} entries for {batch} rows; pass one for each row."
+        )
+    if len({own.on_error for own in policies}) > 1:
+        raise ConfigurationError("on_error differs between rows; pass one value for the batch.")
+    return policies
 
 
 def _non_finite(row: int, score: int) -> NonFiniteError:

@@ -50,14 +50,22 @@ class Watch:
 
     Args:
         monitor: Started for the rows' device.
-        policy: What counts as a trip, and how many snapshots are kept.
+        policy: What counts as a trip.
         state: Where the rows stand.
+        n_snapshots: States kept to go back to; None: one more than the policy holds back.
 
     Attributes:
         is_quiet: No row has tripped; False on an accelerator, whose trips are not read here.
     """
 
-    def __init__(self, monitor: RiskMonitor, policy: Policy, state: MonitorState) -> None:
+    def __init__(
+        self,
+        monitor: RiskMonitor,
+        policy: Policy,
+        state: MonitorState,
+        *,
+        n_snapshots: int | None = None,
+    ) -> None:
         self._monitor, self._policy = monitor, policy
         self._first = self._known = state
         self._level = state.ema
@@ -71,7 +79,9 @@ class Watch:
         self._counts: list[int] = []
         self._n_counted = -1
         self._any_masked = False
-        self._ring = SnapshotRing(policy.holdback_tokens + 1)
+        self._ring = SnapshotRing(
+            policy.holdback_tokens + 1 if n_snapshots is None else n_snapshots
+        )
         self._trips = policy.trips(state.alarm, state.finite)
         self._reads_on_host = state.ema.is_cpu
         self.is_quiet = self._reads_on_host and not bool(self._trips.any())
@@ -185,7 +195,7 @@ class Watch:
 def _is_moving_average(monitor: RiskMonitor) -> bool:
     """Say whether the level is all a decision needs; other statistics are stepped in full."""
     config = monitor.config
-    return getattr(config, "kind", "ema") == "ema" and getattr(config, "hits", 1) == 1
+    return config.kind == "ema" and config.hits == 1
 
 
 def _upper_bound(monitor: RiskMonitor, state: MonitorState) -> Tensor:
