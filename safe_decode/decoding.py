@@ -68,6 +68,7 @@ class WatchedProcessors:
         self._processors, self._guard = processors, guard
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ANN401
+        """Process [batch, vocab] scores by the list, then by the guard."""
         if self._processors:
             scores = self._processors(input_ids, scores)
         return self._guard(input_ids, scores)

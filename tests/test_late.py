@@ -24,8 +24,8 @@ def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         prepare(self, input_ids, *rest)
         self._late = LateFlag(torch.device("cpu"))
 
-    def unread(self, *parts):
-        begin(self, *parts)
+    def unread(self, *parts, **named):
+        begin(self, *parts, **named)
         self._reads_on_host = self.is_quiet = False
 
     def counted(self):
