@@ -23,7 +23,7 @@ class LateFlag:
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._flag = torch.zeros((), dtype=torch.bool, pin_memory=self._is_cuda)
-        self._arrived = torch.cuda.Event() if self._is_cuda else None
+        self._arrived = torch.cuda.Event() if self._is_cuda else None  # type: ignore[no-untyped-call]
 
     def send(self, flags: Tensor) -> None:
         """Queue whether any of `flags` [batch] bool is set."""
