@@ -99,8 +99,13 @@ class AttackSet:
 
 
 def read_behaviours(path: str | os.PathLike[str], count: int | None = None) -> AttackSet:
-    """Read behaviours from a file of labelled conversations, see `from_conversations`."""
-    return from_conversations(read_jsonl(path), count)
+    """Read behaviours from a file of labelled conversations, see `from_conversations`.
+
+    Where the file has splits, those of the test split alone are taken: what is attacked was not
+    learnt from.
+    """
+    rows = read_jsonl(path)
+    return from_conversations([row for row in rows if row.split in (None, "test")], count)
 
 
 def from_conversations(rows: Sequence[Conversation], count: int | None = None) -> AttackSet:

@@ -190,7 +190,8 @@ def _surrogate(decoder: SafeDecoder, data: Path | None, seed: int, fold: int) ->
 
     rows: list[Conversation]
     if data is not None:
-        rows = read_jsonl(data)
+        # What is attacked comes from the test split, where there is one.
+        rows = [row for row in read_jsonl(data) if row.split != "test"]
     else:
         # The attacker draws for himself: other streams than any split of the bundle.
         source = EmbeddedData(seed=seed + 50, fold=fold, max_new_tokens=cap_of(decoder, None))
