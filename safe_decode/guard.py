@@ -11,43 +11,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from safe_decode import chat
 from safe_decode.bundle import ProbeBundle
-from safe_decode.call import CallMode, GuardedCall, Protected, RowRules, Watch
+from safe_decode.call import GuardedCall, Protected, Watch
 from safe_decode.capabilities import require_supported, require_supported_model
 from safe_decode.certificate import Certificate
+from safe_decode.compose import Asked, Composer, context_tokens, texts_of
 from safe_decode.decision import Redirect
-from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
+from safe_decode.errors import PromptError, UnsupportedError
 from safe_decode.events import StreamEvent
 from safe_decode.fingerprint import Fingerprint
 from safe_decode.foreign import GuardHandle, bare_traces
-from safe_decode.inputs import GuardInputs, Prompts, from_embeds, from_ids, from_prompts
+from safe_decode.inputs import GuardInputs, Prompts, from_ids
 from safe_decode.monitor import RiskMonitor
 from safe_decode.outcome import Judgement
 from safe_decode.output import GuardedOutput
 from safe_decode.policy import OnError, Policy, RequestPolicy
-from safe_decode.rewind import Texts
 from safe_decode.session import Session
 from safe_decode.stream import AsyncGuardedStream, GuardedStream, Producer
 from safe_decode.streamer import Streamer, feeder
 from safe_decode.taps import ActivationTap
-from safe_decode.whole import method_of
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
-
-_CUT = " ... "
-_OURS = frozenset(
-    {
-        *("tokenizer", "assistant_tokenizer", "inputs", "inputs_embeds", "streamer"),
-        *("custom_generate", "trust_remote_code", "disable_compile"),
-    }
-)
-"""Options that do not go to the model's `generate` as they are."""
 
 
 class SafeDecoder:
@@ -97,7 +87,7 @@ class SafeDecoder:
         self.certificate: Certificate = bundle.certificate(alpha)
         self.refusal = bundle.refusal if refusal is None else refusal
         self.opener = bundle.opener if opener is None else opener
-        self._texts = _texts_of(tokenizer, self.refusal, self.opener)
+        self._texts = texts_of(tokenizer, self.refusal, self.opener)
         self._probe = bundle.probe.to(model.device)
         self._tap = ActivationTap(model, bundle.probe.sites)
 
@@ -288,8 +278,9 @@ class SafeDecoder:
         inputs = from_ids(self.tokenizer, input_ids, attention_mask)
         rows = inputs.repeated(num_return_sequences)
         policy = replace(self.policy, redirect=redirect)
-        ends = _as_ids(self._option("eos_token_id", {"eos_token_id": eos_token_id}))
-        pad = self._option("pad_token_id", {})
+        option = self._composer().option
+        ends = _as_ids(option("eos_token_id", {"eos_token_id": eos_token_id}))
+        pad = option("pad_token_id", {})
         with self._tap.listening() as beats:
             session = Session(
                 probe=self._probe,
@@ -350,84 +341,11 @@ class SafeDecoder:
         prefill: str | Sequence[str | None] | None,
         options: Mapping[str, Any],
     ) -> GuardInputs:
-        embeds = options.get("inputs_embeds")
-        ids = options.get("inputs") if input_ids is None else input_ids
-        if embeds is not None and prompts is None and ids is None:
-            return from_embeds(embeds, attention_mask).to(self.model.device)
-        if (prompts is None) == (ids is None) or embeds is not None:
-            raise PromptError("pass prompts, input_ids or inputs_embeds, exactly one of them.")
-        if prompts is not None:
-            inputs = from_prompts(self.tokenizer, prompts, prefill, self.model.device)
-        elif prefill is not None:
-            raise ConfigurationError(
-                "prefill goes with prompts; with input_ids, append the prefill's ids to them."
-            )
-        else:
-            assert ids is not None
-            inputs = from_ids(self.tokenizer, ids, attention_mask).to(self.model.device)
-        inputs.require_room(_context_tokens(self.model))
-        return inputs
+        asked = Asked(prompts, input_ids, attention_mask, prefill, options=options)
+        return self._composer().inputs(asked)
 
-    def _call(
-        self,
-        prompts: Prompts | None,
-        *,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        prefill: str | Sequence[str | None] | None,
-        redirect: Redirect | None = None,
-        policy: RequestPolicy | Sequence[RequestPolicy | None] | None,
-        seed: int | Sequence[int] | None,
-        options: Mapping[str, Any],
-    ) -> GuardedCall:
-        """Check and encode everything before anything runs."""
-        require_supported(self.model, options)
-        inputs = self._inputs(prompts, input_ids, attention_mask, prefill, options)
-        mode = self._mode(options, inputs, seed)
-        base = self.policy if redirect is None else replace(self.policy, redirect=redirect)
-        requests = _one_each("policy", policy, len(inputs.scanned))
-        seeds = _one_each("seed", seed, len(inputs.scanned))
-        rules = [
-            self._rules(base, request or RequestPolicy(), _spread(own, copy, mode.n_candidates))
-            for request, own in zip(requests, seeds, strict=True)
-            for copy in range(mode.n_candidates)
-        ]
-        if inputs.embeds is not None:
-            _require_plain(mode, rules, self._option("cache_implementation", options), options)
-        if seed is not None and self._option("output_scores", options):
-            raise UnsupportedError(
-                "output_scores is refused with seed: rows draw for themselves, so recorded scores "
-                "would be those of the draw; pass output_logits, or no seed."
-            )
-        rows = inputs.repeated(mode.n_candidates)
-        given = self._options(options)
-        if mode.method == "beams":
-            # All beams come back, so that one that trips can give way to one that does not.
-            given["num_return_sequences"] = mode.n_candidates
-        return GuardedCall(self._protected(), inputs, rows, rules, given, mode)
-
-    def _mode(
-        self, options: Mapping[str, Any], inputs: GuardInputs, seed: int | Sequence[int] | None
-    ) -> CallMode:
-        method = method_of(lambda name: self._option(name, options))
-        wanted = int(self._option("num_return_sequences", options) or 1)
-        if method == "step":
-            return CallMode(method, wanted, wanted)
-        if seed is not None:
-            raise UnsupportedError(
-                "seed is refused with beams and assistants: they draw for the whole batch at "
-                "once; call torch.manual_seed before generate."
-            )
-        if method == "beams":
-            return CallMode(method, int(self._option("num_beams", options)), wanted)
-        if len(inputs.scanned) > 1:
-            raise UnsupportedError(
-                f"assisted decoding is refused for {len(inputs.scanned)} prompts: transformers "
-                "runs it on one; call generate once for each."
-            )
-        names = ("assistant_model", "assistant_tokenizer", "tokenizer")
-        assistant = {name: options[name] for name in names if options.get(name) is not None}
-        return CallMode(method, 1, 1, assistant)
+    def _call(self, prompts: Prompts | None, **asked: Any) -> GuardedCall:  # noqa: ANN401
+        return self._composer().call(Asked(prompts, **asked))
 
     def _producer(
         self,
@@ -436,13 +354,14 @@ class SafeDecoder:
         includes_stop: bool,
         **given: Any,  # noqa: ANN401
     ) -> Producer:
-        call = self._call(prompts, **given)
+        composer = self._composer()
+        call = composer.call(Asked(prompts, **given))
         if call.mode.method != "step":
             raise UnsupportedError(
                 "stream is refused with beams and assistants: their answers are judged when they "
                 "are whole; use generate."
             )
-        stops = self._option("stop_strings", given["options"]) or ()
+        stops = composer.option("stop_strings", given["options"]) or ()
         stops = (stops,) if isinstance(stops, str) else tuple(stops)
 
         def produce(emit: Callable[[StreamEvent], None], is_cancelled: Callable[[], bool]) -> None:
@@ -450,45 +369,17 @@ class SafeDecoder:
 
         return produce
 
-    def _protected(self) -> Protected:
-        return Protected(
+    def _composer(self) -> Composer:
+        protected = Protected(
             model=self.model,
             tokenizer=self.tokenizer,
             bundle=self.bundle,
             tap=self._tap,
             probe=self._probe,
             strict=self.strict,
-            context_tokens=_context_tokens(self.model),
+            context_tokens=context_tokens(self.model),
         )
-
-    def _rules(self, base: Policy, request: RequestPolicy, seed: int | None) -> RowRules:
-        certificate, texts = self.certificate, self._texts
-        if request.alpha is not None:
-            certificate = self.bundle.certificate(request.alpha)
-        if request.refusal is not None:
-            texts = _texts_of(self.tokenizer, request.refusal, self.opener)
-        return RowRules(request.applied_to(base), certificate, texts, seed)
-
-    def _option(self, name: str, options: Mapping[str, Any]) -> Any:  # noqa: ANN401
-        """Read an option as `generate` does: argument, given configuration, model's own."""
-        configs = (options.get("generation_config"), self.model.generation_config)
-        values = (options.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in values if value is not None), None)
-
-    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        options = {key: value for key, value in given.items() if key not in _OURS}
-        # A graph compiled by generate itself, for static caches, would skip the hooks.
-        options["disable_compile"] = True
-        stop_strings = self._option("stop_strings", given)
-        if stop_strings is not None:
-            # generate keeps its tokenizer from a callable custom_generate, so the criterion is
-            # built here.
-            from transformers import StopStringCriteria
-
-            criteria = list(given.get("stopping_criteria") or ())
-            criteria.append(StopStringCriteria(self.tokenizer, stop_strings))
-            options |= {"stop_strings": None, "stopping_criteria": criteria}
-        return options
+        return Composer(protected, self.policy, self.certificate, self._texts, self.opener)
 
     def _judgement(self, policy: Policy) -> Judgement:
         bundle = self.bundle
@@ -498,65 +389,6 @@ class SafeDecoder:
             low_mark=bundle.monitor.low_mark,
             certificate=self.certificate,
             policy=policy,
-        )
-
-
-def _texts_of(tokenizer: Any, refusal: str, opener: str) -> Texts:  # noqa: ANN401
-    for name, text in (("refusal", refusal), ("opener", opener)):
-        if not text.strip():
-            raise ConfigurationError(f"{name}={text!r} is empty; pass a text that readers get.")
-    # Canned text may follow a cut in the middle of a sentence: readers see that there is one.
-    return Texts(
-        refusal=chat.text_ids(tokenizer, refusal),
-        refusal_after=chat.text_ids(tokenizer, _CUT + refusal),
-        opener=chat.text_ids(tokenizer, opener),
-        opener_after=chat.text_ids(tokenizer, _CUT + opener),
-    )
-
-
-def _context_tokens(model: Any) -> int | None:  # noqa: ANN401
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)
-
-
-_Each = TypeVar("_Each")
-
-
-def _one_each(name: str, given: _Each | Sequence[_Each], n_prompts: int) -> list[_Each]:
-    if not isinstance(given, (list, tuple)):
-        return [given] * n_prompts  # type: ignore[list-item]  # any other sequence is no option
-    if len(given) != n_prompts:
-        raise ConfigurationError(
-            f"{name} has {len(given)} entries for {n_prompts} prompts; pass one each."
-        )
-    return list(given)
-
-
-def _spread(seed: int | None, copy: int, n_copies: int) -> int | None:
-    # Sequences of one prompt are to differ; a prompt's first one is that of the seed itself.
-    return seed if seed is None or n_copies == 1 else seed + copy
-
-
-def _require_plain(
-    mode: CallMode, rules: Sequence[RowRules], cache: str | None, options: Mapping[str, Any]
-) -> None:
-    """Refuse what inputs_embeds cannot be combined with."""
-    if any(rule.policy.redirect == "rewind" for rule in rules):
-        raise UnsupportedError(
-            "redirect='rewind' is refused with inputs_embeds: a continuation starts from ids; pass "
-            "redirect='refuse', 'stop' or 'flag', or input_ids."
-        )
-    keeps = options.get("past_key_values") is not None or "static" in (cache or "")
-    if mode.method != "step" or keeps or options.get("return_dict_in_generate"):
-        raise UnsupportedError(
-            "inputs_embeds is refused with beams, assistants, static or returned caches and "
-            "past_key_values: the answer's tail is judged from ids there; pass input_ids."
         )
 
 
@@ -571,3 +403,9 @@ def _streamed(call: GuardedCall, streamer: Streamer) -> GuardedOutput:
         return call.run(Watch(feeder(streamer)))
     finally:
         streamer.end()  # its reader, in another thread, would wait forever
+
+
+def _as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
