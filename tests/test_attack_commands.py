@@ -152,7 +152,8 @@ def test_attack_counts_every_arm_and_draws_success_against_budget(attacked, plac
     assert {row["bundle"] for row in rows} == {"shipped"}
 
 
-def test_refit_certifies_a_bundle_of_its_own_that_can_be_attacked(attacked, place):
+def test_refit_certifies_a_bundle_of_its_own_that_can_be_attacked(attacked, place, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     _, journal = attacked
     done = run(
         "refit",
