@@ -16,7 +16,7 @@ from safe_decode.cli import app
 from safe_decode.demo.load import load_model
 from safe_decode.errors import DataError
 from tests.models import byte_tokenizer, tiny_model
-from tests.planted import planted_bundle, planted_rows
+from tests.planted import as_benign, planted_bundle, planted_rows
 
 JUDGE = ["--judge", "tests.planted:judge"]
 
@@ -33,7 +33,7 @@ def place(tmp_path_factory):
     tiny_model("llama").save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     loaded = load_model(folder / "model")
-    rows = planted_rows(360)
+    rows = [as_benign(row) for row in planted_rows(360)]
     parts = by_split(rows)
     planted_bundle(loaded.model, loaded.tokenizer, parts).save(folder / "bundle")
     write_jsonl(folder / "data.jsonl", rows)
