@@ -29,6 +29,7 @@ from safe_decode.policy import Policy
 from safe_decode.probe import LinearProbe
 from safe_decode.release import Cancelled, Releaser, ReleaseRules, RowRelease
 from safe_decode.rewind import Rewinder, Texts
+from safe_decode.selfcheck import SelfCheck, SelfChecker
 from safe_decode.session import RowRecord, Session
 from safe_decode.taps import ActivationTap
 from safe_decode.whole import Method, WholeLoop, picked_beams, pruned_beams
@@ -53,6 +54,7 @@ class Protected:
         probe: The bundle's, on the model's device.
         strict: Whether calls outside a certificate's envelope are refused.
         context_tokens: Positions the model has, or None if it does not say.
+        self_check: Looks again at alarms, with its tap and the ids of the header; or None.
     """
 
     model: Any
@@ -62,6 +64,7 @@ class Protected:
     probe: LinearProbe
     strict: bool
     context_tokens: int | None
+    self_check: tuple[SelfCheck, ActivationTap, tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -190,10 +193,25 @@ class GuardedCall:
             return WholeLoop(
                 session, self.mode.method, require=self._require, assistant=self.mode.assistant
             )
-        loop = GuardedLoop(session, require=self._require, draws=self._draws(), follower=follower)
+        loop = GuardedLoop(
+            session,
+            require=self._require,
+            draws=self._draws(),
+            follower=follower,
+            checker=self._checker(),
+        )
         if follower is not None:
             follower.loop = loop
         return loop
+
+    def _checker(self) -> SelfChecker | None:
+        protected, rows = self._protected, self._rows
+        if protected.self_check is None or rows.embeds is not None:
+            return None
+        check, tap, header = protected.self_check
+        width = rows.input_ids.shape[1]
+        starts = [width - len(rows.prompt_ids(row)) for row in range(self.batch)]
+        return SelfChecker(check, protected.model, tap, header=header, starts=starts)
 
     def _model_inputs(self) -> dict[str, Any]:
         inputs = self._inputs

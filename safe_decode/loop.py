@@ -29,6 +29,7 @@ from safe_decode.decoding import (
 from safe_decode.draws import RowDraws
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
 from safe_decode.redirect import forced_scores
+from safe_decode.selfcheck import SelfChecker
 from safe_decode.session import Session, Trip
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class GuardedLoop:
         require: Called with the settings before the first forward; may raise.
         draws: Draws each row's tokens instead of the global generator.
         follower: Hears of each choice.
+        checker: Looks again at rows that alarm, and may clear them.
     """
 
     def __init__(
@@ -68,8 +70,12 @@ class GuardedLoop:
         require: Callable[[CallSettings], None] | None = None,
         draws: RowDraws | None = None,
         follower: Follower | None = None,
+        checker: SelfChecker | None = None,
     ) -> None:
         self.session = session
+        self._checker = checker
+        if checker is not None:
+            session.looks = checker.looks
         self.settings: CallSettings | None = None
         self._require = require
         self.ended_at: list[int] = []
@@ -159,7 +165,7 @@ class GuardedLoop:
         flags = done if trips is None else done | trips
         # The step's one wait for the host, just before the loop's own.
         if self._any_parked or self._closing is not None or bool(flags.any()):
-            self._sort_rows(newest, done, trips)
+            self._sort_rows(input_ids, done, trips)
         if self._parked is not None:
             done = done | self._parked
         self._tell(newest, done)
@@ -295,14 +301,17 @@ class GuardedLoop:
             trips = trips & self._active
         return trips
 
-    def _sort_rows(self, newest: Tensor, done: Tensor, trips: Tensor | None) -> None:
+    def _sort_rows(self, input_ids: Tensor, done: Tensor, trips: Tensor | None) -> None:
         """Decide which rows the next forward judges. Not on the path while all rows go on."""
         assert self._ended_at is not None
+        newest = input_ids[:, -1]
         if trips is not None:
             judged = [] if self._trips is None else self._trips.tolist()
             for row in trips.nonzero()[:, 0].tolist():
                 if judged and judged[row]:
-                    self._park(row)
+                    # The newest token is chosen, not judged: a look does not see it.
+                    if not self._is_cleared(row, input_ids[:, :-1]):
+                        self._park(row)
                 else:
                     self._park_nonfinite([row])
         active = torch.ones_like(done) if self._active is None else self._active
@@ -318,6 +327,12 @@ class GuardedLoop:
             self._closing = done & active
         self._ended_at = torch.where(ends, torch.full_like(newest, self._said), self._ended_at)
         self._active = active
+
+    def _is_cleared(self, row: int, judged_ids: Tensor) -> bool:
+        if self._checker is None or not bool(self.session.state.finite[row]):
+            return False
+        score = self.session.judged(row) + self.session.scanned[row] - 1
+        return self._checker.clears(row, judged_ids[row].tolist(), score)
 
     def _park(self, row: int, error: GuardError | None = None) -> None:
         assert self._ended_at is not None
@@ -354,7 +369,8 @@ class GuardedLoop:
             if self.session.protected is not None:
                 trips = trips & self.session.protected
             for row in trips.nonzero()[:, 0].tolist():
-                self._park(row)
+                if not self._is_cleared(row, sequences):
+                    self._park(row)
 
     def _settle(self, sequences: Tensor) -> None:
         """Bring the ends of rows to the host and compare beats with tokens, row by row."""

@@ -11,7 +11,7 @@ knows besides is computed when a row trips, and records for traces after the end
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +23,7 @@ from safe_decode.monitor import MonitorState, RiskMonitor
 from safe_decode.policy import Policy
 from safe_decode.probe import LinearProbe
 from safe_decode.redirect import Cut, cut_of
+from safe_decode.selfcheck import Look
 from safe_decode.taps import Beats
 from safe_decode.watch import Watch
 
@@ -58,6 +59,7 @@ class RowRecord:
         alarm: Index of the first score whose statistic exceeded the threshold, or None.
         trip: The trip, or None; in flag mode always None.
         error: What failed for this row, tripped or allowed to go on; or None.
+        looks: Self-checks of its alarms.
     """
 
     scanned: int
@@ -68,6 +70,15 @@ class RowRecord:
     alarm: int | None
     trip: Trip | None
     error: GuardError | None
+    looks: tuple[Look, ...] = ()
+
+    @property
+    def trip_score(self) -> int | None:
+        """Index of the score at which the row tripped, or would have; None if it did not."""
+        last = max(0, len(self.statistic) - 1)
+        if self.trip is not None and (self.looks or self.trip.error is not None):
+            return last  # a tripped row is judged no more
+        return None if self.looks else self.alarm
 
     @property
     def judged(self) -> int:
@@ -109,6 +120,7 @@ class Session:
         fresh = monitor.start(len(self.scanned), device)
         self.trips: dict[int, Trip] = {}
         self.errors: dict[int, GuardError] = {}
+        self.looks: Mapping[int, Sequence[Look]] = {}
         self._probe, self._monitor, self._beats = probe, monitor, beats
         start = fresh if resume is None else resume
         self._before = start.step.tolist()
@@ -301,6 +313,7 @@ class Session:
             alarm=next((i for i, value in enumerate(statistic) if value > threshold), None),
             trip=self.trips.get(row),
             error=self.errors.get(row),
+            looks=tuple(self.looks.get(row, ())),
         )
 
     def _features(self, positions: Sequence[int]) -> Tensor:
