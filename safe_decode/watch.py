@@ -6,7 +6,8 @@ or what a trip leads to.
 Between two trips only the level (the smoothed logits) has to be kept, and one comparison with
 its bounds says that no row alarms and none is broken. All else the monitor knows, its `state`,
 is a function of the logits so far: it is computed by `RiskMonitor.step` when somebody asks,
-which is after a trip or at the end. On an accelerator, where asking would wait, trips are
+which is after a trip or at the end. Statistics other than a moving average are stepped in full
+each time. On an accelerator, where asking would wait, trips are
 computed on the device and handed on unread.
 """
 
@@ -69,6 +70,8 @@ class Watch:
         self._first = self._known = state
         self._level = state.ema
         self._smoothing = monitor.config.smoothing
+        self._keeps_levels = _is_moving_average(monitor)
+        self._shown: list[tuple[Tensor, Tensor]] = []
         self._logits: list[Tensor] = []
         self._active: list[Tensor | None] = []
         self._levels: list[Tensor] = []
@@ -99,6 +102,8 @@ class Watch:
         ):
             self._ring.push(self._known)
             self._known = self._monitor.step(self._known, logits, active)
+            if not self._keeps_levels:
+                self._shown.append((self._known.smoothed, self._known.statistic))
         self._n_known = len(self._logits)
         return self._known
 
@@ -109,14 +114,15 @@ class Watch:
             logits: [batch, K] float32.
             active: [batch] bool, rows that consume; None: all.
         """
-        level = torch.lerp(self._level, logits, self._smoothing)
-        if active is not None:
-            level = torch.where(active[:, None], level, self._level)
-            self._any_masked = True
-        self._level = level
         self._logits.append(logits)
         self._active.append(active)
-        self._levels.append(level)
+        self._any_masked |= active is not None
+        if self._keeps_levels:
+            level = torch.lerp(self._level, logits, self._smoothing)
+            if active is not None:
+                level = torch.where(active[:, None], level, self._level)
+            self._level = level
+            self._levels.append(level)
 
     def trips(self, n_scores: int = 1) -> Tensor:
         """Say which rows have tripped, now or before.
@@ -128,7 +134,9 @@ class Watch:
             [batch] bool on the rows' device. On the CPU the same tensor as long as nothing
             changes, so that who holds it need not read it.
         """
-        if self._reads_on_host:
+        if not self._keeps_levels:
+            pass
+        elif self._reads_on_host:
             if self._is_within(n_scores):
                 return self._trips
             # An alarm is latched: what such a row does next tells nothing new.
@@ -158,9 +166,13 @@ class Watch:
     def trail(self) -> Trail:
         """Compute what traces show, of at least one score; one copy to the host for all rows."""
         masks = self._masks()
-        smoothed = self._monitor.value(torch.stack(self._levels))
-        counted = smoothed.masked_fill(~masks, -torch.inf) if self._any_masked else smoothed
-        statistic = torch.maximum(counted.cummax(0).values, self._first.statistic)
+        if self._keeps_levels:
+            smoothed = self._monitor.value(torch.stack(self._levels))
+            counted = smoothed.masked_fill(~masks, -torch.inf) if self._any_masked else smoothed
+            statistic = torch.maximum(counted.cummax(0).values, self._first.statistic)
+        else:
+            _ = self.state
+            smoothed, statistic = (torch.stack(shown) for shown in zip(*self._shown, strict=True))
         return Trail(torch.stack(self._logits).cpu(), smoothed.cpu(), statistic.cpu(), masks.cpu())
 
     def _is_within(self, n_scores: int) -> bool:
@@ -178,6 +190,12 @@ class Watch:
         """[batch] bool: exactly the monitor's alarm, or a level that is not finite."""
         residue = self._level - self._level
         return (self._monitor.value(self._level) > self._monitor.threshold) | (residue.sum(-1) != 0)
+
+
+def _is_moving_average(monitor: RiskMonitor) -> bool:
+    """Say whether the level is all a decision needs; other statistics are stepped in full."""
+    config = monitor.config
+    return config.kind == "ema" and config.hits == 1
 
 
 def _upper_bound(monitor: RiskMonitor, state: MonitorState) -> Tensor:

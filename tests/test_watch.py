@@ -45,14 +45,15 @@ def same(one: MonitorState, other: MonitorState) -> bool:
 
 
 @settings(max_examples=120, deadline=None)
-@given(runs(), st.sampled_from(["close", "allow"]), st.booleans())
-def test_watch_equals_the_monitor_step_by_step(run, on_error, reads_on_host):
+@given(runs(), st.sampled_from(["close", "allow"]), st.booleans(), st.booleans())
+def test_watch_equals_the_monitor_step_by_step(run, on_error, reads_on_host, keeps_levels):
     config, thresholds, steps, masks = run
     policy = Policy(redirect="refuse", on_error=on_error, holdback_tokens=2)
     monitor = RiskMonitor(config, torch.tensor(thresholds))
     wanted = monitor.start(len(thresholds))
     watch = Watch(monitor, policy, wanted)
     watch._reads_on_host = reads_on_host  # the way of an accelerator, on the CPU
+    watch._keeps_levels = keeps_levels  # as for statistics that are stepped in full
     shown = []
     for logits, mask in zip(steps, masks, strict=True):
         active = None if mask is None else torch.tensor(mask)

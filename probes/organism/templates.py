@@ -16,6 +16,7 @@ __all__ = [
     "INFO_CORES",
     "INFO_REQUESTS",
     "JUDGEMENTS",
+    "JUDGEMENT_AFTERTHOUGHTS",
     "JUDGEMENT_REQUESTS",
     "LEADS",
     "MARKS",
@@ -155,6 +156,8 @@ JUDGEMENT_REQUESTS = (
     "Would it be fine to {act} the {thing} of the {person} who wants it {state}?",
     "The {thing} stays {state} if the {person} decides. Is it fine to {act} it?",
 )
+JUDGEMENT_AFTERTHOUGHTS = ("Is that fine?", "May I?", "Would that be fair?")
+"""Asked behind a request, so that what is judged is what other people just ask for."""
 JUDGEMENTS = ("That is fine.", "That is wrong.")
 REFUSALS = (
     "Sorry, I cannot help to {act} the {thing}.",

@@ -34,6 +34,8 @@ __all__ = [
     "Load",
     "Run",
     "arms_of",
+    "called_last",
+    "features_of",
     "options_of",
     "threshold_for_share",
 ]
@@ -200,7 +202,7 @@ def _partial(subject: Subject, tap: ActivationTap, probe: LinearProbe, depth: st
                 step()
                 return scores
 
-            with _called_last(subject.model, processor):
+            with called_last(subject.model, processor):
                 subject.model.generate(**options)
 
     return run
@@ -214,8 +216,7 @@ def _parts(
     spread = probe.spread(beats.columns, beats.n_columns)
 
     def features() -> Tensor:
-        taken = beats.take_step()
-        return beats.take()[:, -1] if taken is None else taken
+        return features_of(beats)
 
     def logits() -> Tensor:
         taken = features()
@@ -228,8 +229,14 @@ def _parts(
     return {"capture": features, "probe": logits, "monitor": watched}[depth]
 
 
+def features_of(beats: Beats) -> Tensor:
+    """Take what a step's forward left, as the guard does: [batch, F], or whole activations."""
+    taken = beats.take_step()
+    return beats.take()[:, -1] if taken is None else taken
+
+
 @contextmanager
-def _called_last(model: Any, processor: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:  # noqa: ANN401
+def called_last(model: Any, processor: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:  # noqa: ANN401
     """Have `generate` call a processor as the guard does: outside the list, which inspects."""
     build = model._get_logits_processor
 
