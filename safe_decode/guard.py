@@ -18,7 +18,7 @@ from torch import Tensor
 
 from safe_decode import chat
 from safe_decode.bundle import ProbeBundle
-from safe_decode.call import GuardedCall, Protected, Watch
+from safe_decode.call import GuardedCall
 from safe_decode.capabilities import require_supported, require_supported_model
 from safe_decode.certificate import Certificate
 from safe_decode.compose import Asked, Composer, context_tokens, texts_of
@@ -37,6 +37,7 @@ from safe_decode.session import Session
 from safe_decode.stream import AsyncGuardedStream, GuardedStream, Producer
 from safe_decode.streamer import Streamer, feeder
 from safe_decode.taps import ActivationTap
+from safe_decode.terms import Protected, Watch
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 

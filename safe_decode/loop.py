@@ -12,16 +12,18 @@ neighbours, stay as they were. Decoder-only models, one forward a token, eager e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from safe_decode.decoding import (
     CallSettings,
+    Follower,
     PrefillSpan,
     WatchedCriteria,
+    WatchedProcessors,
     settings_of,
     tail_inputs,
     whole_inputs,
@@ -30,26 +32,12 @@ from safe_decode.draws import RowDraws
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
 from safe_decode.redirect import forced_scores
 from safe_decode.selfcheck import SelfChecker
-from safe_decode.session import Session, Trip
+from safe_decode.session import Session
 
 if TYPE_CHECKING:
-    from safe_decode.processor import SafetyLogitsProcessor
+    pass
 
-__all__ = ["Follower", "GuardedLoop"]
-
-
-class Follower(Protocol):
-    """Who hears of each choice while the loop runs, as a stream does; may raise to end it."""
-
-    def on_choice(
-        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Trip]
-    ) -> None:
-        """Take note of one chosen id a row, rows that are done, and rows that tripped."""
-        ...
-
-    def on_end(self, trips: Mapping[int, Trip]) -> None:
-        """Take note that all rows have ended and their tails were judged."""
-        ...
+__all__ = ["GuardedLoop"]
 
 
 class GuardedLoop:
@@ -121,7 +109,7 @@ class GuardedLoop:
 
         self._prepare(input_ids, stopping_criteria, generation_config)
         self._measure(model, input_ids, generation_config, model_kwargs)
-        processors = _WatchedProcessors(logits_processor, SafetyLogitsProcessor(self))
+        processors = WatchedProcessors(logits_processor, SafetyLogitsProcessor(self))
         self.generation = type(model)._sample(
             model,
             input_ids,
@@ -397,19 +385,3 @@ class GuardedLoop:
         self.session.errors.setdefault(row, error)
         if self._closes:
             self._park(row, error)
-
-
-class _WatchedProcessors:
-    """A LogitsProcessorList with the guard's own behind it, of which only the call is used.
-
-    The list inspects the signature of each processor before each call, which costs more than
-    the guard's whole step; so the guard's own is not in it.
-    """
-
-    def __init__(self, processors: Any, guard: SafetyLogitsProcessor) -> None:  # noqa: ANN401
-        self._processors, self._guard = processors, guard
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ANN401
-        if self._processors:
-            scores = self._processors(input_ids, scores)
-        return self._guard(input_ids, scores)

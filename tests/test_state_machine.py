@@ -102,6 +102,12 @@ class GuardedRows(RuleBasedStateMachine):
         self.active[row] = False
         self.holds[row].end()
 
+    @precondition(lambda self: hasattr(self, "active") and not any(self.active))
+    @rule()
+    def rest(self):
+        """Every row has ended or tripped."""
+        self.active = [False] * len(self.active)
+
     @invariant()
     def agrees(self):
         if not hasattr(self, "session"):
