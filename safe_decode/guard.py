@@ -180,7 +180,8 @@ class SafeDecoder:
 
         Args:
             prompts: As for `generate`; several prompts yield events of several rows,
-                interleaved, told apart by `event.row`.
+                interleaved, told apart by `event.row`. `Ended`, the guard's words and
+                continuations come when the last row of the batch has ended or tripped.
             input_ids: As for `generate`.
             attention_mask: As for `generate`.
             prefill: As for `generate`.
