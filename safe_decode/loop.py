@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,12 +30,10 @@ from safe_decode.decoding import (
 )
 from safe_decode.draws import RowDraws
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
+from safe_decode.late import LateFlag
 from safe_decode.redirect import forced_scores
 from safe_decode.selfcheck import SelfChecker
 from safe_decode.session import Session
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["GuardedLoop"]
 
@@ -86,6 +84,8 @@ class GuardedLoop:
         self._parked: Tensor | None = None
         self._trips: Tensor | None = None
         self._ended_at: Tensor | None = None
+        self._late: LateFlag | None = None  # where asking would wait
+        self._unsorted: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def __call__(
         self,
@@ -127,6 +127,7 @@ class GuardedLoop:
 
     def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Judge the forward that made `scores` [batch, vocab]; comes last of all processors."""
+        self._sort_late()
         self._scored += 1
         if not self._is_blind:
             self._judge((1, input_ids.shape[1]) if self._said else self._prefilled(input_ids))
@@ -151,6 +152,10 @@ class GuardedLoop:
             return done
         trips = self._suspects(newest)
         flags = done if trips is None else done | trips
+        if self._late is not None:
+            self._late.send(flags)
+            self._unsorted = (input_ids, done, trips)
+            return flags if self._parked is None else flags | self._parked
         # The step's one wait for the host, just before the loop's own.
         if self._any_parked or self._closing is not None or bool(flags.any()):
             self._sort_rows(input_ids, done, trips)
@@ -162,6 +167,14 @@ class GuardedLoop:
     def _tell(self, newest: Tensor, done: Tensor) -> None:
         if self._follower is not None:
             self._follower.on_choice(newest.tolist(), done.tolist(), self.session.trips)
+
+    def _sort_late(self) -> None:
+        """Do what `on_done` left, before the next forward is judged: nothing came between."""
+        if self._unsorted is None or self._late is None:
+            return
+        unsorted, self._unsorted = self._unsorted, None
+        if self._any_parked or self._closing is not None or self._late.read():
+            self._sort_rows(*unsorted)
 
     def _prepare(self, input_ids: Tensor, criteria: Any, config: Any) -> None:  # noqa: ANN401
         self.settings = settings = settings_of(config, input_ids.shape[1])
@@ -178,6 +191,9 @@ class GuardedLoop:
         self.pads_after_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         if settings.end_ids:
             self._end = torch.tensor(settings.end_ids, device=input_ids.device)
+        if input_ids.is_cuda and self._follower is None and self._checker is None:
+            # Who follows is told of each token, and a check asks at once: the host waits anyway.
+            self._late = LateFlag(input_ids.device)
         if self._draws is not None:
             # Processors are built by now, the warpers of sampling included; the draw is ours.
             config.do_sample = False
@@ -332,6 +348,7 @@ class GuardedLoop:
 
     def _close(self, model: Any, sequences: Tensor, model_kwargs: dict[str, Any]) -> None:  # noqa: ANN401
         """Judge the tail of rows whose last token ended the loop. Draws no random number."""
+        self._sort_late()
         if self._is_blind:
             return
         active = self._active
