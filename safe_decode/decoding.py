@@ -6,7 +6,7 @@ Does not know scores, rows that tripped, or loops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "CallSettings",
     "ChoiceWatcher",
+    "Follower",
     "PrefillSpan",
     "WatchedCriteria",
     "WatchedProcessors",
@@ -49,11 +50,17 @@ class CallSettings:
     pad_id: int | None
 
 
-class ChoiceWatcher(Protocol):
-    """Who is told of each choice."""
+class Follower(Protocol):
+    """Who hears of each choice while the loop runs, as a stream does; may raise to end it."""
 
-    def on_done(self, input_ids: Tensor, done: Tensor) -> Tensor:
-        """Take note of the chosen ids [batch, seq]; return [batch] bool, rows that end."""
+    def on_choice(
+        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Any]
+    ) -> None:
+        """Take note of one chosen id a row, rows that are done, and rows that tripped."""
+        ...
+
+    def on_end(self, trips: Mapping[int, Any]) -> None:
+        """Take note that all rows have ended and their tails were judged."""
         ...
 
 
@@ -68,10 +75,18 @@ class WatchedProcessors:
         self._processors, self._guard = processors, guard
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ANN401
-        """Process [batch, vocab] scores by the list, then by the guard."""
+        """Run the list, then the guard's own."""
         if self._processors:
             scores = self._processors(input_ids, scores)
         return self._guard(input_ids, scores)
+
+
+class ChoiceWatcher(Protocol):
+    """Who is told of each choice."""
+
+    def on_done(self, input_ids: Tensor, done: Tensor) -> Tensor:
+        """Take note of the chosen ids [batch, seq]; return [batch] bool, rows that end."""
+        ...
 
 
 class WatchedCriteria:

@@ -12,14 +12,15 @@ neighbours, stay as they were. Decoder-only models, one forward a token, eager e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from safe_decode.decoding import (
     CallSettings,
+    Follower,
     PrefillSpan,
     WatchedCriteria,
     WatchedProcessors,
@@ -31,23 +32,10 @@ from safe_decode.draws import RowDraws
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
 from safe_decode.late import LateFlag
 from safe_decode.redirect import forced_scores
-from safe_decode.session import Session, Trip
+from safe_decode.selfcheck import SelfChecker
+from safe_decode.session import Session
 
-__all__ = ["Follower", "GuardedLoop"]
-
-
-class Follower(Protocol):
-    """Who hears of each choice while the loop runs, as a stream does; may raise to end it."""
-
-    def on_choice(
-        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Trip]
-    ) -> None:
-        """Take note of one chosen id a row, rows that are done, and rows that tripped."""
-        ...
-
-    def on_end(self, trips: Mapping[int, Trip]) -> None:
-        """Take note that all rows have ended and their tails were judged."""
-        ...
+__all__ = ["GuardedLoop"]
 
 
 class GuardedLoop:
@@ -58,6 +46,7 @@ class GuardedLoop:
         require: Called with the settings before the first forward; may raise.
         draws: Draws each row's tokens instead of the global generator.
         follower: Hears of each choice.
+        checker: Looks again at rows that alarm, and may clear them.
     """
 
     def __init__(
@@ -67,8 +56,12 @@ class GuardedLoop:
         require: Callable[[CallSettings], None] | None = None,
         draws: RowDraws | None = None,
         follower: Follower | None = None,
+        checker: SelfChecker | None = None,
     ) -> None:
         self.session = session
+        self._checker = checker
+        if checker is not None:
+            session.looks = checker.looks
         self.settings: CallSettings | None = None
         self._require = require
         self.ended_at: list[int] = []
@@ -161,11 +154,11 @@ class GuardedLoop:
         flags = done if trips is None else done | trips
         if self._late is not None:
             self._late.send(flags)
-            self._unsorted = (newest, done, trips)
+            self._unsorted = (input_ids, done, trips)
             return flags if self._parked is None else flags | self._parked
         # The step's one wait for the host, just before the loop's own.
         if self._any_parked or self._closing is not None or bool(flags.any()):
-            self._sort_rows(newest, done, trips)
+            self._sort_rows(input_ids, done, trips)
         if self._parked is not None:
             done = done | self._parked
         self._tell(newest, done)
@@ -198,8 +191,8 @@ class GuardedLoop:
         self.pads_after_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         if settings.end_ids:
             self._end = torch.tensor(settings.end_ids, device=input_ids.device)
-        if input_ids.is_cuda and self._follower is None:
-            # Who follows is told of each token, so the host waits for it anyway.
+        if input_ids.is_cuda and self._follower is None and self._checker is None:
+            # Who follows is told of each token, and a check asks at once: the host waits anyway.
             self._late = LateFlag(input_ids.device)
         if self._draws is not None:
             # Processors are built by now, the warpers of sampling included; the draw is ours.
@@ -312,14 +305,17 @@ class GuardedLoop:
             trips = trips & self._active
         return trips
 
-    def _sort_rows(self, newest: Tensor, done: Tensor, trips: Tensor | None) -> None:
+    def _sort_rows(self, input_ids: Tensor, done: Tensor, trips: Tensor | None) -> None:
         """Decide which rows the next forward judges. Not on the path while all rows go on."""
         assert self._ended_at is not None
+        newest = input_ids[:, -1]
         if trips is not None:
             judged = [] if self._trips is None else self._trips.tolist()
             for row in trips.nonzero()[:, 0].tolist():
                 if judged and judged[row]:
-                    self._park(row)
+                    # The newest token is chosen, not judged: a look does not see it.
+                    if not self._is_cleared(row, input_ids[:, :-1]):
+                        self._park(row)
                 else:
                     self._park_nonfinite([row])
         active = torch.ones_like(done) if self._active is None else self._active
@@ -335,6 +331,12 @@ class GuardedLoop:
             self._closing = done & active
         self._ended_at = torch.where(ends, torch.full_like(newest, self._said), self._ended_at)
         self._active = active
+
+    def _is_cleared(self, row: int, judged_ids: Tensor) -> bool:
+        if self._checker is None or not bool(self.session.state.finite[row]):
+            return False
+        score = self.session.judged(row) + self.session.scanned[row] - 1
+        return self._checker.clears(row, judged_ids[row].tolist(), score)
 
     def _park(self, row: int, error: GuardError | None = None) -> None:
         assert self._ended_at is not None
@@ -372,7 +374,8 @@ class GuardedLoop:
             if self.session.protected is not None:
                 trips = trips & self.session.protected
             for row in trips.nonzero()[:, 0].tolist():
-                self._park(row)
+                if not self._is_cleared(row, sequences):
+                    self._park(row)
 
     def _settle(self, sequences: Tensor) -> None:
         """Bring the ends of rows to the host and compare beats with tokens, row by row."""
