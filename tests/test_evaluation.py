@@ -27,7 +27,7 @@ def report():
     from tests.models import byte_tokenizer
 
     model, tokenizer = tiny_model("llama"), byte_tokenizer()
-    parts = by_split(planted_rows(500))
+    parts = by_split(planted_rows(380))
     bundle = planted_bundle(model, tokenizer, parts)
     config = EvaluationConfig(
         prefixes=(None, 6), draws=40, fit=FitConfig(c=0.1, max_iterations=60), alpha=0.05

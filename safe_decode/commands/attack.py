@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from probes.attacks.objective import Watch
     from probes.attacks.records import Record, Threat
     from probes.conversations import Conversation
+    from probes.intervals import Proportion
     from safe_decode.guard import SafeDecoder
 
 __all__ = ["attack"]
@@ -277,7 +278,7 @@ def _page(
     for threat in sorted({record.threat for record in records}):
         mine = [record for record in records if record.threat == threat]
         arms = list(dict.fromkeys(record.arm for record in mine))
-        curves = {
+        curves: dict[str, list[tuple[int, Proportion]]] = {
             arm: [(p.budget, p.share) for p in curve([r for r in mine if r.arm == arm])]
             for arm in arms
         }
