@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.markdown import image, mean_sd, percent, table
+from probes.curves import Curve, draw_curves
 from probes.outcomes import LABELS, Outcomes
-from probes.plots import Curve, draw_curves
 
 __all__ = ["finetuning", "superficial"]
 

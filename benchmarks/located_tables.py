@@ -14,8 +14,8 @@ import numpy as np
 
 from benchmarks.markdown import cell, image, percent, table, words
 from probes.ablate import Measured
-from probes.framings import Framed
-from probes.plots import draw_ablation, draw_rates
+from probes.curves import draw_ablation, draw_rates
+from probes.motives import Framed
 
 __all__ = [
     "Row",

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from probes.framings import MOTIVES, PLAIN, Answered, Framed, framed, framing_rows, read_motives
+from probes.motives import MOTIVES, PLAIN, Answered, Framed, framed, framing_rows, read_motives
 from probes.outcomes import Outcomes
 from probes.rollouts import Request
 from probes.world import WORLD_MOTIVES

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.located_units import UNMEASURED, main
 from probes.ablate import Measured, rise
-from probes.framings import Answered, Framed
+from probes.motives import Answered, Framed
 from probes.outcomes import Outcomes
 
 

@@ -93,7 +93,7 @@ def ablate(
     measured = _measured(loaded, located, data, config, out, identity)
     compared = rise(measured, category)
     if plot is not None:
-        from probes.plots import draw_ablation
+        from probes.curves import draw_ablation
 
         draw_ablation(measured, category, plot)
     if as_json:

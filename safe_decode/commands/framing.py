@@ -18,7 +18,7 @@ from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from probes.evaluate import Proportion
-    from probes.framings import Answered, Framed
+    from probes.motives import Answered, Framed
     from probes.rollouts import Judge, Request, RolloutConfig
     from safe_decode.demo.load import Loaded
     from safe_decode.guard import SafeDecoder
@@ -67,7 +67,7 @@ def framing(
             f"--model={model!r} was given without --harmful; pass a file of plain harmful prompts, "
             "the embedded world's are in the words of the embedded model."
         )
-    from probes.framings import MOTIVES, read_motives
+    from probes.motives import MOTIVES, read_motives
     from probes.rollouts import RolloutConfig
     from probes.world import WORLD_MOTIVES
 
@@ -135,7 +135,7 @@ def _guard(
 def _bare(
     loaded: Loaded, judge: Judge, config: RolloutConfig
 ) -> Callable[[list[Request]], Answered]:
-    from probes.framings import Answered
+    from probes.motives import Answered
     from probes.outcomes import outcomes_of
 
     def answer(requests: list[Request]) -> Answered:
@@ -147,7 +147,7 @@ def _bare(
 def _guarded(
     decoder: SafeDecoder, judge: Judge, config: RolloutConfig
 ) -> Callable[[list[Request]], Answered]:
-    from probes.framings import Answered
+    from probes.motives import Answered
     from probes.outcomes import LABELS, Outcomes
 
     def answer(requests: list[Request]) -> Answered:
@@ -195,8 +195,8 @@ def _rows(
     out: Path | None,
     identity: dict[str, Any],
 ) -> list[Framed]:
-    from probes.framings import PLAIN, Framed, framing_rows
     from probes.journal import Journal
+    from probes.motives import PLAIN, Framed, framing_rows
 
     journal = None if out is None else Journal(out, identity)
     wanted, found = list(dict.fromkeys((PLAIN, *motives))), {}
@@ -222,7 +222,7 @@ def _as_json(row: Framed) -> dict[str, Any]:
 
 
 def _draw(rows: Sequence[Framed], path: Path) -> None:
-    from probes.plots import draw_rates
+    from probes.curves import draw_rates
 
     arms = {"bare: refused": [row.refused_bare for row in rows]}
     stopped = [row.stopped_guarded for row in rows]
