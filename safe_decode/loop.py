@@ -12,16 +12,18 @@ neighbours, stay as they were. Decoder-only models, one forward a token, eager e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from safe_decode.decoding import (
     CallSettings,
+    Follower,
     PrefillSpan,
     WatchedCriteria,
+    WatchedProcessors,
     settings_of,
     tail_inputs,
     whole_inputs,
@@ -29,26 +31,13 @@ from safe_decode.decoding import (
 from safe_decode.draws import RowDraws
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
 from safe_decode.redirect import forced_scores
-from safe_decode.session import Session, Trip
+from safe_decode.selfcheck import SelfChecker
+from safe_decode.session import Session
 
 if TYPE_CHECKING:
-    from safe_decode.processor import SafetyLogitsProcessor
+    pass
 
-__all__ = ["Follower", "GuardedLoop"]
-
-
-class Follower(Protocol):
-    """Who hears of each choice while the loop runs, as a stream does; may raise to end it."""
-
-    def on_choice(
-        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Trip]
-    ) -> None:
-        """Take note of one chosen id a row, rows that are done, and rows that tripped."""
-        ...
-
-    def on_end(self, trips: Mapping[int, Trip]) -> None:
-        """Take note that all rows have ended and their tails were judged."""
-        ...
+__all__ = ["GuardedLoop"]
 
 
 class GuardedLoop:
@@ -59,6 +48,7 @@ class GuardedLoop:
         require: Called with the settings before the first forward; may raise.
         draws: Draws each row's tokens instead of the global generator.
         follower: Hears of each choice.
+        checker: Looks again at rows that alarm, and may clear them.
     """
 
     def __init__(
@@ -68,8 +58,12 @@ class GuardedLoop:
         require: Callable[[CallSettings], None] | None = None,
         draws: RowDraws | None = None,
         follower: Follower | None = None,
+        checker: SelfChecker | None = None,
     ) -> None:
         self.session = session
+        self._checker = checker
+        if checker is not None:
+            session.looks = checker.looks
         self.settings: CallSettings | None = None
         self._require = require
         self.ended_at: list[int] = []
@@ -115,7 +109,7 @@ class GuardedLoop:
 
         self._prepare(input_ids, stopping_criteria, generation_config)
         self._measure(model, input_ids, generation_config, model_kwargs)
-        processors = _WatchedProcessors(logits_processor, SafetyLogitsProcessor(self))
+        processors = WatchedProcessors(logits_processor, SafetyLogitsProcessor(self))
         self.generation = type(model)._sample(
             model,
             input_ids,
@@ -159,7 +153,7 @@ class GuardedLoop:
         flags = done if trips is None else done | trips
         # The step's one wait for the host, just before the loop's own.
         if self._any_parked or self._closing is not None or bool(flags.any()):
-            self._sort_rows(newest, done, trips)
+            self._sort_rows(input_ids, done, trips)
         if self._parked is not None:
             done = done | self._parked
         self._tell(newest, done)
@@ -295,14 +289,17 @@ class GuardedLoop:
             trips = trips & self._active
         return trips
 
-    def _sort_rows(self, newest: Tensor, done: Tensor, trips: Tensor | None) -> None:
+    def _sort_rows(self, input_ids: Tensor, done: Tensor, trips: Tensor | None) -> None:
         """Decide which rows the next forward judges. Not on the path while all rows go on."""
         assert self._ended_at is not None
+        newest = input_ids[:, -1]
         if trips is not None:
             judged = [] if self._trips is None else self._trips.tolist()
             for row in trips.nonzero()[:, 0].tolist():
                 if judged and judged[row]:
-                    self._park(row)
+                    # The newest token is chosen, not judged: a look does not see it.
+                    if not self._is_cleared(row, input_ids[:, :-1]):
+                        self._park(row)
                 else:
                     self._park_nonfinite([row])
         active = torch.ones_like(done) if self._active is None else self._active
@@ -318,6 +315,12 @@ class GuardedLoop:
             self._closing = done & active
         self._ended_at = torch.where(ends, torch.full_like(newest, self._said), self._ended_at)
         self._active = active
+
+    def _is_cleared(self, row: int, judged_ids: Tensor) -> bool:
+        if self._checker is None or not bool(self.session.state.finite[row]):
+            return False
+        score = self.session.judged(row) + self.session.scanned[row] - 1
+        return self._checker.clears(row, judged_ids[row].tolist(), score)
 
     def _park(self, row: int, error: GuardError | None = None) -> None:
         assert self._ended_at is not None
@@ -354,7 +357,8 @@ class GuardedLoop:
             if self.session.protected is not None:
                 trips = trips & self.session.protected
             for row in trips.nonzero()[:, 0].tolist():
-                self._park(row)
+                if not self._is_cleared(row, sequences):
+                    self._park(row)
 
     def _settle(self, sequences: Tensor) -> None:
         """Bring the ends of rows to the host and compare beats with tokens, row by row."""
@@ -381,19 +385,3 @@ class GuardedLoop:
         self.session.errors.setdefault(row, error)
         if self._closes:
             self._park(row, error)
-
-
-class _WatchedProcessors:
-    """A LogitsProcessorList with the guard's own behind it, of which only the call is used.
-
-    The list inspects the signature of each processor before each call, which costs more than
-    the guard's whole step; so the guard's own is not in it.
-    """
-
-    def __init__(self, processors: Any, guard: SafetyLogitsProcessor) -> None:  # noqa: ANN401
-        self._processors, self._guard = processors, guard
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ANN401
-        if self._processors:
-            scores = self._processors(input_ids, scores)
-        return self._guard(input_ids, scores)
