@@ -203,7 +203,7 @@ def framing(rows: Sequence[Row], picture: Path) -> str:
         arms["guarded: refused or cut"] = [share for share in guarded if share is not None]
     draw_rates([_motive(r) for r in framed], arms, picture, x_label="of the same requests, %")
     columns = ("motive", "n", "refused, bare, %", "harmful, bare, %", "refused or cut, guarded, %")
-    return table(columns, cells) + "\n\n" + image("Refusal by motive", picture) + "\n"
+    return table(columns, cells) + "\n\n" + image("Refusal by motive", picture)
 
 
 def _change(figure: Mapping[str, Any]) -> str:

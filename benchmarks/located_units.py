@@ -30,8 +30,8 @@ alignment costs, and where probes should read. The method is that of the superfi
 alignment hypothesis (Li & Kim, arXiv 2410.10862), whose code is not public; where the paper is
 silent, the choices are options, and [the decisions](decisions/) say which are the defaults.
 
-This page is written by `python -m benchmarks.located_units` from `benchmarks/results/`; no
-figure in it is typed. Negative results stay.
+This page is written by `python -m benchmarks.located_units` from
+`benchmarks/results/located/`; no figure in it is typed. Negative results stay.
 """
 
 
@@ -48,14 +48,14 @@ class Results:
 
     def rows(self, study: str, table: str) -> list[tables.Row]:
         """Return the rows of one table; none where the study has not been run."""
-        path = self.folder / f"located-{study}-{self.pair}.jsonl"
+        path = self.folder / f"{study}-{self.pair}.jsonl"
         if not path.exists():
             return []
         return [row for row in read_journal(path)[1] if row.get("table") == table]
 
     def facts(self, study: str) -> str:
         """Return what a study was measured on, as one line."""
-        path = self.folder / f"located-{study}-{self.pair}.jsonl"
+        path = self.folder / f"{study}-{self.pair}.jsonl"
         if not path.exists():
             return ""
         card = read_journal(path)[0]
@@ -71,10 +71,7 @@ def page(folder: Path, pictures: Path) -> str:
         pictures: Where PNG files go; named relative to the page's own folder.
     """
     pairs = sorted(
-        {
-            file.stem.removeprefix("located-ablation-")
-            for file in folder.glob("located-ablation-*.jsonl")
-        }
+        {file.stem.removeprefix("ablation-") for file in folder.glob("ablation-*.jsonl")}
         | {"embedded"}
     )
     parts = [_INTRODUCTION]
@@ -82,10 +79,6 @@ def page(folder: Path, pictures: Path) -> str:
         results = Results(folder, pair)
         parts.append(f"## The {pair} pair\n")
         parts += [_section(results, pictures, *section) for section in _SECTIONS]
-    framing = folder / "framing.jsonl"
-    parts.append("## The same request under many motives\n")
-    rows = read_journal(framing)[1] if framing.exists() else []
-    parts.append(tables.framing(rows, pictures / "framing.png") if rows else UNMEASURED + "\n")
     return "\n".join(parts)
 
 
@@ -147,6 +140,12 @@ def _superficial(results: Results, pictures: Path) -> str:
     )
 
 
+def _framing(results: Results, pictures: Path) -> str:
+    path = results.folder / f"framing-{results.pair}.jsonl"
+    rows = read_journal(path)[1] if path.exists() else []
+    return tables.framing(rows, pictures / f"framing-{results.pair}.png") if rows else ""
+
+
 def _cost(results: Results, pictures: Path) -> str:
     del pictures
     return tables.cost(results.rows("cost", "cost"))
@@ -159,6 +158,7 @@ _SECTIONS: tuple[tuple[str, str, Writer], ...] = (
     ("The alignment tax", "alignment-tax", _tax),
     ("Where should probes read?", "reading-aligned", _reading),
     ("How deep is the alignment?", "superficial", _superficial),
+    ("The same request under many motives", "framing", _framing),
     ("What locating costs", "cost", _cost),
 )
 
@@ -166,7 +166,7 @@ _SECTIONS: tuple[tuple[str, str, Writer], ...] = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS / "located")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     arguments = parser.parse_args(argv)
     pictures = arguments.docs / "located-units"

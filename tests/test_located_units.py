@@ -111,14 +111,14 @@ def test_every_table_and_picture_stands_on_the_page(tmp_path):
     agreed = {"compared": "disjoint halves", "category": "SCU", "iou": 0.61, "chance": 0.05,
               "chance_high": 0.08, "n_first": 12, "n_second": 12}  # fmt: skip
     stable = {"table": "stability", "rows": [agreed]}
-    journal(results, "located-ablation-embedded", [*ablation_rows(), stable])
-    journal(results, "located-finetuning-embedded", finetuning_rows())
-    journal(results, "located-alignment-tax-embedded", [{"table": "summary", "rows": [tax]}])
-    journal(results, "located-reading-aligned-embedded", reading_rows())
-    journal(results, "located-superficial-embedded", superficial_rows())
-    journal(results, "located-cost-embedded", [cost])
+    journal(results, "ablation-embedded", [*ablation_rows(), stable])
+    journal(results, "finetuning-embedded", finetuning_rows())
+    journal(results, "alignment-tax-embedded", [{"table": "summary", "rows": [tax]}])
+    journal(results, "reading-aligned-embedded", reading_rows())
+    journal(results, "superficial-embedded", superficial_rows())
+    journal(results, "cost-embedded", [cost])
     framed = Framed("{request} B", Answered(outcomes(3, 7)), Answered(outcomes(3, 7), 9))
-    journal(results, "framing", [framed.to_json()])
+    journal(results, "framing-embedded", [framed.to_json()])
     main(["--results", str(results), "--docs", str(docs)])
     page = (docs / "located-units.md").read_text(encoding="utf-8")
     assert UNMEASURED not in page
@@ -144,6 +144,6 @@ def test_every_table_and_picture_stands_on_the_page(tmp_path):
         "direction-blocks-embedded.png",
         "direction-tokens-embedded.png",
         "depth-embedded.png",
-        "framing.png",
+        "framing-embedded.png",
     }
     assert all(f"(located-units/{name})" in page for name in pictures)

@@ -39,15 +39,16 @@ _ARMS: dict[str, tuple[Setting | None, bool]] = {
     "random, as many as (ii)": ("ii", True),
 }
 _FALL = 0.30
+_READINGS = 20  # of a run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the pilot, then arm by arm and seed by seed, keeping each run."""
     parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--rate", type=float, default=5e-5)
     parser.add_argument("--most-steps", type=int, default=400, help="of the pilot")
-    parser.add_argument("--every", type=int, default=20, help="steps between readings")
+    parser.add_argument("--every", type=int, default=5, help="steps between readings of the pilot")
     parser.add_argument("--texts", type=int, default=1500, help="to train on")
     parser.add_argument("--asked", type=int, default=100, help="harmful prompts a reading")
     parser.add_argument("--located-on", type=int, default=400)
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     units = located_on(pair, pair.load("aligned"), prompts=arguments.located_on).units
     for arm in _ARMS:
         for seed in range(arguments.seeds):
-            run = Run(steps=2 * steps, every=arguments.every, rate=arguments.rate, seed=seed)
+            every = max(1, 2 * steps // _READINGS)
+            run = Run(steps=2 * steps, every=every, rate=arguments.rate, seed=seed)
             study.run(arm, units, run)
     study.compare(arguments.seeds)
 

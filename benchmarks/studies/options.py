@@ -28,7 +28,7 @@ def parser_of(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--prompts", type=Path, nargs="*", default=(), help="of another pair")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=RESULTS / "located")
     parser.add_argument("--tiny", action="store_true", help="a try of the code, not a study")
     return parser
 
@@ -54,7 +54,7 @@ def pair_of(arguments: argparse.Namespace) -> Pair:
 def journal_of(
     study: str, pair: Pair, arguments: argparse.Namespace, **settings: object
 ) -> Journal:
-    """Open `results/located-STUDY-PAIR.jsonl`; rows of other models or settings are replaced."""
+    """Open `results/located/STUDY-PAIR.jsonl`; rows of other models or settings are replaced."""
     identity = {
         "study": study,
         "pair": pair.name,
@@ -62,5 +62,6 @@ def journal_of(
         "seed": arguments.seed,
         **settings,
     }
-    name = f"located-{study}-{pair.name}.jsonl"
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    name = f"{study}-{pair.name}.jsonl"
     return Journal(arguments.results / name, identity, facts=card(), other="replace")

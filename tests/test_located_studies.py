@@ -1,0 +1,46 @@
+"""Every study of located units runs through at its smallest size, and goes on when ended."""
+
+import importlib
+import logging
+
+import pytest
+
+from benchmarks.located_units import UNMEASURED
+from benchmarks.located_units import main as write_page
+from probes.journal import read_journal
+
+STUDIES = {
+    "ablation": "ablation",
+    "alignment_tax": "alignment-tax",
+    "finetuning": "finetuning",
+    "locate_cost": "cost",
+    "superficial": "superficial",
+    "where_to_read": "reading-aligned",
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return tmp_path_factory.mktemp("located")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_runs_through_and_a_second_run_measures_nothing(study, results, caplog):
+    module = importlib.import_module(f"benchmarks.studies.{study}")
+    module.main(["--tiny", "--results", str(results)])
+    path = results / f"{STUDIES[study]}-embedded.jsonl"
+    _, rows = read_journal(path)
+    assert rows
+    if study != "locate_cost":  # seconds are measured anew
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            module.main(["--tiny", "--results", str(results)])
+        assert read_journal(path)[1] == rows
+
+
+@pytest.mark.slow
+def test_the_page_is_written_from_what_the_studies_kept(results, tmp_path):
+    write_page(["--results", str(results), "--docs", str(tmp_path)])
+    page = (tmp_path / "located-units.md").read_text(encoding="utf-8")
+    assert page.count(UNMEASURED) == 1  # the motives are asked by a command of their own
