@@ -17,6 +17,7 @@ from safe_decode.commands.demo import demo
 from safe_decode.commands.generate import generate
 from safe_decode.commands.locate import locate
 from safe_decode.commands.output import print_error
+from safe_decode.commands.serve import serve
 from safe_decode.errors import SafeDecodeError
 
 __all__ = ["app", "main"]
@@ -47,6 +48,7 @@ app.command("demo")(demo)
 app.command("inspect")(inspect)
 app.command("verify-certificate")(verify_certificate)
 app.command("locate")(locate)
+app.command("serve")(serve)
 app.command("capabilities")(capabilities)
 
 
