@@ -33,7 +33,9 @@ class Metrics:
             registry=own,
         )
         self.failures = Counter(
-            "safe_decode_guard_failures", "Rows closed since the guard or engine failed.", registry=own
+            "safe_decode_guard_failures",
+            "Rows closed since the guard or engine failed.",
+            registry=own,
         )
         self.refused = Counter("safe_decode_refused", "Requests not taken.", ["why"], registry=own)
         self.queue = Gauge("safe_decode_queue_rows", "Rows that wait.", registry=own)
@@ -44,16 +46,25 @@ class Metrics:
             "safe_decode_ttft_seconds", "To the first shown token.", buckets=_SECONDS, registry=own
         )
         self.tpot = Histogram(
-            "safe_decode_tpot_seconds", "For each shown token after it.", buckets=_SECONDS, registry=own
+            "safe_decode_tpot_seconds",
+            "For each shown token after it.",
+            buckets=_SECONDS,
+            registry=own,
         )
         self.waited = Histogram(
             "safe_decode_queue_seconds", "In the queue.", buckets=_SECONDS, registry=own
         )
         self.dropped = Histogram(
-            "safe_decode_trip_dropped_tokens", "Taken back at a trip.", buckets=_TOKENS, registry=own
+            "safe_decode_trip_dropped_tokens",
+            "Taken back at a trip.",
+            buckets=_TOKENS,
+            registry=own,
         )
         self.batch = Histogram(
-            "safe_decode_run_rows", "Rows of a run.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=own
+            "safe_decode_run_rows",
+            "Rows of a run.",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+            registry=own,
         )
         self.tokens = Counter("safe_decode_tokens", "Tokens shown.", registry=own)
 

@@ -17,7 +17,7 @@ from safe_decode.serving.engine import GuardFacts
 from safe_decode.serving.scheduler import Scheduler
 from safe_decode.serving.settings import ServeSettings
 
-__all__ = ["GuardedServer", "first_screen", "serve_app"]
+__all__ = ["GuardedServer", "config_of", "first_screen", "serve_app"]
 
 
 class GuardedServer(uvicorn.Server):
@@ -63,15 +63,9 @@ class GuardedServer(uvicorn.Server):
         self._draining = asyncio.ensure_future(self._scheduler.drain(self._grace_s))
 
 
-def serve_app(app: FastAPI, settings: ServeSettings, on_start: Callable[[str], None]) -> None:
-    """Serve until told to end.
-
-    Args:
-        app: From `create_app`.
-        settings: Where to listen, and the grace.
-        on_start: Called with the address once it listens.
-    """
-    config = uvicorn.Config(
+def config_of(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
+    """Return uvicorn's configuration: no access log, since it would hold no more than metrics."""
+    return uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
@@ -81,8 +75,23 @@ def serve_app(app: FastAPI, settings: ServeSettings, on_start: Callable[[str], N
         timeout_graceful_shutdown=int(settings.shutdown_grace_s) + 15,
         h11_max_incomplete_event_size=64 * 1024,
     )
+
+
+def serve_app(app: FastAPI, settings: ServeSettings, on_start: Callable[[str], None]) -> None:
+    """Serve until told to end.
+
+    Args:
+        app: From `create_app`.
+        settings: Where to listen, and the grace.
+        on_start: Called with the address once it listens.
+    """
     scheduler: Scheduler = app.state.service.scheduler
-    GuardedServer(config, scheduler, grace_s=settings.shutdown_grace_s, on_start=on_start).run()
+    GuardedServer(
+        config_of(app, settings),
+        scheduler,
+        grace_s=settings.shutdown_grace_s,
+        on_start=on_start,
+    ).run()
 
 
 def first_screen(settings: ServeSettings, facts: GuardFacts) -> list[tuple[str, str]]:
