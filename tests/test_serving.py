@@ -80,7 +80,7 @@ def test_scores_and_thresholds_stay_with_the_operator(client, attack):
             assert f'"{word}"' not in text
 
 
-def test_the_server_says_what_the_decoder_says(client):
+def test_the_server_says_what_the_decoder_says():
     """Engine and library agree on texts, outcomes and every score of the trace."""
     engine, pair = embedded_engine(), embedded()
     decoder = engine._decoder

@@ -67,7 +67,9 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     if settings.page:
         app.include_router(pages(service))
     _tell_errors(app)
-    app.add_middleware(Gate, settings=settings, metrics=service.metrics)
+    app.add_middleware(
+        Gate, settings=settings, metrics=service.metrics, marker=engine.facts.bundle[:16]
+    )
     return app
 
 

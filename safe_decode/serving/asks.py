@@ -118,6 +118,7 @@ class CommonAsk(BaseModel):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     user: Annotated[str, Field(max_length=4096)] | None = None
     safety: SafetyAsk | None = None
+    return_token_ids: bool | None = None
 
 
 class ChatAsk(CommonAsk):

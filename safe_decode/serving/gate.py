@@ -18,7 +18,10 @@ from safe_decode.serving.failures import ApiError, anthropic_body, openai_body
 from safe_decode.serving.metrics import Metrics
 from safe_decode.serving.settings import ServeSettings
 
-__all__ = ["Gate", "key_name"]
+__all__ = ["MARKER", "Gate", "key_name"]
+
+MARKER = "x-safe-decode-bundle"
+"""The header that says by which bundle an answer was guarded."""
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -45,10 +48,12 @@ class Gate:
         app: Behind the gate.
         settings: Limits and keys.
         metrics: Counts.
+        marker: Digest of the bundle; every answer of /v1 carries it.
     """
 
-    def __init__(self, app: App, settings: ServeSettings, metrics: Metrics) -> None:
+    def __init__(self, app: App, settings: ServeSettings, metrics: Metrics, marker: str) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
+        self._marker = (MARKER.encode(), marker.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request pass, or answer it."""
@@ -62,7 +67,7 @@ class Gate:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._metrics.requests.labels(_endpoint(path), message["status"]).inc()
-                own = [*_HEADERS, (b"x-request-id", request_id.encode())]
+                own = [*_HEADERS, (b"x-request-id", request_id.encode()), self._marker]
                 message["headers"] = [*message.get("headers", []), *own]
             await send(message)
 

@@ -28,6 +28,7 @@ class Shape:
         model: Its name.
         fingerprint: Of the bundle.
         token_text: From an id to its text.
+        gives_ids: Whether chunks and choices carry the ids that are shown.
         id: Of the response.
         created: Unix time.
     """
@@ -35,6 +36,7 @@ class Shape:
     model: str
     fingerprint: str
     token_text: TokenText
+    gives_ids: bool = False
     id: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -60,7 +62,8 @@ class Shape:
     def chunks(self, index: int, story: Story, event: Event) -> list[dict[str, Any]]:
         """Write the chunks of an event that `story` has taken."""
         if isinstance(event, Said):
-            choices = [self.said(story, event)]
+            ids = {"token_ids": [note.token for note in event.tokens]} if self.gives_ids else {}
+            choices = [{**self.said(story, event), **ids}]
         elif isinstance(event, Tripped):
             told = story.trip_told()
             choices = [] if told is None else [{**self.empty(), "safety": {"trip": told}}]

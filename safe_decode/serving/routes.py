@@ -29,6 +29,7 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter()
     desk, settings, facts = service.desk, service.settings, service.engine.facts
     fingerprint = f"sd-{facts.bundle[:12]}"
+    told = (settings.name, fingerprint, service.engine.token_text)
     model = {
         "id": settings.name,
         "object": "model",
@@ -48,13 +49,13 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(ask: ChatAsk, request: Request) -> Response:
-        shape = ChatShape(settings.name, fingerprint, service.engine.token_text)
+        shape = ChatShape(*told, gives_ids=bool(ask.return_token_ids))
         _require_stream_options(ask)
         return await openai(desk.chat(ask), ask, request, shape)
 
     @router.post("/v1/completions")
     async def completions(ask: CompletionAsk, request: Request) -> Response:
-        shape = CompletionShape(settings.name, fingerprint, service.engine.token_text)
+        shape = CompletionShape(*told, gives_ids=bool(ask.return_token_ids))
         _require_stream_options(ask)
         return await openai(desk.completion(ask), ask, request, shape)
 
