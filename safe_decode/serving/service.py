@@ -23,6 +23,7 @@ from safe_decode.serving.rows import Event, Finished, RowRequest
 from safe_decode.serving.scheduler import Scheduler, Tickets
 from safe_decode.serving.settings import ServeSettings
 from safe_decode.serving.story import Exposure, Story
+from safe_decode.serving.telemetry import Telemetry
 
 __all__ = ["Conversation", "Service"]
 
@@ -54,7 +55,7 @@ class Service:
     def __init__(self, engine: Engine, settings: ServeSettings) -> None:
         self.engine, self.settings = engine, settings
         self.metrics = Metrics()
-        self.audit = AuditLog(settings.audit)
+        self.audit, self.telemetry = AuditLog(settings.audit), Telemetry()
         self.scheduler = Scheduler(engine, settings, self.metrics)
         self.desk = Desk(engine, settings)
         self.exposure = Exposure(engine.facts, settings)
@@ -146,7 +147,10 @@ class Service:
             metrics.ttft.observe(story.first_at - story.began_at)
             if end.shown_tokens > 1:
                 metrics.tpot.observe((story.last_at - story.first_at) / (end.shown_tokens - 1))
-        self.audit.write(self._record(story, request, endpoint))
+        record = self._record(story, request, endpoint)
+        self.audit.write(record)
+        told = ("endpoint", "action", "finish_reason", "shown_tokens", "prompt_tokens")
+        self.telemetry.response(record["seconds"], {name: record[name] for name in told})
 
     def _record(self, story: Story, request: Request, endpoint: str) -> dict[str, Any]:
         end = story.end

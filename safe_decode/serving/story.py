@@ -138,6 +138,7 @@ class Story:
         return {
             "redirect": trip.redirect,
             "statistic": trip.statistic,
+            "risk": None if trip.statistic is None else risk_of(trip.statistic, self.threshold),
             "dropped_tokens": len(trip.dropped),
             "dropped": self.exposure.tokens(dropped, self.threshold),
         }

@@ -114,7 +114,10 @@ export class Answer {
       }
       this.said.append(del);
     }
-    const risk = dropped.find((token) => token.risk !== null)?.risk ?? null;
+    for (const token of dropped) {
+      if (token.risk !== null && token.risk < 0.5) this.chart.push(token.risk);
+    }
+    const risk = trip.risk ?? null;
     if (risk !== null) this.peak = Math.max(this.peak ?? 0, risk);
     this.flag("trips");
     this.chart.trip(risk);

@@ -1,0 +1,57 @@
+"""A server as users start it, in a process of its own, for vendors' clients as shipped.
+
+SAFE_DECODE_PYTHON names the interpreter that has safe-decode; so a client whose pins clash
+with ours can be tested from an environment without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = os.environ.get("SAFE_DECODE_PYTHON", sys.executable)
+START = "from safe_decode.cli import main; main()"
+MODEL = "safe-decode-embedded"
+KEY = "a-key-for-tests"
+CALM = [{"role": "user", "content": "I have the mirror here. Help me polish it."}]
+
+
+@pytest.fixture(scope="session")
+def address():
+    """Where a server listens that was started by the command."""
+    command = [PYTHON, "-c", START, "serve", "--port", "0", "--api-key", KEY, "--hide-scores"]
+    command += ["--set", "allow_json=true"]
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
+    assert process.stderr is not None
+    found = None
+    for line in process.stderr:
+        found = re.search(r"http://\S+:\d+", line)
+        if found:
+            break
+    assert found, f"the server did not start: {process.poll()}"
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    yield found.group(0)
+    process.terminate()
+    assert process.wait(60) == 0
+
+
+@pytest.fixture(scope="session")
+def attack():
+    """The showcase of the prefilled scene, as the server's page offers it."""
+    file = ROOT / "safe_decode" / "demo" / "artefacts" / "prompts.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines():
+        prompt = json.loads(line)
+        if prompt["scene"] == "prefilled" and prompt["showcase"]:
+            return [*prompt["messages"], {"role": "assistant", "content": prompt["prefill"]}]
+    raise AssertionError("no showcase")
