@@ -149,7 +149,7 @@ def test_rows_that_are_left_when_the_server_ends_get_an_end():
 def test_a_cancelled_row_leaves_its_neighbours_alone():
     engine = embedded_engine()
     prompt = engine.chat(CALM)
-    request = RowRequest(prompt, Sampling(max_tokens=40, seed=0), engine.facts.policy)
+    request = RowRequest(prompt, Sampling(max_tokens=64, seed=0), engine.facts.policy)
     told = [[], [], []]
     rows = [Row(request, events.append) for events in told]
     rows[1].cancel()
