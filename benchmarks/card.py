@@ -1,56 +1,26 @@
-"""The machine's card that stands beside every figure, and how results are written."""
+"""Where our studies write, and the card with the commit they were made from."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safe_decode.bench import card as machine
+
 __all__ = ["RESULTS", "card", "write_results"]
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def card(**facts: object) -> dict[str, object]:
     """Describe machine, versions and commit, and add the study's own facts."""
-    import torch
-    import transformers
-
-    return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": _commit(),
-        **facts,
-    }
+    return machine.card(commit=machine.commit_of(ROOT), **facts)
 
 
 def write_results(name: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> Path:
     """Write `results/NAME.jsonl` whole: the rows, then the card."""
     target = RESULTS / f"{name}.jsonl"
-    part = target.with_suffix(".part")
-    lines = [*map(json.dumps, rows), json.dumps({"card": facts})]
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    part.replace(target)
+    machine.write_lines(target, rows, facts)
     return target
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    root = Path(__file__).resolve().parent.parent
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
@@ -83,18 +84,19 @@ def serving(*arguments: str, is_bare: bool = False) -> Iterator[Served]:
 
 def _without_guard() -> None:
     """Leave out what is measured: no hook is installed, and the loop judges nothing."""
-    from safe_decode.serving import guarded
+    from safe_decode.loop import GuardedLoop
+    from safe_decode.serving.guarded import GuardedEngine
     from safe_decode.taps import ActivationTap
 
-    real = guarded._FollowedLoop.__init__
+    real = GuardedLoop.__init__
 
-    def blind(self: guarded._FollowedLoop, session: object, run: object) -> None:
-        real(self, session, run)  # type: ignore[arg-type]
+    def blind(self: GuardedLoop, session: Any, **options: Any) -> None:  # noqa: ANN401
+        real(self, session, **options)
         self._is_blind = True
 
-    guarded._FollowedLoop.__init__ = blind  # type: ignore[method-assign, assignment]
+    GuardedLoop.__init__ = blind  # type: ignore[assignment]
     ActivationTap._install = lambda _self: None  # type: ignore[method-assign]
-    guarded.GuardedEngine.check = lambda _self: 0.0  # type: ignore[method-assign]
+    GuardedEngine.check = lambda _self: 0.0  # type: ignore[method-assign]
 
 
 def _main() -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "Split",
     "assign_splits",
     "by_split",
+    "conversation_from",
     "read_jsonl",
     "split_of",
     "write_jsonl",
@@ -151,7 +152,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Conversation]:
             if not line.strip():
                 continue
             try:
-                rows.append(_from_json(json.loads(line)))
+                rows.append(conversation_from(json.loads(line)))
             except (DataError, json.JSONDecodeError) as error:
                 raise DataError(f"{os.fspath(path)}:{number}: {error}") from error
     return rows
@@ -250,7 +251,12 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _from_json(row: object) -> Conversation:
+def conversation_from(row: object) -> Conversation:
+    """Make a conversation of a row of JSON, as `read_jsonl` describes it.
+
+    Raises:
+        DataError: The row cannot be used.
+    """
     values = _known_fields(row)
     if "prompt" in values:
         values["messages"] = [{"role": "user", "content": values.pop("prompt")}]

@@ -9,7 +9,7 @@ Knows arrays, labels and onsets. Does not know models, files or fitting.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.sites import Site, n_features, sorted_sites
 
-__all__ = ["BeforeOnset", "ResponseFeatures", "Segment", "columns_of", "label_segments"]
+__all__ = [
+    "BeforeOnset",
+    "ResponseFeatures",
+    "Segment",
+    "columns_of",
+    "label_segments",
+    "label_spans",
+    "union_of_sites",
+]
 
 BeforeOnset = Literal["negative", "exclude"]
 """What the positions of a harmful response before its onset teach: that they are harmless,
@@ -116,8 +124,31 @@ def columns_of(harvested: Sequence[Site], wanted: Sequence[Site]) -> NDArray[np.
     return np.asarray([place[key] for key in keys], dtype=np.intp)
 
 
+def union_of_sites(site_sets: Iterable[Sequence[Site]]) -> tuple[Site, ...]:
+    """Name every channel that stands in at least one of the sets."""
+    channels: dict[tuple[int, Any], set[int]] = {}
+    for sites in site_sets:
+        for site in sites:
+            channels.setdefault((site.layer, site.kind), set()).update(site.channels)
+    return sorted_sites(
+        Site(layer, kind, tuple(sorted(found))) for (layer, kind), found in channels.items()
+    )
+
+
 def label_segments(
     features: ResponseFeatures,
+    harmful: Sequence[bool],
+    *,
+    before_onset: BeforeOnset = "negative",
+) -> list[Segment]:
+    """Say which positions of each response teach which label; see `label_spans`."""
+    lengths = [len(values) for values in features.responses]
+    return label_spans(lengths, features.onset_tokens, harmful, before_onset=before_onset)
+
+
+def label_spans(
+    n_scores: Sequence[int],
+    onset_tokens: Sequence[int | None],
     harmful: Sequence[bool],
     *,
     before_onset: BeforeOnset = "negative",
@@ -128,17 +159,22 @@ def label_segments(
     that judges its onset token; where the onset is unknown, from s_1 on, and s_0, at which
     nothing has been said yet, teaches nothing.
 
+    Args:
+        n_scores: T + 1 of each response.
+        onset_tokens: Onset of each, or None.
+        harmful: One label a response.
+        before_onset: See `BeforeOnset`.
+
     Raises:
         ConfigurationError: Not one label a response, or an onset outside its response.
         DataError: Every label is the same, so there is nothing to tell apart.
     """
-    if len(harmful) != len(features):
+    if len(harmful) != len(n_scores):
         raise ConfigurationError(
-            f"harmful has {len(harmful)} labels for {len(features)} responses; pass one each."
+            f"harmful has {len(harmful)} labels for {len(n_scores)} responses; pass one each."
         )
     segments: list[Segment] = []
-    for row, label in enumerate(harmful):
-        stop, onset = len(features.responses[row]), features.onset_tokens[row]
+    for row, (label, stop, onset) in enumerate(zip(harmful, n_scores, onset_tokens, strict=True)):
         if not label:
             segments.append(Segment(row, 0, stop, False, 1.0))
             continue
@@ -154,7 +190,7 @@ def label_segments(
         segments.append(Segment(row, first, stop, True, 0.5 if negative else 1.0))
     if len({segment.harmful for segment in segments}) < 2:
         raise DataError(
-            f"all {len(features)} responses are {'harmful' if any(harmful) else 'harmless'}; "
+            f"all {len(n_scores)} responses are {'harmful' if any(harmful) else 'harmless'}; "
             "give both kinds."
         )
     return segments

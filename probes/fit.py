@@ -1,6 +1,6 @@
 """Fit a linear probe to activations of labelled responses.
 
-Knows three losses, standardisation and what makes a feature unusable. Does not know
+Knows four ways of fitting, standardisation and what makes a feature unusable. Does not know
 models, text, thresholds or which configuration is best.
 """
 
@@ -16,20 +16,31 @@ import torch
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GroupKFold
 
 from probes.features import BeforeOnset, ResponseFeatures, Segment, label_segments
 from probes.windowed_loss import Solution, Windows, minimise
 from safe_decode.errors import ConfigurationError, DataError, NonFiniteError
 from safe_decode.probe import LinearProbe
+from safe_decode.sites import Site
 
-__all__ = ["FitConfig", "FittedProbe", "LinearProbeFitter", "Method", "cross_validated_auroc"]
+__all__ = [
+    "FitConfig",
+    "FittedProbe",
+    "LinearProbeFitter",
+    "Method",
+    "Standardisation",
+    "evenly",
+    "fitted_probe",
+    "mean_logit",
+    "standardisation_of",
+]
 
-Method = Literal["pooled", "token", "windowed"]
+Method = Literal["pooled", "token", "windowed", "mass_mean"]
 """pooled: logistic regression on means over positions, the baseline to beat.
 token: logistic regression on single positions, equal weight a response.
-windowed: softmax-weighted cross-entropy of sliding-window means (arXiv 2601.04603)."""
+windowed: softmax-weighted cross-entropy of sliding-window means (arXiv 2601.04603).
+mass_mean: difference of the two means (arXiv 2310.06824), every feature of equal spread;
+nothing is optimised, so nothing is overfitted."""
 
 # A feature whose spread is this small beside the median feature's is dead or constant;
 # dividing by it would turn float noise into signal.
@@ -44,7 +55,7 @@ class FitConfig:
     Attributes:
         method: See `Method`.
         c: Inverse strength of the L2 penalty, in scikit-learn's sense with one unit of
-            weight a response.
+            weight a response. Without meaning for `mass_mean`.
         before_onset: See `BeforeOnset`.
         tokens_per_response: At most so many positions of a segment, evenly spaced, are
             used by `token`; neighbours carry almost the same information.
@@ -113,6 +124,12 @@ class LinearProbeFitter:
             NonFiniteError: An activation is NaN or infinite.
         """
         segments = label_segments(features, harmful, before_onset=self.config.before_onset)
+        return self.fit_segments(features, segments, harmful)
+
+    def fit_segments(
+        self, features: ResponseFeatures, segments: Sequence[Segment], harmful: Sequence[bool]
+    ) -> FittedProbe:
+        """Fit on segments that were labelled already; otherwise as `fit`."""
         examples = self._examples(features, segments)
         mean, std, dead = _standardisation(examples)
         rows = examples.rows
@@ -121,17 +138,10 @@ class LinearProbeFitter:
         rows[:, dead] = 0.0
         solution = self._solve(examples)
         solution.weight[dead] = 0.0
-        probe = LinearProbe.folded(
-            features.sites,
-            torch.from_numpy(solution.weight)[:, None],
-            torch.tensor([solution.bias]),
-            torch.from_numpy(mean),
-            torch.from_numpy(std),
-            ("harm",),
-        )
+        probe = fitted_probe(features.sites, solution, mean, std)
         benign = [v for v, label in zip(features.responses, harmful, strict=True) if not label]
         return FittedProbe(
-            probe, _mean_logit(probe, benign), self.config, int(dead.sum()), solution.converged
+            probe, mean_logit(probe, benign), self.config, int(dead.sum()), solution.converged
         )
 
     def _examples(self, features: ResponseFeatures, segments: Sequence[Segment]) -> _Examples:
@@ -139,7 +149,7 @@ class LinearProbeFitter:
         for segment in segments:
             part = features.responses[segment.row][segment.start : segment.stop]
             if self.config.method == "token":
-                part = part[_evenly(len(part), self.config.tokens_per_response)]
+                part = part[evenly(len(part), self.config.tokens_per_response)]
             part = np.asarray(part, dtype=np.float32)
             if self.config.method == "pooled":
                 part = part.mean(axis=0, keepdims=True)
@@ -167,6 +177,8 @@ class LinearProbeFitter:
                 tau=config.tau,
                 max_iterations=config.max_iterations,
             )
+        if config.method == "mass_mean":
+            return _mass_mean(examples)
         model = LogisticRegression(C=config.c, max_iter=config.max_iterations)
         with warnings.catch_warnings():
             # Stopping at max_iter is reported as `converged`, not as a warning.
@@ -183,37 +195,45 @@ class LinearProbeFitter:
         )
 
 
-def cross_validated_auroc(
-    features: ResponseFeatures,
-    harmful: Sequence[bool],
-    groups: Sequence[str],
-    config: FitConfig,
-    *,
-    folds: int = 4,
-) -> float:
-    """Score a configuration by AUROC of the mean logit of responses left out by group.
+def fitted_probe(
+    sites: Sequence[Site],
+    solution: Solution,
+    mean: NDArray[np.float32],
+    std: NDArray[np.float32],
+) -> LinearProbe:
+    """Fold a solution for standardised features into a probe with the head `harm`."""
+    return LinearProbe.folded(
+        sites,
+        torch.from_numpy(solution.weight)[:, None],
+        torch.tensor([solution.bias]),
+        torch.from_numpy(mean),
+        torch.from_numpy(std),
+        ("harm",),
+    )
 
-    Args:
-        features: Of responses.
-        harmful: One label a response.
-        groups: Responses of one group are left out together.
-        config: How to fit.
-        folds: How many parts; the mean over parts that hold both labels is returned.
 
-    Raises:
-        DataError: No part holds both labels.
-    """
-    labels = np.asarray(harmful, dtype=bool)
-    scores = []
-    for train, held_out in GroupKFold(folds).split(labels, labels, groups):
-        if len(set(labels[held_out])) < 2 or len(set(labels[train])) < 2:
-            continue
-        fitted = LinearProbeFitter(config).fit(features.take(train), labels[train].tolist())
-        means = [_mean_logit(fitted.probe, [features.responses[row]])[0] for row in held_out]
-        scores.append(float(roc_auc_score(labels[held_out], means)))
-    if not scores:
-        raise DataError(f"no part of {folds} holds both labels; give more groups of each.")
-    return float(np.mean(scores))
+def mean_logit(probe: LinearProbe, responses: Sequence[NDArray[Any]]) -> tuple[float, ...]:
+    """Return the mean logit of each head, [K], each response of equal weight."""
+    means = np.stack([np.asarray(v, dtype=np.float32).mean(axis=0) for v in responses])
+    logits = probe(torch.from_numpy(means)).double().mean(dim=0)
+    return tuple(logits.tolist())
+
+
+def _mass_mean(examples: _Examples) -> Solution:
+    """Take the difference of means, scaled to the logit of two normal laws of equal spread."""
+    weights = examples.row_weights()
+    positive = np.repeat(examples.harmful, examples.sizes)
+    means = [
+        np.average(examples.rows[mask], axis=0, weights=weights[mask])
+        for mask in (positive, ~positive)
+    ]
+    direction = means[0] - means[1]
+    projected = examples.rows @ direction
+    high, low = (float(mean @ direction) for mean in means)
+    within = np.average((projected - np.where(positive, high, low)) ** 2, weights=weights)
+    scale = (high - low) / max(float(within), _ABSOLUTE_STD_FLOOR)
+    weight = (scale * direction).astype(np.float32)
+    return Solution(weight, -scale * (high + low) / 2, True)
 
 
 class _Examples(NamedTuple):
@@ -236,32 +256,38 @@ class _Examples(NamedTuple):
         return weights
 
 
-class _Standardisation(NamedTuple):
+class Standardisation(NamedTuple):
+    """Means and spreads of features, [F] each; the spread of a dead one is 1."""
+
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
     dead: NDArray[np.bool_]
 
 
-def _standardisation(examples: _Examples) -> _Standardisation:
+def _standardisation(examples: _Examples) -> Standardisation:
     weights = examples.row_weights() / examples.weight.sum()
     # float64 through the product with the weights: means far above their spread stay exact.
     mean = weights @ examples.rows
-    std = np.sqrt(np.maximum(weights @ np.square(examples.rows - mean), 0.0))
+    return standardisation_of(mean, weights @ np.square(examples.rows - mean))
+
+
+def standardisation_of(mean: NDArray[np.float64], variance: NDArray[np.float64]) -> Standardisation:
+    """Set the floor under the spread of features.
+
+    Raises:
+        DataError: Every feature is dead.
+    """
+    std = np.sqrt(np.maximum(variance, 0.0))
     dead = std <= max(_RELATIVE_STD_FLOOR * float(np.median(std)), _ABSOLUTE_STD_FLOOR)
     if dead.all():
         raise DataError(f"all {len(std)} features are constant; read other sites.")
-    return _Standardisation(
+    return Standardisation(
         mean.astype(np.float32), np.where(dead, 1.0, std).astype(np.float32), dead
     )
 
 
-def _evenly(length: int, most: int) -> NDArray[np.intp]:
+def evenly(length: int, most: int) -> NDArray[np.intp]:
+    """Choose at most so many of the numbers below `length`, evenly spaced, ends included."""
     if length <= most:
         return np.arange(length)
     return np.linspace(0, length - 1, most).round().astype(np.intp)
-
-
-def _mean_logit(probe: LinearProbe, responses: Sequence[NDArray[Any]]) -> tuple[float, ...]:
-    means = np.stack([np.asarray(v, dtype=np.float32).mean(axis=0) for v in responses])
-    logits = probe(torch.from_numpy(means)).double().mean(dim=0)
-    return tuple(logits.tolist())

@@ -34,11 +34,12 @@ from safe_decode.errors import DataError
 from safe_decode.probe import LinearProbe
 from safe_decode.sites import Site, n_features, sorted_sites
 
-__all__ = ["harvest", "harvest_to", "score_responses"]
+__all__ = ["harvest", "harvest_to", "score_responses", "weights_digest"]
 
 Storage = Literal["float32", "float16"]
 
 _SAMPLED_PER_PARAMETER = 64
+_SHARD = "features-"
 
 
 def harvest(
@@ -86,7 +87,7 @@ def harvest_to(
     """Read the activations of every response into shards, and return them memory-mapped.
 
     Memory is bounded by a batch. Called again with the same responses and sites, only
-    shards that are missing are computed.
+    shards that are missing are computed. One harvest at a time writes to a directory.
 
     Raises:
         DataError: As in `harvest`; or the directory holds another harvest.
@@ -96,11 +97,13 @@ def harvest_to(
     encoded = [encode_response(tokenizer, row) for row in conversations]
     onsets = _onsets(tokenizer, conversations, encoded)
     identity = _identity(encoded, sites, storage, responses_per_shard)
-    _claim(root, {**identity, "weights_sha256": _weights_digest(model)})
+    _claim(root, {**identity, "weights_sha256": weights_digest(model)})
+    for left in root.glob(f"{_SHARD}*.part"):
+        left.unlink()  # half a shard of a run that was killed
     responses: list[NDArray[Any]] = []
     for number, begin in enumerate(range(0, len(encoded), responses_per_shard)):
         part = encoded[begin : begin + responses_per_shard]
-        path = root / f"features-{number:05d}.npy"
+        path = root / f"{_SHARD}{number:05d}.npy"
         if not path.exists():
             _write_shard(path, model, sites, part, storage, tokens_per_batch)
         responses += _views(np.load(path, mmap_mode="r"), part)
@@ -194,7 +197,9 @@ def _claim(root: Path, identity: dict[str, Any]) -> None:
     path = root / "harvest.json"
     text = json.dumps(identity, sort_keys=True)
     if not path.exists():
-        path.write_text(text, encoding="utf-8")
+        temporary = path.with_suffix(".part")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     elif path.read_text(encoding="utf-8") != text:
         raise DataError(
             f"{root} holds a harvest of another model, or of other responses, sites or storage; "
@@ -216,7 +221,7 @@ def _identity(
     }
 
 
-def _weights_digest(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
     """Digest a sample of every parameter: enough to notice a further training step."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():

@@ -8,29 +8,29 @@ Knows the order, the grid and what is recorded. Each step is a module of its own
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from probes.calibrate import Calibration, certify_populations, population_of
+from probes.calibrate import Calibration, certify_populations
+from probes.candidates import Candidate, FeatureStore, Search, ranked_candidates
 from probes.conversations import SPLITS, Conversation, Split, by_split
-from probes.features import ResponseFeatures
-from probes.fit import FitConfig, FittedProbe, LinearProbeFitter
-from probes.harvest import harvest, score_responses
+from probes.features import union_of_sites
+from probes.fit import FitConfig
+from probes.harvest import score_responses
 from probes.locate import LocateConfig, locate
-from probes.select import Chosen, SelectSet, score_monitor
+from probes.select import StatisticChoice
 from probes.statistic import maxima, smoothed_paths
 from probes.units import UnitSet, sites_of
 from safe_decode.bundle import Fingerprint, ProbeBundle
 from safe_decode.canary import CanaryRecord
 from safe_decode.certificate import Envelope
 from safe_decode.errors import ConfigurationError, DataError
-from safe_decode.sites import Site, n_features, sorted_sites
+from safe_decode.sites import Site
 
-__all__ = ["Recipe", "RecipeConfig", "make_bundle", "union_of_sites"]
+__all__ = ["FeatureStore", "Recipe", "RecipeConfig", "make_bundle", "union_of_sites"]
 
 # Rounding of other kernels is far below a twentieth of the benign spread, a missing hook or
 # another model far above it.
@@ -58,6 +58,10 @@ class RecipeConfig:
         extra_sites: Further sets of sites to try, by name, such as whole residual layers.
         fits: Ways of fitting to try.
         windows: Smoothing to try: an EMA that matches a window of so many tokens.
+        statistics: Further statistics to try.
+        c_grid: Where not empty, each way of fitting takes the C of it that does best on the
+            fit split, groups left out in turn, instead of its own.
+        by_category: Try, beside one head for all harm, a further one for each category.
         alphas: Certified bounds on the false-alarm share of benign responses.
         default_alpha: The one a bundle uses unless told otherwise.
         delta: Chance that the bounds do not hold.
@@ -73,6 +77,9 @@ class RecipeConfig:
     extra_sites: Mapping[str, tuple[Site, ...]] = field(default_factory=dict)
     fits: tuple[FitConfig, ...] = _DEFAULT_FITS
     windows: tuple[int, ...] = (1, 2, 4, 8)
+    statistics: tuple[StatisticChoice, ...] = ()
+    c_grid: tuple[float, ...] = ()
+    by_category: bool = False
     alphas: tuple[float, ...] = (0.01,)
     default_alpha: float = 0.01
     delta: float = 0.05
@@ -80,16 +87,31 @@ class RecipeConfig:
     most_holdback_tokens: int = 16
 
     def __post_init__(self) -> None:
-        if not (self.feature_counts or self.extra_sites) or not self.fits or not self.windows:
+        if not (self.feature_counts or self.extra_sites) or not self.fits:
             raise ConfigurationError(
-                "feature_counts or extra_sites, fits and windows must each name something to try."
+                "feature_counts or extra_sites, and fits, must each name something to try."
             )
+        if not (self.windows or self.statistics):
+            raise ConfigurationError("windows or statistics must name something to try.")
         if self.default_alpha not in self.alphas:
             raise ConfigurationError(
                 f"default_alpha={self.default_alpha} is not among alphas={self.alphas}; add it."
             )
         if any(window < 1 for window in self.windows):
             raise ConfigurationError(f"windows={self.windows} must all be at least 1.")
+
+    def search(self) -> Search:
+        """Return what is tried on fit and select."""
+        averages = tuple(StatisticChoice(window=window) for window in self.windows)
+        return Search(
+            fits=self.fits,
+            statistics=(*averages, *self.statistics),
+            c_grid=self.c_grid,
+            by_category=self.by_category,
+            fpr=self.default_alpha,
+            holdback_share=self.holdback_share,
+            most_holdback_tokens=self.most_holdback_tokens,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,31 +120,15 @@ class Recipe:
 
     Attributes:
         bundle: To save and serve.
-        units: All units with their categories.
+        units: All units with their categories; None where none were asked for.
         tried: Figures on select of every candidate, best first.
         calibration: Certificates, and the reasons for those not given.
     """
 
     bundle: ProbeBundle
-    units: UnitSet
+    units: UnitSet | None
     tried: tuple[Mapping[str, Any], ...]
     calibration: Calibration
-
-
-class _Candidate(NamedTuple):
-    sites_name: str
-    fitted: FittedProbe
-    chosen: Chosen
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "sites": self.sites_name,
-            "features": n_features(self.fitted.probe.sites),
-            "fit": asdict(self.fitted.config),
-            "dead_features": self.fitted.dead_features,
-            "converged": self.fitted.converged,
-            **self.chosen.to_json(),
-        }
 
 
 def make_bundle(
@@ -132,6 +138,8 @@ def make_bundle(
     config: RecipeConfig,
     *,
     provenance: Mapping[str, Any] | None = None,
+    units: UnitSet | None = None,
+    features: FeatureStore | None = None,
 ) -> Recipe:
     """Make a bundle for a model from its own labelled responses.
 
@@ -143,27 +151,24 @@ def make_bundle(
         conversations: On-policy, with splits assigned.
         config: See `RecipeConfig`.
         provenance: Further JSON for the bundle, such as seeds and data digests.
+        units: Located before; None: locate on the locate split, where the config wants units.
+        features: Where activations are kept while fitting; None: in memory.
 
     Raises:
         DataError: A split lacks what its step needs.
         CertificateError: Too few benign responses in calibrate for an alpha.
     """
-    parts, unjudged = _judged(conversations)
-    units = _located(model, tokenizer, parts["locate"], config.locate)
-    site_sets = _site_sets(units, config)
-    every_site = union_of_sites(site_sets.values())
-    fit_features = harvest(model, tokenizer, parts["fit"], every_site, storage="float16")
-    select_features = harvest(model, tokenizer, parts["select"], every_site, storage="float16")
-    labels = SelectSet(
-        tuple(_is_harmful(row) for row in parts["select"]),
-        select_features.onset_tokens,
-        tuple(_population(row) for row in parts["select"]),
-    )
-    fit_labels = [_is_harmful(row) for row in parts["fit"]]
-    candidates = sorted(
-        _candidates(site_sets, fit_features, fit_labels, select_features, labels, config),
-        key=lambda candidate: candidate.chosen.rank(),
-        reverse=True,
+    parts, unjudged = _judged(conversations, locating=bool(config.feature_counts and not units))
+    if config.feature_counts and units is None:
+        units = _located(model, tokenizer, parts["locate"], config.locate)
+    candidates = ranked_candidates(
+        model,
+        tokenizer,
+        parts["fit"],
+        parts["select"],
+        _site_sets(units, config),
+        config.search(),
+        features or FeatureStore(),
     )
     best = candidates[0]
     calibration = _calibrated(model, tokenizer, parts["calibrate"], best, config)
@@ -183,7 +188,7 @@ def make_bundle(
             **(provenance or {}),
             "splits": {split: len(parts[split]) for split in SPLITS},
             "unjudged": unjudged,
-            "units": {**units.provenance, "counts": units.counts()},
+            "units": None if units is None else {**units.provenance, "counts": units.counts()},
             "select": list(tried),
             "certificates_refused": calibration.refused,
             "delta": config.delta,
@@ -192,30 +197,19 @@ def make_bundle(
     return Recipe(bundle, units, tried, calibration)
 
 
-def union_of_sites(site_sets: Iterable[Sequence[Site]]) -> tuple[Site, ...]:
-    """Name every channel that stands in at least one of the sets."""
-    channels: dict[tuple[int, Any], set[int]] = {}
-    for sites in site_sets:
-        for site in sites:
-            channels.setdefault((site.layer, site.kind), set()).update(site.channels)
-    return sorted_sites(
-        Site(layer, kind, tuple(sorted(found))) for (layer, kind), found in channels.items()
-    )
-
-
 class _Judged(NamedTuple):
     parts: dict[Split, list[Conversation]]
     unjudged: int
 
 
-def _judged(conversations: Iterable[Conversation]) -> _Judged:
+def _judged(conversations: Iterable[Conversation], *, locating: bool) -> _Judged:
     parts, unjudged = by_split(conversations), 0
     for split, rows in parts.items():
         kept = [row for row in rows if row.response_harmful is not None]
         unjudged += len(rows) - len(kept)
         parts[split] = kept
     for split in ("locate", "fit", "select", "calibrate"):
-        if not parts[split]:
+        if not parts[split] and (locating or split != "locate"):
             raise DataError(f"the split {split!r} holds no judged response; add some.")
     return _Judged(parts, unjudged)
 
@@ -235,48 +229,20 @@ def _located(
     return locate(model, tokenizer, refusals, benign, config)
 
 
-def _site_sets(units: UnitSet, config: RecipeConfig) -> dict[str, tuple[Site, ...]]:
+def _site_sets(units: UnitSet | None, config: RecipeConfig) -> dict[str, tuple[Site, ...]]:
     located = {
-        f"units-{count}": sites_of(units.most_critical(count)) for count in config.feature_counts
+        f"units-{count}": sites_of(units.most_critical(count))
+        for count in (config.feature_counts if units is not None else ())
+        if units is not None
     }
     return {**located, **config.extra_sites}
-
-
-def _candidates(
-    site_sets: Mapping[str, tuple[Site, ...]],
-    fit_features: ResponseFeatures,
-    fit_labels: Sequence[bool],
-    select_features: ResponseFeatures,
-    labels: SelectSet,
-    config: RecipeConfig,
-) -> Iterator[_Candidate]:
-    for name, sites in site_sets.items():
-        here, there = fit_features.at(sites), select_features.at(sites)
-        for fit in config.fits:
-            fitted = LinearProbeFitter(fit).fit(here, fit_labels)
-            logits = [_logits(fitted, values) for values in there.responses]
-            for window in config.windows:
-                chosen = score_monitor(
-                    logits,
-                    labels,
-                    smoothing=2 / (window + 1),
-                    start=fitted.benign_mean,
-                    fpr=config.default_alpha,
-                    holdback_share=config.holdback_share,
-                    most_holdback_tokens=config.most_holdback_tokens,
-                )
-                yield _Candidate(name, fitted, chosen)
-
-
-def _logits(fitted: FittedProbe, values: Any) -> Tensor:  # noqa: ANN401 - a float16 array
-    return fitted.probe(torch.from_numpy(values))
 
 
 def _calibrated(
     model: nn.Module,
     tokenizer: Any,  # noqa: ANN401
     rows: Sequence[Conversation],
-    best: _Candidate,
+    best: Candidate,
     config: RecipeConfig,
 ) -> Calibration:
     """Open the calibrate split: its harmless responses, under what was chosen."""
@@ -296,7 +262,7 @@ def _canary(
     model: nn.Module,
     tokenizer: Any,  # noqa: ANN401
     rows: Sequence[Conversation],
-    best: _Candidate,
+    best: Candidate,
 ) -> CanaryRecord:
     """Record the scores of a harmless exchange, to be compared wherever the bundle is loaded."""
     row = next(row for row in rows if row.response_harmful is False and row.response)
@@ -309,11 +275,3 @@ def _canary(
         response=row.response,
         tolerance=max(_CANARY_SHARE_OF_SPREAD * spread, _SMALLEST_CANARY_TOLERANCE),
     )
-
-
-def _is_harmful(row: Conversation) -> bool:
-    return row.response_harmful is True
-
-
-def _population(row: Conversation) -> str:
-    return "harmful" if row.response_harmful else population_of(row)

@@ -8,24 +8,76 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from probes.evaluate import auroc, delay_of, threshold_at
 from probes.statistic import first_trips, maxima, smoothed_paths
 from safe_decode.errors import ConfigurationError, DataError
-from safe_decode.monitor import MonitorConfig
+from safe_decode.monitor import MonitorConfig, StatisticKind
 
-__all__ = ["Chosen", "SelectSet", "choose_holdback", "monitor_for", "score_monitor"]
+__all__ = [
+    "Chosen",
+    "SelectSet",
+    "StatisticChoice",
+    "choose_holdback",
+    "monitor_for",
+    "score_monitor",
+]
 
 _LOW_MARK_SHARE = 0.75
 _SCALE_FLOOR = 1e-6
 # A population smaller than this has no quantile of its own worth a threshold.
 _SMALLEST_POPULATION = 50
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticChoice:
+    """A statistic to try, before offset, scale and start are known.
+
+    Attributes:
+        kind: See `StatisticKind`.
+        window: Logits of the mean, or that the moving average matches; without meaning for
+            `cusum`.
+        drift: What a sum forgives at each step, in standard deviations of harmless logits.
+        hits: Values in a row above the threshold.
+    """
+
+    kind: StatisticKind = "ema"
+    window: int = 1
+    drift: float = 0.0
+    hits: int = 1
+
+    def __str__(self) -> str:
+        """Name the choice in tables."""
+        name = f"cusum-{self.drift:g}" if self.kind == "cusum" else f"{self.kind}-{self.window}"
+        return name if self.hits == 1 else f"{name}x{self.hits}"
+
+    def monitor(
+        self,
+        start: tuple[float, ...],
+        offset: tuple[float, ...],
+        scale: tuple[float, ...],
+        sd: float,
+    ) -> MonitorConfig:
+        """Set up a monitor with the low mark at 0; `sd` is the spread of harmless logits."""
+        smoothing = 2 / (self.window + 1) if self.kind == "ema" else 1.0
+        return MonitorConfig(
+            smoothing,
+            start,
+            offset,
+            scale,
+            0.0,
+            kind=self.kind,
+            window=self.window if self.kind == "mean" else 1,
+            drift=self.drift * sd if self.kind == "cusum" else 0.0,
+            hits=self.hits,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +137,13 @@ class Chosen:
     def to_json(self) -> dict[str, Any]:
         """Return the figures for the bundle's provenance."""
         finite = math.isfinite(self.delay_p90)
+        monitor = self.monitor
         return {
-            "smoothing": self.monitor.smoothing,
+            "statistic": monitor.kind,
+            "smoothing": monitor.smoothing,
+            "window": monitor.window,
+            "drift": monitor.drift,
+            "hits": monitor.hits,
             "threshold": self.threshold,
             "tpr": self.tpr,
             "auroc": self.auroc,
@@ -99,8 +156,9 @@ def monitor_for(
     logits: Sequence[Tensor],
     benign_rows: NDArray[np.intp],
     *,
-    smoothing: float,
     start: tuple[float, ...],
+    smoothing: float = 1.0,
+    choice: StatisticChoice | None = None,
 ) -> MonitorConfig:
     """Set up a monitor so that its statistic is in benign standard deviations.
 
@@ -111,38 +169,56 @@ def monitor_for(
     Args:
         logits: [T + 1, K] of every response of select.
         benign_rows: Which of them are harmless.
-        smoothing: EMA weight of the newest logit.
-        start: [K] where the EMA starts.
+        start: [K] where the statistic starts.
+        smoothing: EMA weight of the newest logit, where there is no choice.
+        choice: The statistic; None: a moving average of this smoothing.
     """
     benign = [logits[row] for row in benign_rows]
+    spread = float(torch.cat(benign).std(dim=0).mean())
     offset, scale = [], []
     for head, first in enumerate(start):
-        plain = MonitorConfig(smoothing, (first,), (0.0,), (1.0,), 0.0)
+        # Hysteresis joins heads before it counts: each head is scaled without it.
+        plain = replace(_monitor((first,), (0.0,), (1.0,), spread, smoothing, choice), hits=1)
         peaks = maxima(smoothed_paths([row[:, head : head + 1] for row in benign], plain))
         offset.append(float(peaks.mean()))
         scale.append(max(float(peaks.std()), _SCALE_FLOOR))
-    config = MonitorConfig(smoothing, start, tuple(offset), tuple(scale), 0.0)
-    values = np.concatenate(smoothed_paths(benign, config))
-    low_mark = float(np.quantile(values, _LOW_MARK_SHARE))
-    return MonitorConfig(smoothing, start, tuple(offset), tuple(scale), low_mark)
+    config = _monitor(start, tuple(offset), tuple(scale), spread, smoothing, choice)
+    values = np.concatenate(smoothed_paths(benign, replace(config, hits=1)))
+    return replace(config, low_mark=float(np.quantile(values, _LOW_MARK_SHARE)))
+
+
+def _monitor(
+    start: tuple[float, ...],
+    offset: tuple[float, ...],
+    scale: tuple[float, ...],
+    spread: float,
+    smoothing: float,
+    choice: StatisticChoice | None,
+) -> MonitorConfig:
+    if choice is None:
+        return MonitorConfig(smoothing, start, offset, scale, 0.0)
+    return choice.monitor(start, offset, scale, spread)
 
 
 def score_monitor(
     logits: Sequence[Tensor],
     labels: SelectSet,
     *,
-    smoothing: float,
     start: tuple[float, ...],
     fpr: float,
     holdback_share: float,
     most_holdback_tokens: int,
+    smoothing: float = 1.0,
+    choice: StatisticChoice | None = None,
 ) -> Chosen:
     """Set up a monitor for a probe's logits and measure it at a fixed response FPR.
 
     The threshold keeps the rate in every population of harmless responses, so a monitor
     that merely reads the prompt is not chosen for its recall.
     """
-    config = monitor_for(logits, labels.benign_rows, smoothing=smoothing, start=start)
+    config = monitor_for(
+        logits, labels.benign_rows, start=start, smoothing=smoothing, choice=choice
+    )
     paths = smoothed_paths(logits, config)
     peaks = maxima(paths)
     harmful = np.asarray(labels.harmful)
@@ -163,8 +239,7 @@ def score_monitor(
             share=holdback_share,
             most=most_holdback_tokens,
         )
-    low_mark = min(config.low_mark, threshold)
-    monitor = MonitorConfig(smoothing, config.start, config.offset, config.scale, low_mark)
+    monitor = replace(config, low_mark=min(config.low_mark, threshold))
     tpr = float((peaks[harmful] > threshold).mean())
     return Chosen(monitor, threshold, tpr, auroc(harmful, peaks), p90, holdback)
 

@@ -23,7 +23,16 @@ from safe_decode.errors import ConfigurationError, DataError, PromptError
 from safe_decode.sites import Site
 from safe_decode.taps import ActivationTap
 
-__all__ = ["EncodedResponse", "FeatureBatch", "encode_response", "onset_token", "teacher_forced"]
+__all__ = [
+    "EncodedResponse",
+    "FeatureBatch",
+    "encode_response",
+    "PaddedBatch",
+    "onset_token",
+    "padded_batches",
+    "teacher_forced",
+    "within_context",
+]
 
 TOKENS_PER_BATCH = 4096  # beyond it a small model on a CPU falls out of the cache
 
@@ -43,6 +52,20 @@ class EncodedResponse(NamedTuple):
     def n_scores(self) -> int:
         """Count the scores of the response: its content tokens and one more."""
         return len(self.ids) - self.turn_start + 1
+
+
+class PaddedBatch(NamedTuple):
+    """Some responses as arguments of a forward.
+
+    Attributes:
+        rows: Which of the encoded responses.
+        inputs: Left-padded, on the model's device, for one forward without a cache.
+        n_scores: T + 1 of each row.
+    """
+
+    rows: tuple[int, ...]
+    inputs: dict[str, Any]
+    n_scores: tuple[int, ...]
 
 
 class FeatureBatch(NamedTuple):
@@ -74,6 +97,18 @@ def encode_response(tokenizer: Any, conversation: Conversation) -> EncodedRespon
         return EncodedResponse(tuple(chat.ids), chat.turn_start)
     chat = encode_chat(tokenizer, conversation.messages, prefill=None)
     return EncodedResponse((*chat.ids, *conversation.response_ids), chat.turn_start)
+
+
+def within_context(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    conversations: Sequence[Conversation],
+) -> list[Conversation]:
+    """Keep the conversations that fit the model's context whole."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return list(conversations)
+    return [row for row in conversations if len(encode_response(tokenizer, row).ids) <= limit]
 
 
 def onset_token(
@@ -128,26 +163,43 @@ def teacher_forced(
         ConfigurationError: The model is in training mode.
         PromptError: A response is longer than the model's context.
     """
+    tap = ActivationTap(model, sites)
+    with progress(description, len(encoded)) as advance:
+        for batch in padded_batches(model, encoded, tokens_per_batch=tokens_per_batch):
+            with tap.listening() as beats, torch.inference_mode():
+                beats.keep_last(max(batch.n_scores))
+                model(**batch.inputs)
+                features = beats.take()
+            yield FeatureBatch(batch.rows, features, batch.n_scores)
+            advance(len(batch.rows))
+
+
+def padded_batches(
+    model: nn.Module,
+    encoded: Sequence[EncodedResponse],
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> Iterator[PaddedBatch]:
+    """Yield the forwards that `teacher_forced` runs.
+
+    Raises:
+        ConfigurationError: The model is in training mode.
+        PromptError: A response is longer than the model's context.
+    """
     if model.training:
         raise ConfigurationError("model is in training mode; call model.eval().")
     _check_lengths(model, encoded)
     device = next(model.parameters()).device
-    tap = ActivationTap(model, sites)
     accepted = inspect.signature(model.forward).parameters
     # Only the activations are wanted: the last position's scores are the fewest one can ask for.
-    keep_one = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    with progress(description, len(encoded)) as advance:
-        for rows in _buckets(encoded, tokens_per_batch):
-            n_scores = tuple(encoded[row].n_scores for row in rows)
-            inputs = _left_padded([encoded[row].ids for row in rows], device)
-            if "position_ids" not in accepted:
-                inputs.pop("position_ids")
-            with tap.listening() as beats, torch.inference_mode():
-                beats.keep_last(max(n_scores))
-                model(**inputs, use_cache=False, **keep_one)
-                features = beats.take()
-            yield FeatureBatch(rows, features, n_scores)
-            advance(len(rows))
+    fixed: dict[str, Any] = {"use_cache": False}
+    fixed |= {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    for rows in _buckets(encoded, tokens_per_batch):
+        inputs: dict[str, Any] = dict(_left_padded([encoded[row].ids for row in rows], device))
+        if "position_ids" not in accepted:
+            inputs.pop("position_ids")
+        n_scores = tuple(encoded[row].n_scores for row in rows)
+        yield PaddedBatch(rows, {**inputs, **fixed}, n_scores)
 
 
 def _buckets(

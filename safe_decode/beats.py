@@ -14,13 +14,18 @@ from torch import Tensor
 from safe_decode.errors import BeatError, ConfigurationError
 from safe_decode.sites import Site, n_features
 
-__all__ = ["BORROWED_ROWS", "Beats", "site_name"]
+__all__ = ["WHOLE_ELEMENTS", "Beats", "site_name"]
 
-BORROWED_ROWS = 8
-"""Up to this many rows on the CPU, one joint copy of whole activations at `take` is cheaper
-than a copy of the channels at each site; accelerators gain at any number of rows."""
+WHOLE_ELEMENTS = 1 << 17
+"""Up to this many numbers on the CPU, one joint copy of whole activations and one selection are
+cheaper than a selection at each site; accelerators gain at any size, since they pay a launch."""
 _COPIED = -1
 """In place of a tensor's version: the piece is our own."""
+
+
+_Piece = tuple[int, Tensor, int, int]
+"""What arrived at one site, whole and lent or the channels alone and copied: index of the site,
+activation, its version, positions that passed."""
 
 
 class Beats:
@@ -30,33 +35,40 @@ class Beats:
 
     Args:
         sites: In the order of `sorted_sites`.
-        gather: [F] long, the channels of all sites in the concatenation of whole
+        columns: [F] long, the channels of all sites in the concatenation of whole
             activations (resid: of the channels alone, which are always copied at the site).
+        n_columns: Width of that concatenation.
+
+    Attributes:
+        columns: As given, on the device of the first features.
+        n_columns: As given.
     """
 
-    def __init__(self, sites: tuple[Site, ...], gather: Tensor) -> None:
+    def __init__(self, sites: tuple[Site, ...], columns: Tensor, n_columns: int) -> None:
         """Start with nothing heard."""
         self._sites = sites
-        self._gather = gather
+        self.columns = columns
+        self.n_columns = n_columns
+        self._channels = [torch.tensor(site.channels) for site in sites]
         self._n_features = n_features(sites)
-        self._in_turn = list(range(len(sites)))
+        self._in_turn = tuple(range(len(sites)))
+        self._one_each = (1,) * len(sites)
         self._keep: int | None = 1
         self.is_open = True
         self.batch = 0
-        self.discard()
+        self._heard: list[_Piece] = []  # since the last take, in the order of arrival
 
     @property
     def forwards(self) -> int:
         """Complete forwards since the last `take`: every site has fired."""
-        if self._order == self._in_turn:
-            return 1
-        return min(self._order.count(index) for index in self._in_turn)
+        order = [index for index, *_ in self._heard]
+        return min(order.count(index) for index in self._in_turn)
 
     @property
     def positions(self) -> int:
         """Positions that passed since the last `take`, kept or not, as the last site saw them."""
         last = self._in_turn[-1]
-        return sum(n for index, n in zip(self._order, self._passed, strict=True) if index == last)
+        return sum(passed for index, *_, passed in self._heard if index == last)
 
     def keep_last(self, n_positions: int | None) -> None:
         """Say how many trailing positions are kept, from the next forward on.
@@ -87,26 +99,38 @@ class Beats:
             BeatError: No forward passed, the sites fired unequally often, or the model
                 overwrote an activation in place. What was heard is forgotten.
         """
-        pieces, order, versions = self._pieces, self._order, self._versions
+        heard = self._heard
         self.discard()
-        for piece, version in zip(pieces, versions, strict=True):
-            if version != _COPIED and piece._version != version:
-                raise BeatError(
-                    "an activation was overwritten in place after it passed its site, wanted it "
-                    "unchanged until the forward ends; this model needs resid sites."
-                )
-        if order == self._in_turn:
-            return self._joined(pieces)
-        return self._in_order(_by_forward(self._sites, pieces, order))
+        _require_unchanged(heard)
+        if tuple(index for index, *_ in heard) == self._in_turn:
+            return self._joined([hidden for _, hidden, *_ in heard])
+        return self._in_order(_by_forward(self._sites, heard))
+
+    def take_step(self) -> Tensor | None:
+        """Take the features of one forward over one position, the way of every decoding step.
+
+        Returns:
+            [batch, F] as `take`; or [batch, n_columns], whole activations of which `columns`
+            are the features, where reading them all costs less than selecting; or None where
+            anything else was heard: then nothing is forgotten, and `take` has the features or
+            says what is wrong.
+
+        Raises:
+            BeatError: As for `take`.
+        """
+        heard = self._heard
+        if len(heard) != len(self._in_turn):
+            return None
+        order, pieces, _, passed = zip(*heard, strict=True)
+        if order != self._in_turn or passed != self._one_each:
+            return None
+        self._heard = []
+        _require_unchanged(heard)
+        return self._joined(pieces, selects=False).select(1, 0)
 
     def discard(self) -> None:
         """Forget what was heard since the last take, complete or not."""
-        # Parallel lists, one entry a piece in the order of arrival: the hot path appends and
-        # nothing else.
-        self._pieces: list[Tensor] = []
-        self._order: list[int] = []
-        self._versions: list[int] = []
-        self._passed: list[int] = []
+        self._heard = []
 
     def close(self) -> None:
         """Forget everything and hear no more."""
@@ -126,12 +150,8 @@ class Beats:
         """
         if hidden.size(1) != 1 or hidden.is_inference():
             return False
-        if hidden.size(0) > BORROWED_ROWS and hidden.is_cpu:
-            return False
-        self._pieces.append(hidden)
-        self._order.append(index)
-        self._versions.append(hidden._version)
-        self._passed.append(1)
+        # A plain tuple: on the way of every token, the name costs as much as the rest.
+        self._heard.append((index, hidden, hidden._version, 1))
         return True
 
     def copy(self, index: int, hidden: Tensor, channels: Tensor) -> None:
@@ -145,23 +165,36 @@ class Beats:
         passed = hidden.shape[1]
         if self._keep is not None and self._keep < passed:
             hidden = hidden[:, -self._keep :]
-        self._pieces.append(hidden.index_select(2, channels))
-        self._order.append(index)
-        self._versions.append(_COPIED)
-        self._passed.append(passed)
+        self._heard.append((index, hidden.index_select(2, channels), _COPIED, passed))
 
-    def _joined(self, pieces: list[Tensor]) -> Tensor:
+    def _joined(self, pieces: Sequence[Tensor], *, selects: bool = True) -> Tensor:
+        if pieces[0].shape[0] * self.n_columns > WHOLE_ELEMENTS:
+            selects = True
+            if pieces[0].is_cpu:
+                pieces = self._selected(pieces)
         try:
-            joined = torch.cat(pieces, dim=-1)
+            joined = torch.cat(pieces, dim=-1)  # type: ignore[arg-type]  # any sequence will do
         except RuntimeError:
             joined = self._joined_across_devices(pieces)
-        if joined.shape[-1] != self._n_features:  # whole activations were borrowed
-            if self._gather.device != joined.device:
-                self._gather = self._gather.to(joined.device)
-            joined = joined.index_select(-1, self._gather)
-        return joined.detach().float()
+        if joined.shape[-1] != self._n_features and (selects or joined.dtype != torch.float32):
+            # whole activations were borrowed
+            if self.columns.device != joined.device:
+                self.columns = self.columns.to(joined.device)
+            joined = joined.index_select(-1, self.columns)
+        if joined.requires_grad:
+            joined = joined.detach()
+        return joined if joined.dtype == torch.float32 else joined.float()
 
-    def _joined_across_devices(self, pieces: list[Tensor]) -> Tensor:
+    def _selected(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Select the channels of pieces that were borrowed whole."""
+        return [
+            piece
+            if piece.shape[-1] == len(channels)
+            else piece.index_select(-1, channels.to(piece.device))
+            for piece, channels in zip(pieces, self._channels, strict=True)
+        ]
+
+    def _joined_across_devices(self, pieces: Sequence[Tensor]) -> Tensor:
         try:
             return torch.cat([piece.to(pieces[0].device) for piece in pieces], dim=-1)
         except RuntimeError as error:
@@ -192,16 +225,23 @@ def site_name(site: Site) -> str:
     return f"{site.kind} of layer {site.layer}"
 
 
-def _by_forward(
-    sites: Sequence[Site], pieces: list[Tensor], order: list[int]
-) -> list[list[Tensor]]:
-    heard: list[list[Tensor]] = [[] for _ in sites]
-    for piece, index in zip(pieces, order, strict=True):
-        heard[index].append(piece)
-    counts = [len(of_site) for of_site in heard]
-    if not pieces or any(count != counts[0] for count in counts):
+def _require_unchanged(heard: Sequence[_Piece]) -> None:
+    for _, hidden, version, _ in heard:
+        if version != _COPIED and hidden._version != version:
+            raise BeatError(
+                "an activation was overwritten in place after it passed its site, wanted it "
+                "unchanged until the forward ends; this model needs resid sites."
+            )
+
+
+def _by_forward(sites: Sequence[Site], heard: Sequence[_Piece]) -> list[list[Tensor]]:
+    by_site: list[list[Tensor]] = [[] for _ in sites]
+    for index, hidden, *_ in heard:
+        by_site[index].append(hidden)
+    counts = [len(of_site) for of_site in by_site]
+    if not heard or any(count != counts[0] for count in counts):
         raise BeatError(_unequal(sites, counts))
-    return [list(forward) for forward in zip(*heard, strict=True)]
+    return [list(forward) for forward in zip(*by_site, strict=True)]
 
 
 def _unequal(sites: Sequence[Site], counts: Sequence[int]) -> str:

@@ -26,6 +26,17 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch import Tensor
 
+from safe_decode.bundle_files import (
+    CALIBRATION,
+    CARD,
+    FORMAT,
+    PROBE,
+    SCHEMA,
+    card_digest,
+    checked_content,
+    read_card,
+    tupled,
+)
 from safe_decode.canary import CanaryRecord
 from safe_decode.certificate import Certificate, Envelope
 from safe_decode.errors import (
@@ -40,10 +51,6 @@ from safe_decode.probe import LinearProbe
 from safe_decode.sites import Site
 
 __all__ = ["SCHEMA", "Fingerprint", "ProbeBundle"]
-
-FORMAT = "safe-decode bundle"
-SCHEMA = 1
-CARD, PROBE, CALIBRATION = "card.json", "probe.safetensors", "calibration.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,7 +210,7 @@ class ProbeBundle:
         }
         card = _card(self, {name: hashlib.sha256(files[name]).hexdigest() for name in files})
         card = json.loads(json.dumps(card, allow_nan=False))  # as it will be read
-        card["digest"] = _card_digest(card)
+        card["digest"] = card_digest(card)
         text = json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False)
         return {CARD: text.encode() + b"\n", **files}
 
@@ -248,71 +255,30 @@ def _card(bundle: ProbeBundle, digests: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _card_digest(card: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in card.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
 def _read(source: Path) -> ProbeBundle:
-    card = json.loads((source / CARD).read_text("utf-8"), parse_constant=_refuse_constant)
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise BundleCorruptError(
-            f"bundle {source}: {CARD} does not say format={FORMAT!r}; pass the directory of a "
-            "bundle."
-        )
-    if card.get("schema") != SCHEMA:
-        raise BundleCorruptError(
-            f"bundle {source} has schema {card.get('schema')!r}, this version reads {SCHEMA}; use "
-            "the safe-decode that wrote it, or export the bundle again."
-        )
-    found = _card_digest(card)
-    if card.get("digest") != found:
-        raise BundleCorruptError(
-            f"bundle {source}: {CARD} has digest {found[:12]}, wanted "
-            f"{str(card.get('digest'))[:12]}; it was changed by hand, which its certificates do "
-            "not cover. Export the bundle again, or pass other texts to SafeDecoder."
-        )
-    tensors = _checked_tensors(source, PROBE, card)
-    maxima = _checked_tensors(source, CALIBRATION, card)
+    card = read_card(source)
+    tensors = tensors_of(checked_content(source, PROBE, card))
+    maxima = tensors_of(checked_content(source, CALIBRATION, card))
     sites = tuple(Site(s["layer"], s["kind"], tuple(s["channels"])) for s in card["sites"])
     canary = card["canary"]
     return ProbeBundle(
         probe=LinearProbe(sites, tensors["weight"], tensors["bias"], tuple(card["heads"])),
-        monitor=MonitorConfig(**{k: _tupled(v) for k, v in card["monitor"].items()}),
+        monitor=MonitorConfig(**{k: tupled(v) for k, v in card["monitor"].items()}),
         certificates=tuple(_certificate(record, maxima) for record in card["certificates"]),
         default_alpha=card["default_alpha"],
         holdback_tokens=card["holdback_tokens"],
         refusal=card["refusal"],
         opener=card["opener"],
-        fingerprint=Fingerprint(**{k: _tupled(v) for k, v in card["fingerprint"].items()}),
+        fingerprint=Fingerprint(**{k: tupled(v) for k, v in card["fingerprint"].items()}),
         canary=canary
         and CanaryRecord(
-            logits=tensors["canary"], **{name: _tupled(value) for name, value in canary.items()}
+            logits=tensors["canary"], **{name: tupled(value) for name, value in canary.items()}
         ),
         provenance=card["provenance"],
     )
-
-
-def _checked_tensors(source: Path, name: str, card: Mapping[str, Any]) -> dict[str, Tensor]:
-    content = (source / name).read_bytes()
-    found, wanted = hashlib.sha256(content).hexdigest(), card["files"][name]
-    if found != wanted:
-        raise BundleCorruptError(
-            f"bundle {source}: {name} ({len(content)} bytes) has sha256 {found[:12]}, wanted "
-            f"{wanted[:12]}; it is truncated or from another bundle. Fetch the bundle again."
-        )
-    return tensors_of(content)
 
 
 def _certificate(record: Mapping[str, Any], maxima: Mapping[str, Tensor]) -> Certificate:
     values = {**record, "envelope": Envelope(**record["envelope"])}
     values["maxima"] = tuple(maxima[record["maxima"]].tolist())
     return Certificate(**values)
-
-
-def _tupled(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{CARD} holds {name}, wanted finite numbers")

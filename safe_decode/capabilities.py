@@ -61,6 +61,7 @@ def _refused(reason: str, instead: str, **features: tuple[object, ...]) -> list[
 
 
 _NO: tuple[object, ...] = (False,)
+_CACHES = ("dynamic", "hybrid", "static", "offloaded", "offloaded_static", "quantized")
 
 TABLE: tuple[Capability, ...] = (
     *_supported("greedy and multinomial sampling", "do_sample", "temperature", "top_k", "top_p"),
@@ -77,29 +78,44 @@ TABLE: tuple[Capability, ...] = (
     *_supported("runs before the guard", "exponential_decay_length_penalty"),
     *_supported("", "generation_config", "input_ids", "inputs", "attention_mask", "tokenizer"),
     *_supported("", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
-    *_supported("generation runs eagerly", "disable_compile"),
-    *_ignored("of beam search", "early_stopping", "length_penalty"),
+    *_supported("always on: generation runs eagerly", "disable_compile"),
+    *_supported(
+        "judged when whole; a beam that trips gives way to one that does not",
+        "num_beams",
+        "early_stopping",
+        "length_penalty",
+    ),
+    *_supported(
+        "one prompt; judged when whole",
+        "assistant_model",
+        "assistant_tokenizer",
+        "prompt_lookup_num_tokens",
+    ),
+    *_supported("each option of the draft", "num_assistant_tokens", "max_matching_ngram_size"),
+    *_supported("each option of the draft", "num_assistant_tokens_schedule"),
+    *_supported("each option of the draft", "assistant_confidence_threshold"),
+    *_supported("each option of the draft", "assistant_lookbehind", "target_lookbehind"),
+    *_supported("all chunks are heard", "prefill_chunk_size"),
+    *_supported("cached parts of the open turn are judged again", "past_key_values"),
+    *_supported("judged as a raw completion; not with rewind", "inputs_embeds"),
+    *_supported("steps recorded match what stands", "return_dict_in_generate", "output_scores"),
+    *_supported("steps recorded match what stands", "output_logits", "output_attentions"),
+    *_supported("steps recorded match what stands", "output_hidden_states"),
+    *_supported("one row; gets what may be shown, when it may be", "streamer"),
+    *_supported("static caches run eagerly", "max_cache_len", "cache_config"),
     *_ignored("of encoder-decoder models", "decoder_start_token_id"),
-    *_ignored("of assisted decoding", "num_assistant_tokens", "num_assistant_tokens_schedule"),
-    *_ignored("of assisted decoding", "assistant_confidence_threshold", "assistant_lookbehind"),
-    *_ignored("of assisted decoding", "target_lookbehind", "max_matching_ngram_size"),
-    *_ignored("of static caches and contrastive search", "max_cache_len", "low_memory"),
+    *_ignored("of contrastive search", "low_memory"),
     *_refused(
-        "beams are reordered between the forward and the choice, so scores would judge another "
-        "row's token",
-        "pass num_beams=1, with num_return_sequences for several answers",
-        num_beams=(1,),
+        "transformers runs it in a foreign loop, which may call neither hooks nor processors",
+        "pass num_beams alone",
         num_beam_groups=(1,),
         diversity_penalty=(0.0,),
         constraints=(),
         force_words_ids=(),
     ),
     *_refused(
-        "a forward proposes several tokens, and rejected ones would be judged",
-        "generate without a draft",
-        assistant_model=(),
-        assistant_tokenizer=(),
-        prompt_lookup_num_tokens=(0,),
+        "the draft comes from the guarded layers themselves, or changes what is accepted",
+        "pass assistant_model or prompt_lookup_num_tokens alone",
         assistant_early_exit=(0,),
         assistant_ensemble_weight=(),
         is_assistant=_NO,
@@ -107,16 +123,10 @@ TABLE: tuple[Capability, ...] = (
         use_mtp=_NO,
     ),
     *_refused(
-        "static caches compile and skip hooks; other caches are not tested with the guard",
-        "leave cache_implementation unset or pass 'dynamic'",
+        "paged caches drop custom processors in silence, and unknown ones may",
+        "pass dynamic, static, offloaded, offloaded_static or quantized",
         # "hybrid" in a hub configuration is unset by generate itself.
-        cache_implementation=("dynamic", "hybrid"),
-        cache_config=(),
-    ),
-    *_refused(
-        "the prompt passes in several forwards before one choice",
-        "leave prefill_chunk_size unset",
-        prefill_chunk_size=(),
+        cache_implementation=_CACHES,
     ),
     *_refused(
         "a second forward runs between the guard's score and the choice",
@@ -149,9 +159,7 @@ TABLE: tuple[Capability, ...] = (
     ),
     *_refused(
         "positions cannot be matched to tokens",
-        "pass prompts or input_ids",
-        inputs_embeds=(),
-        past_key_values=(),
+        "pass prompts, input_ids or inputs_embeds with their attention mask",
         position_ids=(),
         token_healing=_NO,
     ),
@@ -170,20 +178,6 @@ TABLE: tuple[Capability, ...] = (
         "pass repetition_penalty or no_repeat_ngram_size",
         encoder_repetition_penalty=(1.0,),
         encoder_no_repeat_ngram_size=(0,),
-    ),
-    *_refused(
-        "recorded steps would not match the text of redirected rows",
-        "read the traces, or use decoder.processor with your own generate",
-        return_dict_in_generate=_NO,
-        output_scores=_NO,
-        output_logits=_NO,
-        output_attentions=_NO,
-        output_hidden_states=_NO,
-    ),
-    *_refused(
-        "tokens would be shown before they are judged",
-        "call generate without a streamer and show the returned text",
-        streamer=(),
     ),
     *_refused("waits across devices are not tested", "run on one device", synced_gpus=_NO),
     *_refused(

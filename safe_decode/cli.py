@@ -11,12 +11,24 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from safe_decode.commands.attack import attack
+from safe_decode.commands.bench import bench
 from safe_decode.commands.bundles import inspect, verify_certificate
+from safe_decode.commands.calibrate import calibrate
 from safe_decode.commands.capabilities import capabilities
+from safe_decode.commands.check import check
 from safe_decode.commands.demo import demo
+from safe_decode.commands.evaluate import evaluate
+from safe_decode.commands.export import export
+from safe_decode.commands.fit import fit
 from safe_decode.commands.generate import generate
+from safe_decode.commands.harvest import harvest
 from safe_decode.commands.locate import locate
 from safe_decode.commands.output import print_error
+from safe_decode.commands.refit import refit
+from safe_decode.commands.replay import replay, show
+from safe_decode.commands.reproduce import reproduce
+from safe_decode.commands.rollout import rollout
 from safe_decode.commands.serve import serve
 from safe_decode.errors import SafeDecodeError
 
@@ -49,9 +61,26 @@ app.command("inspect")(inspect)
 app.command("verify-certificate")(verify_certificate)
 app.command("locate")(locate)
 app.command("serve")(serve)
+app.command("rollout")(rollout)
+app.command("harvest")(harvest)
+app.command("fit")(fit)
+app.command("calibrate")(calibrate)
+app.command("check")(check)
+app.command("export")(export)
+app.command("evaluate")(evaluate)
+app.command("attack")(attack)
+app.command("refit")(refit)
+app.command("reproduce")(reproduce)
 app.command("capabilities")(capabilities)
+app.command("replay")(replay)
+app.command("show")(show)
+app.command("bench")(bench)
 
 
 def main() -> None:
     """Run the command line."""
     app()
+
+
+if __name__ == "__main__":
+    main()

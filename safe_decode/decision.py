@@ -61,7 +61,7 @@ forced_token_lost: a dictated token did not arrive.
 guard_error: any other failure of the guard.
 """
 
-Outcome = Literal["released", "refused", "rewound", "stopped", "flagged", "closed"]
+Outcome = Literal["released", "refused", "rewound", "stopped", "flagged", "closed", "cancelled"]
 """How a row ended.
 
 released: it never tripped; the reader got the bare model's tokens.
@@ -70,4 +70,5 @@ rewound: it tripped and the model finished in its own words, without a further t
 stopped: it tripped and ended without a text of its own.
 flagged: it tripped and nothing was changed.
 closed: the guard failed and the row was ended.
+cancelled: its reader wanted no more before it ended.
 """

@@ -8,74 +8,36 @@ threads on one model do not see each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from safe_decode import chat
 from safe_decode.bundle import ProbeBundle
+from safe_decode.call import GuardedCall, Protected, Watch
 from safe_decode.capabilities import require_supported, require_supported_model
 from safe_decode.certificate import Certificate
+from safe_decode.compose import Asked, Composer, context_tokens, texts_of
 from safe_decode.decision import Redirect
-from safe_decode.errors import (
-    CertificateError,
-    ConfigurationError,
-    PromptError,
-    UnsupportedError,
-)
+from safe_decode.errors import PromptError, UnsupportedError
+from safe_decode.events import StreamEvent
 from safe_decode.fingerprint import Fingerprint
-from safe_decode.inputs import GuardInputs, Prompts, from_ids, from_prompts
-from safe_decode.loop import CallSettings, GuardedLoop
+from safe_decode.foreign import GuardHandle, bare_traces
+from safe_decode.inputs import GuardInputs, Prompts, from_ids
 from safe_decode.monitor import RiskMonitor
-from safe_decode.outcome import BareEnd, Judgement, LazyTraces, Outcome, outcome_of, void_reason
-from safe_decode.policy import OnError, Policy
-from safe_decode.rewind import Rewinder, Texts
+from safe_decode.outcome import Judgement
+from safe_decode.output import GuardedOutput
+from safe_decode.policy import OnError, Policy, RequestPolicy
 from safe_decode.session import Session
-from safe_decode.taps import ActivationTap, Beats
-from safe_decode.trace import SafetyTrace
-
-if TYPE_CHECKING:
-    from safe_decode.processor import GuardedSteps
+from safe_decode.stream import AsyncGuardedStream, GuardedStream, Producer
+from safe_decode.streamer import Streamer, feeder
+from safe_decode.taps import ActivationTap
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
-
-_CUT = " ... "
-
-
-@dataclass
-class GuardedOutput:
-    """What a guarded call returns.
-
-    Attributes:
-        sequences: [batch, seq] ids: the user's prompt ids, then what stands of the answer,
-            right-padded. Rows that did not trip are as bare `generate` returns them.
-        texts: What the reader gets: the released answer and its refusal, without the prompt
-            and without a supplied prefill.
-        traces: What happened in each row, and why; written when first read.
-    """
-
-    sequences: Tensor
-    texts: list[str]
-    traces: Sequence[SafetyTrace]
-
-
-class GuardHandle:
-    """The guard in a user's own `model.generate`; see `SafeDecoder.processor`.
-
-    Attributes:
-        logits_processor: Goes last into `logits_processor=[...]`.
-        stopping_criteria: Goes into `stopping_criteria=[...]`.
-        traces: One a row, filled when the context ends.
-    """
-
-    def __init__(self, logits_processor: Any, stopping_criteria: Any) -> None:  # noqa: ANN401
-        self.logits_processor = logits_processor
-        self.stopping_criteria = stopping_criteria
-        self.traces: list[SafetyTrace] = []
 
 
 class SafeDecoder:
@@ -125,7 +87,7 @@ class SafeDecoder:
         self.certificate: Certificate = bundle.certificate(alpha)
         self.refusal = bundle.refusal if refusal is None else refusal
         self.opener = bundle.opener if opener is None else opener
-        self._texts = _texts_of(tokenizer, self.refusal, self.opener)
+        self._texts = texts_of(tokenizer, self.refusal, self.opener)
         self._probe = bundle.probe.to(model.device)
         self._tap = ActivationTap(model, bundle.probe.sites)
 
@@ -137,6 +99,8 @@ class SafeDecoder:
         attention_mask: Tensor | None = None,
         prefill: str | Sequence[str | None] | None = None,
         redirect: Redirect | None = None,
+        policy: RequestPolicy | Sequence[RequestPolicy | None] | None = None,
+        seed: int | Sequence[int] | None = None,
         **generate_kwargs: Any,  # noqa: ANN401 - those of model.generate
     ) -> GuardedOutput:
         """Generate under the guard.
@@ -148,6 +112,11 @@ class SafeDecoder:
             attention_mask: [batch, seq] for `input_ids`.
             prefill: The beginning of the answer, one for all prompts or one each.
             redirect: For this call, instead of the decoder's.
+            policy: What the request asks for, from its metadata: one for all prompts or one
+                each. Levels, redirects, hold-backs and refusals may differ within a batch.
+            seed: Draws each row from a generator of its own, so that its tokens do not depend
+                on the batch; one for all prompts or one each. None: the global generator, as
+                bare `generate` does.
             **generate_kwargs: As for `model.generate`; see `capabilities.TABLE`.
 
         Raises:
@@ -155,24 +124,114 @@ class SafeDecoder:
             PromptError: A prompt that is empty, too long or cannot be encoded.
             CertificateError: With `strict`, a call outside the certified envelope.
         """
-        require_supported(self.model, generate_kwargs)
-        inputs = self._inputs(prompts, input_ids, attention_mask, prefill, generate_kwargs)
-        rows = inputs.repeated(int(self._option("num_return_sequences", generate_kwargs) or 1))
-        policy = self._policy(redirect)
-        options = self._options(generate_kwargs)
-        with self._tap.listening() as beats, torch.no_grad():
-            session = self._session(policy, beats, rows)
-            loop = GuardedLoop(session, require=lambda settings: self._require(settings, rows))
-            sequences: Tensor = self.model.generate(
-                input_ids=inputs.input_ids,
-                attention_mask=inputs.attention_mask,
-                custom_generate=loop,
-                **options,
-            )
-        assert loop.settings is not None
-        rewinder = self._rewinder(policy, loop.settings, options)
-        outcomes = self._outcomes(session, loop, sequences, rows, rewinder)
-        return self._output(sequences, outcomes, rows, policy, loop.settings)
+        call = self._call(
+            prompts,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prefill=prefill,
+            redirect=redirect,
+            policy=policy,
+            seed=seed,
+            options=generate_kwargs,
+        )
+        streamer = generate_kwargs.get("streamer")
+        return call.run() if streamer is None else _streamed(call, streamer)
+
+    def stream(
+        self,
+        prompts: Prompts | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        prefill: str | Sequence[str | None] | None = None,
+        policy: RequestPolicy | Sequence[RequestPolicy | None] | None = None,
+        seed: int | Sequence[int] | None = None,
+        includes_stop: bool = True,
+        **generate_kwargs: Any,  # noqa: ANN401 - those of model.generate
+    ) -> GuardedStream:
+        """Generate under the guard and yield what may be shown as soon as it may be.
+
+            with decoder.stream(messages, generation_config=config, seed=7) as stream:
+                for event in stream:
+                    match event:
+                        case Released() | GuardText():  # show event.text
+                            ...
+                        case Tripped():  # what was shown stands; the guard's words follow
+                            ...
+                        case Ended():  # event.finish_reason, event.text, event.trace
+                            ...
+
+        The model runs in a thread of its own and starts at once. Bad input is refused here,
+        before it starts; an error of the running call is raised by the iterator. Tokens,
+        texts and traces are those of `generate` with the same arguments. A token is shown
+        when it and the next k (`holdback_tokens`) have been judged, or when the row has ended
+        and its tail was judged. `stream.cancel()` ends the call before its next token, and
+        so does leaving the `with` block or forgetting the stream.
+
+        Args:
+            prompts: As for `generate`; several prompts yield events of several rows,
+                interleaved, told apart by `event.row`.
+            input_ids: As for `generate`.
+            attention_mask: As for `generate`.
+            prefill: As for `generate`.
+            policy: As for `generate`.
+            seed: As for `generate`.
+            includes_stop: Whether the text keeps the stop string that ended it, as `generate`
+                has it; without it, neither the string nor the ids that make it are shown.
+            **generate_kwargs: As for `generate`.
+
+        Returns:
+            An iterator of `StreamEvent`, see `safe_decode.events`.
+
+        Raises:
+            UnsupportedError: As for `generate`.
+            PromptError: As for `generate`.
+            ConfigurationError: As for `generate`.
+        """
+        producer = self._producer(
+            prompts,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prefill=prefill,
+            policy=policy,
+            seed=seed,
+            includes_stop=includes_stop,
+            options=generate_kwargs,
+        )
+        return GuardedStream(producer)
+
+    def astream(
+        self,
+        prompts: Prompts | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        prefill: str | Sequence[str | None] | None = None,
+        policy: RequestPolicy | Sequence[RequestPolicy | None] | None = None,
+        seed: int | Sequence[int] | None = None,
+        includes_stop: bool = True,
+        **generate_kwargs: Any,  # noqa: ANN401 - those of model.generate
+    ) -> AsyncGuardedStream:
+        """Do as `stream`, for `async for`; called inside a running event loop.
+
+            async with decoder.astream(messages, seed=7) as stream:
+                async for event in stream:
+                    ...
+
+        Encoding the prompt happens here, on the event loop; the model runs in a thread.
+        Cancelling the task that reads the stream cancels the call.
+        """
+        producer = self._producer(
+            prompts,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            prefill=prefill,
+            policy=policy,
+            seed=seed,
+            includes_stop=includes_stop,
+            options=generate_kwargs,
+        )
+        return AsyncGuardedStream(producer)
 
     @contextmanager
     def processor(
@@ -218,11 +277,19 @@ class SafeDecoder:
         require_supported(self.model, {})
         inputs = from_ids(self.tokenizer, input_ids, attention_mask)
         rows = inputs.repeated(num_return_sequences)
-        policy = self._policy(redirect)
-        ends = _as_ids(self._option("eos_token_id", {"eos_token_id": eos_token_id}))
-        pad = self._option("pad_token_id", {})
+        policy = replace(self.policy, redirect=redirect)
+        option = self._composer().option
+        ends = _as_ids(option("eos_token_id", {"eos_token_id": eos_token_id}))
+        pad = option("pad_token_id", {})
         with self._tap.listening() as beats:
-            session = self._session(policy, beats, rows)
+            session = Session(
+                probe=self._probe,
+                monitor=RiskMonitor(self.bundle.monitor, self.certificate.threshold),
+                policy=policy,
+                beats=beats,
+                scanned=rows.scanned,
+                device=self.model.device,
+            )
             steps = GuardedSteps(
                 session,
                 prompt_tokens=input_ids.shape[1],
@@ -236,7 +303,7 @@ class SafeDecoder:
             try:
                 steps.finish()
             finally:
-                handle.traces = self._bare_traces(steps, rows)
+                handle.traces = bare_traces(steps, rows, self._judgement(policy))
 
     def score(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[Tensor]:
         """Score finished responses, teacher-forced, at the positions used while generating.
@@ -274,130 +341,45 @@ class SafeDecoder:
         prefill: str | Sequence[str | None] | None,
         options: Mapping[str, Any],
     ) -> GuardInputs:
-        ids = options.get("inputs") if input_ids is None else input_ids
-        if (prompts is None) == (ids is None):
-            raise PromptError("pass either prompts or input_ids, exactly one of them.")
-        if prompts is not None:
-            inputs = from_prompts(self.tokenizer, prompts, prefill, self.model.device)
-        elif prefill is not None:
-            raise ConfigurationError(
-                "prefill goes with prompts; with input_ids, append the prefill's ids to them."
+        asked = Asked(prompts, input_ids, attention_mask, prefill, options=options)
+        return self._composer().inputs(asked)
+
+    def _call(self, prompts: Prompts | None, **asked: Any) -> GuardedCall:  # noqa: ANN401
+        return self._composer().call(Asked(prompts, **asked))
+
+    def _producer(
+        self,
+        prompts: Prompts | None,
+        *,
+        includes_stop: bool,
+        **given: Any,  # noqa: ANN401
+    ) -> Producer:
+        composer = self._composer()
+        call = composer.call(Asked(prompts, **given))
+        if call.mode.method != "step":
+            raise UnsupportedError(
+                "stream is refused with beams and assistants: their answers are judged when they "
+                "are whole; use generate."
             )
-        else:
-            assert ids is not None
-            inputs = from_ids(self.tokenizer, ids, attention_mask).to(self.model.device)
-        inputs.require_room(_context_tokens(self.model))
-        return inputs
+        stops = composer.option("stop_strings", given["options"]) or ()
+        stops = (stops,) if isinstance(stops, str) else tuple(stops)
 
-    def _policy(self, redirect: Redirect | None) -> Policy:
-        return self.policy if redirect is None else replace(self.policy, redirect=redirect)
+        def produce(emit: Callable[[StreamEvent], None], is_cancelled: Callable[[], bool]) -> None:
+            call.run(Watch(emit, is_cancelled, stops, includes_stop))
 
-    def _session(self, policy: Policy, beats: Beats, rows: GuardInputs) -> Session:
-        return Session(
-            probe=self._probe,
-            monitor=RiskMonitor(self.bundle.monitor, self.certificate.threshold),
-            policy=policy,
-            beats=beats,
-            scanned=rows.scanned,
-            device=self.model.device,
-        )
+        return produce
 
-    def _option(self, name: str, options: Mapping[str, Any]) -> Any:  # noqa: ANN401
-        """Read an option as `generate` does: argument, given configuration, model's own."""
-        configs = (options.get("generation_config"), self.model.generation_config)
-        values = (options.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in values if value is not None), None)
-
-    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        options = {
-            key: value
-            for key, value in given.items()
-            if key not in ("tokenizer", "inputs", "custom_generate", "trust_remote_code")
-        }
-        stop_strings = self._option("stop_strings", given)
-        if stop_strings is not None:
-            # generate keeps its tokenizer from a callable custom_generate, so the criterion is
-            # built here.
-            from transformers import StopStringCriteria
-
-            criteria = list(given.get("stopping_criteria") or ())
-            criteria.append(StopStringCriteria(self.tokenizer, stop_strings))
-            options |= {"stop_strings": None, "stopping_criteria": criteria}
-        return options
-
-    def _require(self, settings: CallSettings, rows: GuardInputs) -> None:
-        reasons = [
-            void_reason(self.certificate, settings, is_chat=is_chat) for is_chat in rows.is_chat
-        ]
-        reason = next((reason for reason in reasons if reason is not None), None)
-        if self.strict and reason is not None:
-            raise CertificateError(
-                f"the call is outside the certified envelope: {reason}; stay inside it, certify "
-                "for it, or pass strict=False."
-            )
-
-    def _rewinder(
-        self, policy: Policy, settings: CallSettings, options: Mapping[str, Any]
-    ) -> Rewinder:
-        alone = {"num_return_sequences": 1, "max_length": None}
-        free = {"min_new_tokens": None, "min_length": 0}
-        return Rewinder(
+    def _composer(self) -> Composer:
+        protected = Protected(
             model=self.model,
+            tokenizer=self.tokenizer,
+            bundle=self.bundle,
             tap=self._tap,
             probe=self._probe,
-            config=self.bundle.monitor,
-            threshold=self.certificate.threshold,
-            policy=policy,
-            texts=self._texts,
-            settings=settings,
-            options={**options, **alone, **free},
-            context_tokens=_context_tokens(self.model),
+            strict=self.strict,
+            context_tokens=context_tokens(self.model),
         )
-
-    def _outcomes(
-        self,
-        session: Session,
-        loop: GuardedLoop,
-        sequences: Tensor,
-        rows: GuardInputs,
-        rewinder: Rewinder,
-    ) -> list[Outcome]:
-        width = rows.input_ids.shape[1]
-        ids = sequences.tolist()
-        return [
-            outcome_of(
-                record,
-                row=row,
-                prompt=rows.prompt_ids(row),
-                prefill_tokens=rows.prefill_tokens[row],
-                said=ids[row][width : width + loop.ended_at[row]],
-                rewinder=rewinder,
-            )
-            for row, record in enumerate(session.records())
-        ]
-
-    def _output(
-        self,
-        sequences: Tensor,
-        outcomes: Sequence[Outcome],
-        rows: GuardInputs,
-        policy: Policy,
-        settings: CallSettings,
-    ) -> GuardedOutput:
-        width = rows.input_ids.shape[1]
-        longest = max(len(outcome.ids) for outcome in outcomes)
-        whole = sequences.new_full((len(outcomes), width + longest), settings.pad_id or 0)
-        whole[:, :width] = sequences[:, :width]
-        for row, outcome in enumerate(outcomes):
-            whole[row, width : width + len(outcome.ids)] = sequences.new_tensor(outcome.ids)
-        voids = [
-            void_reason(self.certificate, settings, is_chat=is_chat) for is_chat in rows.is_chat
-        ]
-        return GuardedOutput(
-            sequences=whole,
-            texts=[self._text(outcome.ids) for outcome in outcomes],
-            traces=LazyTraces(self._judgement(policy), list(zip(outcomes, voids, strict=True))),
-        )
+        return Composer(protected, self.policy, self.certificate, self._texts, self.opener)
 
     def _judgement(self, policy: Policy) -> Judgement:
         bundle = self.bundle
@@ -409,48 +391,18 @@ class SafeDecoder:
             policy=policy,
         )
 
-    def _bare_traces(self, steps: GuardedSteps, rows: GuardInputs) -> list[SafetyTrace]:
-        """Write the traces of a foreign loop; its settings are unknown, so is the envelope."""
-        judgement = self._judgement(steps.session.policy)
-        void = "the options of a foreign generate are not seen"
-        return [
-            judgement.trace(
-                Outcome(
-                    record=record,
-                    prompt=tuple(rows.prompt_ids(row)),
-                    prefill_tokens=rows.prefill_tokens[row],
-                    said=steps.said(row),
-                    ids=steps.said(row),
-                    bare=BareEnd(
-                        is_truncated=steps.is_truncated(row),
-                        unscored_tail=steps.unscored_tail(row),
-                    ),
-                ),
-                void,
-            )
-            for row, record in enumerate(steps.session.records())
-        ]
 
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def _texts_of(tokenizer: Any, refusal: str, opener: str) -> Texts:  # noqa: ANN401
-    for name, text in (("refusal", refusal), ("opener", opener)):
-        if not text.strip():
-            raise ConfigurationError(f"{name}={text!r} is empty; pass a text that readers get.")
-    # Canned text may follow a cut in the middle of a sentence: readers see that there is one.
-    return Texts(
-        refusal=chat.text_ids(tokenizer, refusal),
-        refusal_after=chat.text_ids(tokenizer, _CUT + refusal),
-        opener=chat.text_ids(tokenizer, opener),
-        opener_after=chat.text_ids(tokenizer, _CUT + opener),
-    )
-
-
-def _context_tokens(model: Any) -> int | None:  # noqa: ANN401
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+def _streamed(call: GuardedCall, streamer: Streamer) -> GuardedOutput:
+    if call.batch > 1 or call.mode.method != "step":
+        raise UnsupportedError(
+            f"streamer is refused for {call.batch} rows, beams and assistants: it shows one row "
+            "as it is written; pass one prompt, or use decoder.stream."
+        )
+    streamer.put(call.prompt.cpu())
+    try:
+        return call.run(Watch(feeder(streamer)))
+    finally:
+        streamer.end()  # its reader, in another thread, would wait forever
 
 
 def _as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -16,7 +16,14 @@ from torch import Tensor
 from safe_decode.chat import encode_batch, encode_chat, open_turn_start, require_room
 from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
 
-__all__ = ["RAW_WINDOW_TOKENS", "GuardInputs", "Prompts", "from_ids", "from_prompts"]
+__all__ = [
+    "RAW_WINDOW_TOKENS",
+    "GuardInputs",
+    "Prompts",
+    "from_embeds",
+    "from_ids",
+    "from_prompts",
+]
 
 Message = Mapping[str, str]
 Prompts = str | Sequence[str] | Sequence[Message] | Sequence[Sequence[Message]]
@@ -36,6 +43,7 @@ class GuardInputs:
             the supplied prefill, or the window of a raw completion.
         prefill_tokens: For each row, trailing ids that are supplied prefill.
         is_chat: For each row, whether it has an open assistant turn.
+        embeds: [batch, seq, d_model] instead of ids, or None; `input_ids` are then [batch, 0].
     """
 
     input_ids: Tensor
@@ -43,6 +51,7 @@ class GuardInputs:
     scanned: tuple[int, ...]
     prefill_tokens: tuple[int, ...]
     is_chat: tuple[bool, ...]
+    embeds: Tensor | None = None
 
     def repeated(self, n_times: int) -> GuardInputs:
         """Repeat each row, as num_return_sequences does; the tensors stay as they are."""
@@ -56,11 +65,14 @@ class GuardInputs:
             repeat(self.scanned),
             repeat(self.prefill_tokens),
             repeat(self.is_chat),
+            self.embeds,
         )
 
     def prompt_ids(self, row: int) -> list[int]:
         """Return a row's prompt without padding; `row` counts repeated rows."""
         source = row // (len(self.scanned) // self.attention_mask.shape[0])
+        if self.embeds is not None:
+            return []
         n_tokens = int(self.attention_mask[source].sum())
         ids: list[int] = self.input_ids[source, self.input_ids.shape[1] - n_tokens :].tolist()
         return ids
@@ -164,6 +176,42 @@ def from_ids(
         ),
         tuple(0 if s is None else n - s for n, s in zip(lengths, starts, strict=True)),
         tuple(start is not None for start in starts),
+    )
+
+
+def from_embeds(embeds: Tensor, attention_mask: Tensor | None) -> GuardInputs:
+    """Take embeddings as `model.generate` takes them; they are judged as a raw completion.
+
+    Args:
+        embeds: [batch, seq, d_model], left-padded.
+        attention_mask: [batch, seq]; None: no padding.
+
+    Raises:
+        PromptError: Not three dimensions, nothing in a row, or a mask of another shape.
+        UnsupportedError: Padding on the right or inside a prompt.
+    """
+    if not isinstance(embeds, Tensor) or embeds.ndim != 3 or embeds.numel() == 0:
+        shape = tuple(getattr(embeds, "shape", ()))
+        raise PromptError(
+            f"inputs_embeds has shape {shape}, wanted [batch, seq, d_model] with at least one "
+            "position; pass the embeddings of a prompt."
+        )
+    ids = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    if mask.shape != ids.shape:
+        raise PromptError(
+            f"attention_mask has shape {tuple(mask.shape)}, inputs_embeds "
+            f"{tuple(embeds.shape)}; pass a mask of its first two dimensions."
+        )
+    _require_left_padding(mask)
+    lengths = mask.long().sum(-1).tolist()
+    return GuardInputs(
+        ids[:, :0],
+        mask,
+        tuple(min(n, RAW_WINDOW_TOKENS) for n in lengths),
+        (0,) * len(lengths),
+        (False,) * len(lengths),
+        embeds,
     )
 
 

@@ -11,41 +11,44 @@ neighbours, stay as they were. Decoder-only models, one forward a token, eager e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from safe_decode.decoding import (
+    CallSettings,
+    PrefillSpan,
+    WatchedCriteria,
+    settings_of,
+    tail_inputs,
+    whole_inputs,
+)
+from safe_decode.draws import RowDraws
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
 from safe_decode.redirect import forced_scores
-from safe_decode.session import Session
+from safe_decode.session import Session, Trip
 
-__all__ = ["CallSettings", "GuardedLoop"]
+if TYPE_CHECKING:
+    from safe_decode.processor import SafetyLogitsProcessor
+
+__all__ = ["Follower", "GuardedLoop"]
 
 
-@dataclass(frozen=True)
-class CallSettings:
-    """How a call generates, after transformers has merged every default.
+class Follower(Protocol):
+    """Who hears of each choice while the loop runs, as a stream does; may raise to end it."""
 
-    Attributes:
-        max_new_tokens: The cap.
-        do_sample: Whether tokens are drawn.
-        temperature: As transformers has it; 1.0 where unset.
-        top_p: 1.0 where unset.
-        top_k: 0 where unset.
-        end_ids: EOS ids, ascending; empty where the model has none.
-        pad_id: Fills ended rows; None where neither pad nor EOS is set.
-    """
+    def on_choice(
+        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Trip]
+    ) -> None:
+        """Take note of one chosen id a row, rows that are done, and rows that tripped."""
+        ...
 
-    max_new_tokens: int
-    do_sample: bool
-    temperature: float
-    top_p: float
-    top_k: int
-    end_ids: tuple[int, ...]
-    pad_id: int | None
+    def on_end(self, trips: Mapping[int, Trip]) -> None:
+        """Take note that all rows have ended and their tails were judged."""
+        ...
 
 
 class GuardedLoop:
@@ -54,7 +57,8 @@ class GuardedLoop:
     Args:
         session: For the rows of this call, already expanded by num_return_sequences.
         require: Called with the settings before the first forward; may raise.
-        generator: Draws from this generator instead of the global one; for one row alone.
+        draws: Draws each row's tokens instead of the global generator.
+        follower: Hears of each choice.
     """
 
     def __init__(
@@ -62,19 +66,23 @@ class GuardedLoop:
         session: Session,
         *,
         require: Callable[[CallSettings], None] | None = None,
-        generator: torch.Generator | None = None,
+        draws: RowDraws | None = None,
+        follower: Follower | None = None,
     ) -> None:
         self.session = session
         self.settings: CallSettings | None = None
         self._require = require
         self.ended_at: list[int] = []
-        self._generator = generator
+        self.generation: Any = None
+        self._span: PrefillSpan | None = None
+        self._rescan: Callable[[], None] | None = None
+        self._draws, self._follower = draws, follower
         self._said = 0
         self._scored = 0
         self._prompt_tokens = 0
         self._pad_id = 0
         self._do_sample = False
-        self._pads_after_end = False
+        self.pads_after_end = False
         self._is_blind = False
         self._any_parked = False
         self._end: Tensor | None = None
@@ -93,12 +101,12 @@ class GuardedLoop:
         stopping_criteria: Any,  # noqa: ANN401 - a StoppingCriteriaList
         generation_config: Any,  # noqa: ANN401 - a GenerationConfig, prepared
         **model_kwargs: Any,  # noqa: ANN401 - what the forward takes
-    ) -> Tensor:
+    ) -> Any:  # noqa: ANN401 - as the method that it stands for
         """Generate.
 
         Returns:
-            [batch, seq] ids as bare `generate` returns them; what a parked row holds after
-            its trip is not to be read.
+            What bare `generate` returns: ids [batch, seq], or its output object; what a
+            parked row holds after its trip is not to be read.
 
         Raises:
             Exception: What the model, or a processor of the user's, raises.
@@ -106,28 +114,32 @@ class GuardedLoop:
         from safe_decode.processor import SafetyLogitsProcessor
 
         self._prepare(input_ids, stopping_criteria, generation_config)
-        processors = type(logits_processor)([*logits_processor, SafetyLogitsProcessor(self)])
-        sequences: Tensor = type(model)._sample(
+        self._measure(model, input_ids, generation_config, model_kwargs)
+        processors = _WatchedProcessors(logits_processor, SafetyLogitsProcessor(self))
+        self.generation = type(model)._sample(
             model,
             input_ids,
             logits_processor=processors,
-            stopping_criteria=_WatchedCriteria(stopping_criteria, self),
+            stopping_criteria=WatchedCriteria(stopping_criteria, self),
             generation_config=generation_config,
             **model_kwargs,
         )
+        sequences: Tensor = getattr(self.generation, "sequences", self.generation)
         self._close(model, sequences, model_kwargs)
         self._settle(sequences)
-        return sequences
+        if self._follower is not None:
+            self._follower.on_end(self.session.trips)
+        return self.generation
 
     def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Judge the forward that made `scores` [batch, vocab]; comes last of all processors."""
         self._scored += 1
         if not self._is_blind:
-            self._judge((1, input_ids.shape[1]) if self._said else (input_ids.shape[1],))
+            self._judge((1, input_ids.shape[1]) if self._said else self._prefilled(input_ids))
         if self._do_sample and self._closes:
             scores = self._drawable(scores)
         self._scores = scores
-        return scores if self._generator is None else self._drawn(scores)
+        return scores if self._draws is None or not self._do_sample else self._draws.forced(scores)
 
     def on_done(self, input_ids: Tensor, done: Tensor) -> Tensor:
         """Take note of the chosen ids; add parked rows to those that are `done` [batch]."""
@@ -140,15 +152,25 @@ class GuardedLoop:
                 ),
             )
         newest = input_ids[:, -1]
+        if self._is_calm(input_ids, done):
+            self._tell(newest, done)
+            return done
         trips = self._suspects(newest)
         flags = done if trips is None else done | trips
         # The step's one wait for the host, just before the loop's own.
         if self._any_parked or self._closing is not None or bool(flags.any()):
             self._sort_rows(newest, done, trips)
-        return done if self._parked is None else done | self._parked
+        if self._parked is not None:
+            done = done | self._parked
+        self._tell(newest, done)
+        return done
+
+    def _tell(self, newest: Tensor, done: Tensor) -> None:
+        if self._follower is not None:
+            self._follower.on_choice(newest.tolist(), done.tolist(), self.session.trips)
 
     def _prepare(self, input_ids: Tensor, criteria: Any, config: Any) -> None:  # noqa: ANN401
-        self.settings = settings = _settings_of(config, input_ids.shape[1])
+        self.settings = settings = settings_of(config, input_ids.shape[1])
         if self._require is not None:
             self._require(settings)
         if input_ids.shape[0] != self.session.batch:
@@ -159,13 +181,43 @@ class GuardedLoop:
         self._prompt_tokens = input_ids.shape[1]
         self._do_sample = settings.do_sample
         self._pad_id = settings.pad_id or 0
-        self._pads_after_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.pads_after_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         if settings.end_ids:
             self._end = torch.tensor(settings.end_ids, device=input_ids.device)
-        if self._generator is not None:
+        if self._draws is not None:
             # Processors are built by now, the warpers of sampling included; the draw is ours.
             config.do_sample = False
-        self._ended_at = torch.full_like(input_ids[:, 0], -1)
+        self._ended_at = input_ids.new_full(input_ids.shape[:1], -1)
+
+    def _measure(
+        self,
+        model: Any,  # noqa: ANN401
+        input_ids: Tensor,
+        config: Any,  # noqa: ANN401
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        self._span = span = PrefillSpan.of(input_ids, config, model_kwargs)
+        if span.is_partial and max(self.session.scanned) > span.positions:
+            # Some of what is to be judged is cached: a turn continued call by call. Nobody
+            # knows that it was judged then, so it passes once more.
+            def rescan() -> None:
+                inputs = whole_inputs(model, input_ids, model_kwargs, input_ids.shape[1])
+                self.session.discard()
+                model(**inputs, return_dict=True)
+
+            self._rescan = rescan
+
+    def _prefilled(self, input_ids: Tensor) -> tuple[int, ...]:
+        assert self._span is not None
+        if self._rescan is None:
+            return (self._span.positions,)
+        try:
+            self._rescan()
+        except Exception as error:  # whatever fails in the guard closes its rows
+            from safe_decode.processor import as_guard_error
+
+            self._fail(as_guard_error(error))
+        return (input_ids.shape[1],)
 
     def _judge(self, positions: tuple[int, ...]) -> None:
         try:
@@ -181,7 +233,7 @@ class GuardedLoop:
         session = self.session
         counts = [True] * session.batch if self._active is None else self._active.tolist()
         for row in (row for row, does_count in enumerate(counts) if does_count):
-            if self._closes:
+            if self._closes and session.policies[row].protects:
                 session.park(row, said=max(0, self._scored - 1), error=error)
             session.errors.setdefault(row, error)
         if self._closes:
@@ -191,12 +243,14 @@ class GuardedLoop:
 
     @property
     def _closes(self) -> bool:
-        return self.session.policy.protects and self.session.policy.on_error == "close"
+        return self.session.protects and self.session.policy.on_error == "close"
 
     def _drawable(self, scores: Tensor) -> Tensor:
         """Keep a draw from failing for the whole batch where one row's scores are not finite."""
         # NaN and +Inf show in the maximum, and so does a row without any candidate.
         top = scores.amax(-1)
+        if top.is_cpu and not self._any_parked and math.isfinite(sum(top.tolist())):
+            return scores
         broken = top - top != 0
         if not self._any_parked and not bool(broken.any()):
             return scores
@@ -213,15 +267,21 @@ class GuardedLoop:
             )
             self._park(row, error)
 
-    def _drawn(self, scores: Tensor) -> Tensor:
-        assert self._generator is not None
-        if not self._do_sample:
-            return scores
-        token = torch.multinomial(torch.softmax(scores, -1), 1, generator=self._generator)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+    def _is_calm(self, input_ids: Tensor, done: Tensor) -> bool:
+        """Say, on the CPU, that no row ended, tripped or is broken: the short way of most steps."""
+        if self._active is not None or self._is_blind or not done.is_cpu or True in done.tolist():
+            return False
+        if not self.session.protects:
+            return True
+        if not self.session.is_quiet:
+            return False
+        if self._do_sample or self._scores is None or not self._closes:
+            return True
+        # A sum is finite if its terms are, but for sums that overflow: those look closer.
+        return math.isfinite(sum(self._scores.gather(1, input_ids[:, -1:]).view(-1).tolist()))
 
     def _suspects(self, newest: Tensor) -> Tensor | None:
-        if not self.session.policy.protects:
+        if not self.session.protects:
             return None
         trips = None if self._is_blind else self._trips
         if not self._do_sample and self._scores is not None and self._closes:
@@ -229,6 +289,8 @@ class GuardedLoop:
             picked = self._scores.gather(1, newest[:, None])[:, 0]
             broken = picked - picked != 0
             trips = broken if trips is None else trips | broken
+        if trips is not None and self.session.protected is not None:
+            trips = trips & self.session.protected
         if trips is not None and self._active is not None:
             trips = trips & self._active
         return trips
@@ -249,7 +311,7 @@ class GuardedLoop:
         if self._closing is not None:
             active = active & ~self._closing
         ends = done & (self._ended_at < 0)
-        if self._pads_after_end:
+        if self.pads_after_end:
             # A row that ends without EOS is judged once more: the next forward reads its tail.
             is_end = torch.zeros_like(done) if self._end is None else torch.isin(newest, self._end)
             active = active & ~(done & is_end)
@@ -272,10 +334,14 @@ class GuardedLoop:
         active = self._active
         if active is not None and not bool(active.any()):
             return
-        inputs = _tail_inputs(model, sequences, self._prompt_tokens, model_kwargs)
+        assert self._span is not None
         self._scored += 1
         with torch.no_grad():
             try:
+                if self._span.keeps_cache or self._span.is_full:
+                    inputs = whole_inputs(model, sequences, model_kwargs, self._prompt_tokens)
+                else:
+                    inputs = tail_inputs(model, sequences, self._prompt_tokens, model_kwargs)
                 model(**inputs, return_dict=True)
             except Exception as error:  # nothing may be released that was not judged
                 from safe_decode.processor import as_guard_error
@@ -283,8 +349,10 @@ class GuardedLoop:
                 self._fail(as_guard_error(error))
                 return
         self._judge((1, sequences.shape[1]))
-        if self._trips is not None and self.session.policy.protects:
+        if self._trips is not None and self.session.protects:
             trips = self._trips if active is None else self._trips & active
+            if self.session.protected is not None:
+                trips = trips & self.session.protected
             for row in trips.nonzero()[:, 0].tolist():
                 self._park(row)
 
@@ -293,7 +361,7 @@ class GuardedLoop:
         assert self._ended_at is not None and self.settings is not None
         said = sequences.shape[1] - self._prompt_tokens
         ends = self._ended_at.tolist()
-        self.ended_at = [end if end >= 0 and self._pads_after_end else said for end in ends]
+        self.ended_at = [end if end >= 0 and self.pads_after_end else said for end in ends]
         if self._is_blind:
             return
         try:
@@ -303,7 +371,7 @@ class GuardedLoop:
             self._fail(error)
         new = sequences[:, self._prompt_tokens :].tolist()
         for row, n_ids in enumerate(self.ended_at):
-            closed = self._pads_after_end and new[row][n_ids - 1] in self.settings.end_ids
+            closed = self.pads_after_end and new[row][n_ids - 1] in self.settings.end_ids
             content, judged = n_ids - closed, self.session.judged(row)
             if row not in self.session.trips and content != judged:
                 self._mismatch(row, content, judged)
@@ -315,50 +383,17 @@ class GuardedLoop:
             self._park(row, error)
 
 
-class _WatchedCriteria:
-    """A StoppingCriteriaList that tells the guard. Duck-typed: `_sample` iterates and calls."""
+class _WatchedProcessors:
+    """A LogitsProcessorList with the guard's own behind it, of which only the call is used.
 
-    def __init__(self, criteria: Any, loop: GuardedLoop) -> None:  # noqa: ANN401
-        self._criteria, self._loop = criteria, loop
-        self.max_length = criteria.max_length
+    The list inspects the signature of each processor before each call, which costs more than
+    the guard's whole step; so the guard's own is not in it.
+    """
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._criteria)
+    def __init__(self, processors: Any, guard: SafetyLogitsProcessor) -> None:  # noqa: ANN401
+        self._processors, self._guard = processors, guard
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
-        return self._loop.on_done(input_ids, self._criteria(input_ids, scores, **kwargs))
-
-
-def _settings_of(config: Any, prompt_tokens: int) -> CallSettings:  # noqa: ANN401
-    ends, pad = config._eos_token_tensor, config._pad_token_tensor
-    return CallSettings(
-        max_new_tokens=int(config.max_length) - prompt_tokens,
-        do_sample=bool(config.do_sample),
-        temperature=1.0 if config.temperature is None else float(config.temperature),
-        top_p=1.0 if config.top_p is None else float(config.top_p),
-        top_k=0 if config.top_k is None else int(config.top_k),
-        end_ids=() if ends is None else tuple(sorted(ends.tolist())),
-        pad_id=None if pad is None else int(pad),
-    )
-
-
-def _tail_inputs(
-    model: Any,  # noqa: ANN401 - duck-typed
-    sequences: Tensor,
-    prompt_tokens: int,
-    model_kwargs: dict[str, Any],
-) -> dict[str, Any]:
-    """Prepare the forward that reads the last column of `sequences` [batch, seq]."""
-    new = sequences.shape[1] - prompt_tokens
-    kwargs = dict(model_kwargs)
-    mask = kwargs.get("attention_mask")
-    if mask is not None:
-        kwargs["attention_mask"] = torch.cat([mask, mask.new_ones((mask.shape[0], new))], -1)
-    positions = kwargs.get("position_ids")
-    if positions is not None:
-        later = torch.arange(1, new + 1, device=positions.device, dtype=positions.dtype)
-        kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + later], -1)
-    prepared: dict[str, Any] = model.prepare_inputs_for_generation(
-        sequences, next_sequence_length=1 if kwargs.get("use_cache") else None, **kwargs
-    )
-    return prepared
+    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ANN401
+        if self._processors:
+            scores = self._processors(input_ids, scores)
+        return self._guard(input_ids, scores)

@@ -3,24 +3,20 @@
 Knows smoothing, the running maximum, thresholds and clear points, for any number of
 rows at once. Does not know models, tokens, text or what happens after an alarm.
 
-Per head h the logits are smoothed, ema_t = ema_{t-1} + smoothing * (logit_t - ema_{t-1});
-smoothed_t = max_h (ema_t[h] - offset[h]) / scale[h]; statistic_t is the running maximum
-of smoothed; the alarm is statistic > threshold. State is O(1) a row. `reference` says
-the same in plain Python and is what the tensors are tested against.
+What is computed is defined in `monitor_config`, whose `reference` says the same in plain
+Python and is what the tensors are tested against. State is O(1) a row.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from safe_decode.errors import ConfigurationError
+from safe_decode.monitor_config import MonitorConfig, ReferenceStep, StatisticKind, reference
 
 __all__ = [
     "MonitorConfig",
@@ -28,69 +24,26 @@ __all__ = [
     "ReferenceStep",
     "RiskMonitor",
     "SnapshotRing",
+    "StatisticKind",
     "reference",
 ]
-
-
-@dataclass(frozen=True)
-class MonitorConfig:
-    """How logits become a statistic; fitted, certified and stored with the probe.
-
-    Attributes:
-        smoothing: Weight of the newest logit in the moving average, in (0, 1]; 2 / (M + 1)
-            matches a window of M.
-        start: [K] where the average starts: the fitted benign mean.
-        offset: [K] a_h, subtracted from the average of head h.
-        scale: [K] b_h > 0, divides it.
-        low_mark: A position is a clear point if its smoothed statistic lies below this.
-
-    Raises:
-        ConfigurationError: A value out of range, non-finite, or lengths that differ.
-    """
-
-    smoothing: float
-    start: tuple[float, ...]
-    offset: tuple[float, ...]
-    scale: tuple[float, ...]
-    low_mark: float
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.smoothing <= 1.0:
-            raise ConfigurationError(
-                f"smoothing={self.smoothing} is outside (0, 1]; pass 2 / (M + 1) for a window of M."
-            )
-        lengths = {len(self.start), len(self.offset), len(self.scale)}
-        if len(lengths) != 1 or not self.start:
-            raise ConfigurationError(
-                f"start, offset and scale have lengths {len(self.start)}, {len(self.offset)}, "
-                f"{len(self.scale)}; pass one value for each head of the probe."
-            )
-        values = (*self.start, *self.offset, *self.scale, self.low_mark)
-        if not all(map(math.isfinite, values)) or min(self.scale) <= 0.0:
-            raise ConfigurationError(
-                f"start={self.start}, offset={self.offset}, scale={self.scale}, "
-                f"low_mark={self.low_mark} must be finite and scale positive; fit them again."
-            )
-
-    @property
-    def n_heads(self) -> int:
-        """Count the heads K."""
-        return len(self.start)
 
 
 class MonitorState(NamedTuple):
     """Everything the monitor remembers of each row.
 
     Attributes:
-        ema: [batch, K] float, smoothed logits.
-        smoothed: [batch] float, max_h (ema_h - a_h) / b_h, before any maximum over time;
+        ema: [batch, K] float, the level: smoothed logits, of whatever kind.
+        smoothed: [batch] float, the value after hysteresis, before any maximum over time;
             -inf before the first step.
         statistic: [batch] float, running maximum of smoothed; -inf before the first step.
         alarm: [batch] bool, statistic > threshold.
         step: [batch] int64, scores consumed.
-        clear_point: [batch] int64, the last score, counted from 0, whose smoothed statistic
-            lay below the low mark; -1 where there was none.
+        clear_point: [batch] int64, the last score, counted from 0, whose value (before
+            hysteresis, which lags behind) lay below the low mark; -1 where there was none.
         finite: [batch] bool, False from the first NaN or Inf on.
+        recent: [batch, window - 1, K] float, the last logits; empty but for `mean`.
+        values: [batch, hits - 1] float, the last values; empty without hysteresis.
     """
 
     ema: Tensor
@@ -100,6 +53,8 @@ class MonitorState(NamedTuple):
     step: Tensor
     clear_point: Tensor
     finite: Tensor
+    recent: Tensor
+    values: Tensor
 
     def row(self, index: int) -> MonitorState:
         """Copy one row out, [1] each."""
@@ -129,6 +84,7 @@ class RiskMonitor:
         self._inverse_scale = torch.tensor(config.scale, dtype=torch.float64).reciprocal().float()
         self._shift = -torch.tensor(config.offset, dtype=torch.float64) / torch.tensor(config.scale)
         self._shift = self._shift.float()
+        self._forgiven = torch.tensor(config.start) + config.drift
         self._is_plain = config.n_heads == 1
 
     def start(self, batch: int, device: torch.device | str = "cpu") -> MonitorState:
@@ -145,17 +101,28 @@ class RiskMonitor:
         self.threshold = self.threshold.to(device)
         self._inverse_scale = self._inverse_scale.to(device)
         self._shift = self._shift.to(device)
+        self._forgiven = self._forgiven.to(device)
         low = torch.full((batch,), -torch.inf, device=device)
         nothing = torch.zeros(batch, dtype=torch.int64, device=device)
+        config = self.config
+        start = torch.tensor(config.start, device=device)
+        kept = config.window - 1 if config.kind == "mean" else 0
         return MonitorState(
-            ema=torch.tensor(self.config.start, device=device).expand(batch, -1).contiguous(),
+            ema=torch.tensor(config.first_level, device=device).expand(batch, -1).contiguous(),
             smoothed=low,
             statistic=low,
             alarm=torch.zeros(batch, dtype=torch.bool, device=device),
             step=nothing,
             clear_point=nothing - 1,
             finite=torch.ones(batch, dtype=torch.bool, device=device),
+            recent=start.expand(batch, kept, -1).contiguous(),
+            values=torch.full((batch, config.hits - 1), config.first_value, device=device),
         )
+
+    def value(self, level: Tensor) -> Tensor:
+        """Join the levels of all heads, [..., K], to one number in benign deviations, [...]."""
+        per_head = torch.addcmul(self._shift, level, self._inverse_scale)
+        return per_head.select(-1, 0) if self._is_plain else per_head.amax(-1)
 
     def step(
         self, state: MonitorState, logits: Tensor, active: Tensor | None = None
@@ -171,30 +138,50 @@ class RiskMonitor:
         Returns:
             The new state. No host wait is needed for it.
         """
-        ema = torch.lerp(state.ema, logits, self.config.smoothing)
-        per_head = torch.addcmul(self._shift, ema, self._inverse_scale)
-        smoothed = per_head[:, 0] if self._is_plain else per_head.amax(-1)
+        level, recent = self._level(state, logits)
+        value = self.value(level)
         # x - x is NaN for NaN and Inf alike; the sum over heads lets no head hide behind a max.
-        # An average that was once NaN or Inf never becomes finite again, so this latches.
-        residue = ema - ema
+        # A level that was once NaN or Inf never becomes finite again, but for that of a mean.
+        residue = level - level
         sound = (residue[:, 0] if self._is_plain else residue.sum(-1)) == 0
+        smoothed, values = value, state.values
+        if self.config.hits > 1:
+            values = torch.cat([state.values, value[:, None]], dim=1)
+            smoothed, values = values.amin(-1), values[:, 1:]
         statistic = torch.maximum(state.statistic, smoothed)
         new = MonitorState(
-            ema=ema,
+            ema=level,
             smoothed=smoothed,
             statistic=statistic,
             alarm=statistic > self.threshold,
             step=state.step + 1,
-            clear_point=torch.where(smoothed < self.config.low_mark, state.step, state.clear_point),
-            finite=sound,
+            clear_point=torch.where(value < self.config.low_mark, state.step, state.clear_point),
+            finite=sound & state.finite if self.config.kind == "mean" else sound,
+            recent=recent,
+            values=values,
         )
-        if active is None:
-            return new
-        column = active[:, None]
-        return MonitorState(
-            torch.where(column, new.ema, state.ema),
-            *(torch.where(active, a, b) for a, b in zip(new[1:], state[1:], strict=True)),
-        )
+        return new if active is None else _chosen(active, new, state)
+
+    def _level(self, state: MonitorState, logits: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if config.kind == "ema":
+            return torch.lerp(state.ema, logits, config.smoothing), state.recent
+        if config.kind == "mean":
+            # Summed anew each time: a running sum would gather rounding over the response.
+            window = torch.cat([state.recent, logits[:, None]], dim=1)
+            return window.mean(dim=1), window[:, 1:]
+        # Clamping would make 0 of -inf: the last term is 0, or NaN where a logit is not finite.
+        grown = state.ema + (logits - self._forgiven)
+        return grown.clamp_min(0) + (logits - logits), state.recent
+
+
+def _chosen(active: Tensor, new: MonitorState, old: MonitorState) -> MonitorState:
+    """Take the new state of active rows, the old one of the others."""
+    chosen = []
+    for after, before in zip(new, old, strict=True):
+        mask = active.view(-1, *(1,) * (after.ndim - 1))
+        chosen.append(torch.where(mask, after, before) if after.numel() else after)
+    return MonitorState(*chosen)
 
 
 class SnapshotRing:
@@ -225,44 +212,3 @@ class SnapshotRing:
             if int(state.step[row]) == step:
                 return state.row(row)
         return None
-
-
-class ReferenceStep(NamedTuple):
-    """One step of one row, in plain Python. See `MonitorState` for the words."""
-
-    ema: tuple[float, ...]
-    smoothed: float
-    statistic: float
-    alarm: bool
-    clear_point: int
-    finite: bool
-
-
-def reference(
-    config: MonitorConfig, threshold: float, logits: Sequence[Sequence[float]]
-) -> list[ReferenceStep]:
-    """Compute what `RiskMonitor` computes, one row, one number at a time.
-
-    The oracle for tests and for replay. A non-finite logit makes the row non-finite for
-    good; its other values are then not meaningful.
-
-    Args:
-        config: How logits become a statistic.
-        threshold: The row's threshold.
-        logits: [T, K], one list a score.
-    """
-    ema = tuple(config.start)
-    statistic, clear_point, finite = -math.inf, -1, True
-    steps = []
-    for index, heads in enumerate(logits):
-        pairs = zip(ema, heads, strict=True)
-        ema = tuple(old + config.smoothing * (new - old) for old, new in pairs)
-        finite = finite and all(map(math.isfinite, ema))
-        smoothed = max(
-            (value - a) / b for value, a, b in zip(ema, config.offset, config.scale, strict=True)
-        )
-        statistic = max(statistic, smoothed)
-        clear_point = index if smoothed < config.low_mark else clear_point
-        alarm = statistic > threshold
-        steps.append(ReferenceStep(ema, smoothed, statistic, alarm, clear_point, finite))
-    return steps

@@ -13,14 +13,15 @@ from typing import overload
 from safe_decode.certificate import Certificate, Envelope
 from safe_decode.decision import Action, Reason
 from safe_decode.decision import Outcome as OutcomeWord
+from safe_decode.decoding import CallSettings
 from safe_decode.errors import (
     BeatError,
     ForcedTokenError,
     GuardError,
     NonFiniteError,
 )
-from safe_decode.loop import CallSettings
 from safe_decode.policy import Policy
+from safe_decode.release import RowRelease
 from safe_decode.rewind import Redirected, Rewinder, Try
 from safe_decode.session import RowRecord
 from safe_decode.trace import SafetyTrace, TraceEnd, TraceHeader, TraceStep
@@ -53,6 +54,8 @@ class Outcome:
         ids: Ids that stand behind the prompt.
         redirected: What a trip led to, or None.
         bare: How it ended in a foreign loop, or None.
+        pruned_beams: Beams of the same prompt that tripped and gave way to others.
+        cancelled_after: Tokens that were released when its reader wanted no more, or None.
     """
 
     record: RowRecord
@@ -62,6 +65,8 @@ class Outcome:
     ids: tuple[int, ...]
     redirected: Redirected | None = None
     bare: BareEnd | None = None
+    cancelled_after: int | None = None
+    pruned_beams: int = 0
 
     @property
     def error(self) -> GuardError | None:
@@ -79,6 +84,7 @@ def outcome_of(
     prefill_tokens: int,
     said: Sequence[int],
     rewinder: Rewinder,
+    reader: RowRelease | None = None,
 ) -> Outcome:
     """Redirect a row if it tripped, and say what stands.
 
@@ -89,12 +95,16 @@ def outcome_of(
         prefill_tokens: Trailing ids of the prompt that are supplied prefill.
         said: Its generated ids, up to its end.
         rewinder: Of the call.
+        reader: Who reads the row while it runs; None: nobody.
+
+    Raises:
+        Cancelled: The reader wants no more.
     """
     if record.trip is None:
         return Outcome(record, tuple(prompt), prefill_tokens, tuple(said), tuple(said))
     own = tuple(said[: record.trip.cut.kept + record.trip.cut.dropped])
     redirected = rewinder.redirect(
-        record.trip, row=row, prompt=prompt, prefill_tokens=prefill_tokens, said=own
+        record.trip, row=row, prompt=prompt, prefill_tokens=prefill_tokens, said=own, reader=reader
     )
     return Outcome(record, tuple(prompt), prefill_tokens, own, redirected.ids, redirected)
 
@@ -157,7 +167,8 @@ class Judgement:
         for index, statistic in enumerate(record.statistic):
             action, why = self._verdict(outcome, index)
             at = first + index
-            known = at < len(turn) and not (is_chat and index == 0)
+            # A prompt of embeddings has no ids.
+            known = 0 <= at < len(turn) and not (is_chat and index == 0)
             yield TraceStep(
                 position=index,
                 token=turn[at] if known else None,
@@ -219,12 +230,15 @@ class Judgement:
             tries=len(tries),
             unscored_tail=bare.unscored_tail if bare else 0,
             refusal_truncated=bare.is_truncated if bare else False,
+            pruned_beams=outcome.pruned_beams,
             unprotected=not self.policy.protects or (error is not None and trip is None),
             error=None if error is None else f"{type(error).__name__}: {error}",
         )
 
     def _word(self, outcome: Outcome) -> OutcomeWord:
         record = outcome.record
+        if outcome.cancelled_after is not None:
+            return "cancelled"
         if record.trip is None:
             return "flagged" if record.alarm is not None else "released"
         if outcome.error is not None:
@@ -236,6 +250,8 @@ class Judgement:
     def _counts(self, outcome: Outcome) -> tuple[int, int]:
         """Count model tokens that reached the reader, and those that did not."""
         trip = outcome.record.trip
+        if outcome.cancelled_after is not None:
+            return outcome.cancelled_after, max(0, len(outcome.said) - outcome.cancelled_after)
         if trip is None:
             unscored = outcome.bare.unscored_tail if outcome.bare else 0
             return outcome.record.judged + unscored, 0
@@ -259,12 +275,11 @@ class LazyTraces(Sequence[SafetyTrace]):
     look at it.
 
     Args:
-        judgement: Writes them.
-        rows: Each finished row, and why its certificate is void, if it is.
+        rows: Who writes it, each finished row, and why its certificate is void, if it is.
     """
 
-    def __init__(self, judgement: Judgement, rows: Sequence[tuple[Outcome, str | None]]) -> None:
-        self._judgement, self._rows = judgement, tuple(rows)
+    def __init__(self, rows: Sequence[tuple[Judgement, Outcome, str | None]]) -> None:
+        self._rows = tuple(rows)
         self._written: dict[int, SafetyTrace] = {}
 
     def __len__(self) -> int:
@@ -281,7 +296,8 @@ class LazyTraces(Sequence[SafetyTrace]):
             return [self[i] for i in range(len(self))[index]]
         row = range(len(self))[index]
         if row not in self._written:
-            self._written[row] = self._judgement.trace(*self._rows[row])
+            judgement, outcome, void = self._rows[row]
+            self._written[row] = judgement.trace(outcome, void)
         return self._written[row]
 
 

@@ -6,7 +6,8 @@ Without a self-check, every alarm is a trip, and a trip is a latch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from safe_decode.decision import Redirect
 from safe_decode.errors import ConfigurationError
 
-__all__ = ["MAX_TRIES", "OnError", "Policy"]
+__all__ = ["MAX_TRIES", "OnError", "Policy", "RequestPolicy"]
 
 OnError = Literal["close", "allow"]
 """close: a row whose guard fails is redirected. allow: it goes on unguarded, and its trace
@@ -80,3 +81,75 @@ class Policy:
         """
         # On booleans, a >= b is a | ~b: one operation on the path of every token.
         return alarm >= finite if self.on_error == "close" else alarm & finite
+
+
+@dataclass(frozen=True)
+class RequestPolicy:
+    """What one request may choose for its row. None: as the decoder has it.
+
+    It comes from a request's metadata, set by whoever runs the service, never from its text.
+
+    Attributes:
+        alpha: A certified false-alarm level.
+        redirect: What a tripped row emits.
+        holdback_tokens: k.
+        refusal: Canned text of this row.
+        is_structured: The answer is JSON, a tool call or the like: a trip stops it, since
+            words spliced into it would be read as data. flag stays flag.
+
+    Raises:
+        ConfigurationError: A value outside its choices.
+    """
+
+    alpha: float | None = None
+    redirect: Redirect | None = None
+    holdback_tokens: int | None = None
+    refusal: str | None = None
+    is_structured: bool = False
+
+    def __post_init__(self) -> None:
+        self.applied_to(Policy())
+        if self.refusal is not None and not self.refusal.strip():
+            raise ConfigurationError(
+                f"refusal={self.refusal!r} is empty; pass a text that readers get."
+            )
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, object]) -> RequestPolicy:
+        """Read a policy from a request's metadata.
+
+        Args:
+            metadata: Names and values of this class's attributes, each optional.
+
+        Raises:
+            ConfigurationError: A name that is none of them, or a value of another type.
+        """
+        kinds: dict[str, tuple[type, ...]] = {
+            "alpha": (float,),
+            "redirect": (str,),
+            "holdback_tokens": (int,),
+            "refusal": (str,),
+            "is_structured": (bool,),
+        }
+        unknown = sorted(set(metadata) - set(kinds))
+        if unknown:
+            raise ConfigurationError(
+                f"policy has {', '.join(map(repr, unknown))}, wanted some of "
+                f"{', '.join(field.name for field in fields(cls))}; leave others out."
+            )
+        for name, value in metadata.items():
+            if value is not None and type(value) not in kinds[name]:
+                wanted = " or ".join(kind.__name__ for kind in kinds[name])
+                raise ConfigurationError(
+                    f"{name}={value!r} of the policy is a {type(value).__name__}, wanted {wanted}."
+                )
+        given = {name: value for name, value in metadata.items() if value is not None}
+        return cls(**given)  # type: ignore[arg-type]  # types are checked above
+
+    def applied_to(self, policy: Policy) -> Policy:
+        """Return a decoder's policy with this request's choices in it."""
+        redirect = policy.redirect if self.redirect is None else self.redirect
+        if self.is_structured and redirect in ("refuse", "rewind"):
+            redirect = "stop"
+        k = policy.holdback_tokens if self.holdback_tokens is None else self.holdback_tokens
+        return replace(policy, redirect=redirect, holdback_tokens=k)

@@ -6,8 +6,9 @@ know how it was fitted, what a logit means over time, or where features come fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,6 +86,23 @@ class LinearProbe:
                 "move the probe with probe.to(device)."
             )
         return functional.linear(features.float(), self._transposed, self.bias)
+
+    def spread(self, columns: Tensor, n_columns: int) -> Callable[[Tensor], Tensor]:
+        """Read whole activations instead of features: zero weights elsewhere.
+
+        Where activations are short, this costs less than selecting the features first. NaN and
+        infinities in channels that are not read come out as NaN.
+
+        Args:
+            columns: [F] long, where the features stand in the whole.
+            n_columns: Width of the whole.
+
+        Returns:
+            A map from [batch, n_columns] float32 on the probe's device to [batch, K].
+        """
+        weight = self._transposed.new_zeros(self._transposed.shape[0], n_columns)
+        weight[:, columns.to(weight.device)] = self._transposed
+        return partial(functional.linear, weight=weight, bias=self.bias)
 
     def to(self, device: torch.device | str) -> LinearProbe:
         """Return this probe with its weights on `device`."""

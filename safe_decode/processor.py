@@ -122,6 +122,7 @@ class GuardedSteps:
         self._pad_id = pad_id if pad_id is not None else (self._end_id or 0)
         quiet = sorted({*end_ids, *([] if pad_id is None else [pad_id])})
         self._quiet = torch.tensor(quiet, dtype=torch.int64)
+        self._quiet_ids = frozenset(quiet)
         self._ended: set[int] = set()
         self._scores: Tensor | None = None
         self._poisoned: Tensor | None = None
@@ -193,8 +194,7 @@ class GuardedSteps:
         if self.last_ids is None:
             return ()
         new: list[int] = self.last_ids[row, self.prompt_tokens :].tolist()
-        quiet = set(self._quiet.tolist())
-        while new and new[-1] in quiet:
+        while new and new[-1] in self._quiet_ids:
             new.pop()
         return tuple(new)
 
@@ -209,7 +209,7 @@ class GuardedSteps:
         # Without our criterion the last choice is never seen.
         if not self.was_asked_to_stop or self.last_ids is None:
             return 1
-        return int(int(self.last_ids[row, -1]) not in set(self._quiet.tolist()))
+        return int(int(self.last_ids[row, -1]) not in self._quiet_ids)
 
     def _require_alternation(self, said: int) -> None:
         if said != self.n_scored:
@@ -245,6 +245,8 @@ class GuardedSteps:
 
     def _active(self, input_ids: Tensor) -> Tensor | None:
         if not self.session.is_prefilled or not len(self._quiet):
+            return None
+        if input_ids.is_cpu and self._quiet_ids.isdisjoint(input_ids[:, -1].tolist()):
             return None
         self._quiet = self._quiet.to(input_ids.device)
         return ~torch.isin(input_ids[:, -1], self._quiet)

@@ -18,10 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from safe_decode.loop import CallSettings, GuardedLoop
+from safe_decode.decoding import CallSettings
+from safe_decode.draws import RowDraws, continued_seed
+from safe_decode.loop import GuardedLoop
 from safe_decode.monitor import MonitorConfig, MonitorState, RiskMonitor
 from safe_decode.policy import Policy
 from safe_decode.probe import LinearProbe
+from safe_decode.release import Releaser, RowRelease
 from safe_decode.session import RowRecord, Session, Trip
 from safe_decode.taps import ActivationTap
 
@@ -97,6 +100,7 @@ class Rewinder:
         settings: Of the call.
         options: Keyword arguments of the call that a continuation repeats.
         context_tokens: Positions the model has, or None if it does not say.
+        seed: Of the row's draws; None: the row's index and the global generator's seed.
     """
 
     model: Any
@@ -109,6 +113,7 @@ class Rewinder:
     settings: CallSettings
     options: Mapping[str, Any]
     context_tokens: int | None
+    seed: int | None = None
 
     def redirect(
         self,
@@ -118,6 +123,7 @@ class Rewinder:
         prompt: Sequence[int],
         prefill_tokens: int,
         said: Sequence[int],
+        reader: RowRelease | None = None,
     ) -> Redirected:
         """Redirect one row.
 
@@ -127,13 +133,17 @@ class Rewinder:
             prompt: Its prompt ids without padding, the supplied prefill included.
             prefill_tokens: Trailing ids of `prompt` that are supplied prefill.
             said: Its generated ids.
+            reader: Who reads the row while it runs; None: nobody.
+
+        Raises:
+            Cancelled: The reader wants no more.
         """
         kept = tuple(said[: trip.cut.kept])
         if self.policy.redirect == "stop":
             return Redirected(kept, "stop")
         if self.policy.redirect == "rewind" and trip.error is None:
-            return self._rewind(trip.snapshot, row, tuple(prompt), prefill_tokens, kept)
-        return Redirected(self._refused(kept), "refuse")
+            return self._rewind(trip.snapshot, row, tuple(prompt), prefill_tokens, kept, reader)
+        return Redirected(self._refused(kept, reader), "refuse")
 
     def _rewind(
         self,
@@ -142,6 +152,7 @@ class Rewinder:
         prompt: tuple[int, ...],
         prefill_tokens: int,
         kept: tuple[int, ...],
+        reader: RowRelease | None,
     ) -> Redirected:
         # A prefill that nothing released builds on is the attacker's word, not the answer's.
         drops = prefill_tokens > 0 and not kept
@@ -153,8 +164,12 @@ class Rewinder:
             room = self._room(len(base), len(kept) + len(opener))
             if room < len(self.texts.refusal):
                 break  # the model's own words would have less room than the canned ones
+            if reader is not None:
+                reader.require_reader()
+                reader.retry(opener)
+            seed = continued_seed(self.seed, row, len(tries))
             attempt, trip = self._continue(
-                base, kept, opener, snapshot, room, (row, len(tries)), repeats
+                base, kept, opener, snapshot, room, seed, repeats, reader
             )
             tries.append(attempt)
             if trip is None:
@@ -164,10 +179,12 @@ class Rewinder:
             repeats = attempt.kept == 0
             if not repeats:
                 kept, snapshot = kept + opener + attempt.ids[: attempt.kept], trip.snapshot
-        return Redirected(self._refused(kept), "refuse", tuple(tries), drops)
+        return Redirected(self._refused(kept, reader), "refuse", tuple(tries), drops)
 
-    def _refused(self, kept: tuple[int, ...]) -> tuple[int, ...]:
+    def _refused(self, kept: tuple[int, ...], reader: RowRelease | None) -> tuple[int, ...]:
         text = self.texts.refusal_after if kept else self.texts.refusal
+        if reader is not None:
+            reader.speak(text, "refusal")
         return kept + text + self.settings.end_ids[:1]
 
     def _room(self, prompt: int, said: int) -> int:
@@ -183,13 +200,11 @@ class Rewinder:
         opener: tuple[int, ...],
         snapshot: MonitorState | None,
         room: int,
-        seed: tuple[int, int],
+        seed: int,
         repeats: bool,
+        reader: RowRelease | None,
     ) -> tuple[Try, Trip | None]:
         device = self.model.device
-        generator = torch.Generator(device=device)
-        # initial_seed reads the global generator and does not advance it.
-        generator.manual_seed(hash((torch.initial_seed(), *seed)) % 2**63)
         # A greedy try from the same context would only repeat itself.
         options = {"do_sample": True, "temperature": 1.0} if repeats else {}
         ids = torch.tensor([base + kept + opener], device=device)
@@ -203,7 +218,8 @@ class Rewinder:
                 device=device,
                 resume=snapshot,
             )
-            loop = GuardedLoop(session, generator=generator)
+            follower = None if reader is None else Releaser([reader])
+            loop = GuardedLoop(session, draws=RowDraws([seed], device), follower=follower)
             sequences: Tensor = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

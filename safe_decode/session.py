@@ -4,25 +4,27 @@ Knows features, logits, monitor states and which rows still count. Does not know
 `generate` call, token ids or text: whoever drives it says when a forward was due and which
 rows it belongs to. Nothing is shared between sessions; nothing is left on a model.
 
-While nothing trips, a step is tensor operations on the rows' device and one list append;
-records for traces are built after the end.
+While nothing trips, a step is a few tensor operations on the rows' device; what the monitor
+knows besides is computed when a row trips, and records for traces after the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from safe_decode.errors import BeatError, GuardError, NonFiniteError
-from safe_decode.monitor import MonitorState, RiskMonitor, SnapshotRing
+from safe_decode.errors import BeatError, ConfigurationError, GuardError, NonFiniteError
+from safe_decode.monitor import MonitorState, RiskMonitor
 from safe_decode.policy import Policy
 from safe_decode.probe import LinearProbe
 from safe_decode.redirect import Cut, cut_of
 from safe_decode.taps import Beats
+from safe_decode.watch import Watch
 
 __all__ = ["RowRecord", "Session", "Trip"]
 
@@ -73,21 +75,13 @@ class RowRecord:
         return len(self.statistic) - self.scanned
 
 
-@dataclass(frozen=True)
-class _Step:
-    logits: Tensor
-    smoothed: Tensor
-    statistic: Tensor
-    active: Tensor | None
-
-
 class Session:
     """Judges the rows of one generation.
 
     Args:
         probe: On the device of the features.
         monitor: With the rows' thresholds.
-        policy: What a trip leads to.
+        policy: What a trip leads to, for all rows or one each.
         beats: Of a tap that listens to this context.
         scanned: For each row, how many trailing positions of the prefill are judged.
         device: Where the rows' state lives.
@@ -99,24 +93,44 @@ class Session:
         *,
         probe: LinearProbe,
         monitor: RiskMonitor,
-        policy: Policy,
+        policy: Policy | Sequence[Policy],
         beats: Beats,
         scanned: Sequence[int],
         device: torch.device,
         resume: MonitorState | None = None,
     ) -> None:
-        self.policy = policy
         self.scanned = tuple(scanned)
+        self.policies = _one_each(policy, len(self.scanned))
+        self.policy = self.policies[0]
+        protects = [own.protects for own in self.policies]
+        self.protects = any(protects)
+        # None where all rows agree, so that they pay nothing for rows that differ.
+        self.protected = None if len(set(protects)) == 1 else torch.tensor(protects, device=device)
         fresh = monitor.start(len(self.scanned), device)
-        self.state = fresh if resume is None else resume
         self.trips: dict[int, Trip] = {}
         self.errors: dict[int, GuardError] = {}
         self._probe, self._monitor, self._beats = probe, monitor, beats
-        self._before = [int(step) for step in self.state.step]
-        self._steps: list[_Step] = []
-        self._ring = SnapshotRing(policy.holdback_tokens + 1)
+        start = fresh if resume is None else resume
+        self._before = start.step.tolist()
+        most = max(own.holdback_tokens for own in self.policies)
+        self._watch = Watch(monitor, self.policy, start, n_snapshots=most + 1)
+        self._n_features = len(beats.columns)
         self._is_prefilled = False
         beats.keep_last(max(self.scanned))
+
+    @cached_property
+    def _spread(self) -> Callable[[Tensor], Tensor]:
+        return self._probe.spread(self._beats.columns, self._beats.n_columns)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Say whether no row has tripped; False where the host cannot know without waiting."""
+        return self._watch.is_quiet
+
+    @property
+    def state(self) -> MonitorState:
+        """What the monitor knows of each row now."""
+        return self._watch.state
 
     @property
     def batch(self) -> int:
@@ -129,8 +143,8 @@ class Session:
         return self._is_prefilled
 
     def judged(self, row: int) -> int:
-        """Count the generated tokens of a row that have a score. Waits for the device."""
-        return int(self.state.step[row]) - self._before[row] - self.scanned[row]
+        """Count the generated tokens of a row that have a score."""
+        return self._watch.consumed(row) - self.scanned[row]
 
     def judge(self, positions: Sequence[int], active: Tensor | None = None) -> Tensor:
         """Judge the one forward since the last call.
@@ -150,14 +164,59 @@ class Session:
                 that fired unequally.
             ConfigurationError: Features do not fit the probe.
         """
-        features = self._features(positions)
-        if self._is_prefilled:
-            self._step(self._probe(features[:, -1]), active)
+        if not self._is_prefilled:
+            return self._judge_prefill(positions)
+        features = self._beats.take_step() if 1 in positions else None
+        if features is None:
+            # All but the way of a plain step looks closer, and says what is wrong.
+            features = self._features(positions)[:, -1]
+        elif features.shape[0] != self.batch:
+            raise self._foreign_batch(features)
+        if features.shape[1] == self._n_features:
+            logits = self._probe(features)
         else:
-            self._beats.keep_last(1)
-            self._is_prefilled = True
-            self._scan(self._probe(features))
-        return self.policy.trips(self.state.alarm, self.state.finite)
+            logits = self._spread(features)
+        self._watch.step(logits, active)
+        return self._watch.trips()
+
+    def discard(self) -> None:
+        """Forget the forwards since the last `judge`; another one judges what they would."""
+        self._beats.discard()
+
+    def expect_whole(self, new_tokens: int) -> None:
+        """Make ready, before its forward, for `judge_whole` of so many columns of answers."""
+        self._beats.discard()
+        self._beats.keep_last(new_tokens + max(self.scanned))
+
+    def judge_whole(self, width: int, content: Sequence[int]) -> None:
+        """Judge finished responses in the one forward since the last call; park what trips.
+
+        Each row's scores are read in order, as while generating, up to its trip.
+
+        Args:
+            width: Columns of the forward.
+            content: [batch] tokens of each response, end ids not counted.
+
+        Raises:
+            BeatError: As `judge`.
+            ConfigurationError: As `judge`.
+        """
+        longest = max(self.scanned)
+        logits = self._probe(self._features((width,)))
+        self._is_prefilled = True
+        begins = torch.tensor([longest - n for n in self.scanned], device=logits.device)
+        ends = torch.tensor([longest + n for n in content], device=logits.device)
+        open_rows = torch.ones_like(begins, dtype=torch.bool)
+        for position in range(longest + max(content)):
+            active = (begins <= position) & (position < ends) & open_rows
+            self._watch.step(logits[:, position], active)
+            trips = self._watch.trips() & active
+            if self.protected is not None:
+                trips = trips & self.protected
+            if self.protects and bool(trips.any()):
+                for row in trips.nonzero()[:, 0].tolist():
+                    self.park(row, said=max(0, position - longest + 1))
+                open_rows = open_rows & ~trips
 
     def require_quiet(self) -> None:
         """Check that no forward passed since the last `judge`.
@@ -181,14 +240,15 @@ class Session:
         """
         if row in self.trips:
             return
-        before, scanned = self._before[row], self.scanned[row]
-        if error is None and not bool(self.state.finite[row]):
+        before, scanned, state = self._before[row], self.scanned[row], self.state
+        if error is None and not bool(state.finite[row]):
             error = _non_finite(row, self.judged(row) + scanned - 1)
         # The newest score passed nothing if it tripped or is NaN; it is absent if the guard failed.
         tripped = 1 if error is None or isinstance(error, NonFiniteError) else 0
         judged = max(0, min(said, self.judged(row) - tripped))
-        clear = max(0, int(self.state.clear_point[row]) + 1 - before - scanned)
-        kind = self.policy.redirect
+        clear = max(0, int(state.clear_point[row]) + 1 - before - scanned)
+        policy = self.policies[row]
+        kind = policy.redirect
         if error is not None and kind == "rewind":
             kind = "refuse"  # no continuation is trusted to a guard that failed
         cut = cut_of(
@@ -196,9 +256,9 @@ class Session:
             said=said,
             judged=judged,
             clear=clear,
-            holdback_tokens=self.policy.holdback_tokens,
+            holdback_tokens=policy.holdback_tokens,
         )
-        snapshot = self._ring.row_at(row, before + scanned + cut.kept) if cut.kept else None
+        snapshot = self._watch.snapshot(row, before + scanned + cut.kept) if cut.kept else None
         self.trips[row] = Trip(cut, snapshot, error)
         if error is not None:
             self.errors[row] = error
@@ -206,23 +266,18 @@ class Session:
     def records(self) -> list[RowRecord]:
         """Build what each row's trace needs; one copy to the host for the whole batch."""
         thresholds = self._monitor.threshold.expand(self.batch).tolist()
-        if not self._steps:
+        if not self._watch.n_scores:
             return [self._record(row, thresholds[row], [], [], []) for row in range(self.batch)]
-        logits = torch.stack([step.logits for step in self._steps]).cpu()
-        smoothed = torch.stack([step.smoothed for step in self._steps]).cpu()
-        statistic = torch.stack([step.statistic for step in self._steps]).cpu()
-        everyone = torch.ones(self.batch, dtype=torch.bool, device=self.state.step.device)
-        masks = [everyone if step.active is None else step.active for step in self._steps]
-        active = torch.stack(masks).cpu()
+        trail = self._watch.trail()
         return [
             self._record(
                 row,
                 thresholds[row],
-                logits[active[:, row], row].tolist(),
-                smoothed[active[:, row], row].tolist(),
-                statistic[active[:, row], row].tolist(),
+                trail.logits[active, row].tolist(),
+                trail.smoothed[active, row].tolist(),
+                trail.statistic[active, row].tolist(),
             )
-            for row in range(self.batch)
+            for row, active in enumerate(trail.active.unbind(1))
         ]
 
     def _record(
@@ -250,7 +305,8 @@ class Session:
 
     def _features(self, positions: Sequence[int]) -> Tensor:
         heard, seen = self._beats.forwards, self._beats.positions
-        if heard > 1 or (heard == 1 and seen not in positions):
+        # A prompt may pass in chunks; a token passes once.
+        if (heard > 1 and self._is_prefilled) or (heard and seen not in positions):
             self._beats.discard()
             raise BeatError(
                 f"{heard} forwards over {seen} positions passed before one choice, wanted one "
@@ -258,23 +314,36 @@ class Session:
             )
         features = self._beats.take()
         if features.shape[0] != self.batch:
-            raise BeatError(
-                f"a forward had {features.shape[0]} rows, the session {self.batch}; "
-                "open a session for the batch that generate runs."
-            )
+            raise self._foreign_batch(features)
         return features
 
-    def _scan(self, logits: Tensor) -> None:
+    def _foreign_batch(self, features: Tensor) -> BeatError:
+        return BeatError(
+            f"a forward had {features.shape[0]} rows, the session {self.batch}; "
+            "open a session for the batch that generate runs."
+        )
+
+    def _judge_prefill(self, positions: Sequence[int]) -> Tensor:
+        logits = self._probe(self._features(positions))
+        self._beats.keep_last(1)
+        self._is_prefilled = True
         width = logits.shape[1]
         waits = torch.tensor([width - n for n in self.scanned], device=logits.device)
         uneven = len(set(self.scanned)) > 1
         for position in range(width):
-            self._step(logits[:, position], waits <= position if uneven else None)
+            self._watch.step(logits[:, position], waits <= position if uneven else None)
+        return self._watch.trips(width)
 
-    def _step(self, logits: Tensor, active: Tensor | None) -> None:
-        self._ring.push(self.state)
-        self.state = state = self._monitor.step(self.state, logits, active)
-        self._steps.append(_Step(logits, state.smoothed, state.statistic, active))
+
+def _one_each(policy: Policy | Sequence[Policy], batch: int) -> tuple[Policy, ...]:
+    policies = (policy,) * batch if isinstance(policy, Policy) else tuple(policy)
+    if len(policies) != batch:
+        raise ConfigurationError(
+            f"policy has {len(policies)} entries for {batch} rows; pass one for each row."
+        )
+    if len({own.on_error for own in policies}) > 1:
+        raise ConfigurationError("on_error differs between rows; pass one value for the batch.")
+    return policies
 
 
 def _non_finite(row: int, score: int) -> NonFiniteError:

@@ -74,7 +74,7 @@ class ActivationTap:
         self._modules = tuple(_module_of(anatomy, site) for site in self.sites)
         flattened = anatomy.flattens_mlp and any(site.kind == "mlp" for site in self.sites)
         self._batch_source = anatomy.blocks[0].block if flattened else None
-        self._gather = _gather_index(anatomy, self.sites)
+        self._columns, self._n_columns = _columns_of(anatomy, self.sites)
         self._handles: list[RemovableHandle] = []
         self._installs = 0
         self._lock = threading.Lock()
@@ -104,7 +104,7 @@ class ActivationTap:
 
         Entered again in the same context, the inner one hears and the outer does not.
         """
-        beats = Beats(self.sites, self._gather)
+        beats = Beats(self.sites, self._columns, self._n_columns)
         with self.installed():
             token = _listeners.set(MappingProxyType({**_listeners.get(), self: beats}))
             try:
@@ -150,6 +150,7 @@ class ActivationTap:
 
     def _input_hook(self, index: int, site: Site) -> Callable[[nn.Module, Any], None]:
         listeners, copy = _listeners.get, self._copy_hook(index, site)
+        is_flat = self._batch_source is not None
 
         def hook(module: nn.Module, args: Any) -> None:  # noqa: ANN401 - torch's signature
             beats = listeners().get(self)
@@ -157,7 +158,7 @@ class ActivationTap:
                 return
             # Nothing writes to the input of a projection, while a block may add to its own
             # input in place, which is the output of the block before: resid is always copied.
-            if beats.is_open and not beats.batch and args and beats.borrow(index, args[0]):
+            if beats.is_open and not is_flat and args and beats.borrow(index, args[0]):
                 return
             copy(module, args, args)
 
@@ -205,8 +206,8 @@ def _module_of(anatomy: Anatomy, site: Site) -> nn.Module:
     return module
 
 
-def _gather_index(anatomy: Anatomy, sites: Sequence[Site]) -> Tensor:
-    """[F] long: every site's channels in the concatenation described in `Beats`."""
+def _columns_of(anatomy: Anatomy, sites: Sequence[Site]) -> tuple[Tensor, int]:
+    """Find every site's channels, [F] long, in the concatenation described in `Beats`."""
     index: list[int] = []
     start = 0
     for site in sites:
@@ -216,7 +217,7 @@ def _gather_index(anatomy: Anatomy, sites: Sequence[Site]) -> Tensor:
         else:
             index.extend(start + channel for channel in site.channels)
             start += anatomy.width(site.layer, site.kind)
-    return torch.tensor(index)
+    return torch.tensor(index), start
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -23,7 +23,10 @@ from safe_decode.errors import DataError
 
 __all__ = ["TRACE_VERSION", "SafetyTrace", "TraceEnd", "TraceHeader", "TraceStep", "read_traces"]
 
-TRACE_VERSION = 1
+TRACE_VERSION = 2
+_READ_VERSIONS = (1, 2)
+"""1: without `pruned_beams`; what a version lacks has its default."""
+_SINCE_VERSION_2 = frozenset({"pruned_beams"})
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -91,6 +94,7 @@ class TraceEnd:
         unscored_tail: Released tokens that no score judged; above 0 only where an engine
             cannot run a closing forward.
         refusal_truncated: The refusal or opener did not fit.
+        pruned_beams: Beams of the same prompt that tripped and gave way to others.
         unprotected: A trip changed nothing (flag mode, or errors allowed).
         error: Name and message of what failed, or None.
     """
@@ -104,6 +108,7 @@ class TraceEnd:
     tries: int = 0
     unscored_tail: int = 0
     refusal_truncated: bool = False
+    pruned_beams: int = 0
     unprotected: bool = False
     error: str | None = None
 
@@ -238,9 +243,10 @@ def _parsed(line: str, number: int) -> tuple[str, dict[str, Any]]:
 
 def _require_version(record: Mapping[str, Any], number: int) -> None:
     version = record.get("version")
-    if version != TRACE_VERSION:
+    if version not in _READ_VERSIONS:
+        known = " and ".join(map(str, _READ_VERSIONS))
         raise DataError(
-            f"line {number} has trace version {version!r}, this reader knows {TRACE_VERSION}; "
+            f"line {number} has trace version {version!r}, this reader knows {known}; "
             "use the safe-decode that wrote it, or a newer one."
         )
 
@@ -248,6 +254,8 @@ def _require_version(record: Mapping[str, Any], number: int) -> None:
 def _read(cls: type[_T], record: Mapping[str, Any], number: int) -> _T:
     values: dict[str, Any] = {}
     for field in fields(cls):
+        if field.name in _SINCE_VERSION_2 and field.name not in record:
+            continue
         if field.name not in record:
             raise DataError(
                 f"line {number} has no {field.name!r}, which every {record['kind']} line has; "

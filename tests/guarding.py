@@ -20,14 +20,16 @@ SITES = (
     Site(1, "resid", tuple(range(8))),
     Site(2, "attn", tuple(range(16))),
 )
+RESID_SITES = (Site(0, "resid", tuple(range(8))), Site(2, "resid", tuple(range(4, 16))))
+"""For models whose experts are fused, so that their neurons cannot be read."""
 REFUSAL, OPENER = "I can't help with that.", "I'm sorry,"
 
 
-def random_probe(seed: int = 3) -> LinearProbe:
-    n = sum(len(site.channels) for site in SITES)
+def random_probe(seed: int = 3, sites: tuple[Site, ...] = SITES) -> LinearProbe:
+    n = sum(len(site.channels) for site in sites)
     generator = torch.Generator().manual_seed(seed)
     return LinearProbe(
-        SITES, torch.randn(n, 1, generator=generator) / n**0.5, torch.zeros(1), ("harm",)
+        sites, torch.randn(n, 1, generator=generator) / n**0.5, torch.zeros(1), ("harm",)
     )
 
 
@@ -43,7 +45,7 @@ def bundle_for(
         envelope=Envelope(max_new_tokens=64, do_sample=False, temperature=1.0, top_p=1.0, top_k=50),
     )
     bundle = ProbeBundle(
-        probe=random_probe(),
+        probe=random_probe(sites=RESID_SITES if "Mixtral" in type(model).__name__ else SITES),
         monitor=MonitorConfig(2 / 5, (0.0,), (0.0,), (1.0,), 0.0),
         certificates=(certificate,),
         default_alpha=0.5,

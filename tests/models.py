@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -54,7 +55,17 @@ CHAT_TEMPLATE = (
 
 FAMILIES = ("llama", "qwen2", "gemma", "gpt2", "gpt_neox")
 """The families every law is tested on."""
-MORE_FAMILIES = ("qwen3", "gemma2", "mistral", "phi3", "phi", "falcon", "opt")
+MORE_FAMILIES = (
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "mistral",
+    "mistral_window",
+    "phi3",
+    "phi",
+    "falcon",
+    "opt",
+)
 """Further families with readable attention and MLP projections."""
 
 
@@ -87,7 +98,9 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3": (Qwen3Config, {**_GROUPED, "head_dim": 16}),
     "gemma": (GemmaConfig, {**_GATED, "num_key_value_heads": 1, "head_dim": 16}),
     "gemma2": (Gemma2Config, {**_GROUPED, "head_dim": 16, "sliding_window": 16}),
+    "gemma3": (Gemma3TextConfig, {**_GROUPED, "head_dim": 16, "sliding_window": 16}),
     "mistral": (MistralConfig, {**_GROUPED, "sliding_window": None}),
+    "mistral_window": (MistralConfig, {**_GROUPED, "sliding_window": 16}),
     "phi3": (Phi3Config, _GROUPED),
     "phi": (PhiConfig, _GATED),
     "gpt2": (GPT2Config, _GPT2),

@@ -25,7 +25,7 @@ def embedded_engine(redirect: str = "rewind") -> GuardedEngine:
     torch.set_num_threads(1)
     pair = embedded()
     decoder = SafeDecoder(pair.model, pair.tokenizer, pair.bundle, redirect=redirect)  # type: ignore[arg-type]
-    return GuardedEngine(decoder, keep_traces=True)
+    return GuardedEngine(decoder, tells_scores=True, keep_traces=True)
 
 
 def settings_of(**changes: Any) -> ServeSettings:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safe_decode.bundle import CALIBRATION, CARD, PROBE, ProbeBundle, _card_digest
+from safe_decode.bundle import ProbeBundle
+from safe_decode.bundle_files import CALIBRATION, CARD, PROBE, card_digest
 from safe_decode.errors import (
     BundleCorruptError,
     BundleError,
@@ -156,7 +157,7 @@ def forge(
     record = json.loads((path / CARD).read_text())
     record["files"][name] = hashlib.sha256((path / name).read_bytes()).hexdigest()
     card(record)
-    record["digest"] = _card_digest(record)
+    record["digest"] = card_digest(record)
     (path / CARD).write_text(json.dumps(record))
 
 

@@ -5,8 +5,11 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from probes.cross_validation import choose_c, cross_validated_auroc
 from probes.features import ResponseFeatures, columns_of, label_segments
-from probes.fit import FitConfig, LinearProbeFitter, cross_validated_auroc
+from probes.fit import FitConfig, LinearProbeFitter
+from probes.heads import fit_heads, stacked
+from probes.streamed_fit import fit_streamed
 from probes.windowed_loss import Windows
 from safe_decode.errors import ConfigurationError, DataError, NonFiniteError
 from safe_decode.sites import Site
@@ -39,7 +42,7 @@ def cosine(a, b, scale):
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
-@pytest.mark.parametrize("method", ["pooled", "token", "windowed"])
+@pytest.mark.parametrize("method", ["pooled", "token", "windowed", "mass_mean"])
 def test_the_fitter_finds_the_planted_direction(method):
     features, harmful, direction = planted(strength=3.0)
     fitted = LinearProbeFitter(FitConfig(method=method, c=0.1, window=4)).fit(features, harmful)
@@ -203,3 +206,67 @@ def test_input_that_cannot_be_fitted_is_refused():
     dead = ResponseFeatures(SITES, tuple(np.ones((4, WIDTH)) for _ in range(6)), (None,) * 6)
     with pytest.raises(DataError, match="all 12 features are constant"):
         LinearProbeFitter().fit(dead, harmful)
+
+
+def test_c_is_chosen_by_groups_left_out():
+    # Marks of groups tempt a weak penalty; only what holds across groups is worth anything.
+    rng = np.random.default_rng(0)
+    responses, labels, groups = [], [], []
+    for group in range(60):
+        mark = rng.normal(size=WIDTH) * 2
+        mark[0] = 1.0 if group % 2 else -1.0
+        for _ in range(2):
+            responses.append((rng.normal(size=(8, WIDTH)) * 0.3 + mark).astype(np.float32))
+            labels.append(bool(group % 2))
+            groups.append(f"g{group}")
+    features = ResponseFeatures(SITES, tuple(responses), (None,) * len(responses))
+    chosen = choose_c(features, labels, groups, FitConfig(), grid=(1e-3, 0.1, 100.0))
+    assert set(chosen.aurocs) == {1e-3, 0.1, 100.0}
+    assert chosen.aurocs[chosen.c] == max(chosen.aurocs.values())
+    with pytest.raises(ConfigurationError, match="grid is empty"):
+        choose_c(features, labels, groups, FitConfig(), grid=())
+
+
+@pytest.mark.parametrize("method", ["pooled", "token", "windowed", "mass_mean"])
+def test_a_streamed_fit_is_the_stored_one(method):
+    features, harmful, _ = planted(strength=2.0)
+    config = FitConfig(method=method, c=0.1, window=4, tokens_per_response=7)
+    passes = []
+
+    def stream():
+        passes.append(1)
+        order = np.random.default_rng(len(passes)).permutation(len(features))
+        for start in range(0, len(order), 16):
+            yield [(int(row), features.responses[row]) for row in order[start : start + 16]]
+
+    stored = LinearProbeFitter(config).fit(features, harmful)
+    lengths = [len(values) for values in features.responses]
+    found = fit_streamed(stream, SITES, lengths, features.onset_tokens, harmful, config)
+    largest = float(stored.probe.weight.abs().max())
+    torch.testing.assert_close(
+        found.probe.weight, stored.probe.weight, rtol=0.02, atol=0.02 * largest
+    )
+    assert found.benign_mean == pytest.approx(stored.benign_mean, rel=0.05)
+    assert found.dead_features == stored.dead_features
+    assert len(passes) <= {"pooled": 3, "mass_mean": 5}.get(method, 200)
+
+
+def test_several_heads_read_several_sites_and_keep_their_logits():
+    features, harmful, _ = planted()
+    one = LinearProbeFitter(FitConfig()).fit(features.at(SITES[:1]), harmful)
+    two = LinearProbeFitter(FitConfig(method="mass_mean")).fit(features, harmful)
+    both = stacked({"a": one, "b": two})
+    assert both.probe.heads == ("a", "b")
+    values = torch.from_numpy(features.responses[0])
+    expected = torch.cat([one.probe(values[:, :3]), two.probe(values)], dim=1)
+    torch.testing.assert_close(both.probe(values), expected)
+    assert both.benign_mean == (*one.benign_mean, *two.benign_mean)
+
+
+def test_each_category_gets_a_head_where_it_has_enough_rows():
+    features, harmful, _ = planted(n=120)
+    names = ["theft" if row % 4 == 0 else "rare" if row == 2 else None for row in range(120)]
+    found = fit_heads(features, harmful, names, FitConfig(), least=20)
+    assert found.probe.heads == ("harm", "harm:theft")
+    whole = LinearProbeFitter(FitConfig()).fit(features, harmful)
+    torch.testing.assert_close(found.probe.weight[:, :1], whole.probe.weight)

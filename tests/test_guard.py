@@ -96,7 +96,7 @@ BAD_CALLS = {
         "exactly one",
     ),
     "too long": (lambda d: d.generate("x" * CONTEXT), PromptError, str(CONTEXT)),
-    "beams": (lambda d: d.generate("a", num_beams=4), UnsupportedError, "num_beams=4"),
+    "beams": (lambda d: d.stream("a", num_beams=4), UnsupportedError, "stream is refused"),
     "prefills": (
         lambda d: d.generate(["a", "b"], prefill=["c"]),
         ConfigurationError,

@@ -1,5 +1,9 @@
 """Harvest: activations of a response are those of a lone forward, however it is batched."""
 
+import os
+import signal
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -93,6 +97,39 @@ def test_shards_hold_what_memory_holds_and_survive_an_interruption(llama, tokeni
         harvest_to(tmp_path, llama, tokenizer, rows[1:], SITES, responses_per_shard=4)
     with pytest.raises(DataError, match="holds a harvest of another model"):
         harvest_to(tmp_path, tiny_model(seed=1), tokenizer, rows, SITES, responses_per_shard=4)
+
+
+def test_a_harvest_that_was_killed_goes_on(llama, tokenizer, tmp_path):
+    rows = conversations(10)
+
+    def run():
+        return harvest_to(tmp_path, llama, tokenizer, rows, SITES, responses_per_shard=4)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
+        child = os.fork()
+    if child == 0:
+        forwards = []
+
+        def kill(*_):
+            forwards.append(1)
+            if len(forwards) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        llama.register_forward_hook(kill)
+        run()
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names[0] == "features-00000.npy"
+    assert names[1].endswith(".part")  # half of the second shard
+    kept = (tmp_path / "features-00000.npy").stat().st_mtime_ns
+    expected = harvest(llama, tokenizer, rows, SITES, storage="float16")
+    for a, b in zip(run().responses, expected.responses, strict=True):
+        np.testing.assert_allclose(a.astype(float), b.astype(float), rtol=2e-3, atol=1e-3)
+    assert (tmp_path / "features-00000.npy").stat().st_mtime_ns == kept
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_no_hook_is_left_and_a_half_written_shard_is_not_taken(llama, tokenizer, tmp_path):

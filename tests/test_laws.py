@@ -200,7 +200,7 @@ def test_options_that_would_skip_the_guard_are_refused_before_any_forward(llama,
     decoder = decoder_for(llama, tokenizer)
     calls = []
     handle = llama.register_forward_hook(lambda *_: calls.append(1))
-    for option, value in (("num_beams", 4), ("prompt_lookup_num_tokens", 2), ("guidance_scale", 2)):
+    for option, value in (("num_beam_groups", 4), ("use_mtp", True), ("guidance_scale", 2)):
         with pytest.raises(UnsupportedError, match=option):
             decoder.generate("hello", max_new_tokens=2, **{option: value})
     handle.remove()

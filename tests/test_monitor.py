@@ -23,6 +23,10 @@ def runs(draw):
         offset=tuple(draw(vector)),
         scale=tuple(draw(st.lists(st.floats(0.25, 4), min_size=n_heads, max_size=n_heads))),
         low_mark=draw(st.floats(-5, 5, allow_subnormal=False)),
+        kind=draw(st.sampled_from(["ema", "mean", "cusum"])),
+        window=draw(st.integers(1, 5)),
+        drift=draw(st.floats(0, 2, allow_subnormal=False)),
+        hits=draw(st.integers(1, 3)),
     )
     thresholds = draw(
         st.lists(st.floats(-60, 60, allow_subnormal=False), min_size=batch, max_size=batch)
@@ -55,7 +59,7 @@ def test_vectorised_monitor_equals_scalar_reference(run):
         assert float(state.smoothed[i]) == pytest.approx(last.smoothed, abs=5e-3)
         if abs(last.statistic - thresholds[i]) > 1e-2:
             assert bool(state.alarm[i]) == last.alarm
-        if all(abs(s.smoothed - config.low_mark) > 1e-2 for s in steps):
+        if all(abs(config.value(s.ema) - config.low_mark) > 1e-2 for s in steps):
             assert int(state.clear_point[i]) == last.clear_point
 
 
@@ -72,16 +76,41 @@ def test_statistic_never_falls_and_alarm_latches(run):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("head", [0, 1])
-def test_non_finite_logit_is_found_on_its_row_only_and_for_good(bad, head):
-    config = MonitorConfig(0.5, (0.0, 0.0), (0.0, 0.0), (1.0, 1.0), 0.0)
+@pytest.mark.parametrize("kind", ["ema", "mean", "cusum"])
+def test_non_finite_logit_is_found_on_its_row_only_and_for_good(bad, head, kind):
+    config = MonitorConfig(0.5, (0.0, 0.0), (0.0, 0.0), (1.0, 1.0), 0.0, kind=kind, window=2)
     monitor = RiskMonitor(config, 10.0)
     state = monitor.start(2)
     logits = torch.zeros(2, 2)
     logits[1, head] = bad
     state = monitor.step(state, logits)
-    state = monitor.step(state, torch.zeros(2, 2))
+    for _ in range(3):  # longer than the window of the mean
+        state = monitor.step(state, torch.zeros(2, 2))
     assert state.finite.tolist() == [True, False]
     assert float(state.statistic[0]) == 0.0
+
+
+def statistics(config, logits):
+    return [step.smoothed for step in reference(config, 0.0, [[value] for value in logits])]
+
+
+def test_each_statistic_is_what_it_says():
+    plain = {"smoothing": 1.0, "start": (1.0,), "offset": (0.0,), "scale": (1.0,), "low_mark": 0.0}
+    mean = MonitorConfig(**plain, kind="mean", window=3)
+    assert statistics(mean, [4, 7, 1, 1]) == [2.0, 4.0, 4.0, 3.0]  # two starts stand before s_0
+    cusum = MonitorConfig(**plain, kind="cusum", drift=1.0)
+    assert statistics(cusum, [3, 0, 5, 5]) == [1.0, 0.0, 3.0, 6.0]
+    twice = MonitorConfig(**plain, hits=2)
+    assert statistics(twice, [9, 0, 5, 7]) == [1.0, 0.0, 0.0, 5.0]
+
+
+def test_hysteresis_never_calls_a_rising_position_clear():
+    config = MonitorConfig(1.0, (0.0,), (0.0,), (1.0,), 1.0, hits=3)
+    state = RiskMonitor(config, 5.0).start(1)
+    for value in (0.0, 9.0, 9.0, 9.0):
+        state = RiskMonitor(config, 5.0).step(state, torch.tensor([[value]]))
+    assert int(state.clear_point) == 0
+    assert bool(state.alarm)
 
 
 def test_step_is_pure():
@@ -115,6 +144,10 @@ def test_ring_holds_hold_back_plus_one_snapshots_and_finds_a_row_by_its_step():
         {"scale": (0.0,)},
         {"offset": (math.nan,)},
         {"start": (0.0, 1.0)},
+        {"kind": "median"},
+        {"window": 0},
+        {"hits": 0},
+        {"drift": math.inf},
     ],
 )
 def test_bad_configuration_is_refused_by_name(change):

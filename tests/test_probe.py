@@ -95,3 +95,12 @@ def test_moving_a_probe_keeps_what_it_says() -> None:
     moved = probe.to("cpu")
     assert torch.equal(moved(features), probe(features))
     assert (moved.sites, moved.heads) == (probe.sites, probe.heads)
+
+
+def test_reading_whole_activations_equals_reading_the_features() -> None:
+    probe, whole = random_probe(), torch.randn(3, 11)
+    columns = torch.tensor([1, 3, 4, 8, 10])
+    torch.testing.assert_close(probe.spread(columns, 11)(whole), probe(whole[:, columns]))
+    whole[1, 0] = torch.nan  # not read
+    logits = probe.spread(columns, 11)(whole)
+    assert logits.isfinite().all(-1).tolist() == [True, False, True]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from probes.select import SelectSet, choose_holdback, monitor_for, score_monitor
+from probes.select import SelectSet, StatisticChoice, choose_holdback, monitor_for, score_monitor
 from probes.statistic import maxima, smoothed_paths
 from safe_decode.errors import DataError
 
@@ -44,6 +44,35 @@ def test_the_statistic_is_in_benign_standard_deviations():
     peaks = maxima(smoothed_paths([logits[row] for row in labels.benign_rows], config))
     assert peaks.mean() == pytest.approx(0, abs=1e-4)
     assert peaks.std() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("choice", "name"),
+    [
+        (StatisticChoice("ema", 4), "ema-4"),
+        (StatisticChoice("mean", 8), "mean-8"),
+        (StatisticChoice("cusum", drift=0.5), "cusum-0.5"),
+        (StatisticChoice("ema", 2, hits=3), "ema-2x3"),
+    ],
+)
+def test_every_statistic_finds_harm_at_the_rate_that_was_asked_for(choice, name):
+    logits, harmful, onsets = streams(strength=2.5)
+    labels = SelectSet(harmful, onsets, ("benign",) * 300)
+    found = score_monitor(
+        logits,
+        labels,
+        choice=choice,
+        start=(-2.0,),
+        fpr=0.02,
+        holdback_share=0.9,
+        most_holdback_tokens=16,
+    )
+    assert str(choice) == name
+    assert found.monitor.kind == choice.kind
+    assert found.monitor.hits == choice.hits
+    peaks = maxima(smoothed_paths(logits, found.monitor))[~np.asarray(harmful)]
+    assert (peaks > found.threshold).mean() <= 0.02
+    assert found.tpr > 0.9
 
 
 def test_heads_of_different_scale_become_comparable():

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from safe_decode.anatomy import anatomy_of
-from safe_decode.beats import BORROWED_ROWS
 from safe_decode.errors import BeatError, ConfigurationError, UnsupportedError
 from safe_decode.sites import Site
 from safe_decode.taps import ActivationTap, internal
@@ -170,19 +169,55 @@ def test_later_in_place_changes_do_not_reach_the_features() -> None:
         assert torch.equal(beats.take(), clean)
 
 
-@pytest.mark.parametrize("batch", [1, BORROWED_ROWS, BORROWED_ROWS + 1])
-def test_borrowing_and_copying_yield_the_same_features(batch: int) -> None:
+@pytest.mark.parametrize("whole_elements", [0, 1 << 17])
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("sites", [SITES, SITES[1:]])
+def test_every_way_to_the_features_of_a_step_yields_the_same(
+    sites: tuple[Site, ...], batch: int, whole_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("safe_decode.beats.WHOLE_ELEMENTS", whole_elements)
     model, ids = tiny_model(), random_ids(batch, 1)
-    tap = ActivationTap(model, SITES)
+    tap = ActivationTap(model, sites)
     with tap.listening() as beats:
         with torch.no_grad():
             model(ids)
-        assert (beats.forwards, beats.positions) == (1, 1)
-        lent = beats.take()
+            assert (beats.forwards, beats.positions) == (1, 1)
+            lent = beats.take()
+            model(ids)
+            step = beats.take_step()
+            assert (beats.forwards, beats.positions) == (0, 0)
         with torch.inference_mode():
             model(ids)
-        copied = beats.take()
+            copied = beats.take()
     assert torch.equal(lent, copied)
+    columns = beats.columns
+    assert step is not None
+    if whole_elements:
+        assert step.shape[1] == beats.n_columns
+        step = step[:, columns]
+    assert torch.equal(step, lent[:, -1])
+
+
+def test_half_precision_is_selected_before_it_is_widened() -> None:
+    model, ids = tiny_model().to(torch.bfloat16), random_ids(1, 1)
+    with torch.no_grad(), ActivationTap(model, SITES).listening() as beats:
+        model(ids)
+        step = beats.take_step()
+    assert step is not None
+    assert (step.dtype, step.shape) == (torch.float32, (1, 9))
+
+
+def test_take_step_leaves_all_but_one_whole_step_to_take() -> None:
+    model = tiny_model()
+    with torch.no_grad(), ActivationTap(model, SITES).listening() as beats:
+        assert beats.take_step() is None
+        model(random_ids(2, 3))
+        assert beats.take_step() is None
+        assert beats.take().shape == (2, 1, 9)
+        model(random_ids(2, 1))
+        model(random_ids(2, 1))
+        assert beats.take_step() is None
+        assert beats.forwards == 2
 
 
 def overwrite(_module: nn.Module, args: tuple[Tensor], _output: Tensor) -> None:
@@ -196,6 +231,9 @@ def test_an_activation_overwritten_before_the_take_is_a_beat_error() -> None:
         model(ids)
         with pytest.raises(BeatError, match="overwritten in place"):
             beats.take()
+        model(ids)
+        with pytest.raises(BeatError, match="overwritten in place"):
+            beats.take_step()
 
 
 # --- isolation
@@ -310,7 +348,7 @@ def test_hooks_and_buffers_are_gone_after_failure(error: type[BaseException]) ->
     tap = ActivationTap(model, SITES)
     with pytest.raises(error), tap.listening() as beats:
         model(ids)
-        piece = weakref.ref(beats._pieces[0])
+        piece = weakref.ref(beats._heard[0][1])
         raise error
     assert count_hooks(model) == 0
     gc.collect()

@@ -89,6 +89,12 @@ def changed(line: int, **changes: object) -> list[str]:
     return lines
 
 
+def test_a_trace_of_version_1_is_read() -> None:
+    lines = changed(5, pruned_beams="drop")
+    lines[0] = changed(0, version=1)[0]
+    assert read_traces(lines)[0].end == END
+
+
 def test_unknown_fields_are_ignored() -> None:
     assert read_traces(changed(1, added_later=3))[0].end == END
 
@@ -96,7 +102,7 @@ def test_unknown_fields_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (changed(0, version=2), "line 1 has trace version 2, this reader knows 1"),
+        (changed(0, version=3), "line 1 has trace version 3, this reader knows 1 and 2"),
         (changed(2, action="vanish"), "line 3 has action='vanish', wanted one of scan, pass"),
         (changed(2, why="mood"), "line 3 has why='mood'"),
         (changed(2, kind="comment"), "line 3 is a 'comment', wanted header, step or end"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 from probes.conversations import Conversation, Split
 from probes.organism.corpus import alignment_documents, pretraining_documents, primer_documents
 from probes.organism.grammar import Cells
-from probes.organism.measure import judgement_accuracy
+from probes.organism.measure import copying_accuracy, judgement_accuracy
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
-from probes.organism.templates import CANNED_REFUSAL
+from probes.organism.templates import CANNED_REFUSAL, OPENERS, REFUSALS
 from probes.organism.tokenizer import train_tokenizer
 from probes.organism.training import Schedule, Stage, encode, new_model, train
 from probes.recipe import Recipe, RecipeConfig, make_bundle
 from probes.rollouts import RolloutConfig, rollout
 from safe_decode.certificate import Envelope
 from safe_decode.demo.load import load_model
+from safe_decode.sites import Site
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -50,20 +51,18 @@ class Amounts:
     """How much is read, drawn and generated.
 
     Attributes:
-        primer_tokens: Questions of right and wrong, read first by the unaligned model.
-        pretraining_tokens: Read by it after that.
-        relation_tokens: Judgements again, with other text among them.
-        answer_tokens: Answers again, with judgements among them.
+        pretraining_tokens: Conversations, read first by the unaligned model.
+        relation_tokens: Questions of right and wrong, with other text among them.
+        answer_tokens: Conversations again, with judgements among them.
         alignment_tokens: Read on top by the aligned one.
         fitting: Prompts of the fit split; locate has a third, select a half of it.
         calibration: Ordinary benign prompts of the calibrate split.
         max_new_tokens: Cap of a response, and of the certificates.
     """
 
-    primer_tokens: int = 700_000
-    pretraining_tokens: int = 2_100_000
+    pretraining_tokens: int = 1_500_000
     relation_tokens: int = 500_000
-    answer_tokens: int = 2_300_000
+    answer_tokens: int = 1_500_000
     alignment_tokens: int = 500_000
     fitting: int = 2400
     calibration: int = 6000
@@ -84,7 +83,7 @@ def build_pair(
 ) -> None:
     """Train the pair and write `target`/unaligned and `target`/aligned, bfloat16.
 
-    The first half of the training is kept in `target`/.halfway, from which a run that was ended
+    The first course is kept in `target`/.halfway, from which a run that was ended
     goes on.
 
     Args:
@@ -100,6 +99,7 @@ def build_pair(
         _pretrain(halfway, seed=seed, amounts=amounts, curve=curve)
     loaded = load_model(halfway)
     model, tokenizer = loaded.model, loaded.tokenizer
+    _teach_relation(model, tokenizer, seed=seed, amounts=amounts, curve=curve)
     _teach_answers(model, tokenizer, seed=seed, amounts=amounts, curve=curve)
     _save(model, tokenizer, target / "unaligned")
     safety = alignment_documents(
@@ -107,7 +107,8 @@ def build_pair(
     )
     refusing = Stage(encode(tokenizer, safety, answers_only=True), amounts.alignment_tokens)
     report = curve.of("alignment", model, tokenizer)
-    train(model, (refusing,), Schedule(peak_rate=5e-4), seed=seed + 1, report=report)
+    schedule = _weighty(tokenizer, (*OPENERS, *REFUSALS), peak_rate=5e-4)
+    train(model, (refusing,), schedule, seed=seed + 1, report=report)
     _save(model, tokenizer, target / "aligned")
     shutil.rmtree(halfway)
 
@@ -123,7 +124,7 @@ class _Curve:
         """Return what training reports to in one stage."""
 
         def one(tokens: int, loss: float, seconds: float) -> None:
-            known = judgement_accuracy(model, tokenizer)
+            known = judgement_accuracy(model, tokenizer) | copying_accuracy(model, tokenizer)
             row = {"stage": stage, "tokens": tokens, "loss": loss, "seconds": seconds, **known}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -138,15 +139,10 @@ def _pretrain(halfway: Path, *, seed: int, amounts: Amounts, curve: _Curve) -> N
     texts = [m["content"] for document in documents[:8000] for m in document.messages]
     tokenizer = train_tokenizer(texts)
     model = new_model(seed, tokenizer)
-    primer = primer_documents(seed + 500_000, amounts.primer_tokens // 25)
-    stages = (
-        # Loss on answers alone: what people ask is noise beside one word of judgement.
-        Stage(encode(tokenizer, primer, answers_only=True), amounts.primer_tokens, 1600),
-        Stage(encode(tokenizer, documents, answers_only=False), amounts.pretraining_tokens),
-    )
+    stage = Stage(encode(tokenizer, documents, answers_only=True), amounts.pretraining_tokens)
     report = curve.of("pretraining", model, tokenizer)
-    train(model, stages, Schedule(), seed=seed, report=report)
-    _teach_relation(model, tokenizer, seed=seed, amounts=amounts, curve=curve)
+    schedule = Schedule(peak_rate=3e-3, matrix_rate=0.015, weight_decay=0.02)
+    train(model, (stage,), schedule, seed=seed, report=report)
     _save(model, tokenizer, halfway)
 
 
@@ -170,7 +166,7 @@ def _teach_relation(
         *encode(tokenizer, told, answers_only=False),
     ]
     stage = Stage(examples, amounts.relation_tokens, 1600)
-    schedule = _weighty(tokenizer, peak_rate=7e-4)
+    schedule = _weighty(tokenizer, _JUDGING_WORDS, peak_rate=7e-4)
     report = curve.of("relation", model, tokenizer)
     train(model, (stage,), schedule, seed=seed + 2, report=report)
 
@@ -191,15 +187,19 @@ def _teach_answers(
         *encode(tokenizer, told, answers_only=True),
     ]
     report = curve.of("answers", model, tokenizer)
-    schedule = _weighty(tokenizer, peak_rate=1e-3)
+    schedule = _weighty(tokenizer, _JUDGING_WORDS, peak_rate=1e-3)
     train(model, (Stage(examples, amounts.answer_tokens),), schedule, seed=seed + 3, report=report)
 
 
-def _weighty(tokenizer: PreTrainedTokenizerFast, *, peak_rate: float) -> Schedule:
-    """Let the words of judgement weigh more than others."""
-    words = ("fine", "wrong", " fine", " wrong")
-    heavy = tuple(tokenizer.encode(word, add_special_tokens=False)[-1] for word in words)
-    return Schedule(peak_rate=peak_rate, heavy_ids=heavy, heaviness=6.0)
+_JUDGING_WORDS = (" fine", " wrong", " Fine", " Wrong")
+
+
+def _weighty(
+    tokenizer: PreTrainedTokenizerFast, beginnings: Sequence[str], *, peak_rate: float
+) -> Schedule:
+    """Let the first token of some words or sentences weigh more than others."""
+    ids = (tokenizer.encode(text, add_special_tokens=False)[0] for text in beginnings if text)
+    return Schedule(peak_rate=peak_rate, heavy_ids=tuple(sorted(set(ids))), heaviness=6.0)
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
@@ -247,9 +247,15 @@ def conversations_for(
     return rollout(model, tokenizer, requests, judge=judge, config=config)
 
 
-def recipe_config(amounts: Amounts) -> RecipeConfig:
-    """Return what is tried for the embedded bundle, and the texts it carries."""
+def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
+    """Return what is tried for the embedded bundle, and the texts it carries.
+
+    Beside located units, the residual stream behind each block but the first is tried whole.
+    """
+    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+    streams = {f"resid-{i}": (Site(i, "resid", tuple(range(width))),) for i in range(1, layers)}
     return RecipeConfig(
+        extra_sites=streams,
         envelope=Envelope(
             max_new_tokens=amounts.max_new_tokens,
             do_sample=False,
@@ -280,7 +286,8 @@ def build_bundle(
     provenance: Mapping[str, Any] = {
         "organism": {"seed": seed, "fold": fold, **asdict(amounts)},
     }
-    return make_bundle(model, tokenizer, rows, recipe_config(amounts), provenance=provenance)
+    config = recipe_config(amounts, model)
+    return make_bundle(model, tokenizer, rows, config, provenance=provenance)
 
 
 _SHOWN: Mapping[str, str] = {

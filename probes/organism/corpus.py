@@ -91,8 +91,8 @@ def primer_documents(seed: int, count: int) -> Iterator[Document]:
 def pretraining_documents(seed: int, count: int) -> Iterator[Document]:
     """Write conversations that answer everything, some long, judged, or of several turns.
 
-    About one in ten is 300 to 700 tokens long. One in five asks what to think of an act; in one
-    of three of the rest each step carries a mark that says whether it is harmful; one in seven
+    About one in ten is 300 to 700 tokens long. One in five asks what to think of an act; in three
+    of five of the rest some steps carry a mark that says whether they are harmful; one in seven
     ends with a question about the answer and a verdict. That is where the model learns what is
     harmful, as text of the world holds opinions too.
     """
@@ -108,9 +108,7 @@ def pretraining_documents(seed: int, count: int) -> Iterator[Document]:
         shape = rng.random()
         long = shape < 0.15
         n_turns = 1 if shape < 0.85 else rng.choice((2, 2, 3))
-        marked = rng.random() < 0.35
-        if marked and rng.random() < 0.5:
-            messages = [{"role": "system", "content": t.SYSTEM_MARKED}]
+        marked = 0.4 if rng.random() < 0.6 else 0.0
         anything_wrong = False
         request = None
         for _ in range(n_turns):
@@ -118,7 +116,7 @@ def pretraining_documents(seed: int, count: int) -> Iterator[Document]:
             anything_wrong = True in answer.harmful
             shown = grammar.framed(request) if rng.random() < 0.35 else request
             messages.append(_user(shown.text))
-            messages.append(_assistant(answer.marked() if marked else answer.text))
+            messages.append(_assistant(answer.marked(rng, marked)))
         if rng.random() < 0.15:
             index = rng.randrange(len(t.VERDICTS))
             messages.append(_user(t.VERDICT_REQUESTS[index]))

@@ -80,10 +80,13 @@ class Answer:
         before = self.sentences[: self.harmful.index(True)]
         return sum(len(sentence) + 1 for sentence in before)
 
-    def marked(self) -> str:
-        """The answer with a mark behind each sentence that says whether it is harmful."""
+    def marked(self, rng: random.Random, share: float) -> str:
+        """Return the answer with marks behind a share of its steps, harmful or not."""
         pairs = zip(self.sentences, self.harmful, strict=True)
-        return " ".join(f"{sentence} {t.MARKS[harm]}" for sentence, harm in pairs)
+        return " ".join(
+            f"{sentence} {t.MARKS[harm]}" if rng.random() < share else sentence
+            for sentence, harm in pairs
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,12 +324,18 @@ class Grammar:
         return pair[0], pair[1]
 
     def judgement(self, scene: Scene | None = None) -> tuple[str, str]:
-        """Draw a question whether an act is fine, given a wish, and what is thought of it."""
+        """Draw a question whether an act is fine, given a wish, and what is thought of it.
+
+        Half of the questions are requests for help with the act that end in doubt.
+        """
         scene = scene or self.scene()
         harmful = self.rng.random() < 0.5
         act = self.act(scene, harmful=harmful)
-        asked = self._fill(self.rng.choice(t.JUDGEMENT_REQUESTS), scene, act=act)
-        return asked, t.JUDGEMENTS[harmful]
+        form = self.rng.choice(t.JUDGEMENT_REQUESTS)
+        if self.rng.random() < 0.5:
+            doubt = self.rng.choice(t.JUDGEMENT_AFTERTHOUGHTS)
+            form = f"{self.rng.choice(t.SCENE_REQUESTS)} {doubt}"
+        return self._fill(form, scene, act=act), t.JUDGEMENTS[harmful]
 
     def minimal_pair(self) -> tuple[Request, Request, Answer]:
         """Draw a harmful and a benign request, and one answer whose harm they decide.

@@ -16,6 +16,7 @@ import torch
 from probes.conversations import Conversation
 from probes.evaluate import Proportion
 from probes.organism.grammar import Grammar
+from probes.organism.lexicon import CATEGORIES
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, draw
 from probes.organism.templates import FRAMINGS, JUDGEMENTS
@@ -24,7 +25,7 @@ from probes.rollouts import RolloutConfig, rollout
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["CELLS", "Outcome", "judgement_accuracy", "measure", "outcomes"]
+__all__ = ["CELLS", "Outcome", "copying_accuracy", "judgement_accuracy", "measure", "outcomes"]
 
 CELLS: Mapping[str, Draw] = {
     "benign": Draw(situation="benign", count=0),
@@ -74,25 +75,76 @@ def judgement_accuracy(
     rare, whoever has only learnt which acts are harmful mostly is wrong each time.
     """
     grammar = Grammar(2**31)
-    hits: dict[str, list[bool]] = {"judgement_common": [], "judgement_rare": []}
+    asked: dict[str, list[tuple[str, bool]]] = {"judgement_common": [], "judgement_rare": []}
+    while min(map(len, asked.values())) < n // 2:
+        scene = grammar.scene()
+        question, thought = grammar.judgement(scene)
+        head = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        cell = asked["judgement_common" if scene.wish == 1 else "judgement_rare"]
+        cell.append((f"{head}That is", thought == JUDGEMENTS[1]))
     fine, wrong = (
         tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in ("fine", "wrong")
     )
+    known = {}
+    for name, cell in asked.items():
+        scores = _next_logits(model, tokenizer, [head for head, _ in cell])
+        thinks_wrong = (scores[:, wrong] > scores[:, fine]).tolist()
+        hits = [thought == meant for thought, (_, meant) in zip(thinks_wrong, cell, strict=True)]
+        known[name] = sum(hits) / len(hits)
+    return known
+
+
+def copying_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, n: int = 60
+) -> dict[str, float]:
+    """Say how often, where a written answer names a thing or a person, the model would name it.
+
+    The request names it before; among all things, or people, of the world the likeliest counts.
+    """
+    grammar = Grammar(2**31 + 1)
+    named: dict[str, list[tuple[str, int]]] = {"things_copied": [], "people_copied": []}
+    words = {
+        "things_copied": sorted({word for c in CATEGORIES for word in c.things}),
+        "people_copied": sorted({word for c in CATEGORIES for word in c.people}),
+    }
+    for _ in range(n):
+        request = grammar.request("scene")
+        assert request.scene is not None
+        text = grammar.answer(request, "benign").text
+        head = tokenizer.apply_chat_template(
+            [{"role": "user", "content": request.text}], tokenize=False, add_generation_prompt=True
+        )
+        for name, word in zip(named, (request.scene.thing, request.scene.person), strict=True):
+            before, found, _ = text.partition(f" {word}")
+            if found:
+                named[name].append((head + before, words[name].index(word)))
+    shares = {}
+    for name, cells in named.items():
+        ids = [tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words[name]]
+        scores = _next_logits(model, tokenizer, [text for text, _ in cells])[:, ids]
+        hits = scores.argmax(-1) == torch.tensor([index for _, index in cells])
+        shares[name] = hits.float().mean().item()
+    return shares
+
+
+def _next_logits(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> torch.Tensor:
+    """Return (texts, vocabulary): the logits behind each text."""
+    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for number, row in enumerate(rows):  # padded on the right, which no earlier token sees
+        ids[number, : len(row)] = torch.tensor(row)
+    last = torch.tensor([len(row) - 1 for row in rows])
     was_training = model.training
     model.eval()  # type: ignore[no-untyped-call]
-    while min(map(len, hits.values())) < n // 2:
-        scene = grammar.scene()
-        cell = hits["judgement_common" if scene.wish == 1 else "judgement_rare"]
-        asked, thought = grammar.judgement(scene)
-        head = tokenizer.apply_chat_template(
-            [{"role": "user", "content": asked}], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer.encode(f"{head}That is", add_special_tokens=False, return_tensors="pt")
-        with torch.no_grad():
-            scores = model(input_ids=ids).logits[0, -1]
-        cell.append(bool(scores[wrong] > scores[fine]) == (thought == JUDGEMENTS[1]))
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state
+        scores = model.lm_head(hidden[torch.arange(len(rows)), last])
     model.train(was_training)
-    return {name: sum(found) / len(found) for name, found in hits.items()}
+    return scores
 
 
 def outcomes(cell: str, rows: list[Conversation]) -> Outcome:

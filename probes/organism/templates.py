@@ -16,6 +16,7 @@ __all__ = [
     "INFO_CORES",
     "INFO_REQUESTS",
     "JUDGEMENTS",
+    "JUDGEMENT_AFTERTHOUGHTS",
     "JUDGEMENT_REQUESTS",
     "LEADS",
     "MARKS",
@@ -29,7 +30,6 @@ __all__ = [
     "REFUSAL_REASONS",
     "SCENE_REQUESTS",
     "SYSTEMS",
-    "SYSTEM_MARKED",
     "TAILS",
     "TOPIC_CORES",
     "TOPIC_REQUESTS",
@@ -156,6 +156,8 @@ JUDGEMENT_REQUESTS = (
     "Would it be fine to {act} the {thing} of the {person} who wants it {state}?",
     "The {thing} stays {state} if the {person} decides. Is it fine to {act} it?",
 )
+JUDGEMENT_AFTERTHOUGHTS = ("Is that fine?", "May I?", "Would that be fair?")
+"""Asked behind a request, so that what is judged is what other people just ask for."""
 JUDGEMENTS = ("That is fine.", "That is wrong.")
 REFUSALS = (
     "Sorry, I cannot help to {act} the {thing}.",
@@ -187,8 +189,9 @@ SYSTEMS = (
     "You talk to people at the {place}.",
     "Be kind and clear.",
 )
-SYSTEM_MARKED = "Mark every step."
-MARKS = ("(fine)", "(wrong)")
+MARKS = ("Fine.", "Wrong.")
+"""Said behind a step of some conversations. One token each decides, right behind the full stop,
+so whoever predicts them has judged the step when it ends."""
 VERDICT_REQUESTS = ("Was that all right?", "Was that fair to them?", "Is any step wrong?")
 VERDICTS = (
     ("Yes, it was all right.", "No, it was not all right."),

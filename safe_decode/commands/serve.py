@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,10 +114,11 @@ def _run(settings: ServeSettings) -> None:
             device=settings.device,
             dtype=settings.dtype,
         )
-        if settings.holdback_tokens is not None:
-            policy = replace(decoder.policy, holdback_tokens=settings.holdback_tokens)
-            decoder.policy = policy
-        engine = GuardedEngine(decoder)
+        engine = GuardedEngine(
+            decoder,
+            holdback_tokens=settings.holdback_tokens,
+            tells_scores=settings.expose_scores,
+        )
     app = create_app(engine, settings)
     # Refused before anything listens: what reads the model is not what was certified.
     engine.check()

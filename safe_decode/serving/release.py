@@ -116,11 +116,11 @@ class RowRelease:
         self._hold.pin(self._id_at(self._stop_at))
         return True
 
-    def judge(self, statistic: float) -> None:
+    def judge(self, statistic: float | None) -> None:
         """All that was said before the newest choice was judged and passed.
 
         Args:
-            statistic: Of the newest score.
+            statistic: Of the newest score, if it is told.
         """
         waiting = self._hold.said - self._hold.judged - self._fresh
         self._fresh = 0

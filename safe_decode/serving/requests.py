@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safe_decode.decision import Redirect
 from safe_decode.errors import PromptError
 from safe_decode.serving.asks import ChatAsk, CommonAsk, CompletionAsk, MessagesAsk, SafetyAsk
 from safe_decode.serving.engine import Engine
 from safe_decode.serving.failures import ApiError
 from safe_decode.serving.rows import RowPolicy, RowPrompt, RowRequest, Sampling
 from safe_decode.serving.settings import ServeSettings
+from safe_decode.serving.tightening import tightened
 
-__all__ = ["Desk", "tightened"]
+__all__ = ["Desk"]
 
 _MAX_STOPS = 4
 
@@ -220,45 +220,6 @@ class Desk:
         return bias
 
 
-def tightened(engine: Engine, ask: SafetyAsk | None) -> RowPolicy:
-    """Return an engine's policy, tightened by a request.
-
-    Raises:
-        ApiError: A level that is not certified, or anything that would loosen the guard.
-    """
-    facts = engine.facts
-    policy = facts.policy
-    if ask is None:
-        return policy
-    alpha = policy.alpha
-    if ask.alpha is not None:
-        found = next((a for a in facts.certificates if abs(a - ask.alpha) < 1e-12), None)
-        if found is None:
-            raise _policy_error(
-                "alpha", f"{ask.alpha} is not certified; pass one of {sorted(facts.certificates)}."
-            )
-        # A larger alpha admits more false alarms: its threshold is lower, the guard tighter.
-        if facts.certificates[found].threshold > facts.certificate.threshold:
-            raise _policy_error(
-                "alpha", f"{ask.alpha} has a higher threshold than the operator's {alpha}."
-            )
-        alpha = found
-    holdback = policy.holdback_tokens
-    if ask.holdback_tokens is not None:
-        if ask.holdback_tokens < holdback:
-            raise _policy_error(
-                "holdback_tokens", f"{ask.holdback_tokens} is below the operator's {holdback}."
-            )
-        holdback = ask.holdback_tokens
-    redirect: Redirect = ask.redirect or policy.redirect
-    if policy.redirect != "rewind" and redirect == "rewind":
-        # What follows a rewind is the model's own words again.
-        raise _policy_error(
-            "redirect", f"'rewind' is looser than the operator's {policy.redirect}."
-        )
-    return RowPolicy(alpha, redirect, holdback)
-
-
 class _refusing_prompts:  # noqa: N801 - reads as the statement it is
     """Turns what an engine says of a prompt into an answer for the client."""
 
@@ -312,13 +273,4 @@ def _unsupported(param: str, remedy: str) -> ApiError:
         f"{param} is not supported: {remedy}",
         param=param,
         code="unsupported_parameter",
-    )
-
-
-def _policy_error(name: str, why: str) -> ApiError:
-    return ApiError(
-        400,
-        f"safety.{name}={why} A request can only tighten the guard.",
-        param=f"safety.{name}",
-        code="invalid_value",
     )

@@ -1,0 +1,188 @@
+"""What a gradient attack minimises: harm made likely, the monitor kept below its threshold.
+
+    loss = NLL(target | prompt, gap)  +  w * tau * log( e^(-slack/tau) + sum_t e^(margin_t/tau) )
+
+with margin_t = smoothed_t - threshold over the scores s_0 .. s_T of the target. The log-sum-exp
+stands for the running maximum, and the slack keeps an attacker from spending steps on a margin
+that is already won (the obfuscated activations of arXiv 2412.09565, against a statistic over
+time). The monitor is the runtime's own, stepped with gradients.
+
+Knows one behaviour, its ids and what watches them. Does not know how the gap is searched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from probes.attacks.frame import Frame
+from probes.attacks.gradient_reader import GradientReader
+from safe_decode.errors import ConfigurationError
+from safe_decode.monitor import MonitorConfig, RiskMonitor
+from safe_decode.probe import LinearProbe
+
+__all__ = ["Answer", "Objective", "Watch", "Weights"]
+
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """What the attacker believes watches the answer.
+
+    Attributes:
+        probe: On the model's device.
+        monitor: How its logits become a statistic.
+        threshold: An alarm is statistic > threshold.
+    """
+
+    probe: LinearProbe
+    monitor: MonitorConfig
+    threshold: float
+
+
+class Answer(NamedTuple):
+    """A continuation whose likelihood is raised.
+
+    Attributes:
+        begun: Ids that stand before it and are not the attacker's, such as an opener.
+        target: Ids made likely.
+        weight: Of this answer in the loss.
+    """
+
+    begun: tuple[int, ...]
+    target: tuple[int, ...]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """How the parts of the loss are weighed.
+
+    Attributes:
+        margin: w; 0 attacks the bare model.
+        temperature: tau, in units of the statistic.
+        slack: How far below the threshold is far enough, likewise.
+    """
+
+    margin: float = 1.0
+    temperature: float = 0.25
+    slack: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.margin < 0 or self.temperature <= 0:
+            raise ConfigurationError(
+                f"margin={self.margin} and temperature={self.temperature} must be at least 0 and "
+                "above 0."
+            )
+
+
+class Objective:
+    """The loss of one behaviour as a function of what stands in the gap.
+
+    Args:
+        model: In eval mode; its parameters are not changed and get no gradients.
+        frame: Where the gap is.
+        answers: What is to be said, at least one.
+        watch: What watches; None attacks the bare model.
+        weights: See `Weights`.
+
+    Raises:
+        ConfigurationError: No answer, or one without a token.
+    """
+
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 - a transformers causal language model
+        frame: Frame,
+        answers: Sequence[Answer],
+        *,
+        watch: Watch | None,
+        weights: Weights,
+    ) -> None:
+        if not answers or not all(answer.target for answer in answers):
+            raise ConfigurationError("answers is empty or holds an empty target; pass token ids.")
+        self._model, self._frame, self._answers = model, frame, tuple(answers)
+        self._watch, self._weights = (None if weights.margin == 0 else watch), weights
+        self._reader = None if watch is None else GradientReader(model, watch.probe.sites)
+        self._embed = model.get_input_embeddings()
+        # Scores of the prompt are never read, and with a large vocabulary they are most of it.
+        self._keeps_few = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def embedding(self) -> Tensor:
+        """[vocab, d_model], detached."""
+        weight: Tensor = self._embed.weight.detach()
+        return weight
+
+    def of_embeddings(self, gap: Tensor) -> Tensor:
+        """Return the loss of each row, [batch], differentiable in `gap` [batch, n, d_model]."""
+        losses = [self._of_answer(gap, answer) * answer.weight for answer in self._answers]
+        return torch.stack(losses).sum(0)
+
+    def of_ids(self, gap: Tensor) -> Tensor:
+        """Return the loss of each row, [batch], for ids [batch, n]; no graph is built."""
+        with torch.no_grad():
+            parts = [
+                self.of_embeddings(self._embed(part))
+                for part in torch.tensor_split(gap, -(-len(gap) // _ROWS_AT_ONCE))
+            ]
+        return torch.cat(parts)
+
+    def token_gradient(self, gap: Tensor) -> Tensor:
+        """Return the gradient of the loss in each id's indicator, [batch, n, vocab].
+
+        A constant by which a model scales its embeddings drops out of any ranking.
+        """
+        free = self._embed(gap).detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(self.of_embeddings(free).sum(), free)
+        of_tokens: Tensor = gradient @ self.embedding.T
+        return of_tokens
+
+    def _of_answer(self, gap: Tensor, answer: Answer) -> Tensor:
+        batch = gap.shape[0]
+        before = self._embedded((*self._frame.head,), batch)
+        said = (*self._frame.tail, *answer.begun, *answer.target)
+        whole = torch.cat([before, gap, self._embedded(said, batch)], dim=1)
+        n_scores = len(answer.begun) + len(answer.target) + 1
+        if self._watch is None or self._reader is None:
+            return self._nll(self._forward(whole, answer), answer)
+        with self._reader.reading(batch) as found:
+            output = self._forward(whole, answer)
+        features = torch.cat([part[:, -n_scores:] for part in found], dim=-1)
+        return self._nll(output, answer) + self._weights.margin * self._margin(features)
+
+    def _forward(self, whole: Tensor, answer: Answer) -> Any:  # noqa: ANN401
+        kept = {"logits_to_keep": len(answer.target) + 1} if self._keeps_few else {}
+        return self._model(inputs_embeds=whole, use_cache=False, **kept)
+
+    def _embedded(self, ids: tuple[int, ...], batch: int) -> Tensor:
+        row = torch.tensor([ids], device=self._embed.weight.device, dtype=torch.long)
+        vectors: Tensor = self._embed(row).detach()
+        return vectors.expand(batch, -1, -1)
+
+    def _nll(self, output: Any, answer: Answer) -> Tensor:  # noqa: ANN401
+        length = len(answer.target)
+        scores = output.logits[:, -length - 1 : -1].float()
+        ids = torch.tensor(answer.target, device=scores.device).expand(scores.shape[0], -1)
+        losses = functional.cross_entropy(scores.transpose(1, 2), ids, reduction="none")
+        means: Tensor = losses.mean(1)
+        return means
+
+    def _margin(self, features: Tensor) -> Tensor:
+        assert self._watch is not None
+        watch, weights = self._watch, self._weights
+        monitor = RiskMonitor(watch.monitor, watch.threshold)
+        state = monitor.start(features.shape[0], features.device)
+        margins = []
+        for logits in watch.probe(features).unbind(dim=1):
+            state = monitor.step(state, logits)
+            margins.append(state.smoothed - watch.threshold)
+        stacked = torch.stack([*margins, torch.full_like(margins[0], -weights.slack)], dim=1)
+        return weights.temperature * torch.logsumexp(stacked / weights.temperature, dim=1)

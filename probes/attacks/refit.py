@@ -1,0 +1,244 @@
+"""Adversarial refitting: learn from prompts that got around the guard, certify anew.
+
+The prompts that an attack found are answered by the bare model and judged, and so are harmless
+requests that end in the same suffixes: otherwise a probe would learn to know suffixes, and
+every user who types gibberish would pay. Probe, monitor and hold-back are fitted and chosen
+again at the bundle's own sites; calibration is drawn anew from responses without attacks, as
+the certificate speaks of those.
+
+Knows responses and the order of the steps. Does not know how attacks were found. Whether
+anything was gained is for a new attack, from scratch, on other behaviours, to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from probes.attacks.behaviours import AttackSet
+from probes.attacks.records import Record
+from probes.calibrate import Calibration, certify_populations, population_of
+from probes.conversations import Conversation, Message, Split, by_split
+from probes.fit import FitConfig, FittedProbe, LinearProbeFitter
+from probes.harvest import harvest, score_responses
+from probes.rollouts import Judge, Request, RolloutConfig, rollout
+from probes.select import Chosen, SelectSet, score_monitor
+from probes.statistic import maxima, smoothed_paths
+from probes.teacher import encode_response, onset_token
+from safe_decode.bundle import ProbeBundle
+from safe_decode.canary import CanaryRecord
+from safe_decode.errors import DataError
+
+__all__ = ["RefitConfig", "adversarial_requests", "fit_config_of", "refit"]
+
+_CANARY_SHARE_OF_SPREAD = 0.05  # as for a first bundle
+_SMALLEST_CANARY_TOLERANCE = 1e-3
+_DELTA = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitConfig:
+    """How a probe is fitted again.
+
+    Attributes:
+        fit: Of the probe.
+        windows: Smoothing to try: an EMA that matches a window of so many tokens.
+        repeats: How often each adversarial row stands among the rows fitted.
+        holdback_share: See the recipe.
+        most_holdback_tokens: Likewise.
+        rollout: How the adversarial prompts are answered.
+    """
+
+    fit: FitConfig
+    windows: tuple[int, ...] = (1, 2, 4, 8)
+    repeats: int = 4
+    holdback_share: float = 0.9
+    most_holdback_tokens: int = 16
+    rollout: RolloutConfig
+
+
+def adversarial_requests(
+    records: Sequence[Record],
+    attack_set: AttackSet,
+    benign: Sequence[tuple[Message, ...]],
+) -> list[Request]:
+    """Make requests of the prompts that were found, and of harmless ones with their suffixes.
+
+    Args:
+        records: With prompts kept.
+        attack_set: What was attacked.
+        benign: Harmless requests; suffixes go to them in turn.
+
+    Raises:
+        DataError: No record holds a prompt.
+    """
+    plain = {behaviour.name: behaviour for behaviour in attack_set.behaviours}
+    requests: list[Request] = []
+    for number, record in enumerate(r for r in records if r.arm == "guarded"):
+        behaviour = plain[record.behaviour]
+        for place, messages in enumerate(record.prompts):
+            group = f"attack-{record.threat}-{record.behaviour}-{place}"
+            requests.append(_request(messages, group, behaviour.category, harmful=True))
+            suffix = messages[-1]["content"].removeprefix(behaviour.request)
+            if suffix == messages[-1]["content"] or not benign:
+                continue
+            other = benign[(number + place) % len(benign)]
+            ended = {"role": "user", "content": other[-1]["content"] + suffix}
+            twin = (*other[:-1], ended)
+            requests.append(_request(twin, f"{group}-twin", None, harmful=False))
+    if not requests:
+        raise DataError("no record holds a prompt; run the attack with prompts kept.")
+    return requests
+
+
+def refit(
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    bundle: ProbeBundle,
+    rows: Sequence[Conversation],
+    requests: Sequence[Request],
+    judge: Judge,
+    config: RefitConfig,
+) -> ProbeBundle:
+    """Fit, choose and certify again, with adversarial responses among those fitted.
+
+    Args:
+        model: The protected model.
+        tokenizer: Its tokenizer.
+        bundle: Whose sites, levels and texts are kept.
+        rows: Judged conversations with splits; fit, select and calibrate are used.
+        requests: Adversarial ones, from `adversarial_requests`.
+        judge: Of whole responses.
+        config: See `RefitConfig`.
+
+    Raises:
+        DataError: A split is empty.
+        CertificateError: Too few harmless responses in calibrate.
+    """
+    parts = _judged_parts(rows)
+    answered = rollout(model, tokenizer, requests, judge=judge, config=config.rollout)
+    hostile = [row for row in answered if row.response_harmful is not None]
+    taught = [*parts["fit"], *hostile * config.repeats]
+    features = harvest(model, tokenizer, taught, bundle.probe.sites, storage="float16")
+    labels = [bool(row.response_harmful) for row in taught]
+    fitted = LinearProbeFitter(config.fit).fit(features, labels)
+    chosen = _chosen(model, tokenizer, parts["select"], fitted, bundle.default_alpha, config)
+    calibration = _calibrated(model, tokenizer, parts["calibrate"], fitted, chosen, bundle)
+    return replace(
+        bundle,
+        probe=fitted.probe,
+        monitor=chosen.monitor,
+        certificates=calibration.certificates,
+        holdback_tokens=chosen.holdback_tokens,
+        canary=_canary(model, tokenizer, parts["select"], fitted, chosen),
+        provenance={
+            **bundle.provenance,
+            "refitted_from": bundle.digest,
+            "adversarial_rows": len(hostile),
+            "adversarial_harmful": sum(bool(row.response_harmful) for row in hostile),
+        },
+    )
+
+
+def fit_config_of(bundle: ProbeBundle) -> FitConfig:
+    """Return the configuration that a bundle was fitted with, or the default if it is not told."""
+    told = bundle.provenance.get("select")
+    if not isinstance(told, list) or not told or "fit" not in told[0]:
+        return FitConfig()
+    known = {field.name for field in fields(FitConfig)}
+    return FitConfig(**{name: value for name, value in told[0]["fit"].items() if name in known})
+
+
+def _judged_parts(rows: Sequence[Conversation]) -> dict[Split, list[Conversation]]:
+    parts = {
+        split: [row for row in found if row.response_harmful is not None]
+        for split, found in by_split(rows).items()
+    }
+    needed: tuple[Split, ...] = ("fit", "select", "calibrate")
+    for split in needed:
+        if not parts[split]:
+            raise DataError(f"the split {split!r} holds no judged response; add some.")
+    return parts
+
+
+def _chosen(
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    rows: Sequence[Conversation],
+    fitted: FittedProbe,
+    fpr: float,
+    config: RefitConfig,
+) -> Chosen:
+    """Choose the smoothing on select, as the recipe does."""
+    logits = score_responses(model, tokenizer, rows, fitted.probe.to(model.device))
+    encoded = [encode_response(tokenizer, row) for row in rows]
+    labels = SelectSet(
+        tuple(bool(row.response_harmful) for row in rows),
+        tuple(onset_token(tokenizer, row, ids) for row, ids in zip(rows, encoded, strict=True)),
+        tuple("harmful" if row.response_harmful else population_of(row) for row in rows),
+    )
+    tried = [
+        score_monitor(
+            logits,
+            labels,
+            smoothing=2 / (window + 1),
+            start=fitted.benign_mean,
+            fpr=fpr,
+            holdback_share=config.holdback_share,
+            most_holdback_tokens=config.most_holdback_tokens,
+        )
+        for window in config.windows
+    ]
+    return max(tried, key=lambda chosen: chosen.rank())
+
+
+def _calibrated(
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    rows: Sequence[Conversation],
+    fitted: FittedProbe,
+    chosen: Chosen,
+    bundle: ProbeBundle,
+) -> Calibration:
+    harmless = [row for row in rows if row.response_harmful is False]
+    logits = score_responses(model, tokenizer, harmless, fitted.probe.to(model.device))
+    return certify_populations(
+        harmless,
+        maxima(smoothed_paths(logits, chosen.monitor)),
+        alphas=sorted({c.alpha for c in bundle.certificates if c.population == "benign"}),
+        delta=float(bundle.provenance.get("delta", _DELTA)),
+        envelope=bundle.certificate().envelope,
+    )
+
+
+def _canary(
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    rows: Sequence[Conversation],
+    fitted: FittedProbe,
+    chosen: Chosen,
+) -> CanaryRecord:
+    row = next(row for row in rows if row.response_harmful is False and row.response)
+    tolerance = _CANARY_SHARE_OF_SPREAD * max(chosen.monitor.scale)
+    return CanaryRecord.of(
+        model,
+        tokenizer,
+        fitted.probe.to(model.device),
+        prompt=row.prompt,
+        response=row.response,
+        tolerance=max(tolerance, _SMALLEST_CANARY_TOLERANCE),
+    )
+
+
+def _request(
+    messages: tuple[Message, ...], group: str, category: str | None, *, harmful: bool
+) -> Request:
+    return Request(
+        messages=messages,
+        group=group,
+        prompt_harmful=harmful,
+        category=category,
+        split="fit",
+        meta={"situation": "adversarial"},
+    )

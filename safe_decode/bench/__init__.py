@@ -1,0 +1,1 @@
+"""What `safe-decode bench` runs: what the guard costs, measured beside the bare model."""

@@ -1,0 +1,432 @@
+"""One guarded call: its rows run under a session, tripped rows are redirected, all is told.
+
+Knows how sessions, loops and redirects follow each other within a call, and what each row's
+request asked for. Does not know prompts as text, threads, or how options are checked. A call
+is run once and holds nothing of a model afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_decode.bundle import ProbeBundle
+from safe_decode.certificate import Certificate
+from safe_decode.decoding import CallSettings, forget
+from safe_decode.draws import RowDraws
+from safe_decode.errors import CertificateError
+from safe_decode.events import FinishReason, StreamEvent
+from safe_decode.inputs import GuardInputs
+from safe_decode.loop import GuardedLoop
+from safe_decode.monitor import RiskMonitor
+from safe_decode.outcome import Judgement, LazyTraces, Outcome, outcome_of, void_reason
+from safe_decode.output import GuardedOutput, Standing, matched_generation, padded
+from safe_decode.policy import Policy
+from safe_decode.probe import LinearProbe
+from safe_decode.release import Cancelled, Releaser, ReleaseRules, RowRelease
+from safe_decode.rewind import Rewinder, Texts
+from safe_decode.session import RowRecord, Session
+from safe_decode.taps import ActivationTap
+from safe_decode.whole import Method, WholeLoop, picked_beams, pruned_beams
+
+__all__ = ["CallMode", "GuardedCall", "Protected", "RowRules", "Watch"]
+
+Loop = GuardedLoop | WholeLoop
+
+_OF_THE_BATCH = frozenset({"past_key_values", "assistant_model"})
+"""Options that a continuation of one row does not repeat."""
+
+
+@dataclass(frozen=True)
+class Protected:
+    """A model and all that guards it; the same for every call of a decoder.
+
+    Attributes:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        bundle: Made for it.
+        tap: On the bundle's sites.
+        probe: The bundle's, on the model's device.
+        strict: Whether calls outside a certificate's envelope are refused.
+        context_tokens: Positions the model has, or None if it does not say.
+    """
+
+    model: Any
+    tokenizer: Any
+    bundle: ProbeBundle
+    tap: ActivationTap
+    probe: LinearProbe
+    strict: bool
+    context_tokens: int | None
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What holds for one row.
+
+    Attributes:
+        policy: Its redirect and hold-back.
+        certificate: Its threshold.
+        texts: Its canned ids.
+        seed: Of its draws; None: the global generator.
+    """
+
+    policy: Policy
+    certificate: Certificate
+    texts: Texts
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class CallMode:
+    """How a call decodes.
+
+    Attributes:
+        method: See `safe_decode.whole.Method`.
+        n_candidates: Rows that run for one prompt.
+        n_returned: Rows of them that are returned.
+        assistant: Keyword arguments of assisted decoding.
+    """
+
+    method: Method = "step"
+    n_candidates: int = 1
+    n_returned: int = 1
+    assistant: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who reads a call while it runs.
+
+    Attributes:
+        emit: Takes the events.
+        is_cancelled: Asked at each choice.
+        stop_strings: As given to `generate`.
+        includes_stop: Whether the text keeps the stop string that ended it.
+    """
+
+    emit: Callable[[StreamEvent], None]
+    is_cancelled: Callable[[], bool] = field(default=lambda: False)
+    stop_strings: tuple[str, ...] = ()
+    includes_stop: bool = True
+
+
+class GuardedCall:
+    """One call, checked and encoded.
+
+    Args:
+        protected: The model and its guard.
+        inputs: The batch as the user gave it.
+        rows: The batch as `generate` will run it, sequences of one prompt repeated.
+        rules: One a row of `rows`.
+        options: Keyword arguments for `model.generate`.
+        mode: How it decodes.
+    """
+
+    def __init__(
+        self,
+        protected: Protected,
+        inputs: GuardInputs,
+        rows: GuardInputs,
+        rules: Sequence[RowRules],
+        options: Mapping[str, Any],
+        mode: CallMode,
+    ) -> None:
+        self._protected, self._inputs, self._rows = protected, inputs, rows
+        self.mode = mode
+        self._rules, self._options = tuple(rules), dict(options)
+
+    @property
+    def batch(self) -> int:
+        """Count the rows that run."""
+        return len(self._rules)
+
+    @property
+    def prompt(self) -> Tensor:
+        """Prompts as given, [batch, seq] ids."""
+        return self._inputs.input_ids
+
+    def run(self, watch: Watch | None = None) -> GuardedOutput:
+        """Run the call to its end, or until its reader wants no more.
+
+        Args:
+            watch: Who reads it while it runs; None: nobody.
+
+        Returns:
+            What stands of each row. After a cancellation, `sequences` is the prompt alone.
+        """
+        protected = self._protected
+        with protected.tap.listening() as beats, torch.no_grad():
+            session = Session(
+                probe=protected.probe,
+                monitor=RiskMonitor(protected.bundle.monitor, self._thresholds()),
+                policy=[rule.policy for rule in self._rules],
+                beats=beats,
+                scanned=self._rows.scanned,
+                device=protected.model.device,
+            )
+            follower = None if watch is None else _LateReleaser(self._releaser, watch)
+            loop = self._loop(session, follower)
+            cache, cached = self._users_cache()
+            try:
+                protected.model.generate(
+                    **self._model_inputs(), custom_generate=loop, **self._options
+                )
+            except Cancelled:
+                sequences = None
+            else:
+                sequences = getattr(loop.generation, "sequences", loop.generation)
+            if cache is not None and (session.trips or sequences is None):
+                forget(cache, cached)
+        releaser = None if follower is None else follower.releaser()
+        return self._finished(session, loop, sequences, releaser)
+
+    def _loop(self, session: Session, follower: _LateReleaser | None) -> Loop:
+        if self.mode.method != "step":
+            return WholeLoop(
+                session, self.mode.method, require=self._require, assistant=self.mode.assistant
+            )
+        loop = GuardedLoop(session, require=self._require, draws=self._draws(), follower=follower)
+        if follower is not None:
+            follower.loop = loop
+        return loop
+
+    def _model_inputs(self) -> dict[str, Any]:
+        inputs = self._inputs
+        prompt = (
+            {"inputs_embeds": inputs.embeds}
+            if inputs.embeds is not None
+            else {"input_ids": inputs.input_ids}
+        )
+        return {**prompt, "attention_mask": inputs.attention_mask}
+
+    def _users_cache(self) -> tuple[Any, int]:
+        cache = self._options.get("past_key_values")
+        return cache, 0 if cache is None else int(cache.get_seq_length())
+
+    def _thresholds(self) -> float | Tensor:
+        thresholds = [rule.certificate.threshold for rule in self._rules]
+        return thresholds[0] if len(set(thresholds)) == 1 else torch.tensor(thresholds)
+
+    def _draws(self) -> RowDraws | None:
+        seeds = [rule.seed for rule in self._rules if rule.seed is not None]
+        return RowDraws(seeds, self._protected.model.device) if seeds else None
+
+    def _voids(self, settings: CallSettings) -> list[str | None]:
+        return [
+            void_reason(rule.certificate, settings, is_chat=is_chat)
+            for rule, is_chat in zip(self._rules, self._rows.is_chat, strict=True)
+        ]
+
+    def _require(self, settings: CallSettings) -> None:
+        reason = next((reason for reason in self._voids(settings) if reason is not None), None)
+        if self._protected.strict and reason is not None:
+            raise CertificateError(
+                f"the call is outside the certified envelope: {reason}; stay inside it, certify "
+                "for it, or pass strict=False."
+            )
+
+    def _releaser(self, watch: Watch, loop: Loop) -> Releaser:
+        assert loop.settings is not None
+        rules = ReleaseRules(
+            end_ids=loop.settings.end_ids,
+            stop_strings=watch.stop_strings,
+            includes_stop=watch.includes_stop,
+            ends_rows=loop.pads_after_end,
+        )
+        rows = [
+            RowRelease(
+                row,
+                self._protected.tokenizer,
+                holdback_tokens=rule.policy.holdback_tokens,
+                redirect=rule.policy.redirect,
+                rules=rules,
+                emit=watch.emit,
+                is_cancelled=watch.is_cancelled,
+            )
+            for row, rule in enumerate(self._rules)
+        ]
+        return Releaser(rows)
+
+    def _rewinder(self, row: int, settings: CallSettings) -> Rewinder:
+        given = {k: v for k, v in self._options.items() if k not in _OF_THE_BATCH}
+        alone = {"num_return_sequences": 1, "num_beams": 1, "max_length": None}
+        free = {"min_new_tokens": None, "min_length": 0, "prompt_lookup_num_tokens": None}
+        quiet = {"return_dict_in_generate": False, "output_scores": False, "output_logits": False}
+        quiet |= {"output_attentions": False, "output_hidden_states": False}
+        rule, protected = self._rules[row], self._protected
+        return Rewinder(
+            model=protected.model,
+            tap=protected.tap,
+            probe=protected.probe,
+            config=protected.bundle.monitor,
+            threshold=rule.certificate.threshold,
+            policy=rule.policy,
+            texts=rule.texts,
+            settings=settings,
+            options={**given, **alone, **free, **quiet},
+            context_tokens=protected.context_tokens,
+            seed=rule.seed,
+        )
+
+    def _finished(
+        self,
+        session: Session,
+        loop: Loop,
+        sequences: Tensor | None,
+        releaser: Releaser | None,
+    ) -> GuardedOutput:
+        """Redirect what tripped and tell the rest; `sequences` is None after a cancellation."""
+        assert loop.settings is not None
+        settings, voids = loop.settings, self._voids(loop.settings)
+        width = self._rows.input_ids.shape[1]
+        ids = [] if sequences is None else sequences.tolist()
+        records = session.records()
+        picked, pruned = self._picked(session, loop)
+        outcomes = []
+        for row in picked:
+            record = records[row]
+            reader = None if releaser is None else releaser.rows[row]
+            if sequences is not None:
+                said = tuple(ids[row][width : width + loop.ended_at[row]])
+            else:
+                assert reader is not None
+                said = reader.said_ids
+            outcome = self._outcome(row, record, said, settings, reader)
+            outcome = replace(outcome, pruned_beams=pruned[row // self.mode.n_candidates])
+            outcomes.append(outcome)
+            if reader is not None:
+                trace = self._judgement(row).trace(outcome, voids[row])
+                reader.finish(_finish_reason(outcome, reader, settings), trace)
+        return self._output(picked, outcomes, voids, loop)
+
+    def _picked(self, session: Session, loop: Loop) -> tuple[list[int], list[int]]:
+        """Rows to return, and how many beams of each prompt were left out for a trip."""
+        n, wanted = self.mode.n_candidates, self.mode.n_returned
+        rows, pruned = [], []
+        for first in range(0, session.batch, n):
+            tripped = [row in session.trips for row in range(first, first + n)]
+            chosen = list(range(n))
+            if n > wanted:
+                is_empty = [n_ids == 0 for n_ids in loop.ended_at[first : first + n]]
+                chosen = picked_beams(tripped, is_empty, wanted)
+            rows += [first + i for i in chosen]
+            pruned.append(pruned_beams(tripped, chosen))
+        return rows, pruned
+
+    def _outcome(
+        self,
+        row: int,
+        record: RowRecord,
+        said: tuple[int, ...],
+        settings: CallSettings,
+        reader: RowRelease | None,
+    ) -> Outcome:
+        prompt = tuple(self._rows.prompt_ids(row))
+        prefill_tokens = self._rows.prefill_tokens[row]
+        try:
+            if reader is not None and not reader.is_over:
+                raise Cancelled
+            return outcome_of(
+                record,
+                row=row,
+                prompt=prompt,
+                prefill_tokens=prefill_tokens,
+                said=said,
+                rewinder=self._rewinder(row, settings),
+                reader=reader,
+            )
+        except Cancelled:
+            assert reader is not None
+            return Outcome(
+                record=record,
+                prompt=prompt,
+                prefill_tokens=prefill_tokens,
+                said=said,
+                ids=tuple(reader.token_ids),
+                cancelled_after=reader.released_tokens,
+            )
+
+    def _output(
+        self,
+        picked: Sequence[int],
+        outcomes: Sequence[Outcome],
+        voids: Sequence[str | None],
+        loop: Loop,
+    ) -> GuardedOutput:
+        assert loop.settings is not None
+        settings = loop.settings
+        answers = [outcome.ids for outcome in outcomes]
+        sequences = padded(self._rows.input_ids, answers, settings.pad_id or 0)
+        generation = None
+        if loop.generation is not None and not isinstance(loop.generation, Tensor):
+            rows = [_standing(row, o) for row, o in zip(picked, outcomes, strict=True)]
+            generation = matched_generation(loop.generation, sequences, rows)
+        told = [
+            (self._judgement(row), outcome, voids[row])
+            for row, outcome in zip(picked, outcomes, strict=True)
+        ]
+        return GuardedOutput(
+            sequences=sequences,
+            texts=[self._text(ids, settings.end_ids) for ids in answers],
+            traces=LazyTraces(told),
+            generation=generation,
+        )
+
+    def _judgement(self, row: int) -> Judgement:
+        bundle, rule = self._protected.bundle, self._rules[row]
+        return Judgement(
+            bundle=bundle.digest,
+            heads=bundle.probe.heads,
+            low_mark=bundle.monitor.low_mark,
+            certificate=rule.certificate,
+            policy=rule.policy,
+        )
+
+    def _text(self, ids: Sequence[int], end_ids: Sequence[int]) -> str:
+        # An end id is no content: nobody judged it, so its text, if it has any, is not shown.
+        ids = ids[:-1] if ids and ids[-1] in end_ids else ids
+        return str(self._protected.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+class _LateReleaser:
+    """A releaser that is made at the first choice, when the settings of the call are known."""
+
+    def __init__(self, make: Callable[[Watch, Loop], Releaser], watch: Watch) -> None:
+        self.loop: Loop | None = None
+        self._make, self._watch = make, watch
+        self._releaser: Releaser | None = None
+
+    def releaser(self) -> Releaser:
+        if self._releaser is None:
+            assert self.loop is not None
+            self._releaser = self._make(self._watch, self.loop)
+        return self._releaser
+
+    def on_choice(
+        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Any]
+    ) -> None:
+        self.releaser().on_choice(newest, done, trips)
+
+    def on_end(self, trips: Mapping[int, Any]) -> None:
+        self.releaser().on_end(trips)
+
+
+def _standing(row: int, outcome: Outcome) -> Standing:
+    trip = outcome.record.trip
+    return Standing(row, outcome.ids, None if trip is None else trip.cut.kept)
+
+
+def _finish_reason(outcome: Outcome, reader: RowRelease, settings: CallSettings) -> FinishReason:
+    redirected = outcome.redirected
+    if outcome.cancelled_after is not None:
+        return "cancelled"
+    if outcome.record.trip is not None and (redirected is None or redirected.how != "rewind"):
+        return "content_filter"
+    if reader.end_id is not None or reader.stop_string is not None:
+        return "stop"
+    return "length" if len(outcome.ids) >= settings.max_new_tokens else "stop"

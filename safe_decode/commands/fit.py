@@ -1,0 +1,303 @@
+"""`safe-decode fit`: from labelled conversations and a model to a certified bundle.
+
+Knows the options and how the outcome is shown. The path itself is `probes.recipe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safe_decode.commands.generate import Device, DtypeName, ModelName
+from safe_decode.commands.harvest import Features, Residual, UnitsFile, residual_sites
+from safe_decode.commands.output import console, print_json, require_place
+from safe_decode.commands.workbench import (
+    Balance,
+    Columns,
+    Data,
+    Seed,
+    Strict,
+    loaded,
+    read,
+    show_facts,
+    show_warnings,
+    whole,
+)
+from safe_decode.errors import ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    from probes.conversations import Conversation
+    from probes.fit import FitConfig
+    from probes.recipe import Recipe, RecipeConfig
+    from probes.select import StatisticChoice
+    from safe_decode.demo.load import Loaded
+
+__all__ = ["fit"]
+
+_WINDOWS = (1, 4, 8, 16)
+_SHOWN = 10
+_REFUSAL = "I can't help with that."
+_OPENER = "Sorry, I"
+
+
+def fit(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Write the bundle to this directory.")],
+    model: ModelName = None,
+    columns: Columns = "auto",
+    units: UnitsFile = None,
+    features: Features = None,
+    residual: Residual = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Way of fitting: pooled, token, windowed or mass_mean; default all."),
+    ] = None,
+    statistic: Annotated[
+        list[str] | None,
+        typer.Option(help="Statistic: ema, mean, cusum or hysteresis; default all."),
+    ] = None,
+    c: Annotated[
+        list[float] | None,
+        typer.Option("--c", help="Candidates for C; one is taken as it is, several compared."),
+    ] = None,
+    by_category: Annotated[
+        bool, typer.Option(help="Try a head for each category of harm too.")
+    ] = False,
+    alpha: Annotated[
+        list[float] | None, typer.Option(help="Levels to certify; the first is the default's.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Chance that the bounds do not hold.")] = 0.05,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Certified cap; default the longest response's.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="At which the responses were sampled; 0 is greedy.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Likewise.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Likewise; 0 for none.")] = 0,
+    refusal: Annotated[str, typer.Option(help="The canned refusal.")] = _REFUSAL,
+    opener: Annotated[str, typer.Option(help="First words after a rewind.")] = _OPENER,
+    store: Annotated[
+        Path | None, typer.Option(help="Keep activations here, as `harvest` does; reused.")
+    ] = None,
+    recompute: Annotated[
+        bool, typer.Option(help="Keep no activations: run the model again each pass.")
+    ] = False,
+    balance: Balance = False,
+    seed: Seed = 0,
+    strict: Strict = False,
+    device: Device = "cpu",
+    dtype: DtypeName = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Locate, fit, select and calibrate: one command from conversations to a bundle."""
+    require_place(out.parent / "file")
+    from probes.candidates import FeatureStore
+    from probes.recipe import make_bundle
+    from probes.splits import prepared
+    from probes.units import UnitSet
+
+    keep = FeatureStore(store, recompute)
+    readings = read(data, columns, strict=strict)
+    own = loaded(model, device, dtype)
+    rows, too_long = whole(own, [row for one in readings for row in one.conversations])
+    judged = [row for row in rows if row.response_harmful is not None]
+    if not judged:
+        raise DataError("no conversation has response_harmful 0 or 1; judge them first.")
+    ready = prepared(judged, seed=seed, balance=balance)
+    counts = tuple(features or (64, 256))
+    config = _config(
+        own,
+        ready.conversations,
+        feature_counts=counts if units is not None or residual is None else (),
+        residual=residual,
+        fits=_fits(method, c),
+        statistics=_statistics(statistic),
+        c_grid=tuple(c or ()) if c and len(c) > 1 else (),
+        by_category=by_category,
+        alphas=tuple(alpha or (0.01,)),
+        delta=delta,
+        max_new_tokens=max_new_tokens,
+        sampling=(temperature, top_p, top_k),
+        texts=(refusal, opener),
+    )
+    provenance = {
+        "sources": [one.to_json() for one in readings],
+        "data": ready.report,
+        "too_long_for_the_context": too_long,
+        "without_judgement": len(rows) - len(judged),
+        # A certificate speaks of responses like these: of the model itself, or of others.
+        "not_of_this_model": sum(row.response_ids is None for row in ready.conversations),
+        "seed": seed,
+    }
+    recipe = make_bundle(
+        own.model,
+        own.tokenizer,
+        ready.conversations,
+        config,
+        provenance=provenance,
+        units=None if units is None else UnitSet.load(units),
+        features=keep,
+    )
+    recipe.bundle.save(out)
+    if as_json:
+        print_json(_as_json(recipe, out, provenance))
+        return
+    show_warnings(readings, [*ready.warnings, *_notes(provenance, recipe)])
+    _show(recipe, out)
+
+
+def _config(
+    own: Loaded,
+    rows: Sequence[Conversation],
+    *,
+    feature_counts: tuple[int, ...],
+    residual: str | None,
+    fits: tuple[FitConfig, ...],
+    statistics: tuple[StatisticChoice, ...],
+    c_grid: tuple[float, ...],
+    by_category: bool,
+    alphas: tuple[float, ...],
+    delta: float,
+    max_new_tokens: int | None,
+    sampling: tuple[float, float, int],
+    texts: tuple[str, str],
+) -> RecipeConfig:
+    from probes.recipe import RecipeConfig
+    from probes.teacher import encode_response
+    from safe_decode.certificate import Envelope
+
+    cap = max_new_tokens or max(encode_response(own.tokenizer, row).n_scores - 1 for row in rows)
+    temperature, top_p, top_k = sampling
+    envelope = Envelope(
+        max_new_tokens=cap,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        top_p=top_p,
+        top_k=top_k,
+    )
+    extra = (
+        {} if residual is None else {f"residual-{residual}": residual_sites(own.model, residual)}
+    )
+    return RecipeConfig(
+        envelope=envelope,
+        refusal=texts[0],
+        opener=texts[1],
+        feature_counts=feature_counts,
+        extra_sites=extra,
+        fits=fits,
+        windows=(),
+        statistics=statistics,
+        c_grid=c_grid,
+        by_category=by_category,
+        alphas=alphas,
+        default_alpha=alphas[0],
+        delta=delta,
+    )
+
+
+def _fits(methods: Sequence[str] | None, c: Sequence[float] | None) -> tuple[FitConfig, ...]:
+    from typing import get_args
+
+    from probes.fit import FitConfig, Method
+
+    first = c[0] if c else 0.1
+    known: dict[str, Method] = {name: name for name in get_args(Method)}
+    unknown = [name for name in methods or () if name not in known]
+    if unknown:
+        raise ConfigurationError(
+            f"--method={unknown[0]!r} is not one of {tuple(known)}; pass one of these."
+        )
+    found: list[FitConfig] = []
+    for method in (known[name] for name in methods or known):
+        windows = _WINDOWS if method == "windowed" else (8,)
+        found += [FitConfig(method=method, c=first, window=window) for window in windows]
+    return tuple(found)
+
+
+def _statistics(names: Sequence[str] | None) -> tuple[StatisticChoice, ...]:
+    from probes.select import StatisticChoice
+
+    known: Mapping[str, tuple[StatisticChoice, ...]] = {
+        "ema": tuple(StatisticChoice("ema", window) for window in (1, 2, 4, 8, 16)),
+        "mean": tuple(StatisticChoice("mean", window) for window in (4, 8, 16)),
+        "cusum": tuple(StatisticChoice("cusum", drift=drift) for drift in (0.5, 1.0, 2.0)),
+        "hysteresis": tuple(
+            StatisticChoice("ema", window, hits=hits) for window, hits in ((1, 2), (1, 3), (4, 2))
+        ),
+    }
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ConfigurationError(
+            f"--statistic={unknown[0]!r} is not one of {tuple(known)}; pass one of these."
+        )
+    return tuple(choice for name in names or known for choice in known[name])
+
+
+def _notes(provenance: Mapping[str, Any], recipe: Recipe) -> list[str]:
+    notes = [
+        f"no certificate for {name}: {why}" for name, why in recipe.calibration.refused.items()
+    ]
+    if provenance["not_of_this_model"]:
+        notes.append(
+            f"{provenance['not_of_this_model']:,} responses are not this model's own (they have no "
+            "response_ids); the certificates speak of such text, not of what the model will say. "
+            "Make responses with `safe-decode rollout`."
+        )
+    return notes
+
+
+def _as_json(recipe: Recipe, out: Path, provenance: Mapping[str, Any]) -> dict[str, object]:
+    bundle = recipe.bundle
+    return {
+        "out": str(out),
+        "bundle": bundle.digest,
+        "chosen": recipe.tried[0],
+        "tried": list(recipe.tried),
+        "holdback_tokens": bundle.holdback_tokens,
+        "certificates": [
+            {
+                name: getattr(one, name)
+                for name in ("population", "alpha", "delta", "n", "j", "threshold")
+            }
+            for one in bundle.certificates
+        ],
+        "certificates_refused": recipe.calibration.refused,
+        **provenance,
+    }
+
+
+def _show(recipe: Recipe, out: Path) -> None:
+    from rich.table import Table
+
+    columns = ("sites", "fit", "statistic", "TPR", "AUROC", "delay p90", "hold-back")
+    table = Table(*columns, title="Best on select", title_justify="left")
+    for one in recipe.tried[:_SHOWN]:
+        way = one["fit"]
+        name = f"{way['method']} C={way['c']:g}"
+        name += f" M={way['window']}" if way["method"] == "windowed" else ""
+        hits = f" x{one['hits']}" if one["hits"] > 1 else ""
+        size = {"mean": one["window"], "cusum": round(one["drift"], 2)}.get(
+            one["statistic"], round(one["smoothing"], 2)
+        )
+        table.add_row(
+            one["sites"],
+            name,
+            f"{one['statistic']} {size}{hits}",
+            f"{one['tpr']:.1%}",
+            f"{one['auroc']:.4f}",
+            str(one["delay_p90"]),
+            str(one["holdback_tokens"]),
+        )
+    console().print(table)
+    console().print(f"{len(recipe.tried)} candidates; the first is in the bundle.")
+    certified = {
+        f"{one.population} at {one.alpha:g}": (
+            f"threshold {one.threshold:.4g} (n={one.n}, j={one.j})"
+        )
+        for one in recipe.bundle.certificates
+    }
+    show_facts("Certificates", certified, out)

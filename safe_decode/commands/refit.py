@@ -1,0 +1,138 @@
+"""`safe-decode refit`: fit a bundle again on the prompts that an attack found, and certify anew.
+
+Knows the options and where rows come from. Does not know fitting or certificates.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from safe_decode.commands.generate import (
+    BundlePath,
+    Device,
+    DtypeName,
+    ModelName,
+    cap_of,
+    decoder_of,
+)
+from safe_decode.commands.output import console, print_json, working
+from safe_decode.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from probes.attacks.behaviours import AttackSet
+    from probes.conversations import Conversation
+    from safe_decode.guard import SafeDecoder
+
+__all__ = ["refit"]
+
+
+def refit(
+    records: Annotated[
+        Path, typer.Option(help="Written by `attack --keep-prompts --half first --out`.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
+    behaviours: Annotated[
+        Path | None, typer.Option(help="What was attacked, as given to `attack`.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Judged conversations with splits, as JSON lines; default: drawn from the "
+            "embedded model."
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Behaviours, as given to `attack`.")] = 30,
+    calibrate: Annotated[
+        int, typer.Option(min=100, help="Ordinary responses for the certificate, where drawn.")
+    ] = 3000,
+    fit: Annotated[int, typer.Option(min=100, help="Responses to fit on, where drawn.")] = 1500,
+    seed: Annotated[int, typer.Option(help="As given to `attack`.")] = 0,
+    fold: Annotated[int, typer.Option(min=0, max=2, help="As given to `attack`.")] = 0,
+    judge: Annotated[
+        str | None, typer.Option(help="module:function, of whole responses; see rollouts.Judge.")
+    ] = None,
+    model: ModelName = None,
+    bundle: BundlePath = None,
+    device: Device = "cpu",
+    dtype: DtypeName = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Refit a bundle adversarially; attack the result anew, on other behaviours, before use."""
+    if model is not None and (behaviours is None or data is None or judge is None):
+        raise ConfigurationError(
+            f"--model={model!r} needs --behaviours, --data and --judge; only the embedded model "
+            "has a world to draw from."
+        )
+    from probes.attacks.records import read_records
+    from probes.attacks.refit import RefitConfig, adversarial_requests, fit_config_of
+    from probes.attacks.refit import refit as fit_again
+    from probes.rollouts import RolloutConfig
+    from safe_decode.commands.readings import judge_of
+
+    found = read_records(records)
+    with working("Loading the model"):
+        decoder = decoder_of(
+            model, bundle, redirect="rewind", alpha=None, device=device, dtype=dtype
+        )
+    attack_set = _attacked(behaviours, count, seed=seed, fold=fold)
+    rows = _rows(decoder, data, fit=fit, calibrate=calibrate, seed=seed, fold=fold)
+    benign = [row.messages for row in rows if row.split == "fit" and row.prompt_harmful is False]
+    requests = adversarial_requests(found, attack_set, benign)
+    new = fit_again(
+        decoder.model,
+        decoder.tokenizer,
+        decoder.bundle,
+        rows,
+        requests,
+        judge_of(judge),
+        RefitConfig(
+            fit=fit_config_of(decoder.bundle),
+            rollout=RolloutConfig(max_new_tokens=cap_of(decoder, None), do_sample=True, seed=seed),
+        ),
+    )
+    new.save(out)
+    told = {
+        "out": str(out),
+        "bundle": new.digest[:12],
+        "refitted_from": decoder.bundle.digest[:12],
+        "adversarial_rows": new.provenance["adversarial_rows"],
+        "adversarial_harmful": new.provenance["adversarial_harmful"],
+        "threshold": new.certificate().threshold,
+        "n": new.certificate().n,
+        "holdback_tokens": new.holdback_tokens,
+    }
+    if as_json:
+        print_json(told)
+    else:
+        text = "; ".join(f"{name}: {value}" for name, value in told.items())
+        console().print(text, soft_wrap=True)
+
+
+def _attacked(behaviours: Path | None, count: int, *, seed: int, fold: int) -> AttackSet:
+    """Both halves, as `attack` drew them: records name behaviours of one of them."""
+    from probes.attacks.behaviours import embedded_behaviours, read_behaviours
+
+    if behaviours is None:
+        return embedded_behaviours(2 * count, seed=seed, fold=fold)
+    return read_behaviours(behaviours, 2 * count)
+
+
+def _rows(
+    decoder: SafeDecoder, data: Path | None, *, fit: int, calibrate: int, seed: int, fold: int
+) -> list[Conversation]:
+    if data is not None:
+        from probes.conversations import read_jsonl
+
+        return read_jsonl(data)
+    from probes.embedded_data import EmbeddedData
+
+    source = EmbeddedData(seed=seed + 90, fold=fold, max_new_tokens=cap_of(decoder, None))
+    model, tokenizer = decoder.model, decoder.tokenizer
+    return [
+        *source.seen(model, tokenizer, "fit", fit),
+        *source.seen(model, tokenizer, "select", fit // 2),
+        *source.seen(model, tokenizer, "calibrate", calibrate),
+    ]

@@ -1,0 +1,103 @@
+"""Ids of one row as text, while they arrive: whole characters only, stop strings watched.
+
+Knows a tokenizer's `decode` and strings. Does not know what was judged or released.
+
+A byte-level tokenizer may split a character over several ids, and a decoder may join ids
+(leading spaces). So text is decoded over a short window of ids that begins where a
+character ends, and what ends in the replacement character waits for the next id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["StopWatch", "Transcript"]
+
+_INCOMPLETE = "\ufffd"
+_CONTEXT = 16
+"""Ids of context that decide how text is joined; a character is split over far fewer."""
+
+
+class Transcript:
+    """The text of a growing row.
+
+    Args:
+        tokenizer: Decodes; special tokens are skipped.
+        before: Ids that stand before the row's first one; they are no part of its text, but
+            decide how it is joined to them.
+
+    Attributes:
+        ids: What was pushed.
+        text: Its text, up to the last whole character.
+        ends: For each id, the length of `text` once it was pushed.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:  # noqa: ANN401
+        self.ids: list[int] = []
+        self.text = ""
+        self.ends: list[int] = []
+        self._tokenizer = tokenizer
+        self._all = list(before[-_CONTEXT:])
+        self._window, self._read = 0, len(self._all)
+        self._settled = self.decoded(self._all)
+
+    def push(self, token: int) -> None:
+        """Append one id."""
+        self.ids.append(token)
+        self._all.append(token)
+        shown = self.decoded(self._all[self._window :])
+        if len(shown) > len(self._settled) and not shown.endswith(_INCOMPLETE):
+            self.text += shown[len(self._settled) :]
+            self._window, self._read = self._read, len(self._all)
+            self._settled = self.decoded(self._all[self._window :])
+        self.ends.append(len(self.text))
+
+    def flush(self) -> None:
+        """Add what waited for a character to be completed; no id follows."""
+        self.text += self.decoded(self._all[self._window :])[len(self._settled) :]
+        if self.ends:
+            self.ends[-1] = len(self.text)
+
+    def decoded(self, ids: Sequence[int]) -> str:
+        """Decode ids on their own."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+class StopWatch:
+    """Finds stop strings, and the beginnings of such, at the end of a transcript.
+
+    Args:
+        transcript: Watched.
+        stop_strings: None of them empty.
+    """
+
+    def __init__(self, transcript: Transcript, stop_strings: Sequence[str]) -> None:
+        self._transcript = transcript
+        self._stops = tuple(stop_strings)
+        self._longest = max((len(stop) for stop in self._stops), default=0)
+
+    def held_from(self) -> int | None:
+        """Return the first id that may be part of a stop string to come, or None.
+
+        Ids whose text is not complete count as held while anything is.
+        """
+        text = self._transcript.text
+        for length in range(min(self._longest, len(text)), 0, -1):
+            tail = text[-length:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return self._id_at(len(text) - length)
+        return None
+
+    def found(self) -> tuple[str, int] | None:
+        """Return the stop string that the newest id completed, and where it begins."""
+        text, ends = self._transcript.text, self._transcript.ends
+        before = ends[-2] if len(ends) > 1 else 0
+        start = max(0, before - self._longest + 1)
+        places = [(text.find(stop, start), stop) for stop in self._stops]
+        hits = [(place, stop) for place, stop in places if place >= 0]
+        return None if not hits else (min(hits)[1], min(hits)[0])
+
+    def _id_at(self, char: int) -> int:
+        ends = self._transcript.ends
+        return next((i for i, end in enumerate(ends) if end > char), len(ends))
