@@ -17,7 +17,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx2
@@ -211,13 +211,14 @@ def main() -> None:
     quick = given.quick
     n, seconds = (16, 8.0) if quick else (given.clients, given.seconds)
     rows = []
-    for measure in (
+    studies: list[Callable[[], dict[str, Any]]] = [
         lambda: load(n_clients=n, seconds=seconds),
         lambda: overload(n_clients=n, seconds=min(seconds, 30.0)),
         lambda: offline(n_responses=24 if quick else 500),
         lambda: throughput(n_clients=16, seconds=min(seconds, 20.0), rounds=2 if quick else 7),
         lambda: ending(n_clients=n),
-    ):
+    ]
+    for measure in studies:
         rows.append(measure())
         LOG.info("%s", json.dumps(rows[-1]))
     if not quick:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -115,9 +116,10 @@ async def _chunks(
         opening = shape.first(index)
         if opening is not None:
             yield _data(opening, counts=counts)
-    async for index, event in conversation.events:
-        for chunk in shape.chunks(index, conversation.stories[index], event):
-            yield _data(chunk, counts=counts)
+    async with aclosing(conversation.events) as events:
+        async for index, event in events:
+            for chunk in shape.chunks(index, conversation.stories[index], event):
+                yield _data(chunk, counts=counts)
     if counts:
         yield _data(shape.usage_chunk(conversation.stories))
     yield ServerSentEvent("[DONE]", sep="\n")
@@ -127,9 +129,10 @@ async def _named(conversation: Conversation, shape: MessageShape) -> AsyncIterat
     (story,) = conversation.stories
     for name, body in shape.opening(story):
         yield ServerSentEvent(_json(body), event=name, sep="\n")
-    async for _, event in conversation.events:
-        for name, body in shape.events(story, event):
-            yield ServerSentEvent(_json(body), event=name, sep="\n")
+    async with aclosing(conversation.events) as events:
+        async for _, event in events:
+            for name, body in shape.events(story, event):
+                yield ServerSentEvent(_json(body), event=name, sep="\n")
 
 
 def _data(chunk: dict[str, Any], *, counts: bool = False) -> ServerSentEvent:

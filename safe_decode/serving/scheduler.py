@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from safe_decode.errors import CanaryError
 from safe_decode.serving.engine import Engine
@@ -60,7 +60,7 @@ class Tickets:
         self._timeout_s = timeout_s
         self.tickets = [Ticket(request, key, post, self._inbox) for request in requests]
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield the rows' events with their indices, until all have ended.
 
         A reader who leaves cancels what is left.

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ class Conversation:
     """
 
     stories: list[Story]
-    events: AsyncIterator[tuple[int, Event]]
+    events: AsyncGenerator[tuple[int, Event], None]
 
 
 class Service:
@@ -117,14 +118,15 @@ class Service:
 
     async def _told(
         self, tickets: Tickets, stories: Sequence[Story], request: Request, endpoint: str
-    ) -> AsyncIterator[tuple[int, Event]]:
+    ) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield events, each once its story has taken it; count and audit what has ended."""
         try:
-            async for index, event in tickets.events():
-                stories[index].take(event)
-                if isinstance(event, Finished):
-                    self._settle(stories[index], request, endpoint)
-                yield index, event
+            async with aclosing(tickets.events()) as events:
+                async for index, event in events:
+                    stories[index].take(event)
+                    if isinstance(event, Finished):
+                        self._settle(stories[index], request, endpoint)
+                    yield index, event
         finally:
             tickets.cancel()
             for story in stories:
@@ -192,13 +194,9 @@ async def _left(request: Request) -> None:
 
 
 async def _rejoined(
-    first: tuple[int, Event], rest: AsyncIterator[tuple[int, Event]]
-) -> AsyncIterator[tuple[int, Event]]:
-    try:
+    first: tuple[int, Event], rest: AsyncGenerator[tuple[int, Event], None]
+) -> AsyncGenerator[tuple[int, Event], None]:
+    async with aclosing(rest):
         yield first
         async for item in rest:
             yield item
-    finally:
-        close = getattr(rest, "aclose", None)
-        if close is not None:
-            await close()
