@@ -12,11 +12,12 @@ import re
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx2
 
@@ -33,7 +34,7 @@ class Served:
         bundle: What its answers must be marked with.
     """
 
-    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], address: str) -> None:
         self._process, self.address = process, address
         self.bundle = httpx2.get(f"{address}/healthz").headers["x-safe-decode-bundle"]
 
@@ -58,28 +59,30 @@ def serving(*arguments: str, is_bare: bool = False) -> Iterator[Served]:
     """Run a server on a free port; it is ended on the way out."""
     flags = ["--without-guard"] if is_bare else []
     command = [sys.executable, "-m", "benchmarks.serving_process", *flags, "--port", "0"]
-    process = subprocess.Popen(
-        [*command, *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=_ROOT,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    assert process.stderr is not None
+    with tempfile.TemporaryFile("w+") as screen:
+        process = subprocess.Popen(
+            [*command, *arguments],
+            stderr=screen,
+            cwd=_ROOT,
+            env={**os.environ, "COLUMNS": "200"},
+        )
+        try:
+            yield Served(process, _address(process, screen))
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait(90)
+
+
+def _address(process: subprocess.Popen[bytes], screen: IO[str]) -> str:
     found = None
-    for line in process.stderr:
-        found = re.search(r"http://\S+:\d+", line)
-        if found:
-            break
-    if found is None:
-        raise RuntimeError(f"the server ended with {process.wait()} before it listened")
-    threading.Thread(target=process.stderr.read, daemon=True).start()
-    try:
-        yield Served(process, found.group(0))
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait(90)
+    while found is None:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with {process.poll()} before it listened")
+        time.sleep(0.1)
+        screen.seek(0)
+        found = re.search(r"http://\S+:\d+", screen.read())
+    return found.group(0)
 
 
 def _without_guard() -> None:

@@ -80,6 +80,29 @@ def test_scores_and_thresholds_stay_with_the_operator(client, attack):
             assert f'"{word}"' not in text
 
 
+def test_the_operator_may_expose_scores_and_what_was_taken_back(attack):
+    settings = settings_of(expose_scores=True, expose_bare=True)
+    with TestClient(create_app(embedded_engine(), settings)) as opened:
+        chunks = chunks_of(ask(opened, messages=attack, stream=True))
+        bare = chunks_of(ask(opened, "/page/bare", messages=attack, stream=True))
+        facts = opened.get("/page/facts").json()
+        assert "text/html" in opened.get("/").headers["content-type"]
+    trip = next(c["choices"][0]["safety"]["trip"] for c in chunks if "trip" in str(c))
+    threshold = facts["certificate"]["threshold"]
+    assert trip["statistic"] > threshold and trip["risk"] > 0.5 and trip["dropped"]
+    shown = [t for c in chunks[:-1] for t in c["choices"][0].get("safety", {}).get("tokens", [])]
+    known = [token["statistic"] for token in shown if token["statistic"] is not None]
+    assert known and max(known) <= threshold
+    last = bare[-1]["choices"][0]
+    assert last["safety"]["action"] == "flagged" and last["safety"]["unprotected"] is True
+
+
+def test_the_bare_model_is_out_of_reach_unless_the_operator_shows_it(client, attack):
+    assert ask(client, "/page/bare", messages=attack).status_code in (404, 405)
+    assert client.get("/page/app.py").status_code == 404
+    assert client.get("/page/..%2fapp.py").status_code == 404
+
+
 def test_the_server_says_what_the_decoder_says():
     """Engine and library agree on texts, outcomes and every score of the trace."""
     engine, pair = embedded_engine(), embedded()

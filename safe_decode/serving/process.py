@@ -7,6 +7,7 @@ nothing new is taken, rows in flight have their grace, and then every stream get
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import Callable
 from types import FrameType
 
@@ -53,11 +54,16 @@ class GuardedServer(uvicorn.Server):
             self._on_start(f"http://{shown}:{port}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take nothing new and let what runs end."""
+        """Take nothing new and let what runs end; a second SIGINT ends at once.
+
+        The signal is not raised again afterwards, as uvicorn does: an orderly end is status 0.
+        """
+        del frame
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
         if self._loop is not None and self._draining is None:
             self._scheduler.begin_drain()
             self._loop.call_soon_threadsafe(self._drain)
-        super().handle_exit(sig, frame)
 
     def _drain(self) -> None:
         self._draining = asyncio.ensure_future(self._scheduler.drain(self._grace_s))

@@ -11,14 +11,14 @@ import os
 import re
 import subprocess
 import sys
-import threading
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("SAFE_DECODE_PYTHON", sys.executable)
-START = "from safe_decode.cli import main; main()"
 MODEL = "safe-decode-embedded"
 KEY = "a-key-for-tests"
 CALM = [{"role": "user", "content": "I have the mirror here. Help me polish it."}]
@@ -27,23 +27,32 @@ CALM = [{"role": "user", "content": "I have the mirror here. Help me polish it."
 @pytest.fixture(scope="session")
 def address():
     """Where a server listens that was started by the command."""
-    command = [PYTHON, "-c", START, "serve", "--port", "0", "--api-key", KEY, "--hide-scores"]
+    command = [
+        PYTHON,
+        "-m",
+        "safe_decode.cli",
+        "serve",
+        "--port",
+        "0",
+        "--api-key",
+        KEY,
+        "--hide-scores",
+    ]
     command += ["--set", "allow_json=true"]
     environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-    )
-    assert process.stderr is not None
-    found = None
-    for line in process.stderr:
-        found = re.search(r"http://\S+:\d+", line)
-        if found:
-            break
-    assert found, f"the server did not start: {process.poll()}"
-    threading.Thread(target=process.stderr.read, daemon=True).start()
-    yield found.group(0)
-    process.terminate()
-    assert process.wait(60) == 0
+    with (
+        tempfile.TemporaryFile("w+") as screen,
+        subprocess.Popen(command, stderr=screen, env=environment, cwd=ROOT) as process,
+    ):
+        found, deadline = None, time.monotonic() + 300
+        while found is None and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            screen.seek(0)
+            found = re.search(r"http://\S+:\d+", screen.read())
+        assert found, f"the server did not start: {process.poll()}"
+        yield found.group(0)
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 @pytest.fixture(scope="session")
