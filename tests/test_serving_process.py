@@ -50,9 +50,11 @@ def streams_of(address, n):
     def one():
         url = f"{address}/v1/chat/completions"
         # A server that is killed breaks its streams; what its log says is what is tested.
-        with contextlib.suppress(httpx2.HTTPError):
-            with httpx2.stream("POST", url, json=BODY, timeout=120) as response:
-                answers.append("".join(response.iter_text()))
+        with (
+            contextlib.suppress(httpx2.HTTPError),
+            httpx2.stream("POST", url, json=BODY, timeout=120) as response,
+        ):
+            answers.append("".join(response.iter_text()))
 
     threads = [threading.Thread(target=one) for _ in range(n)]
     for thread in threads:
