@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from probes.conversations import Conversation, read_jsonl
+from probes.conversations import Conversation, Split, read_jsonl
 from probes.refusals import refuses
 from probes.rollouts import Request, RolloutConfig, rollout
 from safe_decode.errors import ConfigurationError, DataError
@@ -35,7 +35,7 @@ class PromptFile:
         digest: blake2b of the file's bytes, 16 hexadecimal digits.
         requests: To be answered.
         conversations: Answered already.
-        left_out: Rows that belong to another split than `locate`.
+        left_out: Rows that belong to another split than the one wanted.
     """
 
     path: Path
@@ -47,6 +47,19 @@ class PromptFile:
     def __len__(self) -> int:
         """Count the rows."""
         return len(self.requests) + len(self.conversations)
+
+    def asked(self) -> tuple[Request, ...]:
+        """Return what was asked, without the responses that some files hold."""
+        return self.requests + tuple(
+            Request(
+                messages=row.messages,
+                group=row.group,
+                prompt_harmful=row.prompt_harmful,
+                category=row.category,
+                split=row.split,
+            )
+            for row in self.conversations
+        )
 
 
 class LocationData(NamedTuple):
@@ -63,10 +76,10 @@ class LocationData(NamedTuple):
     counts: dict[str, int]
 
 
-def read_prompts(path: str | os.PathLike[str]) -> PromptFile:
+def read_prompts(path: str | os.PathLike[str], *, split: Split = "locate") -> PromptFile:
     """Read JSON lines with `prompt` or `messages`, and a `response` in all rows or in none.
 
-    Rows that carry a split other than `locate` are left out and counted: what is located
+    Rows that carry another split than `split` are left out and counted: what is located
     on must not be reported on.
 
     Raises:
@@ -84,7 +97,7 @@ def read_prompts(path: str | os.PathLike[str]) -> PromptFile:
     with_response = sum("response" in row for _, row in rows)
     if with_response == len(rows):
         read = read_jsonl(path)
-        kept = tuple(row for row in read if row.split in (None, "locate"))
+        kept = tuple(row for row in read if row.split in (None, split))
         file = replace(file, conversations=kept, left_out=len(read) - len(kept))
     elif with_response:
         number = next(number for number, row in rows if "response" not in row)
@@ -94,12 +107,12 @@ def read_prompts(path: str | os.PathLike[str]) -> PromptFile:
         )
     else:
         asked = [_request(path, number, row) for number, row in rows]
-        wanted = tuple(row for row in asked if row.split in (None, "locate"))
+        wanted = tuple(row for row in asked if row.split in (None, split))
         file = replace(file, requests=wanted, left_out=len(asked) - len(wanted))
     if not len(file):
         raise DataError(
-            f"{os.fspath(path)} has no row to locate on ({file.left_out} belong to other splits); "
-            "pass prompts without a split, or of the split locate."
+            f"{os.fspath(path)} has no row to use ({file.left_out} belong to other splits); "
+            f"pass prompts without a split, or of the split {split}."
         )
     return file
 

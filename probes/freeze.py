@@ -10,7 +10,7 @@ its inputs change as the rest is trained, and so do norms, embeddings and output
 which belong to no unit. How weights are held is in `held`.
 
 Knows training loops and `transformers.Trainer`. Does not know how units are located, and
-takes no model with adapters, sharded or quantised weights.
+takes no model with sharded or quantised weights; LoRA is held through `adapters`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from probes.adapters import (
+    carries_adapters,
+    held_in_adapters,
+    plain_architecture,
+    trained_in_adapters,
+)
 from probes.held import HeldWeights
 from probes.ownership import Shared, WeightSlice, complement, owned_weights
 from probes.units import CATEGORIES, Category, UnitSet
@@ -218,7 +224,10 @@ class SafetyFreeze(UnitFreeze):
         _require_some(self.units, categories)
 
     def frozen_weights(self, model: nn.Module) -> tuple[WeightSlice, ...]:
-        """Name the weights of the frozen units."""
+        """Name the weights of the frozen units; see `adapters` for models that carry LoRA."""
+        if carries_adapters(model):
+            plain = plain_architecture(model)
+            return held_in_adapters(model, owned_weights(plain, self.units, shared=self.shared))
         return owned_weights(model, self.units, shared=self.shared)
 
 
@@ -246,7 +255,10 @@ class RedundantUnitBudget(UnitFreeze):
         _require_some(self.units, categories)
 
     def frozen_weights(self, model: nn.Module) -> tuple[WeightSlice, ...]:
-        """Name all weights but those of the trained units."""
+        """Name all weights but those of the trained units; with LoRA, all that is trained."""
+        if carries_adapters(model):
+            owned = owned_weights(plain_architecture(model), self.units, shared="all")
+            return trained_in_adapters(model, owned)
         return complement(model, owned_weights(model, self.units, shared="all"))
 
 

@@ -11,8 +11,8 @@ Knows streaming moments and scores. Does not know models, hooks or text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -85,6 +85,24 @@ class RunningMoments:
             raise DataError(f"{self.count} rows have no variance; give at least two positions.")
         return self._squares / (self.count - 1)
 
+    def mean(self) -> Tensor:
+        """Return the mean, [width] float64; zeros of nothing."""
+        return self._mean.clone()
+
+    def state(self) -> dict[str, NDArray[np.float64]]:
+        """Return all that is needed to go on later."""
+        count = np.asarray(self.count, dtype=np.float64)
+        return {"count": count, "mean": self._mean.numpy(), "squares": self._squares.numpy()}
+
+    @classmethod
+    def resumed(cls, state: Mapping[str, NDArray[np.float64]]) -> RunningMoments:
+        """Go on from what `state` returned."""
+        moments = cls(len(state["mean"]))
+        moments.count = int(state["count"])
+        moments._mean = torch.from_numpy(state["mean"].copy())
+        moments._squares = torch.from_numpy(state["squares"].copy())
+        return moments
+
 
 @dataclass(frozen=True, eq=False)
 class ChannelMoments:
@@ -96,6 +114,7 @@ class ChannelMoments:
         variance: [W] float64, unbiased variance of each input channel over positions.
         column_norm_sq: [W] float64, squared norm of the weights that read the channel.
         positions: Over how many positions the variance was taken.
+        mean: [W] float64, mean of each input channel over positions; empty where not kept.
     """
 
     layer: int
@@ -103,6 +122,7 @@ class ChannelMoments:
     variance: NDArray[np.float64]
     column_norm_sq: NDArray[np.float64]
     positions: int
+    mean: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     def importance(self) -> NDArray[np.float64]:
         """Return I_j, [W] float64."""

@@ -10,8 +10,10 @@ Knows which modules are scored and how their weights lie. The arithmetic is in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from probes.conversations import Conversation
-from probes.importance import ChannelMoments, RunningMoments, Variant, score_units
+from probes.importance import ChannelMoments, Variant, score_units
+from probes.stream_kept import StreamKept
 from probes.teacher import TOKENS_PER_BATCH, encode_response, teacher_forced
 from probes.units import Ranking, Ratios, UnitSet, assign
 from safe_decode.anatomy import anatomy_of
@@ -65,6 +68,8 @@ def locate(
     refusals: Sequence[Conversation],
     benign: Sequence[Conversation],
     config: LocateConfig | None = None,
+    *,
+    kept: Path | None = None,
 ) -> UnitSet:
     """Score and sort every attention head and MLP neuron of a model.
 
@@ -74,6 +79,8 @@ def locate(
         refusals: Harmful requests with the model's own refusals, for I_S.
         benign: Benign requests with the model's own answers, for I_U.
         config: See `LocateConfig`.
+        kept: Directory in which both passes keep how far they are, so that a location that
+            was ended goes on from there.
 
     Raises:
         DataError: Too few distinct refusals, or no benign response.
@@ -88,8 +95,11 @@ def locate(
             f"{config.min_refusals}; sample more of the model's own refusals."
         )
     budget = config.tokens_per_batch
-    safety = channel_moments(model, tokenizer, refusals, tokens_per_batch=budget)
-    utility = channel_moments(model, tokenizer, benign, tokens_per_batch=budget)
+    places = [None if kept is None else kept / f"{name}.npz" for name in ("safety", "utility")]
+    safety, utility = (
+        channel_moments(model, tokenizer, rows, tokens_per_batch=budget, kept=place)
+        for rows, place in zip((refusals, benign), places, strict=True)
+    )
     head_dim = anatomy_of(model).head_dim
     scores = score_units(safety, utility, head_dim=head_dim, variant=config.variant)
     provenance = {
@@ -109,27 +119,41 @@ def channel_moments(
     conversations: Sequence[Conversation],
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    kept: str | os.PathLike[str] | None = None,
 ) -> list[ChannelMoments]:
     """Stream responses through the model and take the moments of every unit channel.
 
     Memory does not grow with the responses.
 
+    Args:
+        model: In eval mode.
+        tokenizer: Its tokenizer.
+        conversations: With responses.
+        tokens_per_batch: Padded tokens run at once.
+        kept: File to which the moments are written now and then, so that a pass that was
+            ended goes on from there; see `StreamKept`.
+
     Raises:
-        DataError: There are fewer than two positions to take a variance of.
+        DataError: There are fewer than two positions to take a variance of, or `kept` is of
+            another pass.
         UnsupportedError: As in `locate`.
     """
     sites = all_unit_sites(model)
     widths = [len(site.channels) for site in sites]
-    moments = RunningMoments(sum(widths))
     encoded = [encode_response(tokenizer, row) for row in conversations]
-    batches = teacher_forced(
-        model, sites, encoded, description="locating", tokens_per_batch=tokens_per_batch
-    )
-    for batch in batches:
-        # The last score position of a row is left out: no response token follows it.
-        rows = [batch.of(index)[:-1] for index in range(len(batch.rows))]
-        moments.update(torch.cat(rows))
+    stream = StreamKept.of(model, encoded, width=sum(widths), path=kept)
+    for part in stream.to_do(encoded):
+        batches = teacher_forced(
+            model, sites, part, description="locating", tokens_per_batch=tokens_per_batch
+        )
+        for batch in batches:
+            # The last score position of a row is left out: no response token follows it.
+            rows = [batch.of(index)[:-1] for index in range(len(batch.rows))]
+            stream.moments.update(torch.cat(rows))
+        stream.keep(len(part))
+    moments = stream.moments
     variances = torch.split(moments.variance(), widths)
+    means = torch.split(moments.mean(), widths)
     anatomy = anatomy_of(model)
     return [
         ChannelMoments(
@@ -138,8 +162,9 @@ def channel_moments(
             variance.numpy(),
             _column_norm_sq(anatomy.module(site.layer, site.kind)),
             moments.count,
+            mean.numpy(),
         )
-        for site, variance in zip(sites, variances, strict=True)
+        for site, variance, mean in zip(sites, variances, means, strict=True)
     ]
 
 

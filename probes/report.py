@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["category_counts", "draw_importance", "draw_shares", "require_plots"]
+__all__ = ["category_counts", "draw_importance", "draw_shares", "require_plots", "save_figure"]
 
 _KINDS = ("attention heads", "MLP neurons")
 # Told apart by lightness as well as by hue; complex units, the many, stay in the background.
@@ -73,7 +73,7 @@ def draw_shares(units: UnitSet, path: str | os.PathLike[str]) -> None:
     axes[0].set_ylabel("layer")
     bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.8, extend="max")
     bar.set_label("share in the layer over share in all layers")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_importance(units: UnitSet, path: str | os.PathLike[str]) -> None:
@@ -111,7 +111,7 @@ def draw_importance(units: UnitSet, path: str | os.PathLike[str]) -> None:
         handles, labels = axis.get_legend_handles_labels()
         axis.legend(handles[::-1], labels[::-1], frameon=False, markerscale=1.5)
     axes[0].set_ylabel("I_S, importance for safety (z)")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_heat(axis: Axes, counts: NDArray[np.int64], title: str) -> None:
@@ -129,7 +129,12 @@ def _draw_heat(axis: Axes, counts: NDArray[np.int64], title: str) -> None:
     axis.set_title(title)
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG, drawn without a display.
+
+    Raises:
+        ConfigurationError: The file cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)

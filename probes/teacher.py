@@ -27,6 +27,7 @@ __all__ = [
     "EncodedResponse",
     "FeatureBatch",
     "encode_response",
+    "left_padded",
     "PaddedBatch",
     "onset_token",
     "padded_batches",
@@ -195,7 +196,7 @@ def padded_batches(
     fixed: dict[str, Any] = {"use_cache": False}
     fixed |= {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     for rows in _buckets(encoded, tokens_per_batch):
-        inputs: dict[str, Any] = dict(_left_padded([encoded[row].ids for row in rows], device))
+        inputs: dict[str, Any] = dict(left_padded([encoded[row].ids for row in rows], device))
         if "position_ids" not in accepted:
             inputs.pop("position_ids")
         n_scores = tuple(encoded[row].n_scores for row in rows)
@@ -216,7 +217,7 @@ def _buckets(
         yield tuple(batch)
 
 
-def _left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
     """Pad on the left; the id of a pad is never attended to, so any will do."""
     longest = max(len(ids) for ids in rows)
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from safe_decode.commands.ablate import ablate
 from safe_decode.commands.attack import attack
 from safe_decode.commands.bench import bench
 from safe_decode.commands.bundles import inspect, verify_certificate
@@ -20,7 +21,9 @@ from safe_decode.commands.check import check
 from safe_decode.commands.demo import demo
 from safe_decode.commands.evaluate import evaluate
 from safe_decode.commands.export import export
+from safe_decode.commands.finetune import finetune
 from safe_decode.commands.fit import fit
+from safe_decode.commands.framing import framing
 from safe_decode.commands.generate import generate
 from safe_decode.commands.harvest import harvest
 from safe_decode.commands.locate import locate
@@ -71,6 +74,9 @@ app.command("evaluate")(evaluate)
 app.command("attack")(attack)
 app.command("refit")(refit)
 app.command("reproduce")(reproduce)
+app.command("ablate")(ablate)
+app.command("framing")(framing)
+app.command("finetune")(finetune)
 app.command("capabilities")(capabilities)
 app.command("replay")(replay)
 app.command("show")(show)

@@ -79,8 +79,8 @@ def test_the_digest_is_of_the_files_bytes(tmp_path):
         ([{"prompt": "a", "colour": 1}], r"f:1: unknown fields \['colour'\]"),
         ([{"prompt": "a", "split": "train"}], "f:1: split='train' is not one of"),
         ([["a"]], "f:1: the row is a list, wanted a JSON object"),
-        ([{"prompt": "a", "split": "test"}], r"has no row to locate on \(1 belong to other"),
-        ([], "has no row to locate on"),
+        ([{"prompt": "a", "split": "test"}], r"has no row to use \(1 belong to other"),
+        ([], "has no row to use"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_by_line(tmp_path, rows, told):

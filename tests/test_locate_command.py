@@ -166,3 +166,50 @@ def test_the_options_are_those_of_the_workbench():
     hints = get_type_hints(locate)
     assert get_args(hints["variant"]) == get_args(importance.Variant)
     assert get_args(hints["ranking"]) == get_args(workbench.Ranking)
+
+
+def test_a_page_holds_tables_and_pictures_and_asks_for_nothing(run, tmp_path):
+    result = run("refused.jsonl", "answered.jsonl", "--html", tmp_path / "units.html")
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "units.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2
+    assert "default-src 'none'" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert f"{N_LAYERS * (N_HEADS + D_FF)} units" in page
+    assert "refusal-words-1" in page
+
+
+def test_ratios_are_searched_on_prompts_that_are_not_located_on(run, folder, tmp_path):
+    # Twice as many, so that two thirds still hold fifty refusals.
+    rows = (folder / "refused.jsonl").read_text(encoding="utf-8").splitlines()
+    more = [line.replace("break the", "please break the") for line in rows]
+    (folder / "many.jsonl").write_text("\n".join([*rows, *more]) + "\n", encoding="utf-8")
+    html = tmp_path / "units.html"
+    result = run("many.jsonl", "answered.jsonl", "--search", "--html", html, "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)["provenance"]
+    located, searched = record["counts"], record["search"]["counts"]
+    assert located["harmful_responses"] + searched["harmful_responses"] == 140
+    assert record["search"]["ratios"] == record["ratios"]
+    assert {tried["category"] for tried in record["search"]["tried"]} >= {"RU", "SCU"}
+    assert len(record["seen_groups"]) >= 120
+    assert "Ratios tried" in html.read_text(encoding="utf-8")
+
+
+def test_an_ended_run_goes_on_from_what_it_kept(run, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    files = ("refused.jsonl", "answered.jsonl", "--kept", kept, "--json")
+    whole = json.loads(run(*files[:2], "--json", out="whole").stdout)
+    assert run(*files).exit_code == 0
+    monkeypatch.setattr("probes.locate.teacher_forced", lambda *_, **__: pytest.fail("run again"))
+    again = run(*files, out="again")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["counts"] == whole["counts"]
+    one, two = (UnitSet.load(tmp_path / name) for name in ("whole", "again"))
+    np.testing.assert_allclose(one.i_s, two.i_s, rtol=1e-4, atol=1e-5)
+    line = refused(run("answered.jsonl", "refused.jsonl", "--kept", kept, "--samples", 9))
+    assert "at most" in line or "--temperature" in line
+    line = refused(run("refused.jsonl", "answered.jsonl", "--kept", kept, "--max-new-tokens", 9))
+    assert "pass another directory" in line

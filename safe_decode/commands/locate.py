@@ -6,30 +6,31 @@ responses are sorted, how units are scored or how anything is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from safe_decode.commands.generate import Device, DtypeName, ModelName
-from safe_decode.commands.output import console, print_json, require_place, working
-from safe_decode.demo.load import Dtype, Loaded
+from safe_decode.commands.located import draw_located, located_json, show_located
+from safe_decode.commands.models import loaded_model
+from safe_decode.commands.output import print_json, require_place, write_text
 from safe_decode.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from probes.answers import LocationData, PromptFile
     from probes.conversations import Conversation
     from probes.rollouts import RolloutConfig
-    from probes.units import UnitSet
+    from probes.units import Ranking, UnitSet
+    from safe_decode.demo.load import Loaded
 
 __all__ = ["locate"]
 
 _MIN_REFUSALS = 50  # fewer distinct texts hardly have a variance to score
+_SEARCHED = 1 / 3  # of the prompts, when ratios are searched
 
 
 def locate(
@@ -69,18 +70,33 @@ def locate(
             "given as --harmful and --benign, they are not generated again."
         ),
     ] = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            help="Search the three shares on a third of the prompts, kept from location; "
+            "--redundant, --safety and --utility are then not used."
+        ),
+    ] = False,
+    kept: Annotated[
+        Path | None,
+        typer.Option(help="Keep what is done in this directory, so that an ended run goes on."),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Write shares.png and importance.png to this directory.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write tables and pictures to this self-contained page.")
     ] = None,
     device: Device = "cpu",
     dtype: DtypeName = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Locate safety-critical, utility-critical, complex and redundant units of a model."""
-    _require_sense(out, responses, plot, samples=samples, temperature=temperature)
+    _require_sense(out, html, (responses, plot, kept), samples=samples, temperature=temperature)
     from probes.answers import answered, location_data, read_prompts
     from probes.locate import LocateConfig
     from probes.locate import locate as locate_units
+    from probes.ratio_search import apart
     from probes.rollouts import RolloutConfig
     from probes.units import Ratios
 
@@ -99,39 +115,59 @@ def locate(
     )
     files = {"harmful": read_prompts(harmful), "benign": read_prompts(benign)}
     _require_enough(files["harmful"], samples)
-    loaded = _loaded(model, device, dtype)
-    said = {
-        name: answered(loaded.model, loaded.tokenizer, file, samples=samples, config=sampling)
-        for name, file in files.items()
-    }
+    loaded = loaded_model(model, device, dtype)
+    said = {}
+    for name, file in files.items():
+        answer = partial(
+            answered, loaded.model, loaded.tokenizer, file, samples=samples, config=sampling
+        )
+        made_of = {"digest": file.digest, "samples": samples, **asdict(sampling)}
+        said[name] = _kept_answers(kept, name, made_of, answer)
     if responses is not None:
         _write_responses(responses, said)
     phrases = tuple(refusal_phrase or ())
+    parts = {
+        name: apart(rows, share=_SEARCHED if search else 0, seed=seed)
+        for name, rows in said.items()
+    }
     data = location_data(
-        said["harmful"], said["benign"], min_refusals=_MIN_REFUSALS, phrases=phrases
+        parts["harmful"][0], parts["benign"][0], min_refusals=_MIN_REFUSALS, phrases=phrases
     )
-    units = locate_units(loaded.model, loaded.tokenizer, data.refusals, data.benign, config)
+    units = locate_units(
+        loaded.model, loaded.tokenizer, data.refusals, data.benign, config, kept=kept
+    )
+    if search:
+        others = location_data(
+            parts["harmful"][1], parts["benign"][1], min_refusals=1, phrases=phrases
+        )
+        units = _with_searched_ratios(loaded, units, data, others, parts["harmful"][1], ranking)
     record = {
+        "seen_groups": sorted({row.group for rows in said.values() for row in rows}),
         **_origin(loaded, model, files, data),
         "phrases": list(phrases),
         "generation": _generation(files, sampling, samples),
     }
     units = replace(units, provenance={**units.provenance, **record})
     units.save(out)
-    if plot is not None:
-        _draw(units, plot)
+    drawn = draw_located(units, plot=plot, html=html)
     if as_json:
-        print_json(_as_json(units, out))
+        print_json(located_json(units, out))
     else:
-        _show(units, out, plot)
+        show_located(units, out, drawn)
 
 
 def _require_sense(
-    out: Path, responses: Path | None, plot: Path | None, *, samples: int, temperature: float
+    out: Path,
+    html: Path | None,
+    folders: tuple[Path | None, ...],
+    *,
+    samples: int,
+    temperature: float,
 ) -> None:
     """Check, before any work, what could only fail after it."""
     require_place(out)
-    for folder in (responses, plot):
+    require_place(html)
+    for folder in folders:
         if folder is not None:
             require_place(folder / "file")
     if samples > 1 and temperature == 0:
@@ -139,7 +175,7 @@ def _require_sense(
             f"--samples={samples} without --temperature would be {samples} times the same text; "
             "pass a temperature above 0."
         )
-    if plot is not None:
+    if html is not None or folders[1] is not None:
         from probes.report import require_plots
 
         require_plots()
@@ -155,17 +191,54 @@ def _require_enough(harmful: PromptFile, samples: int) -> None:
         )
 
 
-def _loaded(model: str | None, device: str, dtype: Dtype) -> Loaded:
-    from safe_decode.demo.load import artefact, load_model
+def _kept_answers(
+    kept: Path | None,
+    name: str,
+    made_of: Mapping[str, object],
+    answer: Callable[[], list[Conversation]],
+) -> list[Conversation]:
+    """Return the responses that an ended run has left, or let the model answer and keep them."""
+    if kept is None:
+        return answer()
+    import json
 
-    name = model or artefact("aligned")
-    with working("Loading the model"):
-        from transformers.utils import logging
+    from probes.conversations import read_jsonl, write_jsonl
 
-        # Standard error is kept for our own progress, and for errors of one line.
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        return load_model(name, device=device, dtype=dtype)
+    path, note = kept / f"{name}.jsonl", kept / f"{name}.json"
+    told = json.dumps(made_of, sort_keys=True)
+    if path.exists() and note.exists():
+        if note.read_text(encoding="utf-8") != told:
+            raise ConfigurationError(
+                f"{kept} keeps responses to other prompts or of other options; pass another "
+                "directory, or delete what it holds."
+            )
+        return read_jsonl(path)
+    rows = answer()
+    write_jsonl(path, rows)
+    write_text(note, told)
+    return rows
+
+
+def _with_searched_ratios(
+    loaded: Loaded,
+    units: UnitSet,
+    located: LocationData,
+    searched: LocationData,
+    asked: Sequence[Conversation],
+    ranking: Ranking,
+) -> UnitSet:
+    """Assign categories anew by ratios searched on prompts that were not located on."""
+    from probes.outcomes import refusal_first_tokens
+    from probes.ratio_search import SearchData, search_ratios
+    from probes.rollouts import Request
+    from probes.units import assign
+
+    tokens = refusal_first_tokens(loaded.tokenizer, located.refusals, located.benign)
+    requests = [Request(messages=row.messages, group=row.group) for row in asked]
+    data = SearchData(requests, searched.benign, tokens)
+    found = search_ratios(loaded.model, loaded.tokenizer, units, data, ranking=ranking)
+    record = {**units.provenance, "search": {**found.to_json(), "counts": searched.counts}}
+    return assign(units, found.ratios, ranking=ranking, provenance=record)
 
 
 def _write_responses(folder: Path, said: Mapping[str, Sequence[Conversation]]) -> None:
@@ -200,67 +273,3 @@ def _generation(
     """Say for the record how responses came to be; None where the files held them."""
     generated = [name for name, file in files.items() if file.requests]
     return {"of": generated, "samples": samples, **asdict(sampling)} if generated else None
-
-
-def _draw(units: UnitSet, folder: Path) -> None:
-    from probes.report import draw_importance, draw_shares
-
-    draw_shares(units, folder / "shares.png")
-    draw_importance(units, folder / "importance.png")
-
-
-def _as_json(units: UnitSet, out: Path) -> dict[str, object]:
-    from probes.report import category_counts
-    from probes.units import CATEGORIES
-
-    def named(counts: NDArray[np.int64]) -> dict[str, dict[str, int]]:
-        kinds = zip(("heads", "neurons"), counts.tolist(), strict=True)
-        return {kind: dict(zip(CATEGORIES, row, strict=True)) for kind, row in kinds}
-
-    counts = category_counts(units)
-    layers = [{"layer": layer, **named(here)} for layer, here in enumerate(counts)]
-    return {
-        "out": str(out),
-        "units": len(units),
-        "counts": units.counts(),
-        "shares": {name: count / len(units) for name, count in units.counts().items()},
-        "all": named(counts.sum(axis=0)),
-        "layers": layers,
-        "provenance": dict(units.provenance),
-    }
-
-
-def _show(units: UnitSet, out: Path, plot: Path | None) -> None:
-    from rich.table import Table
-
-    from probes.report import category_counts
-    from probes.units import CATEGORIES
-
-    counts = category_counts(units)
-    table = Table(
-        title="Share of a layer's units, and its safety-critical ones",
-        title_justify="left",
-    )
-    for name in ("layer", *CATEGORIES, "SCU heads", "SCU neurons"):
-        table.add_column(name, justify="right")
-    critical = CATEGORIES.index("SCU")
-
-    def add(name: str, here: NDArray[np.int64]) -> None:
-        shares = here.sum(axis=0) / max(here.sum(), 1)
-        cells = [f"{share:.1%}" for share in shares]
-        table.add_row(name, *cells, *(str(count) for count in here[:, critical]))
-
-    for layer, here in enumerate(counts):
-        add(str(layer), here)
-    table.add_section()
-    add("all", counts.sum(axis=0))
-    screen = console()
-    screen.print(table)
-    found = units.provenance["counts"]
-    screen.print(
-        f"located on {found['refusals']} refusals ({found['distinct_refusals']} distinct) among "
-        f"{found['harmful_responses']} responses to harmful prompts, and {found['benign_answers']} "
-        f"answers among {found['benign_responses']} to benign ones",
-        soft_wrap=True,
-    )
-    screen.print(f"units: {out}" + ("" if plot is None else f"; plots: {plot}"), soft_wrap=True)

@@ -1,0 +1,1 @@
+"""The studies behind docs/located-units.md: one command each, resumed when ended."""
