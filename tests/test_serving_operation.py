@@ -174,7 +174,7 @@ def test_nothing_is_served_when_the_canary_fails():
 
 
 def test_keys_are_wanted_where_there_are_some_and_never_told():
-    settings = settings_of(api_keys=["secret-1"], operator_keys=["op"])
+    settings = settings_of(api_keys=["secret-1"], operator_keys=["op"], expose_bare=True)
     with TestClient(create_app(SlowEngine(), settings)) as client:
         for headers in ({}, {"authorization": "Bearer no"}, {"x-api-key": "secret"}):
             answer = client.get("/v1/models", headers=headers)
@@ -183,6 +183,8 @@ def test_keys_are_wanted_where_there_are_some_and_never_told():
         good = {"authorization": "Bearer secret-1"}
         assert client.get("/v1/models", headers=good).status_code == 200
         assert client.get("/metrics", headers={"x-api-key": "op"}).status_code == 200
+        assert client.get("/page/page.css").status_code == 200
+        assert client.post("/page/bare", json=BODY).status_code == 401
         wrong = client.post("/v1/messages", json={})
         assert wrong.status_code == 401 and wrong.json()["type"] == "error"
     assert "secret-1" not in repr(settings)

@@ -86,7 +86,7 @@ class Gate:
         path = scope["path"]
         if path == "/metrics":
             wanted = self._settings.operator_keys
-        elif path.startswith(("/v1/", "/page/")) and path != "/page/facts":
+        elif path.startswith("/v1/") or (path.startswith("/page/") and scope["method"] != "GET"):
             wanted = self._settings.api_keys
         else:
             return "nobody"

@@ -212,11 +212,14 @@ class Scheduler:
             await asyncio.sleep(0.05)
         for ticket in (*self._queue, *self._running):
             ticket.row.cancel()
-        while self._running and time.monotonic() < deadline + 10:
+        while self.in_flight and time.monotonic() < deadline + 10:
             await asyncio.sleep(0.05)
         with self._changed:
             self._is_stopped = True
+            left = (*self._queue, *self._running)
             self._changed.notify_all()
+        for ticket in left:  # an engine that hangs keeps nobody waiting
+            ticket.row.emit(Finished("cancelled", error="shutdown"))
 
     def begin_drain(self) -> None:
         """Take nothing new from now on."""
