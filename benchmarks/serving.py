@@ -207,7 +207,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--quick", action="store_true", help="some seconds each; not a result")
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    LOG.setLevel(logging.INFO)
     quick = given.quick
     n, seconds = (16, 8.0) if quick else (given.clients, given.seconds)
     rows = []
