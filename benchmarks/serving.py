@@ -34,13 +34,14 @@ from benchmarks.serving_client import (
 )
 from benchmarks.serving_offline import largest_difference
 from benchmarks.serving_process import Served, serving
+from benchmarks.serving_proxy import chunk_times_ms
 
 LOG = logging.getLogger("benchmarks.serving")
 
 
 async def crowd(served: Served, *, n_clients: int, seconds: float, leaves: float) -> Tally:
     """Let clients ask for some time, a share of their requests leaving at random."""
-    asked, tally = conversations(), Tally()
+    asked, tally = conversations()[:: 12 if seconds < 10 else 1], Tally()
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=n_clients)
     async with httpx2.AsyncClient(base_url=served.address, timeout=120, limits=limits) as client:
         expected = await expectations(client, asked)
@@ -164,6 +165,19 @@ async def _rate(served: Served, n_clients: int, seconds: float) -> float:
     return tokens / (time.monotonic() - began)
 
 
+def proxy(*, n_answers: int, rounds: int) -> dict[str, Any]:
+    """Measure what the proxy adds to a chunk."""
+    with serving() as served:
+        times = chunk_times_ms(served, n_answers=n_answers, rounds=rounds)
+    ordered = sorted(times)
+    return {
+        "study": "proxy",
+        "chunks": len(times),
+        "median_ms": round(statistics.median(times), 4),
+        "p99_ms": round(ordered[int(0.99 * len(ordered))], 4),
+    }
+
+
 def ending(*, n_clients: int) -> dict[str, Any]:
     """Tell a busy server to end, and count the streams that got their end."""
 
@@ -217,6 +231,7 @@ def main() -> None:
         lambda: overload(n_clients=n, seconds=min(seconds, 30.0)),
         lambda: offline(n_responses=24 if quick else 500),
         lambda: throughput(n_clients=16, seconds=min(seconds, 20.0), rounds=2 if quick else 7),
+        lambda: proxy(n_answers=8 if quick else 40, rounds=4 if quick else 20),
         lambda: ending(n_clients=n),
     ]
     for measure in studies:
