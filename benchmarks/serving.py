@@ -199,6 +199,16 @@ def ending(*, n_clients: int) -> dict[str, Any]:
     return {"study": "sigterm", "clients": n_clients, "exit": code, **dict(sorted(ends.items()))}
 
 
+def _flat(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write one row a measure, since studies measure different things."""
+    return [
+        {"study": row["study"], "measure": name.replace("_", " "), "value": value}
+        for row in rows
+        for name, value in row.items()
+        if name != "study"
+    ]
+
+
 def _counted(tally: Tally) -> dict[str, int]:
     names = ("answers", "left", "wrong", "lost", "unguarded", "refused")
     return {
@@ -238,7 +248,7 @@ def main() -> None:
         rows.append(measure())
         LOG.info("%s", json.dumps(rows[-1]))
     if not quick:
-        write_results("serving", rows, card(model=MODEL))
+        write_results("serving", _flat(rows), card(model=MODEL))
 
 
 if __name__ == "__main__":
