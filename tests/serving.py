@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from safe_decode.demo import embedded
+from safe_decode.demo.load import Embedded, embedded
 from safe_decode.guard import SafeDecoder
 from safe_decode.serving.app import create_app
 from safe_decode.serving.engine import Engine
@@ -20,10 +20,16 @@ from safe_decode.serving.settings import ServeSettings
 
 
 @functools.cache
+def embedded_pair() -> Embedded:
+    """The embedded model, loaded once for all tests of a process."""
+    torch.set_num_threads(1)
+    return embedded()
+
+
+@functools.cache
 def embedded_engine(redirect: str = "rewind") -> GuardedEngine:
     """One engine for all tests of a process; it keeps nothing between runs."""
-    torch.set_num_threads(1)
-    pair = embedded()
+    pair = embedded_pair()
     decoder = SafeDecoder(pair.model, pair.tokenizer, pair.bundle, redirect=redirect)  # type: ignore[arg-type]
     return GuardedEngine(decoder, tells_scores=True, keep_traces=True)
 

@@ -7,10 +7,9 @@ import json
 import pytest
 from starlette.testclient import TestClient
 
-from safe_decode.demo import embedded
 from safe_decode.serving.app import create_app
 from safe_decode.serving.rows import Row, RowRequest, Said, Sampling
-from tests.serving import embedded_engine, settings_of
+from tests.serving import embedded_engine, embedded_pair, settings_of
 
 MODEL = "safe-decode-embedded"
 CALM = "I have the mirror here. Help me polish it."
@@ -19,7 +18,7 @@ CALM = "I have the mirror here. Help me polish it."
 @pytest.fixture(scope="module")
 def attack():
     """A conversation whose answer trips, its last message the assistant's."""
-    shown = embedded().showcase("prefilled")
+    shown = embedded_pair().showcase("prefilled")
     return [*map(dict, shown.messages), {"role": "assistant", "content": shown.prefill}]
 
 
@@ -105,7 +104,7 @@ def test_the_bare_model_is_out_of_reach_unless_the_operator_shows_it(client, att
 
 def test_the_server_says_what_the_decoder_says():
     """Engine and library agree on texts, outcomes and every score of the trace."""
-    engine, pair = embedded_engine(), embedded()
+    engine, pair = embedded_engine(), embedded_pair()
     decoder = engine._decoder
     prompts = [*pair.prompts[:4], *(p for p in pair.prompts if p.scene == "prefilled")][:7]
     told, rows = [], []
@@ -220,17 +219,17 @@ def test_completions_take_text_and_ids(client):
 # Every path around the guard.
 
 
-@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    "extra",
+    ("extra", "stream"),
     [
-        {},
-        {"n": 3},
-        {"logit_bias": {"5": 5.0}},
-        {"temperature": 0.01, "seed": 3},
-        {"stop": ["qqq"]},
-        {"safety": {"redirect": "stop"}},
-        {"safety": {"redirect": "refuse", "holdback_tokens": 20}},
+        ({}, True),
+        ({"n": 3}, False),
+        ({"n": 3}, True),
+        ({"logit_bias": {"5": 5.0}}, False),
+        ({"temperature": 0.01, "seed": 3}, False),
+        ({"stop": ["qqq"]}, True),
+        ({"safety": {"redirect": "stop"}}, False),
+        ({"safety": {"redirect": "refuse", "holdback_tokens": 20}}, True),
     ],
 )
 def test_no_parameter_leads_around_the_guard(client, attack, extra, stream):

@@ -11,7 +11,6 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
-from safe_decode.demo import embedded
 from safe_decode.errors import CanaryError, ConfigurationError
 from safe_decode.serving.app import create_app
 from safe_decode.serving.audit import AuditLog
@@ -19,7 +18,7 @@ from safe_decode.serving.middleware import SafetyMiddleware
 from safe_decode.serving.relay import Relay
 from safe_decode.serving.rows import Finished, Row, RowRequest, Said, Sampling, TokenNote
 from safe_decode.serving.settings import load_settings
-from tests.serving import embedded_engine, settings_of
+from tests.serving import embedded_engine, embedded_pair, settings_of
 
 MODEL = "safe-decode-embedded"
 CALM = [{"role": "user", "content": "I have the mirror here. Help me polish it."}]
@@ -235,7 +234,7 @@ def test_nan_in_mid_stream_closes_its_row(monkeypatch):
 
 def test_the_audit_log_has_a_line_a_response_and_no_text(tmp_path):
     path = tmp_path / "audit.jsonl"
-    shown = embedded().showcase("prefilled")
+    shown = embedded_pair().showcase("prefilled")
     attack = [*map(dict, shown.messages), {"role": "assistant", "content": shown.prefill}]
     path.write_text('{"cut off')  # what a killed process left
     with TestClient(create_app(embedded_engine(), settings_of(audit=path))) as client:
@@ -326,7 +325,7 @@ async def ask_through(app, ask, **options):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_marked_upstream_passes_through(stream):
-    shown = embedded().showcase("prefilled")
+    shown = embedded_pair().showcase("prefilled")
     attack = [*map(dict, shown.messages), {"role": "assistant", "content": shown.prefill}]
     for messages, action in ((CALM, "released"), (attack, "rewound")):
         ask = {**BODY, "messages": messages, "stream": stream}
