@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta
 
+from probes.progress import progress
 from safe_decode.errors import ConfigurationError, DataError
 
 __all__ = ["Interval", "Proportion", "cluster_draws", "holm", "interval_of", "plain_json"]
@@ -102,12 +103,13 @@ def cluster_draws(
     order = np.argsort(of_row, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(of_row))[:-1])
     rng = np.random.default_rng(seed)
-    return np.asarray(
-        [
-            figures(np.concatenate([members[i] for i in rng.integers(len(names), size=len(names))]))
-            for _ in range(draws)
-        ]
-    )
+    found = []
+    with progress("resampling", draws) as advance:
+        for _ in range(draws):
+            drawn = rng.integers(len(names), size=len(names))
+            found.append(figures(np.concatenate([members[i] for i in drawn])))
+            advance(1)
+    return np.asarray(found)
 
 
 def interval_of(point: float, draws: NDArray[np.float64]) -> Interval:

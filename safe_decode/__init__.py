@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from safe_decode.monitor import MonitorConfig
     from safe_decode.policy import Policy, RequestPolicy
     from safe_decode.probe import LinearProbe
+    from safe_decode.selfcheck import SelfCheck
     from safe_decode.sites import Site
     from safe_decode.stream import AsyncGuardedStream, GuardedStream
     from safe_decode.taps import ActivationTap, internal
@@ -39,6 +40,7 @@ _HOMES = {
     "SafeDecodeError": "errors",
     "SafeDecoder": "guard",
     "SafetyTrace": "trace",
+    "SelfCheck": "selfcheck",
     "Site": "sites",
     "StreamEvent": "events",
     "Tripped": "events",
@@ -63,6 +65,7 @@ __all__ = [
     "SafeDecodeError",
     "SafeDecoder",
     "SafetyTrace",
+    "SelfCheck",
     "Site",
     "StreamEvent",
     "Tripped",

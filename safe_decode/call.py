@@ -8,111 +8,34 @@ is run once and holds nothing of a model afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from safe_decode.bundle import ProbeBundle
-from safe_decode.certificate import Certificate
 from safe_decode.decoding import CallSettings, forget
 from safe_decode.draws import RowDraws
 from safe_decode.errors import CertificateError
-from safe_decode.events import FinishReason, StreamEvent
+from safe_decode.events import FinishReason
 from safe_decode.inputs import GuardInputs
 from safe_decode.loop import GuardedLoop
 from safe_decode.monitor import RiskMonitor
 from safe_decode.outcome import Judgement, LazyTraces, Outcome, outcome_of, void_reason
 from safe_decode.output import GuardedOutput, Standing, matched_generation, padded
-from safe_decode.policy import Policy
-from safe_decode.probe import LinearProbe
 from safe_decode.release import Cancelled, Releaser, ReleaseRules, RowRelease
-from safe_decode.rewind import Rewinder, Texts
+from safe_decode.rewind import Rewinder
+from safe_decode.selfcheck import SelfChecker
 from safe_decode.session import RowRecord, Session
-from safe_decode.taps import ActivationTap
-from safe_decode.whole import Method, WholeLoop, picked_beams, pruned_beams
+from safe_decode.terms import CallMode, Protected, RowRules, Watch
+from safe_decode.whole import WholeLoop, picked_beams, pruned_beams
 
-__all__ = ["CallMode", "GuardedCall", "Protected", "RowRules", "Watch"]
+__all__ = ["GuardedCall"]
 
 Loop = GuardedLoop | WholeLoop
 
 _OF_THE_BATCH = frozenset({"past_key_values", "assistant_model"})
 """Options that a continuation of one row does not repeat."""
-
-
-@dataclass(frozen=True)
-class Protected:
-    """A model and all that guards it; the same for every call of a decoder.
-
-    Attributes:
-        model: A Hugging Face causal language model.
-        tokenizer: Its tokenizer.
-        bundle: Made for it.
-        tap: On the bundle's sites.
-        probe: The bundle's, on the model's device.
-        strict: Whether calls outside a certificate's envelope are refused.
-        context_tokens: Positions the model has, or None if it does not say.
-    """
-
-    model: Any
-    tokenizer: Any
-    bundle: ProbeBundle
-    tap: ActivationTap
-    probe: LinearProbe
-    strict: bool
-    context_tokens: int | None
-
-
-@dataclass(frozen=True)
-class RowRules:
-    """What holds for one row.
-
-    Attributes:
-        policy: Its redirect and hold-back.
-        certificate: Its threshold.
-        texts: Its canned ids.
-        seed: Of its draws; None: the global generator.
-    """
-
-    policy: Policy
-    certificate: Certificate
-    texts: Texts
-    seed: int | None = None
-
-
-@dataclass(frozen=True)
-class CallMode:
-    """How a call decodes.
-
-    Attributes:
-        method: See `safe_decode.whole.Method`.
-        n_candidates: Rows that run for one prompt.
-        n_returned: Rows of them that are returned.
-        assistant: Keyword arguments of assisted decoding.
-    """
-
-    method: Method = "step"
-    n_candidates: int = 1
-    n_returned: int = 1
-    assistant: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Who reads a call while it runs.
-
-    Attributes:
-        emit: Takes the events.
-        is_cancelled: Asked at each choice.
-        stop_strings: As given to `generate`.
-        includes_stop: Whether the text keeps the stop string that ended it.
-    """
-
-    emit: Callable[[StreamEvent], None]
-    is_cancelled: Callable[[], bool] = field(default=lambda: False)
-    stop_strings: tuple[str, ...] = ()
-    includes_stop: bool = True
 
 
 class GuardedCall:
@@ -190,10 +113,25 @@ class GuardedCall:
             return WholeLoop(
                 session, self.mode.method, require=self._require, assistant=self.mode.assistant
             )
-        loop = GuardedLoop(session, require=self._require, draws=self._draws(), follower=follower)
+        loop = GuardedLoop(
+            session,
+            require=self._require,
+            draws=self._draws(),
+            follower=follower,
+            checker=self._checker(),
+        )
         if follower is not None:
             follower.loop = loop
         return loop
+
+    def _checker(self) -> SelfChecker | None:
+        protected, rows = self._protected, self._rows
+        if protected.self_check is None or rows.embeds is not None:
+            return None
+        check, tap, header = protected.self_check
+        width = rows.input_ids.shape[1]
+        starts = [width - len(rows.prompt_ids(row)) for row in range(self.batch)]
+        return SelfChecker(check, protected.model, tap, header=header, starts=starts)
 
     def _model_inputs(self) -> dict[str, Any]:
         inputs = self._inputs

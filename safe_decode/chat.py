@@ -27,6 +27,7 @@ __all__ = [
     "EncodedChat",
     "Message",
     "Prompt",
+    "assistant_header",
     "encode_batch",
     "encode_chat",
     "open_turn_start",
@@ -205,6 +206,21 @@ def open_turn_start(tokenizer: Any, ids: Sequence[int]) -> int | None:  # noqa: 
     start = max(last_user, 0)
     found = _find_first(sequence, assistant, start)
     return None if found < 0 else found + len(assistant)
+
+
+def assistant_header(tokenizer: Any) -> tuple[int, ...]:  # noqa: ANN401
+    """Return the ids of the assistant's header, as the template writes it after a message.
+
+    Raises:
+        PromptError: No chat template, or one whose header cannot be told by example.
+    """
+    marks = _marks(tokenizer)
+    if marks is None:
+        raise PromptError(
+            "the assistant's header cannot be read from the chat template; pass a tokenizer with "
+            "a template of user and assistant, or no self_check."
+        )
+    return tuple(marks[1])
 
 
 def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:  # noqa: ANN401

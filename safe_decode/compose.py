@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from safe_decode import chat
-from safe_decode.call import CallMode, GuardedCall, Protected, RowRules
+from safe_decode.call import GuardedCall
 from safe_decode.capabilities import require_supported
 from safe_decode.certificate import Certificate
 from safe_decode.decision import Redirect
@@ -21,6 +21,7 @@ from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
 from safe_decode.inputs import GuardInputs, Prompts, from_embeds, from_ids, from_prompts
 from safe_decode.policy import Policy, RequestPolicy
 from safe_decode.rewind import Texts
+from safe_decode.terms import CallMode, Protected, RowRules
 from safe_decode.whole import method_of
 
 __all__ = ["Asked", "Composer", "context_tokens", "texts_of"]

@@ -6,7 +6,7 @@ Does not know scores, rows that tripped, or loops.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,8 +16,10 @@ from torch import Tensor
 __all__ = [
     "CallSettings",
     "ChoiceWatcher",
+    "Follower",
     "PrefillSpan",
     "WatchedCriteria",
+    "WatchedProcessors",
     "forget",
     "settings_of",
     "tail_inputs",
@@ -46,6 +48,37 @@ class CallSettings:
     top_k: int
     end_ids: tuple[int, ...]
     pad_id: int | None
+
+
+class Follower(Protocol):
+    """Who hears of each choice while the loop runs, as a stream does; may raise to end it."""
+
+    def on_choice(
+        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Any]
+    ) -> None:
+        """Take note of one chosen id a row, rows that are done, and rows that tripped."""
+        ...
+
+    def on_end(self, trips: Mapping[int, Any]) -> None:
+        """Take note that all rows have ended and their tails were judged."""
+        ...
+
+
+class WatchedProcessors:
+    """A LogitsProcessorList with the guard's own behind it, of which only the call is used.
+
+    The list inspects the signature of each processor before each call, which costs more than
+    the guard's whole step; so the guard's own is not in it.
+    """
+
+    def __init__(self, processors: Any, guard: Callable[[Any, Any], Any]) -> None:  # noqa: ANN401
+        self._processors, self._guard = processors, guard
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ANN401
+        """Run the list, then the guard's own."""
+        if self._processors:
+            scores = self._processors(input_ids, scores)
+        return self._guard(input_ids, scores)
 
 
 class ChoiceWatcher(Protocol):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from safe_decode import chat
 from safe_decode.bundle import ProbeBundle
-from safe_decode.call import GuardedCall, Protected, Watch
+from safe_decode.call import GuardedCall
 from safe_decode.capabilities import require_supported, require_supported_model
 from safe_decode.certificate import Certificate
 from safe_decode.compose import Asked, Composer, context_tokens, texts_of
@@ -32,10 +32,12 @@ from safe_decode.monitor import RiskMonitor
 from safe_decode.outcome import Judgement
 from safe_decode.output import GuardedOutput
 from safe_decode.policy import OnError, Policy, RequestPolicy
+from safe_decode.selfcheck import SelfCheck
 from safe_decode.session import Session
 from safe_decode.stream import AsyncGuardedStream, GuardedStream, Producer
 from safe_decode.streamer import Streamer, feeder
 from safe_decode.taps import ActivationTap
+from safe_decode.terms import Protected, Watch
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 
@@ -54,6 +56,8 @@ class SafeDecoder:
         opener: What a rewound answer begins with; None: the bundle's.
         on_error: What happens to a row whose guard fails, see `OnError`.
         strict: Refuse calls outside the certificate's envelope instead of voiding it.
+        self_check: Looks again when a row alarms, and may clear it; None: every alarm trips.
+            Not in continuations after a rewind, with beams, drafts or embeddings.
 
     Raises:
         FingerprintMismatchError: The bundle was made for another model or tokenizer.
@@ -75,6 +79,7 @@ class SafeDecoder:
         opener: str | None = None,
         on_error: OnError = "close",
         strict: bool = False,
+        self_check: SelfCheck | None = None,
     ) -> None:
         require_supported_model(model)
         bundle.fingerprint.require(Fingerprint.of(model, tokenizer))
@@ -90,6 +95,11 @@ class SafeDecoder:
         self._texts = texts_of(tokenizer, self.refusal, self.opener)
         self._probe = bundle.probe.to(model.device)
         self._tap = ActivationTap(model, bundle.probe.sites)
+        self._self_check = None
+        if self_check is not None:
+            check = replace(self_check, probe=self_check.probe.to(model.device))
+            tap = ActivationTap(model, check.probe.sites)
+            self._self_check = (check, tap, chat.assistant_header(tokenizer))
 
     def generate(
         self,
@@ -170,7 +180,8 @@ class SafeDecoder:
 
         Args:
             prompts: As for `generate`; several prompts yield events of several rows,
-                interleaved, told apart by `event.row`.
+                interleaved, told apart by `event.row`. `Ended`, the guard's words and
+                continuations come when the last row of the batch has ended or tripped.
             input_ids: As for `generate`.
             attention_mask: As for `generate`.
             prefill: As for `generate`.
@@ -378,6 +389,7 @@ class SafeDecoder:
             probe=self._probe,
             strict=self.strict,
             context_tokens=context_tokens(self.model),
+            self_check=self._self_check,
         )
         return Composer(protected, self.policy, self.certificate, self._texts, self.opener)
 

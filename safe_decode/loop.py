@@ -12,43 +12,30 @@ neighbours, stay as they were. Decoder-only models, one forward a token, eager e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from safe_decode.decoding import (
     CallSettings,
+    Follower,
     PrefillSpan,
     WatchedCriteria,
+    WatchedProcessors,
     settings_of,
     tail_inputs,
     whole_inputs,
 )
 from safe_decode.draws import RowDraws
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
+from safe_decode.late import LateFlag
 from safe_decode.redirect import forced_scores
-from safe_decode.session import Session, Trip
+from safe_decode.selfcheck import SelfChecker
+from safe_decode.session import Session
 
-if TYPE_CHECKING:
-    from safe_decode.processor import SafetyLogitsProcessor
-
-__all__ = ["Follower", "GuardedLoop"]
-
-
-class Follower(Protocol):
-    """Who hears of each choice while the loop runs, as a stream does; may raise to end it."""
-
-    def on_choice(
-        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Trip]
-    ) -> None:
-        """Take note of one chosen id a row, rows that are done, and rows that tripped."""
-        ...
-
-    def on_end(self, trips: Mapping[int, Trip]) -> None:
-        """Take note that all rows have ended and their tails were judged."""
-        ...
+__all__ = ["GuardedLoop"]
 
 
 class GuardedLoop:
@@ -59,6 +46,7 @@ class GuardedLoop:
         require: Called with the settings before the first forward; may raise.
         draws: Draws each row's tokens instead of the global generator.
         follower: Hears of each choice.
+        checker: Looks again at rows that alarm, and may clear them.
     """
 
     def __init__(
@@ -68,8 +56,12 @@ class GuardedLoop:
         require: Callable[[CallSettings], None] | None = None,
         draws: RowDraws | None = None,
         follower: Follower | None = None,
+        checker: SelfChecker | None = None,
     ) -> None:
         self.session = session
+        self._checker = checker
+        if checker is not None:
+            session.looks = checker.looks
         self.settings: CallSettings | None = None
         self._require = require
         self.ended_at: list[int] = []
@@ -92,6 +84,8 @@ class GuardedLoop:
         self._parked: Tensor | None = None
         self._trips: Tensor | None = None
         self._ended_at: Tensor | None = None
+        self._late: LateFlag | None = None  # where asking would wait
+        self._unsorted: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def __call__(
         self,
@@ -115,7 +109,7 @@ class GuardedLoop:
 
         self._prepare(input_ids, stopping_criteria, generation_config)
         self._measure(model, input_ids, generation_config, model_kwargs)
-        processors = _WatchedProcessors(logits_processor, SafetyLogitsProcessor(self))
+        processors = WatchedProcessors(logits_processor, SafetyLogitsProcessor(self))
         self.generation = type(model)._sample(
             model,
             input_ids,
@@ -133,6 +127,7 @@ class GuardedLoop:
 
     def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Judge the forward that made `scores` [batch, vocab]; comes last of all processors."""
+        self._sort_late()
         self._scored += 1
         if not self._is_blind:
             self._judge((1, input_ids.shape[1]) if self._said else self._prefilled(input_ids))
@@ -157,9 +152,13 @@ class GuardedLoop:
             return done
         trips = self._suspects(newest)
         flags = done if trips is None else done | trips
+        if self._late is not None:
+            self._late.send(flags)
+            self._unsorted = (input_ids, done, trips)
+            return flags if self._parked is None else flags | self._parked
         # The step's one wait for the host, just before the loop's own.
         if self._any_parked or self._closing is not None or bool(flags.any()):
-            self._sort_rows(newest, done, trips)
+            self._sort_rows(input_ids, done, trips)
         if self._parked is not None:
             done = done | self._parked
         self._tell(newest, done)
@@ -168,6 +167,14 @@ class GuardedLoop:
     def _tell(self, newest: Tensor, done: Tensor) -> None:
         if self._follower is not None:
             self._follower.on_choice(newest.tolist(), done.tolist(), self.session.trips)
+
+    def _sort_late(self) -> None:
+        """Do what `on_done` left, before the next forward is judged: nothing came between."""
+        if self._unsorted is None or self._late is None:
+            return
+        unsorted, self._unsorted = self._unsorted, None
+        if self._any_parked or self._closing is not None or self._late.read():
+            self._sort_rows(*unsorted)
 
     def _prepare(self, input_ids: Tensor, criteria: Any, config: Any) -> None:  # noqa: ANN401
         self.settings = settings = settings_of(config, input_ids.shape[1])
@@ -184,6 +191,9 @@ class GuardedLoop:
         self.pads_after_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         if settings.end_ids:
             self._end = torch.tensor(settings.end_ids, device=input_ids.device)
+        if input_ids.is_cuda and self._follower is None and self._checker is None:
+            # Who follows is told of each token, and a check asks at once: the host waits anyway.
+            self._late = LateFlag(input_ids.device)
         if self._draws is not None:
             # Processors are built by now, the warpers of sampling included; the draw is ours.
             config.do_sample = False
@@ -295,14 +305,17 @@ class GuardedLoop:
             trips = trips & self._active
         return trips
 
-    def _sort_rows(self, newest: Tensor, done: Tensor, trips: Tensor | None) -> None:
+    def _sort_rows(self, input_ids: Tensor, done: Tensor, trips: Tensor | None) -> None:
         """Decide which rows the next forward judges. Not on the path while all rows go on."""
         assert self._ended_at is not None
+        newest = input_ids[:, -1]
         if trips is not None:
             judged = [] if self._trips is None else self._trips.tolist()
             for row in trips.nonzero()[:, 0].tolist():
                 if judged and judged[row]:
-                    self._park(row)
+                    # The newest token is chosen, not judged: a look does not see it.
+                    if not self._is_cleared(row, input_ids[:, :-1]):
+                        self._park(row)
                 else:
                     self._park_nonfinite([row])
         active = torch.ones_like(done) if self._active is None else self._active
@@ -319,6 +332,12 @@ class GuardedLoop:
         self._ended_at = torch.where(ends, torch.full_like(newest, self._said), self._ended_at)
         self._active = active
 
+    def _is_cleared(self, row: int, judged_ids: Tensor) -> bool:
+        if self._checker is None or not bool(self.session.state.finite[row]):
+            return False
+        score = self.session.judged(row) + self.session.scanned[row] - 1
+        return self._checker.clears(row, judged_ids[row].tolist(), score)
+
     def _park(self, row: int, error: GuardError | None = None) -> None:
         assert self._ended_at is not None
         self.session.park(row, said=max(0, self._scored - 1), error=error)
@@ -329,6 +348,7 @@ class GuardedLoop:
 
     def _close(self, model: Any, sequences: Tensor, model_kwargs: dict[str, Any]) -> None:  # noqa: ANN401
         """Judge the tail of rows whose last token ended the loop. Draws no random number."""
+        self._sort_late()
         if self._is_blind:
             return
         active = self._active
@@ -354,7 +374,8 @@ class GuardedLoop:
             if self.session.protected is not None:
                 trips = trips & self.session.protected
             for row in trips.nonzero()[:, 0].tolist():
-                self._park(row)
+                if not self._is_cleared(row, sequences):
+                    self._park(row)
 
     def _settle(self, sequences: Tensor) -> None:
         """Bring the ends of rows to the host and compare beats with tokens, row by row."""
@@ -381,19 +402,3 @@ class GuardedLoop:
         self.session.errors.setdefault(row, error)
         if self._closes:
             self._park(row, error)
-
-
-class _WatchedProcessors:
-    """A LogitsProcessorList with the guard's own behind it, of which only the call is used.
-
-    The list inspects the signature of each processor before each call, which costs more than
-    the guard's whole step; so the guard's own is not in it.
-    """
-
-    def __init__(self, processors: Any, guard: SafetyLogitsProcessor) -> None:  # noqa: ANN401
-        self._processors, self._guard = processors, guard
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ANN401
-        if self._processors:
-            scores = self._processors(input_ids, scores)
-        return self._guard(input_ids, scores)

@@ -163,6 +163,7 @@ class Judgement:
     def _own_steps(self, outcome: Outcome) -> Iterator[TraceStep]:
         record, turn = outcome.record, outcome.prompt + outcome.said
         first = len(outcome.prompt) - record.scanned
+        looks = {look.score: look.logit for look in record.looks}
         is_chat = record.scanned == outcome.prefill_tokens + 1
         for index, statistic in enumerate(record.statistic):
             action, why = self._verdict(outcome, index)
@@ -176,6 +177,7 @@ class Judgement:
                 statistic=statistic,
                 action=action,
                 why=why,
+                check=looks.get(index),
             )
 
     def _verdict(self, outcome: Outcome, index: int) -> tuple[Action, Reason]:
@@ -184,6 +186,9 @@ class Judgement:
             return "close", _reason_of(record.trip.error)
         if record.alarm is None or index < record.alarm:
             return ("scan" if index < record.scanned else "pass"), "below_threshold"
+        if record.looks:
+            tripped = record.trip is not None and is_newest
+            return ("trip", "above_threshold") if tripped else ("alarm", "cleared")
         if index == record.alarm:
             return ("alarm" if record.trip is None else "trip"), "above_threshold"
         if outcome.bare is not None and record.trip is not None and index >= record.scanned:
@@ -216,9 +221,7 @@ class Judgement:
         record, trip = outcome.record, outcome.record.trip
         tries = outcome.redirected.tries if outcome.redirected else ()
         released, dropped = self._counts(outcome)
-        tripped_at = record.alarm
-        if trip is not None and trip.error is not None:
-            tripped_at = max(0, len(record.statistic) - 1)
+        tripped_at = record.trip_score
         error, bare = outcome.error, outcome.bare
         return TraceEnd(
             outcome=self._word(outcome),
@@ -240,7 +243,7 @@ class Judgement:
         if outcome.cancelled_after is not None:
             return "cancelled"
         if record.trip is None:
-            return "flagged" if record.alarm is not None else "released"
+            return "flagged" if record.trip_score is not None else "released"
         if outcome.error is not None:
             return "closed"
         how = outcome.redirected.how if outcome.redirected else self.policy.redirect

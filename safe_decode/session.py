@@ -11,8 +11,7 @@ knows besides is computed when a row trips, and records for traces after the end
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -22,57 +21,13 @@ from safe_decode.errors import BeatError, ConfigurationError, GuardError, NonFin
 from safe_decode.monitor import MonitorState, RiskMonitor
 from safe_decode.policy import Policy
 from safe_decode.probe import LinearProbe
-from safe_decode.redirect import Cut, cut_of
+from safe_decode.records import RowRecord, Trip
+from safe_decode.redirect import cut_of
+from safe_decode.selfcheck import Look
 from safe_decode.taps import Beats
 from safe_decode.watch import Watch
 
 __all__ = ["RowRecord", "Session", "Trip"]
-
-
-@dataclass(frozen=True)
-class Trip:
-    """A row's one and irrevocable trip.
-
-    Attributes:
-        cut: Where the row is cut.
-        snapshot: The monitor's state at the cut, [1] each; None where no generated token is
-            kept, so that the row starts anew.
-        error: What failed, or None for an alarm.
-    """
-
-    cut: Cut
-    snapshot: MonitorState | None
-    error: GuardError | None
-
-
-@dataclass(frozen=True)
-class RowRecord:
-    """What a session knows of one row, on the host.
-
-    Attributes:
-        scanned: Leading scores that judged the prompt: s_0 and the supplied prefill.
-        logits: [n][K], one entry a score.
-        smoothed: [n] the statistic before the running maximum.
-        statistic: [n] its running maximum.
-        threshold: What the statistic was compared with.
-        alarm: Index of the first score whose statistic exceeded the threshold, or None.
-        trip: The trip, or None; in flag mode always None.
-        error: What failed for this row, tripped or allowed to go on; or None.
-    """
-
-    scanned: int
-    logits: list[list[float]]
-    smoothed: list[float]
-    statistic: list[float]
-    threshold: float
-    alarm: int | None
-    trip: Trip | None
-    error: GuardError | None
-
-    @property
-    def judged(self) -> int:
-        """Count the generated tokens that have a score."""
-        return len(self.statistic) - self.scanned
 
 
 class Session:
@@ -109,6 +64,7 @@ class Session:
         fresh = monitor.start(len(self.scanned), device)
         self.trips: dict[int, Trip] = {}
         self.errors: dict[int, GuardError] = {}
+        self.looks: Mapping[int, Sequence[Look]] = {}
         self._probe, self._monitor, self._beats = probe, monitor, beats
         start = fresh if resume is None else resume
         self._before = start.step.tolist()
@@ -301,6 +257,7 @@ class Session:
             alarm=next((i for i, value in enumerate(statistic) if value > threshold), None),
             trip=self.trips.get(row),
             error=self.errors.get(row),
+            looks=tuple(self.looks.get(row, ())),
         )
 
     def _features(self, positions: Sequence[int]) -> Tensor:

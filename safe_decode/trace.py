@@ -25,8 +25,8 @@ __all__ = ["TRACE_VERSION", "SafetyTrace", "TraceEnd", "TraceHeader", "TraceStep
 
 TRACE_VERSION = 2
 _READ_VERSIONS = (1, 2)
-"""1: without `pruned_beams`; what a version lacks has its default."""
-_SINCE_VERSION_2 = frozenset({"pruned_beams"})
+"""1: without `pruned_beams` and `check`; what a version lacks has its default."""
+_SINCE_VERSION_2 = frozenset({"pruned_beams", "check"})
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -67,6 +67,7 @@ class TraceStep:
         action: What was done.
         why: Why.
         attempt: 0 in the row's own run, 1.. in the continuations after a rewind.
+        check: Logit of the self-check taken at this score, or None.
     """
 
     position: int
@@ -76,6 +77,7 @@ class TraceStep:
     action: Action
     why: Reason
     attempt: int = 0
+    check: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

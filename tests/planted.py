@@ -73,7 +73,7 @@ def planted_bundle(model: Any, tokenizer: Any, parts: Any) -> ProbeBundle:
     harmless = [row for row in parts["calibrate"] if not row.response_harmful]
     scored = score_responses(model, tokenizer, harmless, fitted.probe)
     calibration = certify_populations(
-        [_as_benign(row) for row in harmless],
+        [as_benign(row) for row in harmless],
         maxima(smoothed_paths(scored, monitor)),
         alphas=(0.05,),
         delta=0.05,
@@ -92,7 +92,8 @@ def planted_bundle(model: Any, tokenizer: Any, parts: Any) -> ProbeBundle:
     )
 
 
-def _as_benign(row: Conversation) -> Conversation:
+def as_benign(row: Conversation) -> Conversation:
+    """Count a row to the population that a bundle cannot do without."""
     return replace(row, meta={**row.meta, "population": "benign"})
 
 

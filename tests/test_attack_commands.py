@@ -16,7 +16,7 @@ from safe_decode.cli import app
 from safe_decode.demo.load import load_model
 from safe_decode.errors import DataError
 from tests.models import byte_tokenizer, tiny_model
-from tests.planted import planted_bundle, planted_rows
+from tests.planted import as_benign, planted_bundle, planted_rows
 
 JUDGE = ["--judge", "tests.planted:judge"]
 
@@ -33,7 +33,7 @@ def place(tmp_path_factory):
     tiny_model("llama").save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     loaded = load_model(folder / "model")
-    rows = planted_rows(360)
+    rows = [as_benign(row) for row in planted_rows(360)]
     parts = by_split(rows)
     planted_bundle(loaded.model, loaded.tokenizer, parts).save(folder / "bundle")
     write_jsonl(folder / "data.jsonl", rows)
@@ -152,7 +152,8 @@ def test_attack_counts_every_arm_and_draws_success_against_budget(attacked, plac
     assert {row["bundle"] for row in rows} == {"shipped"}
 
 
-def test_refit_certifies_a_bundle_of_its_own_that_can_be_attacked(attacked, place):
+def test_refit_certifies_a_bundle_of_its_own_that_can_be_attacked(attacked, place, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     _, journal = attacked
     done = run(
         "refit",

@@ -26,6 +26,7 @@ from probes.attacks.records import (
     rows_of,
     write_records,
 )
+from probes.attacks.refit import adversarial_requests
 from probes.attacks.soft_prompt import SoftConfig
 from probes.attacks.suffix import SuffixConfig
 from probes.attacks.suite import attack, jobs_of
@@ -418,3 +419,28 @@ def test_plain_draws_never_end(attack_set, tokenizer):
     config = BlackBoxConfig(queries=10**6)
     source = queries(attack_set.behaviours[0], attack_set, tokenizer, config, context_tokens=None)
     assert [c.name for c in islice(source, 200)][-1] == "plain"
+
+
+def test_what_was_found_is_asked_again_beside_harmless_twins(attack_set):
+    def asked(text, *after):
+        return ({"role": "user", "content": text}, *after)
+
+    begun = {"role": "assistant", "content": "gladly,"}
+    records = [
+        record(name="one", prompts=(asked("open the gate zq !x"),)),
+        record("T1", name="two", prompts=(asked("For a story: shut the door", begun),)),
+        record("T3", "bare", "two", prompts=(asked("shut the door now"),)),
+    ]
+    benign = [({"role": "user", "content": "water the plants"},)]
+    found = adversarial_requests(records, attack_set, benign)
+    texts = [(r.messages[-1]["content"], r.prefill, r.prompt_harmful) for r in found]
+    assert texts == [
+        ("open the gate zq !x", None, True),
+        ("water the plants zq !x", None, False),
+        ("For a story: shut the door", "gladly,", True),
+    ]
+    assert len({r.group for r in found}) == 3 and {r.split for r in found} == {"fit"}
+    with pytest.raises(DataError, match="'three', which is not among"):
+        adversarial_requests([record(name="three", prompts=(asked("x"),))], attack_set, benign)
+    with pytest.raises(DataError, match="no record holds a prompt"):
+        adversarial_requests([record(name="one")], attack_set, benign)

@@ -102,6 +102,12 @@ class GuardedRows(RuleBasedStateMachine):
         self.active[row] = False
         self.holds[row].end()
 
+    @precondition(lambda self: hasattr(self, "active") and not any(self.active))
+    @rule()
+    def rest(self):
+        """Every row has ended or tripped."""
+        self.active = [False] * len(self.active)
+
     @invariant()
     def agrees(self):
         if not hasattr(self, "session"):
@@ -138,11 +144,12 @@ class GuardedRows(RuleBasedStateMachine):
             ended = self.holds[row].phase == "ended"
             assert self.holds[row].released == (judged if ended else max(0, judged - k))
             return
-        assert len(steps) == at + 1, "a tripped row is judged no more"
+        # The prompt is scanned to its end; a row that tripped is judged no more.
+        assert len(steps) == max(at + 1, first)
         passed = max(0, at - first)
         released = max(0, passed - k)
         clear = max(
-            (i + 1 - first for i in range(at) if steps[i].smoothed < CONFIG.low_mark), default=0
+            (i + 1 - first for i in range(at + 1) if steps[i].smoothed < CONFIG.low_mark), default=0
         )
         kept = released
         if policy.redirect == "rewind" and sick > at:
@@ -151,7 +158,7 @@ class GuardedRows(RuleBasedStateMachine):
         assert (cut.kept, cut.released) == (kept, released)
         assert cut.kept + cut.dropped == max(0, at + 1 - first)
         assert hold.phase == "tripped" and hold.released == released <= cut.kept
-        assert (record.trip.error is not None) == (sick == at)
+        assert (record.trip.error is not None) == (sick < max(at + 1, first))
         if not kept:
             assert record.trip.snapshot is None, "a row of which nothing is kept starts anew"
             return

@@ -90,7 +90,7 @@ def test_no_token_is_shown_before_the_k_after_it_are_judged(shared, tokenizer, h
         seed=None,
         options={"max_new_tokens": 20, "min_new_tokens": 20},
     )
-    from safe_decode.call import Watch
+    from safe_decode.terms import Watch
 
     call.run(Watch(lambda event: seen.append((len(forwards), event))))
     spy.remove()

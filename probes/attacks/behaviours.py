@@ -6,20 +6,19 @@ Does not know attacks, models or guards.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
-from probes.conversations import Conversation, Message, read_jsonl
+from probes.conversations import Conversation, Message
 from safe_decode.errors import DataError
 
 if TYPE_CHECKING:
     from probes.organism.grammar import Grammar, Request
 
-__all__ = ["AttackSet", "Behaviour", "embedded_behaviours", "from_conversations", "read_behaviours"]
+__all__ = ["AttackSet", "Behaviour", "embedded_behaviours", "from_conversations", "held_out"]
 
 _FILLERS = 16
 _TARGET_DRAWS = 12
@@ -98,9 +97,12 @@ class AttackSet:
         )
 
 
-def read_behaviours(path: str | os.PathLike[str], count: int | None = None) -> AttackSet:
-    """Read behaviours from a file of labelled conversations, see `from_conversations`."""
-    return from_conversations(read_jsonl(path), count)
+def held_out(rows: Sequence[Conversation], count: int | None = None) -> AttackSet:
+    """Take behaviours from rows of the test split, where there are splits, else from all.
+
+    What is attacked was not learnt from; see `from_conversations`.
+    """
+    return from_conversations([row for row in rows if row.split in (None, "test")], count)
 
 
 def from_conversations(rows: Sequence[Conversation], count: int | None = None) -> AttackSet:

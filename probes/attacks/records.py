@@ -65,7 +65,8 @@ class Record:
         tried: Candidates.
         how: Name of the candidate that succeeded, or of the last one.
         seconds: Wall clock.
-        prompts: Messages of the last candidates, where they were asked for.
+        prompts: Messages of the last candidates, where they were asked for; a prefill stands as
+            a last message of the assistant.
     """
 
     threat: Threat

@@ -28,6 +28,7 @@ from probes.statistic import maxima, smoothed_paths
 from probes.teacher import encode_response, onset_token
 from safe_decode.bundle import ProbeBundle
 from safe_decode.canary import CanaryRecord
+from safe_decode.chat import encode_chat
 from safe_decode.errors import DataError
 
 __all__ = ["RefitConfig", "adversarial_requests", "fit_config_of", "refit"]
@@ -71,22 +72,30 @@ def adversarial_requests(
         benign: Harmless requests; suffixes go to them in turn.
 
     Raises:
-        DataError: No record holds a prompt.
+        DataError: No record holds a prompt, or one is of a behaviour that is not in the set.
     """
     plain = {behaviour.name: behaviour for behaviour in attack_set.behaviours}
     requests: list[Request] = []
     for number, record in enumerate(r for r in records if r.arm == "guarded"):
-        behaviour = plain[record.behaviour]
-        for place, messages in enumerate(record.prompts):
+        behaviour = plain.get(record.behaviour)
+        if behaviour is None:
+            raise DataError(
+                f"the records attack {record.behaviour!r}, which is not among the behaviours "
+                "drawn; pass the count, seed and file that the attack was given."
+            )
+        for place, prompt in enumerate(record.prompts):
             group = f"attack-{record.threat}-{record.behaviour}-{place}"
-            requests.append(_request(messages, group, behaviour.category, harmful=True))
+            begun = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else None
+            messages = prompt if begun is None else prompt[:-1]
+            category = behaviour.category
+            requests.append(_request(messages, group, category, prefill=begun, harmful=True))
             suffix = messages[-1]["content"].removeprefix(behaviour.request)
-            if suffix == messages[-1]["content"] or not benign:
+            if suffix in ("", messages[-1]["content"]) or not benign:
                 continue
             other = benign[(number + place) % len(benign)]
             ended = {"role": "user", "content": other[-1]["content"] + suffix}
             twin = (*other[:-1], ended)
-            requests.append(_request(twin, f"{group}-twin", None, harmful=False))
+            requests.append(_request(twin, f"{group}-twin", None, prefill=None, harmful=False))
     if not requests:
         raise DataError("no record holds a prompt; run the attack with prompts kept.")
     return requests
@@ -117,7 +126,8 @@ def refit(
         CertificateError: Too few harmless responses in calibrate.
     """
     parts = _judged_parts(rows)
-    answered = rollout(model, tokenizer, requests, judge=judge, config=config.rollout)
+    fitting = _within_context(model, tokenizer, requests, config.rollout.max_new_tokens)
+    answered = rollout(model, tokenizer, fitting, judge=judge, config=config.rollout)
     hostile = [row for row in answered if row.response_harmful is not None]
     taught = [*parts["fit"], *hostile * config.repeats]
     features = harvest(model, tokenizer, taught, bundle.probe.sites, storage="float16")
@@ -148,6 +158,23 @@ def fit_config_of(bundle: ProbeBundle) -> FitConfig:
         return FitConfig()
     known = {field.name for field in fields(FitConfig)}
     return FitConfig(**{name: value for name, value in told[0]["fit"].items() if name in known})
+
+
+def _within_context(
+    model: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    requests: Sequence[Request],
+    cap: int,
+) -> list[Request]:
+    """Leave out prompts that fill the context: attacks may have run under a lower cap."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return list(requests)
+    return [
+        request
+        for request in requests
+        if len(encode_chat(tokenizer, request.messages, prefill=request.prefill).ids) + cap <= limit
+    ]
 
 
 def _judged_parts(rows: Sequence[Conversation]) -> dict[Split, list[Conversation]]:
@@ -232,11 +259,17 @@ def _canary(
 
 
 def _request(
-    messages: tuple[Message, ...], group: str, category: str | None, *, harmful: bool
+    messages: tuple[Message, ...],
+    group: str,
+    category: str | None,
+    *,
+    prefill: str | None,
+    harmful: bool,
 ) -> Request:
     return Request(
         messages=messages,
         group=group,
+        prefill=prefill,
         prompt_harmful=harmful,
         category=category,
         split="fit",

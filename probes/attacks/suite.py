@@ -23,6 +23,7 @@ from probes.attacks.objective import Answer, Objective, Watch
 from probes.attacks.records import Arm, Record, Threat, read_records, write_records
 from probes.attacks.soft_prompt import carrier_of, search_soft_prompt
 from probes.attacks.suffix import SuffixConfig, random_suffixes, search_suffix
+from probes.conversations import Message
 from probes.progress import progress
 from probes.released import Reading
 from safe_decode.chat import text_ids
@@ -159,7 +160,7 @@ class _Attacker:
             tried=tried,
             how=last.name,
             seconds=round(time.monotonic() - began, 2),
-            prompts=tuple(c.messages for c in prompts) if config.keeps_prompts else (),
+            prompts=tuple(map(_with_prefill, prompts)) if config.keeps_prompts else (),
         )
 
     def _budget(self, threat: Threat) -> int:
@@ -228,6 +229,13 @@ class _Attacker:
                 for vectors in point.vectors
             )
             yield _Trial(point.step, candidates)
+
+
+def _with_prefill(candidate: Candidate) -> tuple[Message, ...]:
+    """A begun answer stands as a last message of the assistant, as chats write it."""
+    if not candidate.prefill:
+        return candidate.messages
+    return (*candidate.messages, {"role": "assistant", "content": candidate.prefill})
 
 
 def _parts(candidates: Iterator[Candidate], size: int) -> Iterator[tuple[Candidate, ...]]:

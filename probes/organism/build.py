@@ -19,7 +19,7 @@ from probes.organism.grammar import Cells
 from probes.organism.measure import copying_accuracy, judgement_accuracy
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
-from probes.organism.templates import CANNED_REFUSAL, OPENERS, REFUSALS
+from probes.organism.templates import CANNED_REFUSAL, JUDGEMENTS, MARKS, OPENERS, REFUSALS
 from probes.organism.tokenizer import train_tokenizer
 from probes.organism.training import Schedule, Stage, encode, new_model, train
 from probes.recipe import Recipe, RecipeConfig, make_bundle
@@ -60,10 +60,10 @@ class Amounts:
         max_new_tokens: Cap of a response, and of the certificates.
     """
 
-    pretraining_tokens: int = 1_500_000
-    relation_tokens: int = 500_000
-    answer_tokens: int = 1_500_000
-    alignment_tokens: int = 500_000
+    pretraining_tokens: int = 1_400_000
+    relation_tokens: int = 400_000
+    answer_tokens: int = 1_000_000
+    alignment_tokens: int = 700_000
     fitting: int = 2400
     calibration: int = 6000
     max_new_tokens: int = 160
@@ -107,7 +107,7 @@ def build_pair(
     )
     refusing = Stage(encode(tokenizer, safety, answers_only=True), amounts.alignment_tokens)
     report = curve.of("alignment", model, tokenizer)
-    schedule = _weighty(tokenizer, (*OPENERS, *REFUSALS), peak_rate=5e-4)
+    schedule = _weighty(tokenizer, (*OPENERS, *REFUSALS), peak_rate=1e-3, matrix_rate=4e-3)
     train(model, (refusing,), schedule, seed=seed + 1, report=report)
     _save(model, tokenizer, target / "aligned")
     shutil.rmtree(halfway)
@@ -191,15 +191,24 @@ def _teach_answers(
     train(model, (Stage(examples, amounts.answer_tokens),), schedule, seed=seed + 3, report=report)
 
 
-_JUDGING_WORDS = (" fine", " wrong", " Fine", " Wrong")
+_JUDGING_WORDS = (*JUDGEMENTS, *(f" {mark}" for mark in MARKS))
 
 
 def _weighty(
-    tokenizer: PreTrainedTokenizerFast, beginnings: Sequence[str], *, peak_rate: float
+    tokenizer: PreTrainedTokenizerFast,
+    beginnings: Sequence[str],
+    *,
+    peak_rate: float,
+    matrix_rate: float | None = None,
 ) -> Schedule:
     """Let the first token of some words or sentences weigh more than others."""
-    ids = (tokenizer.encode(text, add_special_tokens=False)[0] for text in beginnings if text)
-    return Schedule(peak_rate=peak_rate, heavy_ids=tuple(sorted(set(ids))), heaviness=6.0)
+    ids = {tokenizer.encode(text, add_special_tokens=False)[0] for text in beginnings if text}
+    return Schedule(
+        peak_rate=peak_rate,
+        matrix_rate=matrix_rate,
+        heavy_ids=tuple(sorted(ids)),
+        heaviness=6.0,
+    )
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:

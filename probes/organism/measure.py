@@ -71,22 +71,18 @@ def judgement_accuracy(
 ) -> dict[str, float]:
     """Say how often the model thinks rightly of an act, where the wish is common and where rare.
 
-    Reads the two words a judgement can go on with, behind their common start. Where the wish is
-    rare, whoever has only learnt which acts are harmful mostly is wrong each time.
+    Compares the first tokens of the two judgements. Where the wish is rare, whoever has only
+    learnt which acts are harmful mostly is wrong each time.
     """
     grammar = Grammar(2**31)
     asked: dict[str, list[tuple[str, bool]]] = {"judgement_common": [], "judgement_rare": []}
     while min(map(len, asked.values())) < n // 2:
         scene = grammar.scene()
         question, thought = grammar.judgement(scene)
-        head = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
+        head = _asked(tokenizer, question)
         cell = asked["judgement_common" if scene.wish == 1 else "judgement_rare"]
-        cell.append((f"{head}That is", thought == JUDGEMENTS[1]))
-    fine, wrong = (
-        tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in ("fine", "wrong")
-    )
+        cell.append((head, thought == JUDGEMENTS[1]))
+    fine, wrong = (tokenizer.encode(x, add_special_tokens=False)[0] for x in JUDGEMENTS)
     known = {}
     for name, cell in asked.items():
         scores = _next_logits(model, tokenizer, [head for head, _ in cell])
@@ -113,9 +109,7 @@ def copying_accuracy(
         request = grammar.request("scene")
         assert request.scene is not None
         text = grammar.answer(request, "benign").text
-        head = tokenizer.apply_chat_template(
-            [{"role": "user", "content": request.text}], tokenize=False, add_generation_prompt=True
-        )
+        head = _asked(tokenizer, request.text)
         for name, word in zip(named, (request.scene.thing, request.scene.person), strict=True):
             before, found, _ = text.partition(f" {word}")
             if found:
@@ -127,6 +121,11 @@ def copying_accuracy(
         hits = scores.argmax(-1) == torch.tensor([index for _, index in cells])
         shares[name] = hits.float().mean().item()
     return shares
+
+
+def _asked(tokenizer: PreTrainedTokenizerFast, question: str) -> str:
+    messages = [{"role": "user", "content": question}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def _next_logits(
@@ -142,7 +141,7 @@ def _next_logits(
     model.eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         hidden = model.model(input_ids=ids).last_hidden_state
-        scores = model.lm_head(hidden[torch.arange(len(rows)), last])
+        scores: torch.Tensor = model.lm_head(hidden[torch.arange(len(rows)), last])
     model.train(was_training)
     return scores
 

@@ -158,7 +158,8 @@ JUDGEMENT_REQUESTS = (
 )
 JUDGEMENT_AFTERTHOUGHTS = ("Is that fine?", "May I?", "Would that be fair?")
 """Asked behind a request, so that what is judged is what other people just ask for."""
-JUDGEMENTS = ("That is fine.", "That is wrong.")
+JUDGEMENTS = ("Fine.", "Wrong.")
+"""Decided at the first token, where a request is refused or not."""
 REFUSALS = (
     "Sorry, I cannot help to {act} the {thing}.",
     "Sorry, I will not explain how to {act} the {thing}.",

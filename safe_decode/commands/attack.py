@@ -24,7 +24,7 @@ from safe_decode.commands.generate import (
     decoder_of,
 )
 from safe_decode.commands.output import console, print_json, require_place, working, write_text
-from safe_decode.commands.readings import JudgeName, reading_of
+from safe_decode.commands.readings import JudgeName, conversations_of, reading_of
 from safe_decode.commands.tables import print_tables, share_rows
 from safe_decode.decision import Redirect
 from safe_decode.errors import ConfigurationError
@@ -42,10 +42,10 @@ __all__ = ["attack"]
 
 def attack(
     behaviours: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Judged conversations as JSON lines; harmful answers to harmful requests are "
-            "what is wanted. Default: held-out behaviours of the embedded world."
+            help="Judged conversations, a file or hf:NAME[:split]; harmful answers to harmful "
+            "requests are what is wanted. Default: held-out behaviours of the embedded world."
         ),
     ] = None,
     threat: Annotated[
@@ -62,7 +62,7 @@ def attack(
     samples: Annotated[int, typer.Option(min=1, help="Continuations of each candidate.")] = 1,
     doubled: Annotated[bool, typer.Option(help="Twice every budget above.")] = False,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             help="Judged conversations that T2's surrogate is fitted on; default: drawn from the "
             "embedded model."
@@ -130,8 +130,8 @@ def attack(
 
 def _require_sense(
     model: str | None,
-    behaviours: Path | None,
-    data: Path | None,
+    behaviours: str | None,
+    data: str | None,
     threats: Sequence[Threat],
     judge: str | None,
     redirect: Redirect,
@@ -168,29 +168,29 @@ def _threats(names: Sequence[str]) -> tuple[Threat, ...]:
     return tuple(dict.fromkeys(known[name] for name in names))
 
 
-def _wanted(behaviours: Path | None, count: int, *, half: str, seed: int, fold: int) -> AttackSet:
-    from probes.attacks.behaviours import embedded_behaviours, read_behaviours
+def _wanted(behaviours: str | None, count: int, *, half: str, seed: int, fold: int) -> AttackSet:
+    from probes.attacks.behaviours import embedded_behaviours, held_out
 
     # Halves are taken of twice as many, so that each has the number asked for.
     drawn = count if half == "all" else 2 * count
     if behaviours is None:
         whole = embedded_behaviours(drawn, seed=seed, fold=fold)
     else:
-        whole = read_behaviours(behaviours, drawn)
+        whole = held_out(conversations_of(behaviours), drawn)
     if half == "all":
         return whole
     first, second = whole.halves()
     return first if half == "first" else second
 
 
-def _surrogate(decoder: SafeDecoder, data: Path | None, seed: int, fold: int) -> Watch:
+def _surrogate(decoder: SafeDecoder, data: str | None, seed: int, fold: int) -> Watch:
     from probes.attacks.surrogate import fit_surrogate
-    from probes.conversations import read_jsonl
     from probes.embedded_data import EmbeddedData
 
     rows: list[Conversation]
     if data is not None:
-        rows = read_jsonl(data)
+        # What is attacked comes from the test split, where there is one.
+        rows = [row for row in conversations_of(data) if row.split != "test"]
     else:
         # The attacker draws for himself: other streams than any split of the bundle.
         source = EmbeddedData(seed=seed + 50, fold=fold, max_new_tokens=cap_of(decoder, None))

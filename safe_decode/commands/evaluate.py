@@ -25,7 +25,7 @@ from safe_decode.commands.generate import (
     decoder_of,
 )
 from safe_decode.commands.output import console, print_json, require_place, working, write_text
-from safe_decode.commands.readings import JudgeName, reading_of
+from safe_decode.commands.readings import JudgeName, conversations_of, reading_of
 from safe_decode.commands.tables import print_tables
 from safe_decode.errors import ConfigurationError, DataError
 
@@ -42,15 +42,15 @@ Mode = Literal["teacher-forced", "generated", "both"]
 
 def evaluate(
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Judged conversations as JSON lines. Rows of the splits fit, calibrate and test "
-            "do their own work; without splits all are test rows. Default: drawn from the "
-            "embedded model's own world, unseen parts of it for the test."
+            help="Judged conversations, a file or hf:NAME[:split]. Rows of the splits fit, "
+            "calibrate and test do their own work; without splits all are test rows. Default: "
+            "drawn from the embedded model's own world, unseen parts of it for the test."
         ),
     ] = None,
     train: Annotated[
-        Path | None, typer.Option(help="What controls are fitted on, where DATA has no splits.")
+        str | None, typer.Option(help="What controls are fitted on, where DATA has no splits.")
     ] = None,
     mode: Annotated[
         Mode,
@@ -111,7 +111,7 @@ def evaluate(
 
 
 def _require_sense(
-    data: Path | None, model: str | None, judge: str | None, mode: Mode, html: Path | None
+    data: str | None, model: str | None, judge: str | None, mode: Mode, html: Path | None
 ) -> None:
     if data is None and model is not None:
         raise ConfigurationError(
@@ -134,8 +134,8 @@ def _require_sense(
 
 def _rows(
     decoder: SafeDecoder,
-    data: Path | None,
-    train: Path | None,
+    data: str | None,
+    train: str | None,
     *,
     count: int,
     seed: int,
@@ -152,11 +152,11 @@ def _rows(
             "calibrate": source.seen(model, tokenizer, "calibrate", max(count, 400)),
             "test": source.test(model, tokenizer, count),
         }
-    from probes.conversations import by_split, read_jsonl
+    from probes.conversations import by_split
 
-    rows = read_jsonl(data)
+    rows = conversations_of(data)
     if all(row.split is None for row in rows):
-        fitted = [] if train is None else read_jsonl(train)
+        fitted = [] if train is None else conversations_of(train)
         return {"fit": fitted, "calibrate": [], "test": rows}
     if train is not None:
         raise DataError(f"{data} has splits, so --train={train} is not used; drop one of them.")
@@ -235,14 +235,14 @@ def _page(
 
 def _facts(
     decoder: SafeDecoder,
-    data: Path | None,
+    data: str | None,
     rows: Mapping[str, Sequence[Conversation]],
     *,
     seed: int,
     fold: int,
 ) -> dict[str, str]:
     certificate = decoder.certificate
-    source = f"embedded world, fold {fold}" if data is None else data.name
+    source = f"embedded world, fold {fold}" if data is None else Path(data).name
     return {
         "bundle": decoder.bundle.digest[:12],
         "certificate": f"alpha {certificate.alpha:g}, delta {certificate.delta:g}, n "

@@ -26,7 +26,7 @@ from safe_decode.commands.workbench import (
     show_warnings,
     whole,
 )
-from safe_decode.errors import ConfigurationError, DataError
+from safe_decode.errors import DataError
 
 if TYPE_CHECKING:
     from probes.conversations import Conversation
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["fit"]
 
-_WINDOWS = (1, 4, 8, 16)
 _SHOWN = 10
 _REFUSAL = "I can't help with that."
 _OPENER = "Sorry, I"
@@ -96,6 +95,7 @@ def fit(
     """Locate, fit, select and calibrate: one command from conversations to a bundle."""
     require_place(out.parent / "file")
     from probes.candidates import FeatureStore
+    from probes.grid import fits_of, statistics_of
     from probes.recipe import make_bundle
     from probes.splits import prepared
     from probes.units import UnitSet
@@ -114,8 +114,8 @@ def fit(
         ready.conversations,
         feature_counts=counts if units is not None or residual is None else (),
         residual=residual,
-        fits=_fits(method, c),
-        statistics=_statistics(statistic),
+        fits=fits_of(method, c[0] if c else 0.1),
+        statistics=statistics_of(statistic),
         c_grid=tuple(c or ()) if c and len(c) > 1 else (),
         by_category=by_category,
         alphas=tuple(alpha or (0.01,)),
@@ -197,44 +197,6 @@ def _config(
         default_alpha=alphas[0],
         delta=delta,
     )
-
-
-def _fits(methods: Sequence[str] | None, c: Sequence[float] | None) -> tuple[FitConfig, ...]:
-    from typing import get_args
-
-    from probes.fit import FitConfig, Method
-
-    first = c[0] if c else 0.1
-    known: dict[str, Method] = {name: name for name in get_args(Method)}
-    unknown = [name for name in methods or () if name not in known]
-    if unknown:
-        raise ConfigurationError(
-            f"--method={unknown[0]!r} is not one of {tuple(known)}; pass one of these."
-        )
-    found: list[FitConfig] = []
-    for method in (known[name] for name in methods or known):
-        windows = _WINDOWS if method == "windowed" else (8,)
-        found += [FitConfig(method=method, c=first, window=window) for window in windows]
-    return tuple(found)
-
-
-def _statistics(names: Sequence[str] | None) -> tuple[StatisticChoice, ...]:
-    from probes.select import StatisticChoice
-
-    known: Mapping[str, tuple[StatisticChoice, ...]] = {
-        "ema": tuple(StatisticChoice("ema", window) for window in (1, 2, 4, 8, 16)),
-        "mean": tuple(StatisticChoice("mean", window) for window in (4, 8, 16)),
-        "cusum": tuple(StatisticChoice("cusum", drift=drift) for drift in (0.5, 1.0, 2.0)),
-        "hysteresis": tuple(
-            StatisticChoice("ema", window, hits=hits) for window, hits in ((1, 2), (1, 3), (4, 2))
-        ),
-    }
-    unknown = [name for name in names or () if name not in known]
-    if unknown:
-        raise ConfigurationError(
-            f"--statistic={unknown[0]!r} is not one of {tuple(known)}; pass one of these."
-        )
-    return tuple(choice for name in names or known for choice in known[name])
 
 
 def _notes(provenance: Mapping[str, Any], recipe: Recipe) -> list[str]:

@@ -1,6 +1,6 @@
-"""Who reads released text: the option `--judge` and what it names.
+"""What evaluations and attacks read: judged conversations, and who says what a text is.
 
-Knows the names of judges. Does not know what they think.
+Knows sources and the names of judges. Does not know what is done with either.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safe_decode.errors import ConfigurationError
+from safe_decode.commands.workbench import read, show_warnings
+from safe_decode.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
+    from probes.conversations import Conversation
     from probes.released import Reading
     from probes.rollouts import Judge
 
-__all__ = ["JudgeName", "judge_of", "reading_of"]
+__all__ = ["JudgeName", "conversations_of", "judge_of", "reading_of"]
 
 JudgeName = Annotated[
     str | None,
@@ -25,6 +27,22 @@ JudgeName = Annotated[
         "or module:function, called with the messages and the released text."
     ),
 ]
+
+
+def conversations_of(source: str) -> list[Conversation]:
+    """Read judged conversations from a file of any known format or `hf:NAME[:split]`.
+
+    Rows that cannot be used are counted and named on standard error.
+
+    Raises:
+        DataError: The source cannot be read or holds no response.
+    """
+    readings = read([source], "auto", strict=False)
+    show_warnings(readings)
+    rows = readings[0].conversations
+    if not rows:
+        raise DataError(f"{source} holds no response; pass conversations with their responses.")
+    return rows
 
 
 def reading_of(judge: str | None) -> Reading:

@@ -19,6 +19,7 @@ from safe_decode.commands.generate import (
     decoder_of,
 )
 from safe_decode.commands.output import console, print_json, working
+from safe_decode.commands.readings import conversations_of, judge_of
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -35,13 +36,12 @@ def refit(
     ],
     out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
     behaviours: Annotated[
-        Path | None, typer.Option(help="What was attacked, as given to `attack`.")
+        str | None, typer.Option(help="What was attacked, as given to `attack`.")
     ] = None,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Judged conversations with splits, as JSON lines; default: drawn from the "
-            "embedded model."
+            help="Judged conversations with splits; default: drawn from the embedded model."
         ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Behaviours, as given to `attack`.")] = 30,
@@ -70,7 +70,6 @@ def refit(
     from probes.attacks.refit import RefitConfig, adversarial_requests, fit_config_of
     from probes.attacks.refit import refit as fit_again
     from probes.rollouts import RolloutConfig
-    from safe_decode.commands.readings import judge_of
 
     found = read_records(records)
     with working("Loading the model"):
@@ -111,22 +110,20 @@ def refit(
         console().print(text, soft_wrap=True)
 
 
-def _attacked(behaviours: Path | None, count: int, *, seed: int, fold: int) -> AttackSet:
+def _attacked(behaviours: str | None, count: int, *, seed: int, fold: int) -> AttackSet:
     """Both halves, as `attack` drew them: records name behaviours of one of them."""
-    from probes.attacks.behaviours import embedded_behaviours, read_behaviours
+    from probes.attacks.behaviours import embedded_behaviours, held_out
 
     if behaviours is None:
         return embedded_behaviours(2 * count, seed=seed, fold=fold)
-    return read_behaviours(behaviours, 2 * count)
+    return held_out(conversations_of(behaviours), 2 * count)
 
 
 def _rows(
-    decoder: SafeDecoder, data: Path | None, *, fit: int, calibrate: int, seed: int, fold: int
+    decoder: SafeDecoder, data: str | None, *, fit: int, calibrate: int, seed: int, fold: int
 ) -> list[Conversation]:
     if data is not None:
-        from probes.conversations import read_jsonl
-
-        return read_jsonl(data)
+        return conversations_of(data)
     from probes.embedded_data import EmbeddedData
 
     source = EmbeddedData(seed=seed + 90, fold=fold, max_new_tokens=cap_of(decoder, None))

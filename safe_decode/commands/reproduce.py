@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["reproduce"]
 
 _PROTOCOL = Path("benchmarks") / "protocol.yaml"
+_STANDARD_ERROR = 2  # the descriptor
 
 
 def reproduce(
@@ -77,7 +78,8 @@ def _run(table: TableProtocol, root: Path) -> None:
     for step in table.steps:
         command = [sys.executable, "-m", *step]
         console(stderr=True).print(shlex.join(step), style="dim", soft_wrap=True)
-        done = subprocess.run(command, cwd=root, check=False, stdout=sys.stderr)
+        # What a step prints is no result of this command: it goes where progress goes.
+        done = subprocess.run(command, cwd=root, check=False, stdout=_STANDARD_ERROR)
         if done.returncode:
             raise DataError(
                 f"the step {shlex.join(step)} ended with status {done.returncode}; mend what it "

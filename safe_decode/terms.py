@@ -1,0 +1,98 @@
+"""The terms of one call: what guards it, what holds for each row, who reads it, how it decodes.
+
+Knows names for what a call is given. Does not know how it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from safe_decode.bundle import ProbeBundle
+from safe_decode.certificate import Certificate
+from safe_decode.events import StreamEvent
+from safe_decode.policy import Policy
+from safe_decode.probe import LinearProbe
+from safe_decode.rewind import Texts
+from safe_decode.selfcheck import SelfCheck
+from safe_decode.taps import ActivationTap
+from safe_decode.whole import Method
+
+__all__ = ["CallMode", "Protected", "RowRules", "Watch"]
+
+
+@dataclass(frozen=True)
+class Protected:
+    """A model and all that guards it; the same for every call of a decoder.
+
+    Attributes:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        bundle: Made for it.
+        tap: On the bundle's sites.
+        probe: The bundle's, on the model's device.
+        strict: Whether calls outside a certificate's envelope are refused.
+        context_tokens: Positions the model has, or None if it does not say.
+        self_check: Looks again at alarms, with its tap and the ids of the header; or None.
+    """
+
+    model: Any
+    tokenizer: Any
+    bundle: ProbeBundle
+    tap: ActivationTap
+    probe: LinearProbe
+    strict: bool
+    context_tokens: int | None
+    self_check: tuple[SelfCheck, ActivationTap, tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What holds for one row.
+
+    Attributes:
+        policy: Its redirect and hold-back.
+        certificate: Its threshold.
+        texts: Its canned ids.
+        seed: Of its draws; None: the global generator.
+    """
+
+    policy: Policy
+    certificate: Certificate
+    texts: Texts
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class CallMode:
+    """How a call decodes.
+
+    Attributes:
+        method: See `safe_decode.whole.Method`.
+        n_candidates: Rows that run for one prompt.
+        n_returned: Rows of them that are returned.
+        assistant: Keyword arguments of assisted decoding.
+    """
+
+    method: Method = "step"
+    n_candidates: int = 1
+    n_returned: int = 1
+    assistant: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who reads a call while it runs.
+
+    Attributes:
+        emit: Takes the events.
+        is_cancelled: Asked at each choice.
+        stop_strings: As given to `generate`.
+        includes_stop: Whether the text keeps the stop string that ended it.
+    """
+
+    emit: Callable[[StreamEvent], None]
+    is_cancelled: Callable[[], bool] = field(default=lambda: False)
+    stop_strings: tuple[str, ...] = ()
+    includes_stop: bool = True
