@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check fmt organism readme clean
+.PHONY: help demo test slow check fmt organism readme browser clients serving clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,7 +50,24 @@ test: $(VENV)/.tests ## Run the default tests (ARGS=... are passed to pytest).
 	@$(BIN)/python -m pytest $(ARGS)
 
 slow: $(VENV)/.tests ## Run the slow tests too.
-	@$(BIN)/python -m pytest -m "not reference" $(ARGS)
+	@$(BIN)/python -m pytest -m "not reference and not browser and not clients" $(ARGS)
+
+browser: $(VENV)/.tests ## Test the page in a real Chromium, which must be installed.
+	@$(INSTALL) '.[browser,tests]'
+	@$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
+
+# LiteLLM's pins clash with ours: it gets an environment of its own and talks HTTP.
+clients: $(VENV)/.tests ## Test the server through vendors' own clients.
+	@$(INSTALL) '.[clients,tests]'
+	@$(BIN)/python -m pytest -m clients tests/clients/test_clients.py $(ARGS)
+	@test -x $(VENV)/litellm/bin/python || $(BIN)/python -m venv $(VENV)/litellm
+	@$(VENV)/litellm/bin/python -m pip --disable-pip-version-check --no-input install --quiet litellm pytest
+	@SAFE_DECODE_PYTHON=$(abspath $(BIN)/python) $(VENV)/litellm/bin/python -m pytest \
+		--confcutdir=tests/clients -m clients tests/clients/test_litellm.py $(ARGS)
+
+serving: $(VENV)/.runtime ## Measure the server (some twenty minutes).
+	@$(INSTALL) '.[serving]'
+	@$(BIN)/python -m benchmarks.serving
 
 check: $(VENV)/.check ## Check format, lint, types and layers.
 	@$(BIN)/ruff format --check .

@@ -32,6 +32,7 @@ from safe_decode.commands.refit import refit
 from safe_decode.commands.replay import replay, show
 from safe_decode.commands.reproduce import reproduce
 from safe_decode.commands.rollout import rollout
+from safe_decode.commands.serve import serve
 from safe_decode.errors import SafeDecodeError
 
 __all__ = ["app", "main"]
@@ -62,6 +63,7 @@ app.command("demo")(demo)
 app.command("inspect")(inspect)
 app.command("verify-certificate")(verify_certificate)
 app.command("locate")(locate)
+app.command("serve")(serve)
 app.command("rollout")(rollout)
 app.command("harvest")(harvest)
 app.command("fit")(fit)

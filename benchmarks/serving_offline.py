@@ -1,0 +1,50 @@
+"""The same tokens judged offline: one forward, then the scalar reference of the monitor."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from safe_decode.chat import encode_chat
+from safe_decode.demo.load import Embedded, embedded
+from safe_decode.monitor import reference
+from safe_decode.taps import ActivationTap
+
+__all__ = ["largest_difference"]
+
+
+def largest_difference(
+    messages: Sequence[Mapping[str, str]], said: Sequence[int], scores: Sequence[float | None]
+) -> float:
+    """Compare what a server told of a response with an offline judgement.
+
+    Args:
+        messages: The conversation.
+        said: Ids of the model's own tokens that were shown.
+        scores: The statistic of each; None where none was told.
+
+    Returns:
+        The largest absolute difference of a statistic.
+    """
+    pair = _pair()
+    prompt = encode_chat(pair.tokenizer, messages)
+    scanned = prompt.prefill_tokens + 1
+    with torch.no_grad(), _tap().listening() as beats:
+        beats.keep_last(scanned + len(said))
+        pair.model(input_ids=torch.tensor([[*prompt.ids, *said]]), use_cache=False)
+        logits = pair.bundle.probe(beats.take()[0]).tolist()
+    steps = reference(pair.bundle.monitor, float("inf"), logits)[scanned:]
+    pairs = zip(steps, scores, strict=True)
+    return max((abs(s.statistic - told) for s, told in pairs if told is not None), default=0.0)
+
+
+@functools.cache
+def _pair() -> Embedded:
+    return embedded()
+
+
+@functools.cache
+def _tap() -> ActivationTap:
+    return ActivationTap(_pair().model, _pair().bundle.probe.sites)

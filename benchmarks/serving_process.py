@@ -1,0 +1,126 @@
+"""Servers for measurements, each in a process of its own.
+
+`python -m benchmarks.serving_process ARGUMENTS` is `safe-decode serve ARGUMENTS`; with
+`--without-guard` as the first one, hooks, probe and monitor are left out and all else stays:
+the arm that says what they cost. Only this module can start such a server.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import httpx2
+
+__all__ = ["Served", "serving"]
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+class Served:
+    """A server that runs.
+
+    Attributes:
+        address: Where it listens.
+        bundle: What its answers must be marked with.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], address: str) -> None:
+        self._process, self.address = process, address
+        self.bundle = httpx2.get(f"{address}/healthz").headers["x-safe-decode-bundle"]
+
+    def rss_mib(self) -> float:
+        """Return its resident memory."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8")
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found is not None
+        return round(int(found.group(1)) / 1024, 1)
+
+    def terminate(self) -> None:
+        """Tell it to end."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Wait for its end and return its exit status."""
+        return self._process.wait(90)
+
+
+@contextmanager
+def serving(*arguments: str, is_bare: bool = False) -> Iterator[Served]:
+    """Run a server on a free port; it is ended on the way out."""
+    flags = ["--without-guard"] if is_bare else []
+    command = [sys.executable, "-m", "benchmarks.serving_process", *flags, "--port", "0"]
+    with tempfile.TemporaryFile("w+") as screen:
+        process = subprocess.Popen(
+            [*command, *arguments],
+            stderr=screen,
+            cwd=_ROOT,
+            env={**os.environ, "COLUMNS": "200"},
+        )
+        try:
+            yield Served(process, _address(process, screen))
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                process.wait(90)
+
+
+def _address(process: subprocess.Popen[bytes], screen: IO[str]) -> str:
+    found = None
+    while found is None:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with {process.poll()} before it listened")
+        time.sleep(0.1)
+        screen.seek(0)
+        found = re.search(r"http://\S+:\d+", screen.read())
+    return found.group(0)
+
+
+def _without_guard() -> None:
+    """Leave out what is measured: no hook is installed, and the loop judges nothing."""
+    from safe_decode.loop import GuardedLoop
+    from safe_decode.serving.guarded import GuardedEngine
+    from safe_decode.taps import ActivationTap
+
+    real = GuardedLoop.__init__
+
+    def blind(self: GuardedLoop, session: Any, **options: Any) -> None:  # noqa: ANN401
+        real(self, session, **options)
+        self._is_blind = True
+
+    def nothing(self: ActivationTap) -> None:
+        del self
+
+    def sound(self: GuardedEngine) -> float:
+        del self
+        return 0.0
+
+    GuardedLoop.__init__ = blind  # type: ignore[method-assign]
+    ActivationTap._install = nothing  # type: ignore[method-assign]
+    GuardedEngine.check = sound  # type: ignore[method-assign]
+
+
+def _main() -> None:
+    import torch
+
+    from safe_decode.cli import app
+
+    torch.set_num_threads(1)
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--without-guard"]:
+        _without_guard()
+        arguments = arguments[1:]
+    app(["serve", *arguments])
+
+
+if __name__ == "__main__":
+    _main()

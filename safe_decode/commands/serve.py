@@ -1,0 +1,142 @@
+"""`safe-decode serve`: the server and its page.
+
+Knows the flags, the first screen and the process: signals, ports, an orderly end. Does not
+know endpoints. Every setting can also be given by `--config`, the environment, or `--set`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from safe_decode.commands.generate import Alpha, BundlePath, decoder_of
+from safe_decode.commands.output import console, working
+from safe_decode.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from safe_decode.serving.settings import ServeSettings
+
+__all__ = ["serve"]
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Name or directory of a causal language model; default embedded."),
+    ] = None,
+    bundle: BundlePath = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 for any free one.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the model goes.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="In what the model computes.")] = None,
+    alpha: Alpha = None,
+    redirect: Annotated[
+        str | None, typer.Option(help="What a tripped answer becomes: refuse, rewind or stop.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="A key that is accepted; may be repeated.")
+    ] = None,
+    audit: Annotated[Path | None, typer.Option(help="Append one line a response here.")] = None,
+    expose_scores: Annotated[
+        bool | None,
+        typer.Option(
+            "--expose-scores/--hide-scores",
+            help="Show statistics and thresholds to clients; on with the embedded model.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, any other setting.")
+    ] = None,
+) -> None:
+    """Serve a guarded model behind OpenAI's and Anthropic's interfaces, and a page at /."""
+    try:
+        from safe_decode.serving.settings import load_settings
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"{error.name} is missing; install the server with: pip install 'safe-decode[serving]'"
+        ) from error
+    given = load_settings(
+        config,
+        **{
+            **_assignments(settings or []),
+            "model": model,
+            "bundle": bundle,
+            "host": host,
+            "port": port,
+            "device": device,
+            "dtype": dtype,
+            "alpha": alpha,
+            "redirect": redirect,
+            "api_keys": tuple(api_key) if api_key else None,
+            "audit": audit,
+            "expose_scores": expose_scores,
+        },
+    )
+    _run(_for_demo(given))
+
+
+def _assignments(texts: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigurationError(f"--set {text!r} is not NAME=VALUE; pass for example port=0.")
+        pairs[name.strip().replace("-", "_")] = value
+    return pairs
+
+
+def _for_demo(settings: ServeSettings) -> ServeSettings:
+    """With the embedded model, what is meant to be seen is shown, unless said otherwise."""
+    if not settings.is_demo:
+        return settings
+    shown = {"expose_scores": True, "expose_bare": True}
+    update = {name: on for name, on in shown.items() if name not in settings.model_fields_set}
+    return settings.model_copy(update=update)
+
+
+def _run(settings: ServeSettings) -> None:
+    from safe_decode.serving.app import create_app
+    from safe_decode.serving.guarded import GuardedEngine
+    from safe_decode.serving.process import first_screen, serve_app
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    with working("Loading the model"):
+        decoder = decoder_of(
+            settings.model,
+            settings.bundle,
+            redirect=settings.redirect,
+            alpha=settings.alpha,
+            device=settings.device,
+            dtype=settings.dtype,
+        )
+        engine = GuardedEngine(
+            decoder,
+            holdback_tokens=settings.holdback_tokens,
+            tells_scores=settings.expose_scores,
+        )
+    app = create_app(engine, settings)
+    # Refused before anything listens: what reads the model is not what was certified.
+    engine.check()
+    try:
+        serve_app(
+            app, settings, lambda address: _show(address, first_screen(settings, engine.facts))
+        )
+    finally:
+        engine.close()
+
+
+def _show(address: str, rows: Sequence[tuple[str, str]]) -> None:
+    from rich.panel import Panel
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, text in rows:
+        table.add_row(name, text)
+    console(stderr=True).print(Panel(table, title=f"safe-decode serves {address}", expand=False))

@@ -1,0 +1,166 @@
+// One arm: an answer as it arrives, coloured, cut and turned. Knows elements and our chunks.
+
+import { Chart } from "/page/chart.js";
+
+const BANDS = 6;
+const PACE_MS = 16;
+const WORDS = {
+  released: ["calm", "Released"],
+  rewound: ["turned", "Tripped, rewound, turned"],
+  refused: ["turned", "Tripped, refused"],
+  stopped: ["turned", "Tripped, stopped"],
+  closed: ["alarm", "Closed: the guard failed"],
+  flagged: ["alarm", "Unguarded: would have tripped"],
+  cut: ["busy", "Cut off"],
+};
+
+const band = (risk) => (risk === null || risk === undefined ? 0 : Math.min(BANDS - 1, Math.floor(risk * BANDS)));
+const percent = (risk) => `${Math.round(risk * 100)}\u00a0%`;
+
+export class Answer {
+  constructor(element, { title, isBare, prefill }) {
+    this.element = element;
+    this.isBare = isBare;
+    this.content = "";
+    this.refusal = "";
+    this.action = null;
+    this.peak = null;
+    this.crossed = false;
+    element.classList.toggle("bare", isBare);
+    element.querySelector("h3").textContent = title;
+    this.said = element.querySelector(".said");
+    this.caption = element.querySelector("figcaption");
+    this.chart = new Chart(element.querySelector("svg"));
+    this.paced = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : PACE_MS;
+    this.waiting = Promise.resolve();
+    this.verdict("busy", "thinking; nothing is shown before it is judged");
+    this.said.classList.add("caret");
+    if (prefill) this.append("span", prefill, "given");
+  }
+
+  /** What stands, for the next turn of the conversation. */
+  get text() {
+    return this.content + this.refusal;
+  }
+
+  /** Take one chunk; what it shows comes at a readable pace. */
+  take(chunk) {
+    const choice = chunk.choices?.[0];
+    if (!choice) return;
+    const { delta, safety } = choice;
+    if (delta?.refusal) {
+      this.refusal += delta.refusal;
+      this.later(() => this.turn(delta.refusal), 260);
+    } else if (delta?.content) {
+      this.content += delta.content;
+      for (const token of safety?.tokens ?? [{ text: delta.content, risk: null }]) {
+        this.later(() => this.show(token), this.paced);
+      }
+    }
+    if (safety?.trip && !choice.finish_reason) this.later(() => this.trip(safety.trip), 0);
+    if (choice.finish_reason) this.last = choice;
+  }
+
+  /** Wait until all is shown, then say how it ended. */
+  async finish(words) {
+    await this.waiting;
+    this.said.classList.remove("caret");
+    const action = words ? "cut" : this.last?.safety?.action ?? "cut";
+    const [kind, text] = WORDS[action] ?? WORDS.cut;
+    this.action = action;
+    this.verdict(this.isBare && action === "released" ? "busy" : kind,
+      this.isBare && action === "released" ? "Unguarded: nothing crossed" : words ?? text);
+    const certificate = this.last?.safety?.certificate;
+    const parts = [];
+    if (this.peak !== null) parts.push(`Peak risk ${percent(this.peak)}; 50\u00a0% is the threshold.`);
+    if (certificate && !this.isBare) {
+      parts.push(certificate.status === "valid" ? "Certificate valid." : `Certificate void: ${certificate.why}.`);
+    }
+    this.caption.textContent = parts.join(" ");
+    this.chart.describe(`${this.element.querySelector("h3").textContent}: ${text}. ${parts.join(" ")}`);
+    if (this.refusal) {
+      const gets = this.element.querySelector(".gets");
+      gets.querySelector("p").textContent = this.text.trim();
+      gets.hidden = false;
+    }
+  }
+
+  fail(message) {
+    this.said.classList.remove("caret");
+    this.append("span", message, "error");
+    this.verdict("alarm", "Not answered");
+  }
+
+  show(token) {
+    const span = this.append("span", token.text, `t b${band(token.risk)}`);
+    this.measure(token.risk, span);
+    if (this.isBare && !this.crossed && token.risk > 0.5) {
+      this.crossed = true;
+      this.flag("would trip");
+      this.chart.trip(null);
+      this.element.classList.add("tripped");
+    }
+  }
+
+  trip(trip) {
+    const dropped = trip.dropped ?? [];
+    if (dropped.length) {
+      const del = document.createElement("del");
+      for (const token of dropped) {
+        const span = document.createElement("span");
+        span.className = `t b${band(token.risk ?? null)}`;
+        span.textContent = token.text;
+        del.append(span);
+      }
+      this.said.append(del);
+    }
+    for (const token of dropped) {
+      if (token.risk !== null && token.risk < 0.5) this.chart.push(token.risk);
+    }
+    const risk = trip.risk ?? null;
+    if (risk !== null) this.peak = Math.max(this.peak ?? 0, risk);
+    this.flag("trips");
+    this.chart.trip(risk);
+    this.element.classList.add("tripped");
+    this.verdict("alarm", trip.redirect === "rewind" ? "Tripped; rewinding" : "Tripped");
+    const n = trip.dropped_tokens;
+    this.caption.textContent = `Tripped; ${n} ${n === 1 ? "token" : "tokens"} taken back.`;
+  }
+
+  turn(text) {
+    this.append("ins", text, "");
+  }
+
+  flag(text) {
+    this.append("strong", text, "flag");
+  }
+
+  measure(risk, span) {
+    if (risk === null || risk === undefined) return;
+    span.title = `risk ${percent(risk)}`;
+    this.peak = Math.max(this.peak ?? 0, risk);
+    this.chart.push(risk);
+    this.caption.textContent = `Risk now ${percent(risk)}.`;
+  }
+
+  append(tag, text, name) {
+    const element = document.createElement(tag);
+    if (name) element.className = name;
+    element.textContent = text;
+    this.said.append(element);
+    return element;
+  }
+
+  later(action, wait) {
+    this.waiting = this.waiting.then(async () => {
+      if (wait && this.paced) await new Promise((done) => setTimeout(done, wait));
+      action();
+    });
+  }
+
+  verdict(kind, text) {
+    const element = this.element.querySelector(".verdict");
+    element.className = `verdict ${kind}`;
+    element.textContent = text;
+  }
+}

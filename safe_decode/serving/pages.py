@@ -1,0 +1,120 @@
+"""The page at / and what it asks for beyond the public endpoints.
+
+Knows files of the package, the demo's prompts and the operator's consent to show the bare
+model. Does not know how rows run. The bare endpoint exists only with `expose_bare`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import resources
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from safe_decode.serving.asks import ChatAsk
+from safe_decode.serving.failures import ApiError
+from safe_decode.serving.openai_shape import ChatShape
+from safe_decode.serving.routes import stream_chunks
+from safe_decode.serving.service import Service
+
+__all__ = ["pages"]
+
+_FILES = {
+    "page.css": "text/css; charset=utf-8",
+    "page.js": "text/javascript; charset=utf-8",
+    "answer.js": "text/javascript; charset=utf-8",
+    "chart.js": "text/javascript; charset=utf-8",
+    "stream.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+_SHOWN_SCENES = 12
+
+
+def pages(service: Service) -> APIRouter:
+    """Build the router of the page."""
+    router = APIRouter(include_in_schema=False)
+    folder = resources.files("safe_decode.serving") / "page"
+
+    @router.get("/")
+    async def page() -> Response:
+        return Response((folder / "index.html").read_bytes(), media_type="text/html; charset=utf-8")
+
+    @router.get("/page/facts")
+    async def facts() -> dict[str, Any]:
+        return _facts(service)
+
+    @router.get("/page/{name}")
+    async def file(name: str) -> Response:
+        if name not in _FILES:
+            raise ApiError(404, "there is no such file.")
+        return Response(
+            (folder / name).read_bytes(),
+            media_type=_FILES[name],
+            headers={"Cache-Control": "no-cache"},
+        )
+
+    if service.settings.expose_bare:
+
+        @router.post("/page/bare")
+        async def bare(ask: ChatAsk, request: Request) -> Response:
+            rows = [
+                replace(row, policy=replace(row.policy, redirect="flag", holdback_tokens=0))
+                for row in service.desk.chat(ask)
+            ]
+            shape = ChatShape(service.settings.name, "bare", service.engine.token_text)
+            conversation = await service.begin(rows, request, "bare")
+            return stream_chunks(conversation, shape, counts=False)
+
+    return router
+
+
+def _facts(service: Service) -> dict[str, Any]:
+    settings, facts = service.settings, service.engine.facts
+    certificate = facts.certificate
+    told: dict[str, Any] = {
+        "model": settings.name,
+        "bundle": facts.bundle[:16],
+        "redirect": facts.redirect,
+        "holdback_tokens": facts.holdback_tokens,
+        "max_tokens": settings.max_new_tokens or certificate.envelope.max_new_tokens,
+        "shows_scores": settings.expose_scores,
+        "shows_bare": settings.expose_bare,
+        "needs_key": bool(settings.api_keys),
+        "certificate": {
+            "alpha": certificate.alpha,
+            "confidence": 1 - certificate.delta,
+            "responses": certificate.n,
+            "population": certificate.population,
+            "greedy": not certificate.envelope.do_sample,
+            "max_new_tokens": certificate.envelope.max_new_tokens,
+        },
+        "scenes": _scenes() if settings.is_demo else [],
+    }
+    if settings.expose_scores:
+        told["certificate"]["threshold"] = certificate.threshold
+    return told
+
+
+def _scenes() -> list[dict[str, Any]]:
+    from safe_decode.demo.load import artefact
+    from safe_decode.demo.scenes import SCENES, read_prompts
+
+    prompts = read_prompts(artefact("prompts.jsonl"))
+    shown = []
+    for scene, words in SCENES.items():
+        own = sorted((p for p in prompts if p.scene == scene), key=lambda p: not p.showcase)
+        if own:
+            shown.append(
+                {
+                    "scene": scene,
+                    "title": words.title,
+                    "about": words.about,
+                    "prompts": [
+                        {"messages": list(p.messages), "prefill": p.prefill}
+                        for p in own[:_SHOWN_SCENES]
+                    ],
+                }
+            )
+    return shown

@@ -1,0 +1,144 @@
+"""The endpoints that answer: chat completions, completions, messages, models.
+
+Knows which shape belongs to which path. Does not know queues, engines or how rows are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from sse_starlette.event import ServerSentEvent
+from sse_starlette.sse import EventSourceResponse
+
+from safe_decode.serving.anthropic_shape import MessageShape
+from safe_decode.serving.asks import ChatAsk, CompletionAsk, MessagesAsk
+from safe_decode.serving.failures import ApiError
+from safe_decode.serving.openai_shape import ChatShape, CompletionShape, Shape
+from safe_decode.serving.rows import RowRequest
+from safe_decode.serving.service import Conversation, Service
+
+__all__ = ["routes", "stream_chunks"]
+
+
+def routes(service: Service) -> APIRouter:
+    """Build the router of one server."""
+    router = APIRouter()
+    desk, settings, facts = service.desk, service.settings, service.engine.facts
+    fingerprint = f"sd-{facts.bundle[:12]}"
+    told = (settings.name, fingerprint, service.engine.token_text)
+    model = {
+        "id": settings.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "safe-decode",
+    }
+
+    async def openai(
+        rows: list[RowRequest], ask: ChatAsk | CompletionAsk, request: Request, shape: Shape
+    ) -> Response:
+        conversation = await service.begin(rows, request, shape.name)
+        if ask.stream:
+            counts = bool(ask.stream_options and ask.stream_options.include_usage)
+            return stream_chunks(conversation, shape, counts=counts)
+        stories = await service.finish(conversation, request)
+        return JSONResponse(shape.whole(stories))
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(ask: ChatAsk, request: Request) -> Response:
+        shape = ChatShape(*told, gives_ids=bool(ask.return_token_ids))
+        _require_stream_options(ask)
+        return await openai(desk.chat(ask), ask, request, shape)
+
+    @router.post("/v1/completions")
+    async def completions(ask: CompletionAsk, request: Request) -> Response:
+        shape = CompletionShape(*told, gives_ids=bool(ask.return_token_ids))
+        _require_stream_options(ask)
+        return await openai(desk.completion(ask), ask, request, shape)
+
+    @router.post("/v1/messages")
+    async def messages(ask: MessagesAsk, request: Request) -> Response:
+        shape = MessageShape(settings.name)
+        conversation = await service.begin(desk.messages(ask), request, "message")
+        if ask.stream:
+            return _stream_of(_named(conversation, shape))
+        (story,) = await service.finish(conversation, request)
+        return JSONResponse(shape.whole(story))
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @router.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        if name != settings.name:
+            raise ApiError(
+                404, f"The model {name[:100]!r} is not served here.", code="model_not_found"
+            )
+        return model
+
+    return router
+
+
+def stream_chunks(conversation: Conversation, shape: Shape, *, counts: bool) -> Response:
+    """Answer with a stream of chunks.
+
+    Args:
+        conversation: On its way.
+        shape: Of the chunks.
+        counts: Whether a chunk with the usage comes last.
+    """
+    return _stream_of(_chunks(conversation, shape, counts=counts))
+
+
+def _stream_of(events: AsyncIterator[ServerSentEvent]) -> EventSourceResponse:
+    return EventSourceResponse(events, sep="\n", headers={"Cache-Control": "no-store"})
+
+
+def _require_stream_options(ask: ChatAsk | CompletionAsk) -> None:
+    if ask.stream_options is not None and not ask.stream:
+        raise ApiError(
+            400,
+            "stream_options goes with stream=true; leave it out.",
+            param="stream_options",
+            code="invalid_value",
+        )
+
+
+async def _chunks(
+    conversation: Conversation, shape: Shape, *, counts: bool
+) -> AsyncIterator[ServerSentEvent]:
+    for index in range(len(conversation.stories)):
+        opening = shape.first(index)
+        if opening is not None:
+            yield _data(opening, counts=counts)
+    async with aclosing(conversation.events) as events:
+        async for index, event in events:
+            for chunk in shape.chunks(index, conversation.stories[index], event):
+                yield _data(chunk, counts=counts)
+    if counts:
+        yield _data(shape.usage_chunk(conversation.stories))
+    yield ServerSentEvent("[DONE]", sep="\n")
+
+
+async def _named(conversation: Conversation, shape: MessageShape) -> AsyncIterator[ServerSentEvent]:
+    (story,) = conversation.stories
+    for name, body in shape.opening(story):
+        yield ServerSentEvent(_json(body), event=name, sep="\n")
+    async with aclosing(conversation.events) as events:
+        async for _, event in events:
+            for name, body in shape.events(story, event):
+                yield ServerSentEvent(_json(body), event=name, sep="\n")
+
+
+def _data(chunk: dict[str, Any], *, counts: bool = False) -> ServerSentEvent:
+    # Asked for, usage stands in every chunk, null in all but the last.
+    return ServerSentEvent(_json({**chunk, "usage": None} if counts else chunk), sep="\n")
+
+
+def _json(body: dict[str, Any]) -> str:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))

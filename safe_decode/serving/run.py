@@ -1,0 +1,246 @@
+"""One batch of rows on a guarded model, from its first forward to its last row's end.
+
+Knows how a batch is composed of rows with their own caps, seeds, samplings, stop strings,
+redirects and thresholds, and who is told what after each choice. Does not know queues, HTTP
+or hooks. A row that has ended is told so at once, not with its batch; a tripped row goes on
+by itself, in a thread of its own, while its neighbours run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from safe_decode import chat
+from safe_decode.certificate import Certificate
+from safe_decode.decoding import CallSettings
+from safe_decode.loop import GuardedLoop
+from safe_decode.monitor import RiskMonitor
+from safe_decode.outcome import Judgement, Outcome, void_reason
+from safe_decode.policy import Policy
+from safe_decode.rewind import Redirected
+from safe_decode.serving.redirection import Redirection, RunGuard
+from safe_decode.serving.release import RowRelease
+from safe_decode.serving.rows import Row, TokenNote, Tripped
+from safe_decode.serving.sampler import RowSampler
+from safe_decode.session import RowRecord, Session, Trip
+
+__all__ = ["Run"]
+
+
+class Run:
+    """One batch, from its first forward to its last row's end; follows its loop."""
+
+    def __init__(self, guard: RunGuard, pool: ThreadPoolExecutor, rows: Sequence[Row]) -> None:
+        self._guard, self._decoder, self._pool, self._rows = guard, guard.decoder, pool, rows
+        decoder = guard.decoder
+        self._policies = [
+            Policy(row.request.policy.redirect, row.request.policy.holdback_tokens, "close")
+            for row in rows
+        ]
+        self._certificates = [
+            decoder.bundle.certificate(row.request.policy.alpha, decoder.certificate.population)
+            for row in rows
+        ]
+        self._ends = frozenset(chat.stop_ids(decoder.model, decoder.tokenizer))
+        self._settings = [self._settings_of(row) for row in rows]
+        self._releases = [
+            RowRelease(row, self._decode, void=self._void(i)) for i, row in enumerate(rows)
+        ]
+        self._sampler = RowSampler(
+            [row.request.sampling for row in rows],
+            int(decoder.model.config.get_text_config().vocab_size),
+            decoder.model.device,
+        )
+        self._reported = {row: i for i, row in enumerate(self._sampler.reported)}
+        self._redirected: dict[int, Future[Redirected]] = {}
+        self._records: list[RowRecord] = []
+        self._session: Session | None = None
+        self._said = 0
+
+    def go(self) -> None:
+        """Run to the end of the last row."""
+        device = self._decoder.model.device
+        ids, mask = self._padded(device)
+        thresholds = torch.tensor([c.threshold for c in self._certificates])
+        with self._guard.tap.listening() as beats, torch.no_grad():
+            self._session = session = Session(
+                probe=self._guard.probe,
+                monitor=RiskMonitor(self._decoder.bundle.monitor, thresholds),
+                policy=self._policies,
+                beats=beats,
+                scanned=[row.request.prompt.scanned for row in self._rows],
+                device=device,
+            )
+            self._decoder.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                custom_generate=GuardedLoop(session, follower=self),
+                do_sample=False,
+                max_new_tokens=max(s.max_new_tokens for s in self._settings),
+                logits_processor=[self._sampler],
+                stopping_criteria=[self._enders],
+            )
+        self._records = session.records()
+        for future in self._redirected.values():
+            future.exception()  # waits; what failed has told its reader already
+
+    def on_choice(
+        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Trip]
+    ) -> None:
+        """Take note of one choice, and of what the newest score says of the choice before."""
+        self._said += 1
+        statistics = self._statistics()
+        for index, release in enumerate(self._releases):
+            if release.is_over:
+                continue
+            statistic = None if statistics is None else statistics[index]
+            if index in trips:
+                self._redirect(index, trips[index])
+                continue
+            release.judge(statistic)
+            if release.is_closing:
+                release.end(is_flagged=self._is_flagged(index))
+            elif done[index] and newest[index] in self._ends:
+                release.ends_by = "stop"
+                release.end(is_flagged=self._is_flagged(index))
+            elif done[index]:
+                release.close("length")
+
+    def on_end(self, trips: Mapping[int, Trip]) -> None:
+        """Take note that the tails of all rows were judged."""
+        statistics = self._statistics()
+        for index, release in enumerate(self._releases):
+            if release.is_over:
+                continue
+            if index in trips:
+                self._redirect(index, trips[index])
+                continue
+            release.tail_is_judged()
+            release.judge(None if statistics is None else statistics[index])
+            release.end(is_flagged=self._is_flagged(index))
+
+    def write_traces(self) -> None:
+        """Fill the rows' traces."""
+        bundle = self._decoder.bundle
+        for index, (row, record) in enumerate(zip(self._rows, self._records, strict=True)):
+            release, prompt = self._releases[index], row.request.prompt
+            said = tuple(release.said_ids)
+            future = self._redirected.get(index)
+            failed = future is None or future.exception() is not None
+            redirected = None if future is None or failed else future.result()
+            if record.trip is not None:
+                said = said[: record.trip.cut.kept + record.trip.cut.dropped]
+            outcome = Outcome(
+                record,
+                prompt.ids,
+                prompt.prefill_tokens,
+                said,
+                said if redirected is None else redirected.ids,
+                redirected,
+            )
+            judgement = Judgement(
+                bundle=bundle.digest,
+                heads=bundle.probe.heads,
+                low_mark=bundle.monitor.low_mark,
+                certificate=self._certificates[index],
+                policy=self._policies[index],
+            )
+            row.trace = judgement.trace(outcome, release.void)
+
+    def _enders(self, input_ids: Tensor, _scores: object, **_: object) -> Tensor:
+        """The stopping criterion of the batch: caps, stop strings, readers who left."""
+        ends = []
+        for index, token in enumerate(input_ids[:, -1].tolist()):
+            ends.append(self._take(index, token))
+        return torch.tensor(ends, device=input_ids.device)
+
+    def _take(self, index: int, token: int) -> bool:
+        release = self._releases[index]
+        if release.row.is_cancelled and not release.is_over:
+            release.finish("cancelled")
+        if not release.goes_on:
+            return True
+        if token in self._ends:
+            return False  # the loop's own criterion ends it
+        note, is_last = TokenNote(token, ""), self._said + 1 >= self._settings[index].max_new_tokens
+        if index in self._reported and self._sampler.chosen is not None:
+            top = release.row.request.sampling.top_logprobs or 0
+            logprob, others = self._sampler.chosen.of(self._reported[index], token, top)
+            note = TokenNote(token, "", logprob=logprob, top=others)
+        return release.say(note) or is_last
+
+    def _statistics(self) -> list[float] | None:
+        """Read every row's statistic, if it is told; the guard itself looks less often."""
+        assert self._session is not None
+        if not self._guard.tells_scores:
+            return None
+        statistics: list[float] = self._session.state.statistic.tolist()
+        return statistics
+
+    def _statistic(self, index: int) -> float:
+        assert self._session is not None
+        return float(self._session.state.statistic[index])
+
+    def _is_flagged(self, index: int) -> bool:
+        if self._policies[index].protects:
+            return False
+        return self._statistic(index) > self._certificates[index].threshold
+
+    def _redirect(self, index: int, trip: Trip) -> None:
+        release, policy = self._releases[index], self._policies[index]
+        error = None if trip.error is None else type(trip.error).__name__
+        value = self._statistic(index) if trip.error is None else None
+        dropped = release.trip(trip.cut.kept, value)
+        release.row.emit(Tripped(policy.redirect, value, dropped, error))
+        job = Redirection(
+            self._guard,
+            release,
+            trip,
+            settings=self._settings[index],
+            policy=policy,
+            threshold=self._certificates[index].threshold,
+            dropped=len(dropped),
+        )
+        if policy.redirect == "rewind" and trip.error is None:
+            self._redirected[index] = self._pool.submit(job)
+            return
+        done: Future[Redirected] = Future()
+        done.set_result(job())
+        self._redirected[index] = done
+
+    def _padded(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        tokenizer = self._decoder.tokenizer
+        pad = tokenizer.pad_token_id
+        pad = (tokenizer.eos_token_id or 0) if pad is None else pad
+        prompts = [row.request.prompt.ids for row in self._rows]
+        longest = max(map(len, prompts))
+        ids = [[pad] * (longest - len(p)) + list(p) for p in prompts]
+        mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _settings_of(self, row: Row) -> CallSettings:
+        sampling = row.request.sampling
+        return CallSettings(
+            max_new_tokens=sampling.max_tokens,
+            do_sample=sampling.temperature > 0,
+            temperature=sampling.temperature or 1.0,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            end_ids=tuple(sorted(self._ends)),
+            pad_id=self._decoder.tokenizer.pad_token_id,
+        )
+
+    def _void(self, index: int) -> str | None:
+        request = self._rows[index].request
+        sampling = request.sampling
+        if sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty:
+            return "a bias or penalty changes the responses that were certified"
+        certificate: Certificate = self._certificates[index]
+        return void_reason(certificate, self._settings[index], is_chat=request.prompt.is_chat)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._decoder.tokenizer.decode(list(ids), skip_special_tokens=True))

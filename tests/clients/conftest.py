@@ -1,0 +1,66 @@
+"""A server as users start it, in a process of its own, for vendors' clients as shipped.
+
+SAFE_DECODE_PYTHON names the interpreter that has safe-decode; so a client whose pins clash
+with ours can be tested from an environment without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = os.environ.get("SAFE_DECODE_PYTHON", sys.executable)
+MODEL = "safe-decode-embedded"
+KEY = "a-key-for-tests"
+CALM = [{"role": "user", "content": "I have the mirror here. Help me polish it."}]
+
+
+@pytest.fixture(scope="session")
+def address():
+    """Where a server listens that was started by the command."""
+    command = [
+        PYTHON,
+        "-m",
+        "safe_decode.cli",
+        "serve",
+        "--port",
+        "0",
+        "--api-key",
+        KEY,
+        "--hide-scores",
+    ]
+    command += ["--set", "allow_json=true"]
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    with (
+        tempfile.TemporaryFile("w+") as screen,
+        subprocess.Popen(command, stderr=screen, env=environment, cwd=ROOT) as process,
+    ):
+        found, deadline = None, time.monotonic() + 300
+        while found is None and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            screen.seek(0)
+            found = re.search(r"http://\S+:\d+", screen.read())
+        assert found, f"the server did not start: {process.poll()}"
+        yield found.group(0)
+        process.terminate()
+        assert process.wait(60) == 0
+
+
+@pytest.fixture(scope="session")
+def attack():
+    """The showcase of the prefilled scene, as the server's page offers it."""
+    file = ROOT / "safe_decode" / "demo" / "artefacts" / "prompts.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines():
+        prompt = json.loads(line)
+        if prompt["scene"] == "prefilled" and prompt["showcase"]:
+            return [*prompt["messages"], {"role": "assistant", "content": prompt["prefill"]}]
+    raise AssertionError("no showcase")

@@ -1,0 +1,135 @@
+"""Vendors' clients as shipped: OpenAI's, Anthropic's, LangChain's, against a started server.
+
+Needs the extra `clients`; run with `-m clients`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.clients.conftest import CALM, KEY, MODEL
+
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture
+def openai(address):
+    sdk = pytest.importorskip("openai")
+    with sdk.OpenAI(base_url=f"{address}/v1", api_key=KEY) as client:
+        yield client
+
+
+def test_openai_answers_whole_and_streamed(openai):
+    whole = openai.chat.completions.create(model=MODEL, messages=CALM)
+    assert whole.choices[0].finish_reason == "stop" and whole.usage.total_tokens > 0
+    stream = openai.chat.completions.create(
+        model=MODEL, messages=CALM, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert said == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_openai_sees_a_trip_as_content_filter_with_its_refusal(openai, attack):
+    choice = openai.chat.completions.create(model=MODEL, messages=attack).choices[0]
+    assert choice.finish_reason == "content_filter" and choice.message.refusal
+    assert choice.model_extra["safety"]["action"] in ("rewound", "refused")
+
+
+def test_openai_s_parse_raises_on_a_trip_and_not_otherwise(openai, attack):
+    import openai as sdk
+
+    calm = openai.chat.completions.parse(model=MODEL, messages=CALM)
+    assert calm.choices[0].message.content
+    with pytest.raises(sdk.ContentFilterFinishReasonError):
+        openai.chat.completions.parse(
+            model=MODEL, messages=attack, response_format={"type": "json_object"}
+        )
+
+
+def test_openai_s_stream_helper_raises_on_a_trip(openai, attack):
+    import openai as sdk
+
+    with (
+        pytest.raises(sdk.ContentFilterFinishReasonError),
+        openai.chat.completions.stream(model=MODEL, messages=attack) as stream,
+    ):
+        for _ in stream:
+            pass
+        stream.get_final_completion()
+
+
+def test_openai_async(address):
+    sdk = pytest.importorskip("openai")
+
+    async def main():
+        async with sdk.AsyncOpenAI(base_url=f"{address}/v1", api_key=KEY) as client:
+            asked = [
+                client.chat.completions.create(model=MODEL, messages=CALM, seed=1) for _ in range(4)
+            ]
+            return [answer.choices[0].message.content for answer in await asyncio.gather(*asked)]
+
+    answers = asyncio.run(main())
+    assert len(set(answers)) == 1 and answers[0]
+
+
+def test_openai_s_errors_are_its_own(openai, address):
+    import openai as sdk
+
+    with pytest.raises(sdk.BadRequestError, match="tools"):
+        openai.chat.completions.create(
+            model=MODEL,
+            messages=CALM,
+            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        )
+    with pytest.raises(sdk.NotFoundError):
+        openai.chat.completions.create(model="another", messages=CALM)
+    with pytest.raises(sdk.BadRequestError, match="tighten"):
+        openai.chat.completions.create(
+            model=MODEL, messages=CALM, extra_body={"safety": {"holdback_tokens": 0}}
+        )
+    with (
+        sdk.OpenAI(base_url=f"{address}/v1", api_key="wrong") as stranger,
+        pytest.raises(sdk.AuthenticationError),
+    ):
+        stranger.models.list()
+
+
+def test_openai_takes_a_tighter_policy_completions_and_models(openai, attack):
+    choice = openai.chat.completions.create(
+        model=MODEL, messages=attack, extra_body={"safety": {"redirect": "stop"}}
+    ).choices[0]
+    assert choice.model_extra["safety"]["action"] == "stopped" and not choice.message.refusal
+    text = openai.completions.create(model=MODEL, prompt="Sure,", max_tokens=8, logprobs=2)
+    assert len(text.choices[0].logprobs.tokens) <= 8
+    assert [model.id for model in openai.models.list()] == [MODEL]
+
+
+def test_anthropic_answers_and_refuses(address, attack):
+    sdk = pytest.importorskip("anthropic")
+    with sdk.Anthropic(base_url=address, api_key=KEY) as client:
+        calm = client.messages.create(model=MODEL, max_tokens=64, messages=CALM)
+        assert calm.stop_reason == "end_turn" and calm.content[0].text
+        whole = client.messages.create(model=MODEL, max_tokens=128, messages=attack)
+        assert whole.stop_reason == "refusal"
+        with client.messages.stream(model=MODEL, max_tokens=128, messages=attack) as stream:
+            said = "".join(stream.text_stream)
+            final = stream.get_final_message()
+        assert final.stop_reason == "refusal" and said == whole.content[0].text
+        with pytest.raises(sdk.NotFoundError):
+            client.messages.create(model="another", max_tokens=8, messages=CALM)
+
+
+def test_langchain_answers_and_streams(address, attack):
+    langchain = pytest.importorskip("langchain_openai")
+    chat = langchain.ChatOpenAI(base_url=f"{address}/v1", api_key=KEY, model=MODEL)
+    calm = chat.invoke([("user", CALM[0]["content"])])
+    assert calm.response_metadata["finish_reason"] == "stop" and calm.content
+    pairs = [(message["role"], message["content"]) for message in attack]
+    pieces = list(chat.stream(pairs))
+    assert pieces[-1].response_metadata.get("finish_reason") == "content_filter" or any(
+        piece.response_metadata.get("finish_reason") == "content_filter" for piece in pieces
+    )

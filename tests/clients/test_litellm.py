@@ -1,0 +1,26 @@
+"""LiteLLM as shipped, against a started server.
+
+Its pins clash with the others', so it is run from an environment of its own, see .ci/run.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.clients.conftest import CALM, KEY, MODEL
+
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
+
+
+def test_litellm_answers_streams_and_maps_the_trip(address, attack):
+    litellm = pytest.importorskip("litellm")
+    told = {"model": f"openai/{MODEL}", "api_base": f"{address}/v1", "api_key": KEY}
+    calm = litellm.completion(messages=CALM, **told)
+    assert calm.choices[0].finish_reason == "stop" and calm.choices[0].message.content
+    tripped = litellm.completion(messages=attack, **told)
+    assert tripped.choices[0].finish_reason == "content_filter"
+    chunks = list(litellm.completion(messages=attack, stream=True, **told))
+    assert chunks[-1].choices[0].finish_reason == "content_filter"
+    shaped = {"model": f"anthropic/{MODEL}", "api_base": address, "api_key": KEY}
+    refused = litellm.completion(messages=attack, max_tokens=64, **shaped)
+    assert refused.choices[0].finish_reason == "content_filter"

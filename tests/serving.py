@@ -1,0 +1,65 @@
+"""Servers for tests: in this process, on a free port, around the embedded or a tiny model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from safe_decode.demo.load import Embedded, embedded
+from safe_decode.guard import SafeDecoder
+from safe_decode.serving.app import create_app
+from safe_decode.serving.engine import Engine
+from safe_decode.serving.guarded import GuardedEngine
+from safe_decode.serving.process import GuardedServer, config_of
+from safe_decode.serving.settings import ServeSettings
+
+
+@functools.cache
+def embedded_pair() -> Embedded:
+    """The embedded model, loaded once for all tests of a process."""
+    torch.set_num_threads(1)
+    return embedded()
+
+
+@functools.cache
+def embedded_engine(redirect: str = "rewind") -> GuardedEngine:
+    """One engine for all tests of a process; it keeps nothing between runs."""
+    pair = embedded_pair()
+    decoder = SafeDecoder(pair.model, pair.tokenizer, pair.bundle, redirect=redirect)  # type: ignore[arg-type]
+    return GuardedEngine(decoder, tells_scores=True, keep_traces=True)
+
+
+def settings_of(**changes: Any) -> ServeSettings:
+    """Settings that no environment of the machine changes."""
+    return ServeSettings.model_validate({"port": 0, "shutdown_grace_s": 5, **changes})
+
+
+@contextlib.contextmanager
+def running(engine: Engine, settings: ServeSettings) -> Iterator[tuple[str, Any]]:
+    """Serve in a thread; yields the address and the application."""
+    app, began, address = create_app(engine, settings), threading.Event(), []
+
+    def on_start(url: str) -> None:
+        address.append(url)
+        began.set()
+
+    server = GuardedServer(
+        config_of(app, settings),
+        app.state.service.scheduler,
+        grace_s=settings.shutdown_grace_s,
+        on_start=on_start,
+    )
+    thread = threading.Thread(target=server.run, name="server")
+    thread.start()
+    try:
+        assert began.wait(60), "the server did not start"
+        yield address[0], app
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive(), "the server did not end"
