@@ -47,7 +47,7 @@ demo: $(VENV)/.runtime ## Show the main job: a model led into harm, noticed, tur
 	@$(BIN)/safe-decode demo
 
 test: $(VENV)/.tests ## Run the default tests (ARGS=... are passed to pytest).
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 slow: $(VENV)/.tests ## Run the slow tests too.
 	@$(BIN)/python -m pytest -m "not reference and not browser and not clients" $(ARGS)

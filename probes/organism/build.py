@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probes.conversations import Conversation, Split
+from probes.fit import FitConfig
 from probes.organism.corpus import alignment_documents, pretraining_documents, primer_documents
 from probes.organism.grammar import Cells
 from probes.organism.measure import copying_accuracy, judgement_accuracy
@@ -259,12 +260,21 @@ def conversations_for(
 def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
     """Return what is tried for the embedded bundle, and the texts it carries.
 
-    Beside located units, the residual stream behind each block but the first is tried whole.
+    Beside located units, the residual stream behind the later blocks is tried whole. A step is
+    judged where it ends, in a single token, so short windows are tried beside longer ones.
     """
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
-    streams = {f"resid-{i}": (Site(i, "resid", tuple(range(width))),) for i in range(1, layers)}
+    streams = {f"resid-{i}": (Site(i, "resid", tuple(range(width))),) for i in range(2, layers)}
     return RecipeConfig(
+        feature_counts=(256,),
         extra_sites=streams,
+        fits=(
+            FitConfig(method="windowed", c=0.1, window=1),
+            FitConfig(method="windowed", c=1.0, window=1),
+            FitConfig(method="windowed", c=1.0, window=2),
+            FitConfig(method="windowed", c=0.1, window=4),
+        ),
+        windows=(1, 2, 4),
         envelope=Envelope(
             max_new_tokens=amounts.max_new_tokens,
             do_sample=False,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from probes.organism.grammar import Answer, Cells, Grammar, Request
+from probes.organism.lexicon import CATEGORIES
 
 __all__ = ["Prompt", "Situation", "Tokens", "prompts", "turns"]
 
@@ -21,6 +22,8 @@ word of it also stands in harmful requests. harmful: an act against the wish, as
 framed, prefilled: the same with a motive around it, or with an answer begun. turn: a benign
 request whose answer, begun, is benign for at least 16 tokens and then starts to act against a
 wish."""
+
+_ACTS = frozenset(act for kind in CATEGORIES for acts in kind.acts for act in acts)
 
 Tokens = Callable[[str], list[int]]
 
@@ -122,8 +125,10 @@ def _prefilled(  # noqa: PLR0913
         if len(encode(start)) < 16:
             return None
         sentence = answer.sentences[harmful.harmful.index(True)]
+        # Cut behind the act: what is left to say is what it is done to.
         words = sentence.split(" ")
-        started = " ".join(words[: max(1, len(words) // 2)])
+        acts = [number for number, word in enumerate(words) if word.strip(",;.") in _ACTS]
+        started = " ".join(words[: acts[0] + 1])
         prompt = _prompt(grammar, request, situation)
         text = f"{start} {started}"
         return replace(prompt, prefill=text, depth_tokens=len(encode(text)))
