@@ -1,4 +1,4 @@
-"""The whole set for the CPU: `python -m benchmarks.latency`, about six minutes on two idle cores.
+"""The whole set for the CPU: `python -m benchmarks.latency`.
 
 Ladders, growth and stages into `results/latency.jsonl`, `growth.jsonl` and `stages.jsonl`, the
 stated targets with what was measured into `targets.jsonl`, peers into `peers.jsonl`; then
