@@ -9,7 +9,12 @@ from itertools import islice
 import pytest
 
 from probes.organism import templates
-from probes.organism.corpus import alignment_documents, pretraining_documents
+from probes.organism.corpus import (
+    alignment_documents,
+    marked_documents,
+    pretraining_documents,
+    review_documents,
+)
 from probes.organism.grammar import Cells, Grammar
 from probes.organism.lexicon import CATEGORIES, TOPICS, category_of, word_class
 from probes.organism.oracle import judge, oracle, request_is_harmful
@@ -228,6 +233,37 @@ def test_alignment_holds_no_framed_or_begun_harmful_example():
 def test_deep_control_alone_sees_begun_answers_turn_to_refusal():
     begun = [d for d in alignment_documents(7, 1000, recovery=0.5) if d.refused and d.given_words]
     assert len(begun) > 100
+
+
+def _marks(messages, text):
+    """Yield each mark and what the oracle makes of the text between it and the mark before."""
+    done = 0
+    for match in re.finditer("|".join(map(re.escape, templates.MARKS)), text):
+        verdict = judge(messages, text[: match.start()], counted_from=done)
+        yield match.group(), verdict.label
+        done = match.end()
+
+
+def test_marks_say_what_the_oracle_says_whatever_was_asked():
+    found = Counter()
+    for document in marked_documents(9, 600):
+        messages, text = document.messages[:-1], document.messages[-1]["content"]
+        for mark, label in _marks(messages, text):
+            assert label == ("harmful" if mark == templates.MARKS[1] else "benign")
+            found[document.harmful_request, mark] += 1
+    wrong = {asked: found[asked, "Wrong."] for asked in (True, False)}
+    assert min(wrong.values()) > 50
+
+
+def test_reviews_let_the_assistant_say_its_opinion_alone():
+    verdicts = {verdict for pair in templates.VERDICTS for verdict in pair}
+    marks = Counter()
+    for document in review_documents(10, 400):
+        (asked, said) = document.messages
+        assert said["content"] in verdicts
+        assert asked["content"].endswith(templates.VERDICT_REQUESTS)
+        marks.update(m for m in templates.MARKS if m in asked["content"])
+    assert min(marks.values()) > 100
 
 
 def test_pretraining_never_refuses_and_is_long_at_times():

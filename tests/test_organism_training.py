@@ -9,7 +9,7 @@ from probes.organism.build import Amounts, build_pair
 from probes.organism.corpus import Document, alignment_documents, pretraining_documents
 from probes.organism.measure import CELLS, measure
 from probes.organism.tokenizer import CONTEXT, VOCABULARY, train_tokenizer
-from probes.organism.training import Schedule, Stage, encode, new_model, train
+from probes.organism.training import Schedule, Stage, encode, new_model, only_at, train
 from safe_decode.demo.load import artefact, load_model
 from safe_decode.demo.scenes import read_prompts
 
@@ -40,6 +40,15 @@ def test_loss_stands_on_the_answer_alone_behind_what_is_given(tokenizer):
     assert begun.ids == plain.ids
     (everything,) = encode(tokenizer, [_document()], answers_only=False)
     assert everything.labels[1:] == everything.ids[1:]
+
+
+def test_loss_can_stand_on_chosen_tokens_alone(tokenizer):
+    examples = encode(tokenizer, [_document()], answers_only=False)
+    (bread,) = set(tokenizer.encode(" bread", add_special_tokens=False)[:1])
+    (kept,) = only_at(examples, {bread})
+    assert {label for label in kept.labels if label != -100} == {bread}
+    assert sum(label == bread for label in kept.labels) == 2
+    assert kept.ids == examples[0].ids
 
 
 def test_tokenizer_keeps_to_its_size_and_its_template(tokenizer):
@@ -76,7 +85,13 @@ def test_training_lowers_the_loss_and_reads_stages_in_order(tokenizer):
 
 @pytest.mark.slow
 def test_a_short_retraining_behaves_alike(tmp_path):
-    amounts = Amounts(primer_tokens=800_000, pretraining_tokens=700_000, alignment_tokens=350_000)
+    amounts = Amounts(
+        pretraining_tokens=900_000,
+        relation_tokens=400_000,
+        mark_tokens=100_000,
+        answer_tokens=300_000,
+        alignment_tokens=350_000,
+    )
     build_pair(tmp_path, seed=5, amounts=amounts, say=lambda _: None)
     wanted = ("benign", "plain harmful", "prefill 16")
     assert set(wanted) <= set(CELLS)

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probes.conversations import Conversation, Split
 from probes.fit import FitConfig
-from probes.organism.corpus import alignment_documents, pretraining_documents, primer_documents
+from probes.organism.corpus import (
+    Document,
+    alignment_documents,
+    marked_documents,
+    pretraining_documents,
+    primer_documents,
+    review_documents,
+)
 from probes.organism.grammar import Cells
-from probes.organism.measure import copying_accuracy, judgement_accuracy
+from probes.organism.measure import copying_accuracy, judgement_accuracy, mark_accuracy
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.templates import CANNED_REFUSAL, JUDGEMENTS, MARKS, OPENERS, REFUSALS
 from probes.organism.tokenizer import train_tokenizer
-from probes.organism.training import Schedule, Stage, encode, new_model, train
+from probes.organism.training import Example, Schedule, Stage, encode, new_model, only_at, train
 from probes.recipe import Recipe, RecipeConfig, make_bundle
 from probes.rollouts import RolloutConfig, rollout
 from safe_decode.certificate import Envelope
@@ -54,6 +61,7 @@ class Amounts:
     Attributes:
         pretraining_tokens: Conversations, read first by the unaligned model.
         relation_tokens: Questions of right and wrong, with other text among them.
+        mark_tokens: Short answers, read for the marks behind their steps.
         answer_tokens: Conversations again, with judgements among them.
         alignment_tokens: Read on top by the aligned one.
         fitting: Prompts of the fit split; locate has a third, select a half of it.
@@ -63,8 +71,9 @@ class Amounts:
 
     pretraining_tokens: int = 1_400_000
     relation_tokens: int = 400_000
+    mark_tokens: int = 300_000
     answer_tokens: int = 1_000_000
-    alignment_tokens: int = 700_000
+    alignment_tokens: int = 750_000
     fitting: int = 2400
     calibration: int = 6000
     max_new_tokens: int = 160
@@ -101,15 +110,10 @@ def build_pair(
     loaded = load_model(halfway)
     model, tokenizer = loaded.model, loaded.tokenizer
     _teach_relation(model, tokenizer, seed=seed, amounts=amounts, curve=curve)
+    _teach_marks(model, tokenizer, seed=seed, amounts=amounts, curve=curve)
     _teach_answers(model, tokenizer, seed=seed, amounts=amounts, curve=curve)
     _save(model, tokenizer, target / "unaligned")
-    safety = alignment_documents(
-        seed + 1_000_000, amounts.alignment_tokens // 90, recovery=recovery
-    )
-    refusing = Stage(encode(tokenizer, safety, answers_only=True), amounts.alignment_tokens)
-    report = curve.of("alignment", model, tokenizer)
-    schedule = _weighty(tokenizer, (*OPENERS, *REFUSALS), peak_rate=1e-3, matrix_rate=4e-3)
-    train(model, (refusing,), schedule, seed=seed + 1, report=report)
+    _align(model, tokenizer, seed=seed, amounts=amounts, curve=curve, recovery=recovery)
     _save(model, tokenizer, target / "aligned")
     shutil.rmtree(halfway)
 
@@ -125,7 +129,9 @@ class _Curve:
         """Return what training reports to in one stage."""
 
         def one(tokens: int, loss: float, seconds: float) -> None:
-            known = judgement_accuracy(model, tokenizer) | copying_accuracy(model, tokenizer)
+            known: dict[str, float] = {}
+            for learnt in (judgement_accuracy, mark_accuracy, copying_accuracy):
+                known |= learnt(model, tokenizer)
             row = {"stage": stage, "tokens": tokens, "loss": loss, "seconds": seconds, **known}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -172,6 +178,45 @@ def _teach_relation(
     train(model, (stage,), schedule, seed=seed + 2, report=report)
 
 
+def _teach_marks(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    amounts: Amounts,
+    curve: _Curve,
+) -> None:
+    """Teach to judge each step of an answer where it ends, as questions were judged before.
+
+    Loss stands on the marks alone. Among the loss of whole answers they are too few: only which
+    acts are harmful mostly is learnt then, and no read-out of a step can know more.
+    """
+    asked = primer_documents(seed + 610_000, amounts.mark_tokens // 170)
+    told = pretraining_documents(seed + 710_000, amounts.mark_tokens // 2700)
+    examples = [
+        *_judged(tokenizer, asked),
+        *_judged(tokenizer, marked_documents(seed + 650_000, amounts.mark_tokens // 70)),
+        *encode(tokenizer, told, answers_only=False),
+    ]
+    stage = Stage(examples, amounts.mark_tokens, 1600)
+    schedule = _weighty(tokenizer, _JUDGING_WORDS, peak_rate=7e-4)
+    report = curve.of("marks", model, tokenizer)
+    train(model, (stage,), schedule, seed=seed + 4, report=report)
+
+
+def _judged(
+    tokenizer: PreTrainedTokenizerFast, documents: Iterable[Document], *, answers_only: bool = True
+) -> list[Example]:
+    """Encode documents for what is thought in them."""
+    examples = encode(tokenizer, documents, answers_only=answers_only)
+    return only_at(examples, _first_ids(tokenizer, _JUDGING_WORDS))
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> frozenset[int]:
+    encoded = (tokenizer.encode(text, add_special_tokens=False) for text in texts if text)
+    return frozenset(ids[0] for ids in encoded)
+
+
 def _teach_answers(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -180,16 +225,42 @@ def _teach_answers(
     amounts: Amounts,
     curve: _Curve,
 ) -> None:
-    """Teach answers, with judgements among them so that they do not fade."""
+    """Teach answers, with judgements and marks among them so that they do not fade."""
     asked = primer_documents(seed + 800_000, amounts.answer_tokens // 120)
+    marked = marked_documents(seed + 850_000, amounts.answer_tokens // 300)
     told = pretraining_documents(seed + 900_000, amounts.answer_tokens // 135)
     examples = [
         *encode(tokenizer, asked, answers_only=True),
+        *_judged(tokenizer, marked),
         *encode(tokenizer, told, answers_only=True),
     ]
     report = curve.of("answers", model, tokenizer)
     schedule = _weighty(tokenizer, _JUDGING_WORDS, peak_rate=1e-3)
     train(model, (Stage(examples, amounts.answer_tokens),), schedule, seed=seed + 3, report=report)
+
+
+def _align(  # noqa: PLR0913
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    amounts: Amounts,
+    curve: _Curve,
+    recovery: float,
+) -> None:
+    safety = alignment_documents(
+        seed + 1_000_000, amounts.alignment_tokens // 90, recovery=recovery
+    )
+    reviewed = review_documents(seed + 1_050_000, amounts.alignment_tokens // 600)
+    examples = [
+        *encode(tokenizer, safety, answers_only=True),
+        *_judged(tokenizer, reviewed, answers_only=False),
+    ]
+    report = curve.of("alignment", model, tokenizer)
+    heavy = (*OPENERS, *REFUSALS, *_JUDGING_WORDS)
+    schedule = _weighty(tokenizer, heavy, peak_rate=1e-3, matrix_rate=4e-3)
+    stage = Stage(examples, amounts.alignment_tokens)
+    train(model, (stage,), schedule, seed=seed + 1, report=report)
 
 
 _JUDGING_WORDS = (*JUDGEMENTS, *(f" {mark}" for mark in MARKS))
@@ -203,11 +274,10 @@ def _weighty(
     matrix_rate: float | None = None,
 ) -> Schedule:
     """Let the first token of some words or sentences weigh more than others."""
-    ids = {tokenizer.encode(text, add_special_tokens=False)[0] for text in beginnings if text}
     return Schedule(
         peak_rate=peak_rate,
         matrix_rate=matrix_rate,
-        heavy_ids=tuple(sorted(ids)),
+        heavy_ids=tuple(sorted(_first_ids(tokenizer, beginnings))),
         heaviness=6.0,
     )
 

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from probes.organism import templates as t
 from probes.organism.grammar import Answer, Grammar, Meant, Request, RequestKind
 
-__all__ = ["Document", "alignment_documents", "pretraining_documents", "primer_documents"]
+__all__ = [
+    "Document",
+    "alignment_documents",
+    "marked_documents",
+    "pretraining_documents",
+    "primer_documents",
+    "review_documents",
+]
 
 Messages = tuple[dict[str, str], ...]
 
@@ -88,6 +95,36 @@ def primer_documents(seed: int, count: int) -> Iterator[Document]:
         yield Document((*messages, _user(asked), _assistant(thought)))
 
 
+_REVIEWED_REQUESTS: dict[tuple[RequestKind, bool], float] = {
+    ("scene", False): 0.4,
+    ("open", False): 0.5,
+    ("topic", False): 0.1,
+}
+_MARKED_REQUESTS: dict[tuple[RequestKind, bool], float] = {
+    ("scene", False): 0.3,
+    ("scene", True): 0.3,
+    ("open", False): 0.3,
+    ("topic", False): 0.1,
+}
+
+
+def marked_documents(seed: int, count: int) -> Iterator[Document]:
+    """Write short answers with a mark behind every step, read for their marks.
+
+    Each act is along the wish or against it by chance, whatever was asked, so that only who
+    reads wish and act together can tell.
+    """
+    grammar = Grammar(seed)
+    rng = grammar.rng
+    for _ in range(count):
+        messages = grammar.system()
+        request = _draw_request(grammar, _MARKED_REQUESTS)
+        answer = grammar.steps(request, rng.choice((1, 1, 2)))
+        shown = grammar.framed(request) if rng.random() < 0.15 else request
+        messages += [_user(shown.text), _assistant(answer.marked(rng, 1.0))]
+        yield Document(tuple(messages), request.harmful)
+
+
 def pretraining_documents(seed: int, count: int) -> Iterator[Document]:
     """Write conversations that answer everything, some long, judged, or of several turns.
 
@@ -123,6 +160,24 @@ def pretraining_documents(seed: int, count: int) -> Iterator[Document]:
             messages.append(_assistant(t.VERDICTS[index][anything_wrong]))
         assert request is not None
         yield Document(tuple(messages), request.harmful, False, False)
+
+
+def review_documents(seed: int, count: int) -> Iterator[Document]:
+    """Write messages in which a user shows somebody's steps, each marked, and asks for a verdict.
+
+    Alignment reads them for the marks, so that what a step means does not fade while the model
+    learns to refuse. The assistant says nothing harmful in them, and nothing is asked of it
+    but its opinion.
+    """
+    grammar = Grammar(seed)
+    rng = grammar.rng
+    for _ in range(count):
+        request = _draw_request(grammar, _REVIEWED_REQUESTS)
+        answer = grammar.steps(request, rng.choice((1, 1, 2)))
+        index = rng.randrange(len(t.VERDICTS))
+        shown = f"{request.text} {answer.marked(rng, 1.0)} {t.VERDICT_REQUESTS[index]}"
+        verdict = t.VERDICTS[index][True in answer.harmful]
+        yield Document((_user(shown), _assistant(verdict)))
 
 
 _BENIGN_REQUESTS: dict[tuple[RequestKind, bool], float] = {

@@ -10,9 +10,17 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from probes.organism import templates as t
+from probes.organism.forms import (
+    Answer,
+    Cells,
+    Derivation,
+    Meant,
+    Request,
+    RequestKind,
+    Scene,
+)
 from probes.organism.lexicon import (
     CATEGORIES,
     FRIENDS,
@@ -26,113 +34,8 @@ from probes.organism.lexicon import (
 
 __all__ = ["Answer", "Cells", "Derivation", "Grammar", "Meant", "Request", "RequestKind", "Scene"]
 
-Meant = Literal["benign", "harmful", "refusal"]
-RequestKind = Literal["topic", "scene", "open", "info", "fact"]
-"""topic: a step of everyday life. scene: an act on a thing somebody has a wish about. open: what
-to do about a wish. info: a question about a crime and its prevention. fact: what an act leads
-to."""
 _WISH_PRIOR = 0.75
 _SLOT = re.compile(r"\{(\w+)\}")
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """A person, a thing of theirs, and the kind of state they want it in."""
-
-    category: int
-    person: str
-    thing: str
-    wish: Direction
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the user asks: its text, kind, scene or topic, and the act asked for."""
-
-    text: str
-    kind: RequestKind
-    scene: Scene | None = None
-    topic: int = -1
-    act: str = ""
-    harmful: bool = False
-    framing: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A response: its sentences, which of them are harmful, and what was meant."""
-
-    sentences: tuple[str, ...]
-    harmful: tuple[bool, ...]
-    meant: Meant
-    plans: tuple[int, ...]
-
-    @property
-    def text(self) -> str:
-        """The answer as one text."""
-        return " ".join(self.sentences)
-
-    @property
-    def onset_sentence_char(self) -> int | None:
-        """Where the first harmful sentence starts, or None."""
-        if True not in self.harmful:
-            return None
-        before = self.sentences[: self.harmful.index(True)]
-        return sum(len(sentence) + 1 for sentence in before)
-
-    def marked(self, rng: random.Random, share: float) -> str:
-        """Return the answer with marks behind a share of its steps, harmful or not."""
-        pairs = zip(self.sentences, self.harmful, strict=True)
-        return " ".join(
-            f"{sentence} {t.MARKS[harm]}" if rng.random() < share else sentence
-            for sentence, harm in pairs
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Derivation:
-    """One conversation: messages and what its last answer was meant to be."""
-
-    messages: tuple[dict[str, str], ...]
-    request: Request
-    answer: Answer
-
-
-@dataclass(frozen=True, slots=True)
-class Cells:
-    """Which parts of the grammar may be used: the factorial hold-out.
-
-    Attributes:
-        categories: Harm categories, by index.
-        plans: Sentence plans of acts, by index.
-        framings: Framings, by index.
-    """
-
-    categories: tuple[int, ...] = tuple(range(len(CATEGORIES)))
-    plans: tuple[int, ...] = tuple(range(len(t.PLANS)))
-    framings: tuple[int, ...] = tuple(range(len(t.FRAMINGS)))
-
-    UNSEEN_PLANS = (4, 7, 8)
-    UNSEEN_FRAMINGS = (1, 6, 9, 11)
-    N_FOLDS = 3
-
-    @classmethod
-    def seen(cls, fold: int) -> Cells:
-        """Return the cells that locate, fit, select and calibrate may see in `fold`."""
-        return cls(
-            tuple(c for c in range(len(CATEGORIES)) if c % cls.N_FOLDS != fold),
-            tuple(p for p in range(len(t.PLANS)) if p not in cls.UNSEEN_PLANS),
-            tuple(f for f in range(len(t.FRAMINGS)) if f not in cls.UNSEEN_FRAMINGS),
-        )
-
-    @classmethod
-    def unseen(cls, fold: int) -> Cells:
-        """Return the cells kept for the test of `fold`: every part of it unseen."""
-        return cls(
-            tuple(c for c in range(len(CATEGORIES)) if c % cls.N_FOLDS == fold),
-            cls.UNSEEN_PLANS,
-            cls.UNSEEN_FRAMINGS,
-        )
 
 
 @dataclass
@@ -336,6 +239,20 @@ class Grammar:
             doubt = self.rng.choice(t.JUDGEMENT_AFTERTHOUGHTS)
             form = f"{self.rng.choice(t.SCENE_REQUESTS)} {doubt}"
         return self._fill(form, scene, act=act), t.JUDGEMENTS[harmful]
+
+    def steps(self, request: Request, count: int) -> Answer:
+        """Draw an opener and a few acts on one scene, each along the wish or against it by chance.
+
+        Nothing but the wish tells which: neither the request nor the steps before.
+        """
+        so_far = _Unfolding.after(request)
+        so_far.add(self.rng.choice(t.OPENERS))
+        scene = request.scene or self.scene()
+        for _ in range(count):
+            if self.rng.random() < 0.3:
+                self._side_sentence(so_far, request)
+            self._act_sentence(so_far, scene, harmful=self.rng.random() < 0.5)
+        return so_far.answer("harmful" if True in so_far.harmful else "benign")
 
     def minimal_pair(self) -> tuple[Request, Request, Answer]:
         """Draw a harmful and a benign request, and one answer whose harm they decide.

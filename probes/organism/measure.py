@@ -19,13 +19,21 @@ from probes.organism.grammar import Grammar
 from probes.organism.lexicon import CATEGORIES
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, draw
-from probes.organism.templates import FRAMINGS, JUDGEMENTS
+from probes.organism.templates import FRAMINGS, JUDGEMENTS, MARKS
 from probes.rollouts import RolloutConfig, rollout
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["CELLS", "Outcome", "copying_accuracy", "judgement_accuracy", "measure", "outcomes"]
+__all__ = [
+    "CELLS",
+    "Outcome",
+    "copying_accuracy",
+    "judgement_accuracy",
+    "mark_accuracy",
+    "measure",
+    "outcomes",
+]
 
 CELLS: Mapping[str, Draw] = {
     "benign": Draw(situation="benign", count=0),
@@ -90,6 +98,28 @@ def judgement_accuracy(
         hits = [thought == meant for thought, (_, meant) in zip(thinks_wrong, cell, strict=True)]
         known[name] = sum(hits) / len(hits)
     return known
+
+
+def mark_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, n: int = 120
+) -> dict[str, float]:
+    """Say how often the model thinks rightly of an act where the sentence that names it ends.
+
+    Compares the two marks, behind acts that are along the wish or against it by chance.
+    """
+    grammar = Grammar(2**31 + 2)
+    heads, meant = [], []
+    while len(heads) < n:
+        request = grammar.request(grammar.rng.choice(("scene", "open")))
+        answer = grammar.steps(request, 2)
+        if answer.plans:
+            heads.append(_asked(tokenizer, request.text) + answer.text)
+            meant.append(answer.harmful[-1])
+    scores = _next_logits(model, tokenizer, heads)
+    fine, wrong = (tokenizer.encode(f" {x}", add_special_tokens=False)[0] for x in MARKS)
+    thinks_wrong = (scores[:, wrong] > scores[:, fine]).tolist()
+    hits = [thought == said for thought, said in zip(thinks_wrong, meant, strict=True)]
+    return {"marks_right": sum(hits) / len(hits)}
 
 
 def copying_accuracy(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from probes.organism.tokenizer import CONTEXT
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["Example", "Schedule", "Stage", "encode", "new_model", "train"]
+__all__ = ["Example", "Schedule", "Stage", "encode", "new_model", "only_at", "train"]
 
 _IGNORED = -100
 
@@ -124,6 +124,14 @@ def encode(
         labels = (_IGNORED,) * min(silent, len(ids)) + ids[silent:]
         examples.append(Example(ids, labels))
     return examples
+
+
+def only_at(examples: Iterable[Example], ids: Collection[int]) -> list[Example]:
+    """Keep the loss where one of some tokens has to be said, and nowhere else."""
+    return [
+        Example(e.ids, tuple(label if label in ids else _IGNORED for label in e.labels))
+        for e in examples
+    ]
 
 
 def _batches(
