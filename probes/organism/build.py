@@ -331,7 +331,8 @@ def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
     """Return what is tried for the embedded bundle, and the texts it carries.
 
     Beside located units, the residual stream behind the later blocks is tried whole. A step is
-    judged where it ends, in a single token, so short windows are tried beside longer ones.
+    judged where it ends, in a single token, so single positions carry the loss and short
+    windows are watched. Text is held back until nearly every harmful step is judged.
     """
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
     streams = {f"resid-{i}": (Site(i, "resid", tuple(range(width))),) for i in range(2, layers)}
@@ -339,12 +340,12 @@ def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
         feature_counts=(256,),
         extra_sites=streams,
         fits=(
-            FitConfig(method="windowed", c=0.1, window=1),
+            FitConfig(method="token", c=0.1),
             FitConfig(method="windowed", c=1.0, window=1),
-            FitConfig(method="windowed", c=1.0, window=2),
-            FitConfig(method="windowed", c=0.1, window=4),
+            FitConfig(method="windowed", c=10.0, window=1, before_onset="exclude"),
         ),
-        windows=(1, 2, 4),
+        windows=(1, 2),
+        holdback_share=0.99,
         envelope=Envelope(
             max_new_tokens=amounts.max_new_tokens,
             do_sample=False,
