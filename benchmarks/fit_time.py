@@ -24,7 +24,8 @@ from probes.conversations import Conversation, by_split, read_jsonl, write_jsonl
 from probes.features import union_of_sites
 from probes.harvest import harvest_to
 from probes.locate import locate
-from probes.organism.build import Amounts, conversations_for, recipe_config
+from probes.organism.build import conversations_for, recipe_config
+from probes.organism.courses import Amounts
 from probes.organism.grammar import Cells
 from probes.statistic import maxima, smoothed_paths
 from probes.units import sites_of

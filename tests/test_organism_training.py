@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from probes.organism.build import Amounts, build_pair
 from probes.organism.corpus import Document, alignment_documents, pretraining_documents
+from probes.organism.courses import Amounts, build_pair
 from probes.organism.measure import CELLS, measure
 from probes.organism.tokenizer import CONTEXT, VOCABULARY, train_tokenizer
 from probes.organism.training import Schedule, Stage, encode, new_model, only_at, train

@@ -88,8 +88,8 @@ def aligned_anew(pair: Pair, *, recovery: float, tokens: int | None, seed: int) 
     The trained control is kept among temporary files, so that an ended study does not train
     it again.
     """
-    from probes.organism.build import Amounts
     from probes.organism.corpus import alignment_documents
+    from probes.organism.courses import Amounts
     from probes.organism.training import Schedule, Stage, encode, train
 
     amount = tokens or Amounts().alignment_tokens

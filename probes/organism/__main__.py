@@ -42,7 +42,7 @@ def pair(
     recovery: Annotated[float, typer.Option(help="Above 0: a deep control.")] = 0.0,
 ) -> None:
     """Train the unaligned and the aligned model."""
-    from probes.organism.build import Amounts, build_pair
+    from probes.organism.courses import Amounts, build_pair
 
     amounts = Amounts() if tokens is None else Amounts(pretraining_tokens=tokens)
     target.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,8 @@ def pair(
 @app.command()
 def bundle(target: Target = ARTEFACTS, seed: Seed = 0, fold: Fold = 0) -> None:
     """Make the probe bundle of the aligned model, and the demo's held-out prompts."""
-    from probes.organism.build import Amounts, build_bundle, build_prompts
+    from probes.organism.build import build_bundle, build_prompts
+    from probes.organism.courses import Amounts
     from safe_decode.demo.load import load_model
 
     loaded = load_model(target / "aligned")

@@ -50,10 +50,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 _COURSES = {
-    "pretraining": "judgements alone, then text that answers everything",
+    "pretraining": "text that answers everything",
     "relation": "judgements, with other text among them",
-    "answers": "answers, with judgements among them",
-    "alignment": "plain harmful refused, benign answered",
+    "marks": "short answers, for the mark behind each step",
+    "answers": "answers, with judgements and marks among them",
+    "alignment": "plain harmful refused, benign answered, steps of others judged",
 }
 
 

@@ -108,7 +108,8 @@ def mark_accuracy(
     Compares the two marks, behind acts that are along the wish or against it by chance.
     """
     grammar = Grammar(2**31 + 2)
-    heads, meant = [], []
+    heads: list[str] = []
+    meant: list[bool] = []
     while len(heads) < n:
         request = grammar.request(grammar.rng.choice(("scene", "open")))
         answer = grammar.steps(request, 2)
