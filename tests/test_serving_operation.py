@@ -18,18 +18,17 @@ from safe_decode.serving.middleware import SafetyMiddleware
 from safe_decode.serving.relay import Relay
 from safe_decode.serving.rows import Finished, Row, RowRequest, Said, Sampling, TokenNote
 from safe_decode.serving.settings import load_settings
-from tests.serving import embedded_engine, embedded_pair, settings_of
+from tests.serving import MODEL, settings_of, staged_engine
+from tests.staged import ATTACK, CALM, CALM_TEXT
 
-MODEL = "safe-decode-embedded"
-CALM = [{"role": "user", "content": "I have the mirror here. Help me polish it."}]
 BODY = {"model": MODEL, "messages": CALM}
 
 
 class SlowEngine:
-    """The embedded engine's prompts and facts; rows wait until they are let go or cancelled."""
+    """The staged engine's prompts and facts; rows wait until they are let go or cancelled."""
 
     def __init__(self):
-        self._real = embedded_engine()
+        self._real = staged_engine()
         self.facts = self._real.facts
         self.go, self.began = threading.Event(), threading.Event()
         self.runs = []
@@ -146,7 +145,7 @@ def test_rows_that_are_left_when_the_server_ends_get_an_end():
 
 
 def test_a_cancelled_row_leaves_its_neighbours_alone():
-    engine = embedded_engine()
+    engine = staged_engine()
     prompt = engine.chat(CALM)
     request = RowRequest(prompt, Sampling(max_tokens=64, seed=0), engine.facts.policy)
     told = [[], [], []]
@@ -156,7 +155,7 @@ def test_a_cancelled_row_leaves_its_neighbours_alone():
     assert [events[-1].reason for events in told] == ["stop", "cancelled", "stop"]
     assert told[1] == [Finished("cancelled")]
     texts = ["".join(e.text for e in told[i] if isinstance(e, Said)) for i in (0, 2)]
-    assert texts[0] == texts[1] and texts[0].startswith("Sure")
+    assert texts == [CALM_TEXT, CALM_TEXT]
 
 
 class FailingCanary(SlowEngine):
@@ -190,7 +189,7 @@ def test_keys_are_wanted_where_there_are_some_and_never_told():
 
 
 def test_engine_failure_in_mid_stream_is_closed_with_a_last_chunk(monkeypatch, caplog):
-    engine = embedded_engine()
+    engine = staged_engine()
     model = engine._decoder.model
     calls, real = [0], model.forward
 
@@ -213,7 +212,7 @@ def test_engine_failure_in_mid_stream_is_closed_with_a_last_chunk(monkeypatch, c
 
 
 def test_nan_in_mid_stream_closes_its_row(monkeypatch):
-    engine = embedded_engine()
+    engine = staged_engine()
     model = engine._decoder.model
     calls, real = [0], model.forward
 
@@ -226,7 +225,7 @@ def test_nan_in_mid_stream_closes_its_row(monkeypatch):
 
     with TestClient(create_app(engine, settings_of())) as client:
         monkeypatch.setattr(model, "forward", poisoned)
-        body = {**BODY, "temperature": 1.0, "n": 2}
+        body = {**BODY, "temperature": 0.01, "n": 2}
         answer = client.post("/v1/chat/completions", json=body).json()
     assert [c["safety"]["action"] for c in answer["choices"]] == ["closed", "closed"]
     assert {c["finish_reason"] for c in answer["choices"]} == {"content_filter"}
@@ -234,11 +233,9 @@ def test_nan_in_mid_stream_closes_its_row(monkeypatch):
 
 def test_the_audit_log_has_a_line_a_response_and_no_text(tmp_path):
     path = tmp_path / "audit.jsonl"
-    shown = embedded_pair().showcase("prefilled")
-    attack = [*map(dict, shown.messages), {"role": "assistant", "content": shown.prefill}]
     path.write_text('{"cut off')  # what a killed process left
-    with TestClient(create_app(embedded_engine(), settings_of(audit=path))) as client:
-        for messages in (CALM, attack):
+    with TestClient(create_app(staged_engine(), settings_of(audit=path))) as client:
+        for messages in (CALM, ATTACK):
             client.post("/v1/chat/completions", json={**BODY, "messages": messages})
     first, *lines = path.read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -292,7 +289,7 @@ def through_proxy(upstream, ask, *, bundle=None, path="/v1/chat/completions", **
         async with httpx2.AsyncClient(
             transport=httpx2.ASGITransport(app=upstream), base_url="http://upstream"
         ) as inner:
-            marker = bundle or embedded_engine().facts.bundle
+            marker = bundle or staged_engine().facts.bundle
             proxy = SafetyMiddleware(
                 nothing, upstream="http://upstream", bundle=marker, client=inner, **options
             )
@@ -304,10 +301,10 @@ def through_proxy(upstream, ask, *, bundle=None, path="/v1/chat/completions", **
 
 
 def served(run):
-    """Run a call against the embedded server, its lifespan begun."""
+    """Run a call against the staged server, its lifespan begun."""
 
     async def main():
-        app = create_app(embedded_engine(), settings_of())
+        app = create_app(staged_engine(), settings_of())
         async with app.router.lifespan_context(app):
             return await run(app)
 
@@ -316,7 +313,7 @@ def served(run):
 
 async def ask_through(app, ask, **options):
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app)) as inner:
-        marker = embedded_engine().facts.bundle
+        marker = staged_engine().facts.bundle
         proxy = SafetyMiddleware(app, upstream="http://up", bundle=marker, client=inner, **options)
         transport = httpx2.ASGITransport(app=proxy)
         async with httpx2.AsyncClient(transport=transport, base_url="http://proxy") as outer:
@@ -325,9 +322,7 @@ async def ask_through(app, ask, **options):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_marked_upstream_passes_through(stream):
-    shown = embedded_pair().showcase("prefilled")
-    attack = [*map(dict, shown.messages), {"role": "assistant", "content": shown.prefill}]
-    for messages, action in ((CALM, "released"), (attack, "rewound")):
+    for messages, action in ((CALM, "released"), (ATTACK, "rewound")):
         ask = {**BODY, "messages": messages, "stream": stream}
         answer = served(lambda app, ask=ask: ask_through(app, ask, holdback_tokens=4))
         assert answer.status_code == 200 and f'"{action}"' in answer.text

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import embedded_engine, running, settings_of
+from safe_decode.demo import load
+from tests.serving import running, settings_of, staged_engine
+from tests.staged import write
 
 pytestmark = pytest.mark.browser
 CHROMIUM = os.environ.get("SAFE_DECODE_CHROMIUM") or shutil.which("chromium")
@@ -20,10 +22,15 @@ PATIENCE_MS = 120_000
 
 
 @pytest.fixture(scope="module")
-def address():
+def address(tmp_path_factory):
+    """A server of the stage, whose prompts stand in for the demo's."""
+    folder = tmp_path_factory.mktemp("stage")
+    write(folder)
     settings = settings_of(expose_scores=True, expose_bare=True)
-    with running(embedded_engine(), settings) as (url, _):
-        yield url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "artefact", lambda name: folder / name)
+        with running(staged_engine(), settings) as (url, _):
+            yield url
 
 
 @pytest.fixture(scope="module")
