@@ -61,6 +61,7 @@ def terminated(scale: float) -> dict[str, Any]:
     def act() -> None:
         time.sleep(max(1.0, 10 * scale))
         served.terminate()
+        time.sleep(0.5)  # who asks now is refused, or finds nobody
 
     with tempfile.TemporaryDirectory() as folder:
         audit = Path(folder) / "audit.jsonl"
@@ -110,9 +111,7 @@ def killed(scale: float) -> dict[str, Any]:
     row = {
         "clients": n_clients,
         "kills": rounds,
-        "right": counts["right"],
-        "broken": counts["broken"],
-        "wrong": counts["wrong"],
+        **{name: counts[name] for name in ("right", "broken", "not_begun", "wrong")},
         "right_after_restart": counts["after_right"],
         "lines_written_after_restart": lines - left,
         "corrupt_lines": corrupt,

@@ -59,7 +59,9 @@ def throughput(scale: float) -> dict[str, Any]:
     # Benign answers alone: what trips says other words, and fewer.
     asked = [own for own in expected(max(scale, 0.05)) if own.action == "released"]
     rates: dict[str, list[float]] = {"guarded": [], "unguarded": []}
-    with serving() as guarded, serving(is_bare=True) as bare:
+    # As a public server is run: told scores would cost the guarded arm alone.
+    flags = ("--hide-scores", "--set", "expose_bare=false")
+    with serving(*flags) as guarded, serving(*flags, is_bare=True) as bare:
         arms = [("guarded", guarded), ("unguarded", bare)]
         for served in (guarded, bare):
             asyncio.run(_rate(served, asked, n_clients, seconds / 4))
