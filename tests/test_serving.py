@@ -329,3 +329,10 @@ def test_hostile_bodies_are_refused_without_a_traceback(client, path, body):
     response = client.post(path, content=body, headers={"content-type": "application/json"})
     assert response.status_code < 500
     assert "Traceback" not in response.text and "File " not in response.text
+
+
+def test_the_openapi_document_names_the_model_that_is_served(client):
+    """So that clients made from it, and those that fuzz it, ask for one that exists."""
+    document = client.get("/openapi.json").json()
+    for ask_of in ("ChatAsk", "CompletionAsk", "MessagesAsk"):
+        assert document["components"]["schemas"][ask_of]["properties"]["model"]["enum"] == [MODEL]
