@@ -17,9 +17,9 @@ const WORDS = {
 const tokens = (n) => `${n} ${n === 1 ? "token" : "tokens"}`;
 /** What happened, for someone who sees this for the first time; null where nothing did. */
 const STORIES = {
-  rewound: (n) => `This answer was turning harmful, and the guard stepped in. ${taken(n)} and the model was made to think again.`,
-  refused: (n) => `This answer was turning harmful, and the guard stepped in. ${taken(n)} and a refusal was given instead.`,
-  stopped: (n) => `This answer was turning harmful, and the guard stepped in. ${taken(n)} and the answer ends here.`,
+  rewound: (n) => `The guard read harm in this answer and stepped in. ${taken(n)} and the model was made to think again.`,
+  refused: (n) => `The guard read harm in this answer and stepped in. ${taken(n)} and a refusal was given instead.`,
+  stopped: (n) => `The guard read harm in this answer and stepped in. ${taken(n)} and the answer ends here.`,
   closed: () => "The guard could not judge this answer, so it was ended. Nothing that was not judged is shown.",
   flagged: () => "Nobody guards this answer: it goes on past the threshold, and its reader gets all of it.",
 };
