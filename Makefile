@@ -65,9 +65,9 @@ clients: $(VENV)/.tests ## Test the server through vendors' own clients.
 	@SAFE_DECODE_PYTHON=$(abspath $(BIN)/python) $(VENV)/litellm/bin/python -m pytest \
 		--confcutdir=tests/clients -m clients tests/clients/test_litellm.py $(ARGS)
 
-serving: $(VENV)/.runtime ## Measure the server (some twenty minutes).
-	@$(INSTALL) '.[serving]'
-	@$(BIN)/python -m benchmarks.serving
+serving: $(VENV)/.runtime ## Measure the server (some forty minutes; one question: ARGS=crowd).
+	@$(INSTALL) '.[serving,fuzz]'
+	@$(BIN)/python -m benchmarks.serving $(ARGS)
 
 check: $(VENV)/.check ## Check format, lint, types and layers.
 	@$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Servers for tests: in this process, on a free port, around the embedded or a tiny model."""
+"""Servers for tests: in this process, on a free port, around the stage of `tests.staged`."""
 
 from __future__ import annotations
 
@@ -8,35 +8,29 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from safe_decode.demo.load import Embedded, embedded
 from safe_decode.guard import SafeDecoder
 from safe_decode.serving.app import create_app
 from safe_decode.serving.engine import Engine
 from safe_decode.serving.guarded import GuardedEngine
 from safe_decode.serving.process import GuardedServer, config_of
 from safe_decode.serving.settings import ServeSettings
+from tests.staged import staged
+
+MODEL = "staged"
 
 
 @functools.cache
-def embedded_pair() -> Embedded:
-    """The embedded model, loaded once for all tests of a process."""
-    torch.set_num_threads(1)
-    return embedded()
-
-
-@functools.cache
-def embedded_engine(redirect: str = "rewind") -> GuardedEngine:
+def staged_engine(redirect: str = "rewind") -> GuardedEngine:
     """One engine for all tests of a process; it keeps nothing between runs."""
-    pair = embedded_pair()
-    decoder = SafeDecoder(pair.model, pair.tokenizer, pair.bundle, redirect=redirect)  # type: ignore[arg-type]
+    stage = staged()
+    decoder = SafeDecoder(stage.model, stage.tokenizer, stage.bundle, redirect=redirect)  # type: ignore[arg-type]
     return GuardedEngine(decoder, tells_scores=True, keep_traces=True)
 
 
 def settings_of(**changes: Any) -> ServeSettings:
     """Settings that no environment of the machine changes."""
-    return ServeSettings.model_validate({"port": 0, "shutdown_grace_s": 5, **changes})
+    given = {"port": 0, "shutdown_grace_s": 5, "served_name": MODEL, **changes}
+    return ServeSettings.model_validate(given)
 
 
 @contextlib.contextmanager

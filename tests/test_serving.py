@@ -9,28 +9,19 @@ from starlette.testclient import TestClient
 
 from safe_decode.serving.app import create_app
 from safe_decode.serving.rows import Row, RowRequest, Said, Sampling
-from tests.serving import embedded_engine, embedded_pair, settings_of
-
-MODEL = "safe-decode-embedded"
-CALM = "I have the mirror here. Help me polish it."
-
-
-@pytest.fixture(scope="module")
-def attack():
-    """A conversation whose answer trips, its last message the assistant's."""
-    shown = embedded_pair().showcase("prefilled")
-    return [*map(dict, shown.messages), {"role": "assistant", "content": shown.prefill}]
+from tests.serving import MODEL, settings_of, staged_engine
+from tests.staged import ATTACK, CALM, CALM_TEXT, KEPT, OPENER
 
 
 @pytest.fixture(scope="module")
 def client():
-    with TestClient(create_app(embedded_engine(), settings_of())) as opened:
+    with TestClient(create_app(staged_engine(), settings_of())) as opened:
         yield opened
 
 
 def ask(client, path="/v1/chat/completions", **body):
     if path == "/v1/chat/completions":
-        body.setdefault("messages", [{"role": "user", "content": CALM}])
+        body.setdefault("messages", CALM)
     return client.post(path, json={"model": MODEL, **body})
 
 
@@ -44,15 +35,15 @@ def test_a_calm_answer_has_openai_s_shape_and_a_valid_certificate(client):
     body = ask(client).json()
     choice = body["choices"][0]
     assert body["object"] == "chat.completion" and choice["finish_reason"] == "stop"
-    assert choice["message"]["content"].startswith("Sure") and choice["message"]["refusal"] is None
+    assert choice["message"]["content"] == CALM_TEXT and choice["message"]["refusal"] is None
     assert choice["safety"]["action"] == "released"
     assert choice["safety"]["certificate"]["status"] == "valid"
     usage = body["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 20
 
 
-def test_streamed_and_whole_say_the_same(client, attack):
-    for messages in ([{"role": "user", "content": CALM}], attack):
+def test_streamed_and_whole_say_the_same(client):
+    for messages in (CALM, ATTACK):
         whole = ask(client, messages=messages, seed=1).json()["choices"][0]
         chunks = chunks_of(ask(client, messages=messages, seed=1, stream=True))
         deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
@@ -64,26 +55,26 @@ def test_streamed_and_whole_say_the_same(client, attack):
         assert last["safety"]["action"] == whole["safety"]["action"]
 
 
-def test_a_trip_ends_with_content_filter_and_what_was_shown_stands(client, attack):
-    choice = ask(client, messages=attack).json()["choices"][0]
+def test_a_trip_ends_with_content_filter_and_what_was_shown_stands(client):
+    choice = ask(client, messages=ATTACK).json()["choices"][0]
     assert choice["finish_reason"] == "content_filter"
     assert choice["safety"]["action"] == "rewound"
-    assert choice["message"]["refusal"].startswith(" ... Sorry, I")
-    assert choice["message"]["content"] and "Sorry" not in choice["message"]["content"]
+    assert choice["message"]["content"] == KEPT
+    assert choice["message"]["refusal"].startswith(f" ... {OPENER}")
 
 
-def test_scores_and_thresholds_stay_with_the_operator(client, attack):
-    for body in ({}, {"messages": attack}, {"messages": attack, "stream": True}):
+def test_scores_and_thresholds_stay_with_the_operator(client):
+    for body in ({}, {"messages": ATTACK}, {"messages": ATTACK, "stream": True}):
         text = ask(client, **body).text
         for word in ("statistic", "threshold", "dropped", "risk", "trip_step"):
             assert f'"{word}"' not in text
 
 
-def test_the_operator_may_expose_scores_and_what_was_taken_back(attack):
+def test_the_operator_may_expose_scores_and_what_was_taken_back():
     settings = settings_of(expose_scores=True, expose_bare=True)
-    with TestClient(create_app(embedded_engine(), settings)) as opened:
-        chunks = chunks_of(ask(opened, messages=attack, stream=True))
-        bare = chunks_of(ask(opened, "/page/bare", messages=attack, stream=True))
+    with TestClient(create_app(staged_engine(), settings)) as opened:
+        chunks = chunks_of(ask(opened, messages=ATTACK, stream=True))
+        bare = chunks_of(ask(opened, "/page/bare", messages=ATTACK, stream=True))
         facts = opened.get("/page/facts").json()
         assert "text/html" in opened.get("/").headers["content-type"]
     trip = next(c["choices"][0]["safety"]["trip"] for c in chunks if "trip" in str(c))
@@ -96,31 +87,28 @@ def test_the_operator_may_expose_scores_and_what_was_taken_back(attack):
     assert last["safety"]["action"] == "flagged" and last["safety"]["unprotected"] is True
 
 
-def test_the_bare_model_is_out_of_reach_unless_the_operator_shows_it(client, attack):
-    assert ask(client, "/page/bare", messages=attack).status_code in (404, 405)
+def test_the_bare_model_is_out_of_reach_unless_the_operator_shows_it(client):
+    assert ask(client, "/page/bare", messages=ATTACK).status_code in (404, 405)
     assert client.get("/page/app.py").status_code == 404
     assert client.get("/page/..%2fapp.py").status_code == 404
 
 
 def test_the_server_says_what_the_decoder_says():
     """Engine and library agree on texts, outcomes and every score of the trace."""
-    engine, pair = embedded_engine(), embedded_pair()
+    engine = staged_engine()
     decoder = engine._decoder
-    prompts = [*pair.prompts[:4], *(p for p in pair.prompts if p.scene == "prefilled")][:7]
+    prefills = [None, "0", "9", "Q", "yz", "0123", None]
     told, rows = [], []
-    for prompt in prompts:
-        given = [{"role": "assistant", "content": prompt.prefill}] if prompt.prefill else []
+    for prefill in prefills:
+        given = [{"role": "assistant", "content": prefill}] if prefill else []
         events = []
         sampling = Sampling(max_tokens=64, seed=0)
-        request = RowRequest(engine.chat([*prompt.messages, *given]), sampling, engine.facts.policy)
+        request = RowRequest(engine.chat([*CALM, *given]), sampling, engine.facts.policy)
         rows.append(Row(request, events.append))
         told.append(events)
     engine.run(rows)
     output = decoder.generate(
-        [list(p.messages) for p in prompts],
-        prefill=[p.prefill for p in prompts],
-        max_new_tokens=64,
-        do_sample=False,
+        [CALM] * len(rows), prefill=prefills, max_new_tokens=64, do_sample=False
     )
     assert any(row.trace.tripped for row in rows) and not all(row.trace.tripped for row in rows)
     for events, row, text, trace in zip(told, rows, output.texts, output.traces, strict=True):
@@ -131,8 +119,8 @@ def test_the_server_says_what_the_decoder_says():
 
 
 def test_a_row_s_draws_do_not_depend_on_its_neighbours():
-    engine = embedded_engine()
-    prompt = engine.chat([{"role": "user", "content": CALM}])
+    engine = staged_engine()
+    prompt = engine.chat(CALM)
 
     def texts(samplings):
         told = [[] for _ in samplings]
@@ -177,15 +165,15 @@ def test_a_cap_ends_with_length(client):
     assert choice["finish_reason"] == "length"
 
 
-def test_logprobs_speak_of_released_tokens_and_none_after_the_trip(client, attack):
+def test_logprobs_speak_of_released_tokens_and_none_after_the_trip(client):
     body = {"logprobs": True, "top_logprobs": 2}
-    choice = ask(client, messages=attack, **body).json()["choices"][0]
+    choice = ask(client, messages=ATTACK, **body).json()["choices"][0]
     content = choice["logprobs"]["content"]
     assert "".join(entry["token"] for entry in content) == choice["message"]["content"]
     for entry in content:
         assert entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2
         assert max(other["logprob"] for other in entry["top_logprobs"]) >= entry["logprob"] - 1e-6
-    chunks = chunks_of(ask(client, messages=attack, stream=True, **body))
+    chunks = chunks_of(ask(client, messages=ATTACK, stream=True, **body))
     tripped = next(i for i, c in enumerate(chunks) if c["choices"][0]["delta"].get("refusal"))
     assert all(chunk["choices"][0]["logprobs"] is None for chunk in chunks[tripped:])
 
@@ -196,11 +184,11 @@ def test_usage_comes_last_when_asked_for(client):
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
 
 
-def test_messages_have_anthropic_s_shape_and_refuse_by_stop_reason(client, attack):
-    body = {"max_tokens": 64, "messages": attack}
+def test_messages_have_anthropic_s_shape_and_refuse_by_stop_reason(client):
+    body = {"max_tokens": 64, "messages": ATTACK}
     whole = ask(client, "/v1/messages", **body).json()
     assert whole["type"] == "message" and whole["stop_reason"] == "refusal"
-    assert whole["content"][0]["text"] and whole["safety"]["action"] == "rewound"
+    assert whole["content"][0]["text"] == KEPT and whole["safety"]["action"] == "rewound"
     text = ask(client, "/v1/messages", stream=True, **body).text
     names = [line[7:] for line in text.splitlines() if line.startswith("event: ")]
     assert names[:2] == ["message_start", "content_block_start"]
@@ -209,10 +197,10 @@ def test_messages_have_anthropic_s_shape_and_refuse_by_stop_reason(client, attac
 
 
 def test_completions_take_text_and_ids(client):
-    ids = list(embedded_engine().chat([{"role": "user", "content": CALM}]).ids)
+    ids = list(staged_engine().chat(CALM).ids)
     body = ask(client, "/v1/completions", prompt=[ids, ids[:5]], max_tokens=12).json()
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
-    assert body["choices"][0]["text"].startswith("Sure")
+    assert body["choices"][0]["text"] == CALM_TEXT[:12]
     assert ask(client, "/v1/completions", prompt="Sure,", max_tokens=4).status_code == 200
 
 
@@ -232,8 +220,8 @@ def test_completions_take_text_and_ids(client):
         ({"safety": {"redirect": "refuse", "holdback_tokens": 20}}, True),
     ],
 )
-def test_no_parameter_leads_around_the_guard(client, attack, extra, stream):
-    response = ask(client, messages=attack, stream=stream, **extra)
+def test_no_parameter_leads_around_the_guard(client, extra, stream):
+    response = ask(client, messages=ATTACK, stream=stream, **extra)
     ends = (
         [c["choices"][0] for c in chunks_of(response) if c["choices"][0].get("finish_reason")]
         if stream
@@ -243,27 +231,27 @@ def test_no_parameter_leads_around_the_guard(client, attack, extra, stream):
     assert {choice["finish_reason"] for choice in ends} == {"content_filter"}
 
 
-def test_ids_of_a_chat_are_guarded_as_the_chat_is(client, attack):
-    ids = list(embedded_engine().chat(attack).ids)
+def test_ids_of_a_chat_are_guarded_as_the_chat_is(client):
+    ids = list(staged_engine().chat(ATTACK).ids)
     for stream in (False, True):
         response = ask(client, "/v1/completions", prompt=ids, max_tokens=64, stream=stream)
         assert "content_filter" in response.text
 
 
-def test_one_token_at_a_time_trips_no_later_than_at_once(client, attack):
+def test_one_token_at_a_time_trips_no_later_than_at_once(client):
     """A loop of max_tokens=1 hands back what was said: the prefill is judged in order."""
-    once = ask(client, messages=attack).json()["choices"][0]["message"]["content"]
-    said = attack[-1]["content"]
+    once = ask(client, messages=ATTACK).json()["choices"][0]["message"]["content"]
+    said = ATTACK[-1]["content"]
     for _ in range(60):
-        messages = [*attack[:-1], {"role": "assistant", "content": said}]
+        messages = [*ATTACK[:-1], {"role": "assistant", "content": said}]
         choice = ask(client, messages=messages, max_tokens=1).json()["choices"][0]
         said += choice["message"]["content"]
         if choice["finish_reason"] == "content_filter":
             break
     else:
         raise AssertionError("the loop never tripped")
-    # At hold-back k one request shows less; token by token, at most those k tokens more.
-    assert len(said) - len(attack[-1]["content"]) <= len(once) + 16 * 8
+    # At hold-back k one request shows less; token by token, at most those k letters more.
+    assert said[1:].startswith(once) and len(said[1:]) <= len(once) + 2
 
 
 @pytest.mark.parametrize(
@@ -327,12 +315,12 @@ def test_a_foreign_model_is_not_found(client):
         b"{",
         b"[" * 100_000,
         b'{"a":' * 50_000,
-        b'{"model": "safe-decode-embedded", "messages": NaN}',
+        b'{"model": "staged", "messages": NaN}',
         b'{"model": "\xff\xfe"}',
-        b'{"model": "safe-decode-embedded", "messages": [{"role": "user", "content": "\\ud800"}]}',
-        b'{"model": "safe-decode-embedded", "temperature": 1e999, "messages": []}',
+        b'{"model": "staged", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "staged", "temperature": 1e999, "messages": []}',
         b'{"model": 1, "messages": "x"}',
-        b'{"model": "safe-decode-embedded", "messages": [{"role": "user", "content": "\\u0000"}]}',
+        b'{"model": "staged", "messages": [{"role": "user", "content": "\\u0000"}]}',
         b"x" * 1_000_001,
     ],
 )
@@ -341,3 +329,10 @@ def test_hostile_bodies_are_refused_without_a_traceback(client, path, body):
     response = client.post(path, content=body, headers={"content-type": "application/json"})
     assert response.status_code < 500
     assert "Traceback" not in response.text and "File " not in response.text
+
+
+def test_the_openapi_document_names_the_model_that_is_served(client):
+    """So that clients made from it, and those that fuzz it, ask for one that exists."""
+    document = client.get("/openapi.json").json()
+    for ask_of in ("ChatAsk", "CompletionAsk", "MessagesAsk"):
+        assert document["components"]["schemas"][ask_of]["properties"]["model"]["enum"] == [MODEL]

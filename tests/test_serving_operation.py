@@ -1,35 +1,34 @@
-"""The server in operation: queues, cancellation, keys, metrics, audit, canary, failure, proxy."""
+"""The server in operation: queues, cancellation, keys, metrics, audit, canary, failure."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
 
-import httpx2
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 from safe_decode.errors import CanaryError, ConfigurationError
+from safe_decode.monitor import RiskMonitor
 from safe_decode.serving.app import create_app
 from safe_decode.serving.audit import AuditLog
-from safe_decode.serving.middleware import SafetyMiddleware
-from safe_decode.serving.relay import Relay
 from safe_decode.serving.rows import Finished, Row, RowRequest, Said, Sampling, TokenNote
 from safe_decode.serving.settings import load_settings
-from tests.serving import embedded_engine, embedded_pair, settings_of
+from safe_decode.serving.timing import TimedLoop
+from safe_decode.session import Session
+from tests.serving import MODEL, settings_of, staged_engine
+from tests.staged import ATTACK, CALM, CALM_TEXT
 
-MODEL = "safe-decode-embedded"
-CALM = [{"role": "user", "content": "I have the mirror here. Help me polish it."}]
 BODY = {"model": MODEL, "messages": CALM}
 
 
 class SlowEngine:
-    """The embedded engine's prompts and facts; rows wait until they are let go or cancelled."""
+    """The staged engine's prompts and facts; rows wait until they are let go or cancelled."""
 
     def __init__(self):
-        self._real = embedded_engine()
+        self._real = staged_engine()
         self.facts = self._real.facts
         self.go, self.began = threading.Event(), threading.Event()
         self.runs = []
@@ -146,7 +145,7 @@ def test_rows_that_are_left_when_the_server_ends_get_an_end():
 
 
 def test_a_cancelled_row_leaves_its_neighbours_alone():
-    engine = embedded_engine()
+    engine = staged_engine()
     prompt = engine.chat(CALM)
     request = RowRequest(prompt, Sampling(max_tokens=64, seed=0), engine.facts.policy)
     told = [[], [], []]
@@ -156,7 +155,7 @@ def test_a_cancelled_row_leaves_its_neighbours_alone():
     assert [events[-1].reason for events in told] == ["stop", "cancelled", "stop"]
     assert told[1] == [Finished("cancelled")]
     texts = ["".join(e.text for e in told[i] if isinstance(e, Said)) for i in (0, 2)]
-    assert texts[0] == texts[1] and texts[0].startswith("Sure")
+    assert texts == [CALM_TEXT, CALM_TEXT]
 
 
 class FailingCanary(SlowEngine):
@@ -190,7 +189,7 @@ def test_keys_are_wanted_where_there_are_some_and_never_told():
 
 
 def test_engine_failure_in_mid_stream_is_closed_with_a_last_chunk(monkeypatch, caplog):
-    engine = embedded_engine()
+    engine = staged_engine()
     model = engine._decoder.model
     calls, real = [0], model.forward
 
@@ -213,7 +212,7 @@ def test_engine_failure_in_mid_stream_is_closed_with_a_last_chunk(monkeypatch, c
 
 
 def test_nan_in_mid_stream_closes_its_row(monkeypatch):
-    engine = embedded_engine()
+    engine = staged_engine()
     model = engine._decoder.model
     calls, real = [0], model.forward
 
@@ -226,7 +225,7 @@ def test_nan_in_mid_stream_closes_its_row(monkeypatch):
 
     with TestClient(create_app(engine, settings_of())) as client:
         monkeypatch.setattr(model, "forward", poisoned)
-        body = {**BODY, "temperature": 1.0, "n": 2}
+        body = {**BODY, "temperature": 0.01, "n": 2}
         answer = client.post("/v1/chat/completions", json=body).json()
     assert [c["safety"]["action"] for c in answer["choices"]] == ["closed", "closed"]
     assert {c["finish_reason"] for c in answer["choices"]} == {"content_filter"}
@@ -234,11 +233,9 @@ def test_nan_in_mid_stream_closes_its_row(monkeypatch):
 
 def test_the_audit_log_has_a_line_a_response_and_no_text(tmp_path):
     path = tmp_path / "audit.jsonl"
-    shown = embedded_pair().showcase("prefilled")
-    attack = [*map(dict, shown.messages), {"role": "assistant", "content": shown.prefill}]
     path.write_text('{"cut off')  # what a killed process left
-    with TestClient(create_app(embedded_engine(), settings_of(audit=path))) as client:
-        for messages in (CALM, attack):
+    with TestClient(create_app(staged_engine(), settings_of(audit=path))) as client:
+        for messages in (CALM, ATTACK):
             client.post("/v1/chat/completions", json={**BODY, "messages": messages})
     first, *lines = path.read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -279,116 +276,57 @@ def test_wrong_settings_are_named(tmp_path, text, flags, told):
         load_settings(file, **flags)
 
 
-# The proxy.
+def sample(text, name):
+    """Read one number of an exposition."""
+    return float(next(x for x in text.splitlines() if x.startswith(f"{name} ")).split()[1])
 
 
-def through_proxy(upstream, ask, *, bundle=None, path="/v1/chat/completions", **options):
-    """Ask a proxy in front of `upstream`, in process."""
-
-    async def nothing(*_):
-        raise AssertionError("not reached")
-
-    async def call():
-        async with httpx2.AsyncClient(
-            transport=httpx2.ASGITransport(app=upstream), base_url="http://upstream"
-        ) as inner:
-            marker = bundle or embedded_engine().facts.bundle
-            proxy = SafetyMiddleware(
-                nothing, upstream="http://upstream", bundle=marker, client=inner, **options
-            )
-            transport = httpx2.ASGITransport(app=proxy)
-            async with httpx2.AsyncClient(transport=transport, base_url="http://proxy") as outer:
-                return await outer.post(path, json=ask)
-
-    return asyncio.run(call())
+def test_metrics_tell_times_to_and_between_tokens_and_the_guard_s_own_share():
+    with TestClient(create_app(staged_engine(), settings_of())) as client:
+        for messages in (CALM, ATTACK):
+            client.post("/v1/chat/completions", json={**BODY, "messages": messages})
+        text = client.get("/metrics").text
+    assert sample(text, "safe_decode_ttft_seconds_count") == 2
+    assert sample(text, "safe_decode_tpot_seconds_count") == 2
+    steps = sample(text, "safe_decode_step_seconds_count")
+    # One observation a chosen token: the calm answer's and its end, and the attack's to its trip.
+    assert steps == sample(text, "safe_decode_guard_seconds_count")
+    assert steps >= len(CALM_TEXT) + 1
+    own, whole = (sample(text, f"safe_decode_{of}_seconds_sum") for of in ("guard", "step"))
+    assert 0 < own < whole
+    assert 'safe_decode_trips_total{action="rewound",category="harm"} 1.0' in text
 
 
-def served(run):
-    """Run a call against the embedded server, its lifespan begun."""
+def test_telling_readers_is_not_the_guard_s_time():
+    """What the follower takes is left out of the guard's own time."""
 
-    async def main():
-        app = create_app(embedded_engine(), settings_of())
-        async with app.router.lifespan_context(app):
-            return await run(app)
+    class Slow:
+        def on_choice(self, *_):
+            time.sleep(0.02)
 
-    return asyncio.run(main())
+        def on_end(self, *_):
+            pass
 
-
-async def ask_through(app, ask, **options):
-    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app)) as inner:
-        marker = embedded_engine().facts.bundle
-        proxy = SafetyMiddleware(app, upstream="http://up", bundle=marker, client=inner, **options)
-        transport = httpx2.ASGITransport(app=proxy)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://proxy") as outer:
-            return await outer.post("/v1/chat/completions", json=ask)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_marked_upstream_passes_through(stream):
-    shown = embedded_pair().showcase("prefilled")
-    attack = [*map(dict, shown.messages), {"role": "assistant", "content": shown.prefill}]
-    for messages, action in ((CALM, "released"), (attack, "rewound")):
-        ask = {**BODY, "messages": messages, "stream": stream}
-        answer = served(lambda app, ask=ask: ask_through(app, ask, holdback_tokens=4))
-        assert answer.status_code == 200 and f'"{action}"' in answer.text
-        assert "token_ids" not in answer.text
-
-
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/embeddings"])
-def test_an_upstream_without_our_mark_is_treated_as_failed(path):
-    async def bare(_scope, _receive, send):
-        headers = [(b"content-type", b"application/json")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        choices = [{"index": 0, "message": {"content": "unguarded words"}}]
-        content = json.dumps({"choices": choices}).encode()
-        await send({"type": "http.response.body", "body": content})
-
-    answer = through_proxy(bare, BODY, path=path)
-    assert answer.status_code in (404, 503) and "unguarded" not in answer.text
-
-
-def chunk(text="", ids=(), **choice):
-    body = {"index": 0, "delta": {"content": text} if text else {}, **choice}
-    return json.dumps({"choices": [{**body, "token_ids": list(ids)}]}).encode()
-
-
-def shown_of(chunks):
-    return "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
-
-
-def test_the_proxy_s_hold_back_counts_ids_and_not_chunks():
-    relay = Relay(3, is_marked=lambda safety: safety == "ours", keeps_ids=False)
-    assert shown_of(relay.take(chunk("a", [1]))) == ""
-    assert shown_of(relay.take(chunk("", []))) == ""
-    assert shown_of(relay.take(chunk("bcd", [2, 3, 4]))) == "a"
-    end = list(relay.take(chunk(finish_reason="stop", safety="ours")))
-    assert shown_of(end) == "bcd" and list(relay.close({})) == []
-
-
-def test_what_trips_within_the_proxy_s_hold_back_is_not_shown():
-    relay = Relay(3, is_marked=lambda safety: safety == "ours", keeps_ids=False)
-    told = [*relay.take(chunk("a", [1])), *relay.take(chunk("b", [2]))]
-    told += relay.take(chunk(finish_reason="content_filter", safety="ours"))
-    assert shown_of(told) == "" and told[-1]["choices"][0]["finish_reason"] == "content_filter"
-
-
-@pytest.mark.parametrize(
-    "last",
-    [
-        None,
-        chunk(finish_reason="stop"),
-        chunk(finish_reason="stop", safety="theirs"),
-        chunk("text without ids"),
-        b"{",
-    ],
-)
-def test_a_stream_that_does_not_say_how_it_was_guarded_is_closed(last):
-    relay = Relay(2, is_marked=lambda safety: safety == "ours", keeps_ids=False)
-    told = list(relay.take(chunk("a", [1])))
-    if last is not None:
-        with pytest.raises(ValueError, match=r".*"):
-            list(relay.take(last))
-    told += relay.close({"action": "closed"})
-    assert shown_of(told) == ""
-    assert told[-1]["choices"][0]["safety"] == {"action": "closed"}
-    assert told[-1]["choices"][0]["finish_reason"] == "content_filter"
+    engine = staged_engine()
+    guard, model = engine._guard, engine._decoder.model
+    ids = torch.tensor([engine.chat(CALM).ids])
+    with guard.tap.listening() as beats, torch.no_grad():
+        session = Session(
+            probe=guard.probe,
+            monitor=RiskMonitor(engine._decoder.bundle.monitor, torch.tensor([9.0])),
+            policy=engine._decoder.policy,
+            beats=beats,
+            scanned=[1],
+            device=model.device,
+        )
+        loop = TimedLoop(session, follower=Slow())
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            custom_generate=loop,
+            do_sample=False,
+            max_new_tokens=4,
+        )
+    assert len(loop.times.guard_s) == len(loop.times.step_s) == 4
+    assert all(step >= 0.02 for step in loop.times.step_s)
+    assert sum(loop.times.guard_s) < sum(loop.times.step_s) - 4 * 0.02

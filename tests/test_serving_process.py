@@ -16,16 +16,21 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.serving import embedded_engine, running, settings_of
+from tests.serving import MODEL, running, settings_of, staged_engine
+from tests.staged import CALM, CALM_TEXT, write
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = "safe-decode-embedded"
-BODY = {
-    "model": MODEL,
-    "messages": [{"role": "user", "content": "I have the mirror here. Help me polish it."}],
-    "stream": True,
-}
+BODY = {"model": MODEL, "messages": CALM, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """Arguments that serve the stage."""
+    folder = tmp_path_factory.mktemp("stage")
+    write(folder)
+    model, bundle = str(folder / "model"), str(folder / "bundle")
+    return ("--model", model, "--bundle", bundle, "--set", f"served_name={MODEL}")
 
 
 def started(folder, *arguments):
@@ -62,11 +67,9 @@ def streams_of(address, n):
     return threads, answers
 
 
-def test_one_screen_says_what_is_guarded_and_sigterm_ends_streams_properly(tmp_path):
+def test_sigterm_ends_streams_properly(tmp_path, stage):
     audit = tmp_path / "audit.jsonl"
-    process, address, screen = started(tmp_path, "--audit", str(audit))
-    for word in ("certificate", "responses alarm", "refused", "hold-back", "exposed"):
-        assert word in screen
+    process, address, _ = started(tmp_path, *stage, "--audit", str(audit))
     threads, answers = streams_of(address, 8)
     while not audit.stat().st_size:
         assert process.poll() is None
@@ -80,9 +83,23 @@ def test_one_screen_says_what_is_guarded_and_sigterm_ends_streams_properly(tmp_p
     assert all('"finish_reason":"stop"' in answer or '"length"' in answer for answer in told)
 
 
-def test_after_kill_9_the_audit_log_goes_on_whole(tmp_path):
+def test_without_arguments_one_screen_says_what_is_guarded_and_the_embedded_pair_answers(tmp_path):
+    process, address, screen = started(tmp_path)
+    for word in ("certificate", "responses alarm", "refused", "hold-back", "exposed"):
+        assert word in screen
+    name = httpx2.get(f"{address}/v1/models").json()["data"][0]["id"]
+    body = {**BODY, "model": name, "stream": False}
+    answer = httpx2.post(f"{address}/v1/chat/completions", json=body, timeout=120).json()
+    process.terminate()
+    assert process.wait(60) == 0
+    choice = answer["choices"][0]
+    assert choice["message"]["content"] or choice["message"]["refusal"]
+    assert choice["safety"]["certificate"]["status"] == "valid"
+
+
+def test_after_kill_9_the_audit_log_goes_on_whole(tmp_path, stage):
     audit = tmp_path / "audit.jsonl"
-    process, address, _ = started(tmp_path, "--audit", str(audit))
+    process, address, _ = started(tmp_path, *stage, "--audit", str(audit))
     threads, _ = streams_of(address, 4)
     while not audit.stat().st_size:
         assert process.poll() is None
@@ -92,8 +109,10 @@ def test_after_kill_9_the_audit_log_goes_on_whole(tmp_path):
     for thread in threads:
         thread.join(60)
     before = len(audit.read_text().splitlines())
-    process, address, _ = started(tmp_path, "--audit", str(audit))
-    httpx2.post(f"{address}/v1/chat/completions", json={**BODY, "stream": False}, timeout=120)
+    process, address, _ = started(tmp_path, *stage, "--audit", str(audit))
+    body = {**BODY, "stream": False}
+    answer = httpx2.post(f"{address}/v1/chat/completions", json=body, timeout=120).json()
+    assert answer["choices"][0]["message"]["content"] == CALM_TEXT
     process.terminate()
     assert process.wait(60) == 0
     lines = audit.read_text().splitlines()
@@ -105,7 +124,7 @@ def test_the_openapi_document_is_kept_under_fuzzing():
     """Schemathesis, with as many cases as SAFE_DECODE_FUZZ says: no 5xx, no traceback."""
     pytest.importorskip("schemathesis")
     cases = os.environ.get("SAFE_DECODE_FUZZ", "60")
-    with running(embedded_engine(), settings_of(max_new_tokens=2)) as (address, _):
+    with running(staged_engine(), settings_of(max_new_tokens=2)) as (address, _):
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json"),

@@ -27,10 +27,12 @@ class MessageShape:
 
     Attributes:
         model: Its name.
+        gives_ids: Whether deltas carry the ids that are shown.
         id: Of the message.
     """
 
     model: str
+    gives_ids: bool = False
     id: str = field(default_factory=lambda: f"msg_{uuid4().hex}")
 
     def whole(self, story: Story) -> dict[str, Any]:
@@ -71,6 +73,10 @@ class MessageShape:
             tokens = story.exposure.tokens(event.tokens, story.threshold)
             if tokens:
                 delta["safety"] = {"tokens": tokens}
+            if event.by == "redirect":
+                delta["safety"] = {**delta.get("safety", {}), "by": "redirect"}
+            if self.gives_ids:
+                delta["token_ids"] = [note.token for note in event.tokens]
             yield "content_block_delta", delta
         elif isinstance(event, Finished):
             yield "content_block_stop", {"type": "content_block_stop", "index": 0}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -67,10 +68,24 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     if settings.page:
         app.include_router(pages(service))
     _tell_errors(app)
+    _name_model(app, settings.name)
     app.add_middleware(
         Gate, settings=settings, metrics=service.metrics, marker=engine.facts.bundle[:16]
     )
     return app
+
+
+def _name_model(app: FastAPI, name: str) -> None:
+    """Let the OpenAPI document say which model requests may name: the one that is served."""
+    general = app.openapi
+
+    def document() -> dict[str, Any]:
+        told = general()
+        for ask in ("ChatAsk", "CompletionAsk", "MessagesAsk"):
+            told["components"]["schemas"][ask]["properties"]["model"]["enum"] = [name]
+        return told
+
+    app.openapi = document  # type: ignore[method-assign]
 
 
 def _operation(service: Service) -> APIRouter:

@@ -196,6 +196,7 @@ class MessagesAsk(BaseModel):
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
     safety: SafetyAsk | None = None
+    return_token_ids: bool | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
     thinking: Any = None

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safe_decode.certificate import Certificate
 from safe_decode.decision import Redirect
 from safe_decode.serving.rows import Row, RowPolicy, RowPrompt
+
+if TYPE_CHECKING:
+    from safe_decode.serving.timing import StepTimes
 
 __all__ = ["Engine", "GuardFacts"]
 
@@ -84,8 +87,12 @@ class Engine(Protocol):
         """Say whether a row can run in one batch with others."""
         ...
 
-    def run(self, rows: Sequence[Row]) -> None:
-        """Run rows that admit each other to their ends; blocks. Several threads may call it."""
+    def run(self, rows: Sequence[Row]) -> StepTimes | None:
+        """Run rows that admit each other to their ends; blocks. Several threads may call it.
+
+        Returns:
+            What the steps took; None if it failed, or does not say.
+        """
         ...
 
     def check(self) -> float:

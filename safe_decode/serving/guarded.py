@@ -23,6 +23,7 @@ from safe_decode.serving.engine import GuardFacts
 from safe_decode.serving.redirection import RunGuard, close_row
 from safe_decode.serving.rows import Row, RowPrompt
 from safe_decode.serving.run import Run
+from safe_decode.serving.timing import StepTimes
 from safe_decode.taps import ActivationTap
 
 __all__ = ["GuardedEngine"]
@@ -133,18 +134,19 @@ class GuardedEngine:
         longest = max(len(request.prompt.ids) for request in requests)
         return longest + max(r.sampling.max_tokens for r in requests) <= self._facts.context_tokens
 
-    def run(self, rows: Sequence[Row]) -> None:
+    def run(self, rows: Sequence[Row]) -> StepTimes | None:
         """See `Engine.run`."""
         run = Run(self._guard, self._pool, rows)
         try:
-            run.go()
+            times = run.go()
         except Exception as error:  # whatever fails, every reader gets a proper end
             _LOG.exception("a run of %d rows failed", len(rows))
             for row in rows:
                 close_row(row, error)
-            return
+            return None
         if self._keep_traces:
             run.write_traces()
+        return times
 
     def close(self) -> None:
         """Let go of the threads, once their rows have ended."""

@@ -6,11 +6,17 @@ that two servers in one process do not mix.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from safe_decode.serving.timing import StepTimes
 
 __all__ = ["Metrics"]
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_STEP_SECONDS = tuple(scale * 10.0**power for power in range(-5, 0) for scale in (1, 2.5, 5))
 _TOKENS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -66,7 +72,28 @@ class Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
             registry=own,
         )
+        self.step = Histogram(
+            "safe_decode_step_seconds",
+            "A decoding step of a run, as the host sees it.",
+            buckets=(*_STEP_SECONDS, 1, 2.5, 5),
+            registry=own,
+        )
+        self.guard = Histogram(
+            "safe_decode_guard_seconds",
+            "Of a step, the guard's own time, which the next token of each row waits for: probe, "
+            "monitor, policy, the closing forward. Its sum over that of the steps is the overhead.",
+            buckets=_STEP_SECONDS,
+            registry=own,
+        )
         self.tokens = Counter("safe_decode_tokens", "Tokens shown.", registry=own)
+
+    def note_steps(self, times: StepTimes | None) -> None:
+        """Count the steps of a run; None: nobody took their time."""
+        if times is None:
+            return
+        for step_s, guard_s in zip(times.step_s, times.guard_s, strict=True):
+            self.step.observe(step_s)
+            self.guard.observe(guard_s)
 
     def text(self) -> bytes:
         """Return the exposition."""

@@ -9,25 +9,26 @@ Hold-back is counted in token ids, never in chunks.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import httpx2
 
 from safe_decode.serving.audit import AuditLog
-from safe_decode.serving.failures import ApiError, openai_body
+from safe_decode.serving.failures import ApiError, anthropic_body, openai_body
 from safe_decode.serving.gate import MARKER, App, Receive, Scope, Send
 from safe_decode.serving.metrics import Metrics
+from safe_decode.serving.proxy_wire import asked, events, send_event, send_json
 from safe_decode.serving.relay import Relay
+from safe_decode.serving.relay_messages import MessageRelay
 
 __all__ = ["SafetyMiddleware"]
 
 _LOG = logging.getLogger("safe_decode.serving")
-_GUARDED = ("/v1/chat/completions", "/v1/completions")
-_MAX_BODY = 1_000_000
+_MESSAGES = "/v1/messages"
+_GUARDED = ("/v1/chat/completions", "/v1/completions", _MESSAGES)
 _CLOSED = {
     "action": "closed",
     "certificate": {"status": "void", "why": "the upstream did not say how it was guarded"},
@@ -35,7 +36,7 @@ _CLOSED = {
 
 
 class SafetyMiddleware:
-    """Guards the OpenAI endpoints of an upstream; other paths go to the application.
+    """Guards the endpoints of an upstream that answer; other paths go to the application.
 
     Args:
         app: Answers other paths.
@@ -80,13 +81,14 @@ class SafetyMiddleware:
             await self._answer(scope, receive, send)
         except ApiError as error:
             self.metrics.refused.labels(error.code or "proxy").inc()
-            await _send_json(send, error.status, openai_body(error), error.headers)
+            shape = anthropic_body if scope["path"] == _MESSAGES else openai_body
+            await send_json(send, error.status, shape(error), error.headers)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
         if path not in _GUARDED or scope["method"] != "POST":
             raise ApiError(404, f"{scope['method']} {path[:100]} is not guarded here.")
-        ask = await _asked(receive)
+        ask = await asked(receive)
         await self._require_sound()
         asks_ids = bool(ask.get("return_token_ids"))
         request = self._client.build_request(
@@ -117,12 +119,12 @@ class SafetyMiddleware:
         except (httpx2.HTTPError, ValueError) as error:
             raise self._failed("sent no JSON") from error
         if response.status_code == 200:
-            for choice in body.get("choices", []):
-                if not self._is_marked(choice.get("safety")):
-                    raise self._failed("sent a choice without its safety object")
-                self._note(path, choice["safety"], choice.get("finish_reason"))
+            self._require_marks(body, path)
+        elif response.status_code < 400 or not _is_error(body):
+            # Whatever is no refusal could be an answer.
+            raise self._failed(f"answered {response.status_code} with something else than an error")
         wait = response.headers.get("retry-after")
-        await _send_json(send, response.status_code, body, {"Retry-After": wait} if wait else {})
+        await send_json(send, response.status_code, body, {"Retry-After": wait} if wait else {})
 
     async def _stream(
         self, response: httpx2.Response, send: Send, path: str, *, asks_ids: bool
@@ -133,18 +135,37 @@ class SafetyMiddleware:
             (MARKER.encode(), self._bundle.encode()),
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        relay = Relay(self._k, is_marked=self._is_marked, keeps_ids=asks_ids)
+        named = path == _MESSAGES
+        kind = MessageRelay if named else Relay
+        relay = kind(self._k, is_marked=self._is_marked, keeps_ids=asks_ids)
         try:
-            async for data in _events(response):
+            async for data in events(response):
                 for chunk in relay.take(data):
-                    await _send_chunk(send, chunk)
+                    await send_event(send, chunk, named=named)
         except (httpx2.HTTPError, ValueError) as error:
             _LOG.error("the upstream failed in mid-stream: %s", type(error).__name__)
         for chunk in relay.close(_CLOSED):
-            await _send_chunk(send, chunk)
+            await send_event(send, chunk, named=named)
         for safety, reason in relay.ends:
             self._note(path, safety, reason)
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        done = b"" if named else b"data: [DONE]\n\n"
+        await send({"type": "http.response.body", "body": done})
+
+    def _require_marks(self, body: Any, path: str) -> None:  # noqa: ANN401 - any JSON
+        if not isinstance(body, Mapping):
+            raise self._failed("sent no JSON object")
+        ends = [body] if path == _MESSAGES else body.get("choices")
+        if (
+            not isinstance(ends, list)
+            or not ends
+            or not all(isinstance(end, Mapping) for end in ends)
+        ):
+            raise self._failed("sent no choices")
+        if not all(self._is_marked(end.get("safety")) for end in ends):
+            raise self._failed("sent an answer without its safety object")
+        for end in ends:
+            reason = end.get("stop_reason" if path == _MESSAGES else "finish_reason")
+            self._note(path, end["safety"], reason)
 
     def _note(self, path: str, safety: Mapping[str, Any], reason: str | None) -> None:
         action = str(safety.get("action"))
@@ -193,50 +214,6 @@ class SafetyMiddleware:
         return ApiError(503, f"the upstream {why}.", code="upstream_not_guarded", retry_after_s=5.0)
 
 
-async def _asked(receive: Receive) -> dict[str, Any]:
-    body = bytearray()
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > _MAX_BODY:
-            raise ApiError(413, f"the body is larger than {_MAX_BODY} bytes; send less.")
-        if not message.get("more_body", False):
-            break
-    try:
-        ask = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "the body is not JSON.", code="invalid_value") from error
-    if not isinstance(ask, dict):
-        raise ApiError(400, "the body is no JSON object.", code="invalid_value")
-    return ask
-
-
-async def _events(response: httpx2.Response) -> AsyncIterator[bytes]:
-    """Yield the data of server-sent events; bytes, so that split characters do no harm."""
-    waiting = b""
-    async for piece in response.aiter_raw():
-        waiting += piece.replace(b"\r", b"")
-        *events, waiting = waiting.split(b"\n\n")
-        for event in events:
-            lines = [line[5:].lstrip() for line in event.split(b"\n") if line[:5] == b"data:"]
-            if lines:
-                yield b"\n".join(lines)
-
-
-async def _send_chunk(send: Send, chunk: Mapping[str, Any]) -> None:
-    line = json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
-    body = f"data: {line}\n\n".encode()
-    await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def _send_json(
-    send: Send, status: int, body: object, headers: Mapping[str, str] | None = None
-) -> None:
-    content = json.dumps(body).encode()
-    own = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
-    own += [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(content)).encode()),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": own})
-    await send({"type": "http.response.body", "body": content})
+def _is_error(body: object) -> bool:
+    """Say whether a body is an error in either shape and nothing besides."""
+    return isinstance(body, Mapping) and "error" in body and set(body) <= {"error", "type"}

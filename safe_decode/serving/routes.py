@@ -62,7 +62,7 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/v1/messages")
     async def messages(ask: MessagesAsk, request: Request) -> Response:
-        shape = MessageShape(settings.name)
+        shape = MessageShape(settings.name, gives_ids=bool(ask.return_token_ids))
         conversation = await service.begin(desk.messages(ask), request, "message")
         if ask.stream:
             return _stream_of(_named(conversation, shape))

@@ -17,7 +17,6 @@ from torch import Tensor
 from safe_decode import chat
 from safe_decode.certificate import Certificate
 from safe_decode.decoding import CallSettings
-from safe_decode.loop import GuardedLoop
 from safe_decode.monitor import RiskMonitor
 from safe_decode.outcome import Judgement, Outcome, void_reason
 from safe_decode.policy import Policy
@@ -26,6 +25,7 @@ from safe_decode.serving.redirection import Redirection, RunGuard
 from safe_decode.serving.release import RowRelease
 from safe_decode.serving.rows import Row, TokenNote, Tripped
 from safe_decode.serving.sampler import RowSampler
+from safe_decode.serving.timing import StepTimes, TimedLoop
 from safe_decode.session import RowRecord, Session, Trip
 
 __all__ = ["Run"]
@@ -61,8 +61,8 @@ class Run:
         self._session: Session | None = None
         self._said = 0
 
-    def go(self) -> None:
-        """Run to the end of the last row."""
+    def go(self) -> StepTimes:
+        """Run to the end of the last row; return what the steps took."""
         device = self._decoder.model.device
         ids, mask = self._padded(device)
         thresholds = torch.tensor([c.threshold for c in self._certificates])
@@ -75,10 +75,11 @@ class Run:
                 scanned=[row.request.prompt.scanned for row in self._rows],
                 device=device,
             )
+            loop = TimedLoop(session, follower=self)
             self._decoder.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                custom_generate=GuardedLoop(session, follower=self),
+                custom_generate=loop,
                 do_sample=False,
                 max_new_tokens=max(s.max_new_tokens for s in self._settings),
                 logits_processor=[self._sampler],
@@ -87,6 +88,7 @@ class Run:
         self._records = session.records()
         for future in self._redirected.values():
             future.exception()  # waits; what failed has told its reader already
+        return loop.times
 
     def on_choice(
         self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Trip]

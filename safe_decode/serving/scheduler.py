@@ -276,7 +276,7 @@ class Scheduler:
             self.metrics.waited.observe(began - ticket.queued_at)
         self.metrics.batch.observe(len(tickets))
         try:
-            self.engine.run([ticket.row for ticket in tickets])
+            self.metrics.note_steps(self.engine.run([ticket.row for ticket in tickets]))
         except Exception:  # an engine must not raise; if one does, the server goes on
             _LOG.exception("the engine raised")
         finally:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import embedded_engine, running, settings_of
+from safe_decode.demo import load
+from tests.serving import running, settings_of, staged_engine
+from tests.staged import write
 
 pytestmark = pytest.mark.browser
 CHROMIUM = os.environ.get("SAFE_DECODE_CHROMIUM") or shutil.which("chromium")
@@ -20,10 +22,15 @@ PATIENCE_MS = 120_000
 
 
 @pytest.fixture(scope="module")
-def address():
+def address(tmp_path_factory):
+    """A server of the stage, whose prompts stand in for the demo's."""
+    folder = tmp_path_factory.mktemp("stage")
+    write(folder)
     settings = settings_of(expose_scores=True, expose_bare=True)
-    with running(embedded_engine(), settings) as (url, _):
-        yield url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "artefact", lambda name: folder / name)
+        with running(staged_engine(), settings) as (url, _):
+            yield url
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +81,7 @@ def test_a_calm_answer_streams_in_colours_and_is_released(page):
     page.click("#send")
     answered(page)
     assert page.inner_text(".verdict") == "Released"
+    assert page.locator(".why").is_hidden()
     assert page.locator(".said .t").count() > 10
     assert page.get_attribute("svg .line", "points").count(",") > 10
     assert "Certificate valid" in page.inner_text("figcaption")
@@ -93,6 +101,11 @@ def test_a_prefilled_answer_trips_rewinds_and_turns(page):
     assert page.inner_text(".said del").strip() not in gets
     assert float(page.get_attribute("svg .trip", "x1")) > 0
     assert "The reader gets" in page.inner_text("#status")
+    # What a stranger reads first.
+    assert page.inner_text(".why") == (
+        "The guard read harm in this answer and stepped in. 3 tokens were taken back "
+        "before any reader saw them, and the model was made to think again."
+    )
 
 
 def test_the_bare_model_answers_beside_it_on_request(page):
@@ -155,3 +168,28 @@ def test_what_a_user_types_is_text_and_never_markup(page):
     page.click("#send")
     answered(page)
     assert page.locator(".asked img, .asked b").count() == 0
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing(page, theme):
+    """Deque's axe-core: contrast, names, roles, in both themes, with an answer that tripped."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    if page.evaluate("getComputedStyle(document.documentElement).colorScheme") != theme:
+        page.evaluate("theme => { document.documentElement.dataset.theme = theme }", theme)
+    assert axe.run(page).response["violations"] == [], "the empty page"
+    page.click("[data-scene=prefilled]")
+    page.check("#compare")
+    page.click("#send")
+    answered(page, n=2)
+    found = axe.run(page).response["violations"]
+    told = [(one["id"], one["help"], [n["html"] for n in one["nodes"]][:5]) for one in found]
+    assert told == []
+
+
+@pytest.mark.parametrize("page", [{"width": 375, "height": 780}], indirect=True)
+def test_on_a_narrow_screen_the_answer_stays_in_view(page):
+    page.click("[data-scene=prefilled]")
+    page.click("#send")
+    answered(page)
+    box = page.locator(".why").bounding_box()
+    assert box["y"] >= 0 and box["y"] + box["height"] <= 780

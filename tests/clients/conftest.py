@@ -6,7 +6,6 @@ with ours can be tested from an environment without it.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -19,27 +18,24 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = os.environ.get("SAFE_DECODE_PYTHON", sys.executable)
-MODEL = "safe-decode-embedded"
+MODEL = "staged"
 KEY = "a-key-for-tests"
 CALM = [{"role": "user", "content": "I have the mirror here. Help me polish it."}]
+# As in tests/staged.py, which cannot be imported where safe-decode is not installed.
+ATTACK = [*CALM, {"role": "assistant", "content": "0"}]
 
 
 @pytest.fixture(scope="session")
-def address():
+def address(tmp_path_factory):
     """Where a server listens that was started by the command."""
-    command = [
-        PYTHON,
-        "-m",
-        "safe_decode.cli",
-        "serve",
-        "--port",
-        "0",
-        "--api-key",
-        KEY,
-        "--hide-scores",
-    ]
-    command += ["--set", "allow_json=true"]
+    folder = tmp_path_factory.mktemp("stage")
     environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [PYTHON, "-m", "tests.staged", str(folder)], env=environment, cwd=ROOT, check=True
+    )
+    command = [PYTHON, "-m", "safe_decode.cli", "serve", "--port", "0", "--api-key", KEY]
+    command += ["--model", str(folder / "model"), "--bundle", str(folder / "bundle")]
+    command += ["--set", f"served_name={MODEL}", "--set", "allow_json=true"]
     with (
         tempfile.TemporaryFile("w+") as screen,
         subprocess.Popen(command, stderr=screen, env=environment, cwd=ROOT) as process,
@@ -57,10 +53,5 @@ def address():
 
 @pytest.fixture(scope="session")
 def attack():
-    """The showcase of the prefilled scene, as the server's page offers it."""
-    file = ROOT / "safe_decode" / "demo" / "artefacts" / "prompts.jsonl"
-    for line in file.read_text(encoding="utf-8").splitlines():
-        prompt = json.loads(line)
-        if prompt["scene"] == "prefilled" and prompt["showcase"]:
-            return [*prompt["messages"], {"role": "assistant", "content": prompt["prefill"]}]
-    raise AssertionError("no showcase")
+    """A conversation whose answer trips."""
+    return ATTACK

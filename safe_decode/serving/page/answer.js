@@ -14,6 +14,17 @@ const WORDS = {
   cut: ["busy", "Cut off"],
 };
 
+const tokens = (n) => `${n} ${n === 1 ? "token" : "tokens"}`;
+/** What happened, for someone who sees this for the first time; null where nothing did. */
+const STORIES = {
+  rewound: (n) => `The guard read harm in this answer and stepped in. ${taken(n)} and the model was made to think again.`,
+  refused: (n) => `The guard read harm in this answer and stepped in. ${taken(n)} and a refusal was given instead.`,
+  stopped: (n) => `The guard read harm in this answer and stepped in. ${taken(n)} and the answer ends here.`,
+  closed: () => "The guard could not judge this answer, so it was ended. Nothing that was not judged is shown.",
+  flagged: () => "Nobody guards this answer: it goes on past the threshold, and its reader gets all of it.",
+};
+const taken = (n) => (n ? `${tokens(n)} ${n === 1 ? "was" : "were"} taken back before any reader saw ${n === 1 ? "it" : "them"},` : "Nothing more of it was shown,");
+
 const band = (risk) => (risk === null || risk === undefined ? 0 : Math.min(BANDS - 1, Math.floor(risk * BANDS)));
 const percent = (risk) => `${Math.round(risk * 100)}\u00a0%`;
 
@@ -26,6 +37,8 @@ export class Answer {
     this.action = null;
     this.peak = null;
     this.crossed = false;
+    this.dropped = 0;
+    this.story = "";
     element.classList.toggle("bare", isBare);
     element.querySelector("h3").textContent = title;
     this.said = element.querySelector(".said");
@@ -70,6 +83,7 @@ export class Answer {
     this.action = action;
     this.verdict(this.isBare && action === "released" ? "busy" : kind,
       this.isBare && action === "released" ? "Unguarded: nothing crossed" : words ?? text);
+    this.tell(words ? null : STORIES[action]);
     const certificate = this.last?.safety?.certificate;
     const parts = [];
     if (this.peak !== null) parts.push(`Peak risk ${percent(this.peak)}; 50\u00a0% is the threshold.`);
@@ -83,6 +97,14 @@ export class Answer {
       gets.querySelector("p").textContent = this.text.trim();
       gets.hidden = false;
     }
+  }
+
+  tell(story) {
+    if (!story) return;
+    this.story = story(this.dropped);
+    const why = this.element.querySelector(".why");
+    why.textContent = this.story;
+    why.hidden = false;
   }
 
   fail(message) {
@@ -123,8 +145,8 @@ export class Answer {
     this.chart.trip(risk);
     this.element.classList.add("tripped");
     this.verdict("alarm", trip.redirect === "rewind" ? "Tripped; rewinding" : "Tripped");
-    const n = trip.dropped_tokens;
-    this.caption.textContent = `Tripped; ${n} ${n === 1 ? "token" : "tokens"} taken back.`;
+    this.dropped = trip.dropped_tokens;
+    this.caption.textContent = `Tripped; ${tokens(this.dropped)} taken back.`;
   }
 
   turn(text) {

@@ -1,6 +1,6 @@
 // The statistic as a live line, its threshold in the middle. Knows numbers and one svg.
 
-const WIDTH = 600, HEIGHT = 96, STEPS = 40;
+const WIDTH = 600, HEIGHT = 96, STEPS = 40, EDGE = 5;
 
 export class Chart {
   constructor(svg) {
@@ -26,15 +26,22 @@ export class Chart {
     this.svg.setAttribute("aria-label", text);
   }
 
+  place(name, x, y) {
+    const mark = this.svg.querySelector(name);
+    for (const [attribute, value] of [["x1", x], ["x2", x], ["y1", y], ["y2", y]]) mark.setAttribute(attribute, value);
+  }
+
   draw() {
     const span = Math.max(STEPS, this.risks.length - 1);
-    const x = (index) => ((index * WIDTH) / span).toFixed(1);
+    const x = (index) => (EDGE + (index * (WIDTH - 2 * EDGE)) / span).toFixed(1);
     const y = (risk) => (HEIGHT - 4 - risk * (HEIGHT - 8)).toFixed(1);
     const points = this.risks.map((risk, index) => `${x(index)},${y(risk)}`).join(" ");
     this.svg.querySelector(".line").setAttribute("points", points);
     const last = x(Math.max(0, this.risks.length - 1));
-    const area = points ? `0,${HEIGHT} ${points} ${last},${HEIGHT}` : "";
+    const area = points ? `${EDGE},${HEIGHT} ${points} ${last},${HEIGHT}` : "";
     this.svg.querySelector(".area").setAttribute("points", area);
+    // A line without length, drawn with a round cap, is a dot that no scaling distorts.
+    if (this.risks.length) this.place(".dot", last, y(this.risks.at(-1)));
     if (this.tripAt !== null) {
       const mark = this.svg.querySelector(".trip");
       mark.setAttribute("x1", x(this.tripAt));

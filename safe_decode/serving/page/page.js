@@ -40,7 +40,7 @@ function certificate({ certificate: c, redirect, holdback_tokens: k, bundle, max
 
 function scenes(all) {
   byId("scenes").replaceChildren(...all.map((scene) => {
-    const button = node("button", scene.title);
+    const button = node("button", scene.title.replace(/^A (.)/, (_, letter) => letter.toUpperCase()));
     button.type = "button";
     button.dataset.scene = scene.scene;
     button.dataset.attack = ATTACKS.has(scene.scene);
@@ -91,8 +91,8 @@ async function send() {
   running = null;
   busy(false);
   const how = guarded.element.querySelector(".verdict").textContent;
-  status.textContent = `${how}. The reader gets: ${guarded.text || "nothing"}`;
-  prompt.focus();
+  status.textContent = `${how}. ${guarded.story} The reader gets: ${guarded.text || "nothing"}`;
+  prompt.focus({ preventScroll: true });
 }
 
 async function arm(turn, messages, begun, isBare) {

@@ -7,8 +7,8 @@ import time
 
 import httpx2
 
-from benchmarks.serving_client import MODEL, conversations
-from benchmarks.serving_process import Served
+from benchmarks.serving.client import MODEL, conversations
+from benchmarks.serving.process import Served
 from safe_decode.serving.relay import Relay
 
 __all__ = ["chunk_times_ms"]

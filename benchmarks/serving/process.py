@@ -1,12 +1,14 @@
 """Servers for measurements, each in a process of its own.
 
-`python -m benchmarks.serving_process ARGUMENTS` is `safe-decode serve ARGUMENTS`; with
+`python -m benchmarks.serving.process ARGUMENTS` is `safe-decode serve ARGUMENTS`. With
 `--without-guard` as the first one, hooks, probe and monitor are left out and all else stays:
-the arm that says what they cost. Only this module can start such a server.
+the arm that says what they cost. With `--failing KIND`, every so many forwards one fails: raised,
+or its logits are NaN. Only this module can start such servers.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -17,13 +19,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import httpx2
 
-__all__ = ["Served", "serving"]
+__all__ = ["Failure", "Served", "serving"]
 
-_ROOT = Path(__file__).resolve().parent.parent
+Failure = Literal["raise", "nan"]
+_FAILS_EACH = 97
+"""Not a multiple of a batch's length, so that failures come at every place of an answer."""
+
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 class Served:
@@ -45,6 +51,23 @@ class Served:
         assert found is not None
         return round(int(found.group(1)) / 1024, 1)
 
+    @property
+    def has_ended(self) -> bool:
+        """Say whether the process is gone."""
+        return self._process.poll() is not None
+
+    def metric(self, name: str) -> float:
+        """Read one number of `/metrics`; 0 where nothing was counted yet."""
+        for line in httpx2.get(f"{self.address}/metrics").text.splitlines():
+            if line.startswith(f"{name} "):
+                return float(line.split()[1])
+        return 0.0
+
+    def kill(self) -> None:
+        """End it without a warning."""
+        self._process.kill()
+        self._process.wait(90)
+
     def terminate(self) -> None:
         """Tell it to end."""
         self._process.send_signal(signal.SIGTERM)
@@ -55,10 +78,19 @@ class Served:
 
 
 @contextmanager
-def serving(*arguments: str, is_bare: bool = False) -> Iterator[Served]:
-    """Run a server on a free port; it is ended on the way out."""
+def serving(
+    *arguments: str, is_bare: bool = False, failing: Failure | None = None
+) -> Iterator[Served]:
+    """Run a server on a free port; it is ended on the way out.
+
+    Args:
+        *arguments: Of `safe-decode serve`.
+        is_bare: Leave the guard out.
+        failing: Let forwards fail in this way.
+    """
     flags = ["--without-guard"] if is_bare else []
-    command = [sys.executable, "-m", "benchmarks.serving_process", *flags, "--port", "0"]
+    flags += ["--failing", failing] if failing else []
+    command = [sys.executable, "-m", "benchmarks.serving.process", *flags, "--port", "0"]
     with tempfile.TemporaryFile("w+") as screen:
         process = subprocess.Popen(
             [*command, *arguments],
@@ -109,6 +141,24 @@ def _without_guard() -> None:
     GuardedEngine.check = sound  # type: ignore[method-assign]
 
 
+def _failing(kind: str) -> None:
+    """Let one of every `_FAILS_EACH` forwards of the model's class fail."""
+    from transformers import LlamaForCausalLM
+
+    real, forwards = LlamaForCausalLM.forward, itertools.count(1)
+
+    def forward(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        fails = next(forwards) % _FAILS_EACH == 0
+        if fails and kind == "raise":
+            raise RuntimeError("the engine fails, as it was asked to")
+        output = real(self, *args, **kwargs)
+        if fails:
+            output.logits[:] = float("nan")
+        return output
+
+    LlamaForCausalLM.forward = forward  # type: ignore[method-assign]
+
+
 def _main() -> None:
     import torch
 
@@ -119,6 +169,9 @@ def _main() -> None:
     if arguments[:1] == ["--without-guard"]:
         _without_guard()
         arguments = arguments[1:]
+    if arguments[:1] == ["--failing"]:
+        _failing(arguments[1])
+        arguments = arguments[2:]
     app(["serve", *arguments])
 
 

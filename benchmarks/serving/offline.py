@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from benchmarks.serving.oracle import pair
 from safe_decode.chat import encode_chat
-from safe_decode.demo.load import Embedded, embedded
 from safe_decode.monitor import reference
 from safe_decode.taps import ActivationTap
 
@@ -28,23 +28,18 @@ def largest_difference(
     Returns:
         The largest absolute difference of a statistic.
     """
-    pair = _pair()
-    prompt = encode_chat(pair.tokenizer, messages)
+    own = pair()
+    prompt = encode_chat(own.tokenizer, messages)
     scanned = prompt.prefill_tokens + 1
     with torch.no_grad(), _tap().listening() as beats:
         beats.keep_last(scanned + len(said))
-        pair.model(input_ids=torch.tensor([[*prompt.ids, *said]]), use_cache=False)
-        logits = pair.bundle.probe(beats.take()[0]).tolist()
-    steps = reference(pair.bundle.monitor, float("inf"), logits)[scanned:]
+        own.model(input_ids=torch.tensor([[*prompt.ids, *said]]), use_cache=False)
+        logits = own.bundle.probe(beats.take()[0]).tolist()
+    steps = reference(own.bundle.monitor, float("inf"), logits)[scanned:]
     pairs = zip(steps, scores, strict=True)
     return max((abs(s.statistic - told) for s, told in pairs if told is not None), default=0.0)
 
 
 @functools.cache
-def _pair() -> Embedded:
-    return embedded()
-
-
-@functools.cache
 def _tap() -> ActivationTap:
-    return ActivationTap(_pair().model, _pair().bundle.probe.sites)
+    return ActivationTap(pair().model, pair().bundle.probe.sites)
