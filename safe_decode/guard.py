@@ -21,6 +21,7 @@ from safe_decode.bundle import ProbeBundle
 from safe_decode.call import GuardedCall
 from safe_decode.capabilities import require_supported, require_supported_model
 from safe_decode.certificate import Certificate
+from safe_decode.compiled import uncompiled
 from safe_decode.compose import Asked, Composer, context_tokens, texts_of
 from safe_decode.decision import Redirect
 from safe_decode.errors import PromptError, UnsupportedError
@@ -46,7 +47,9 @@ class SafeDecoder:
     """Wraps a model and its bundle.
 
     Args:
-        model: A Hugging Face causal language model, eager, in eval mode. Not changed.
+        model: A Hugging Face causal language model in eval mode. Changed only inside
+            `installed()`, which compiled models need. Of `torch.compile(model)` the original
+            is taken, since that is what its `generate` runs.
         tokenizer: Its tokenizer.
         bundle: Made for this model; its fingerprint is checked here.
         redirect: What a tripped row emits, see `Redirect`.
@@ -81,7 +84,8 @@ class SafeDecoder:
         strict: bool = False,
         self_check: SelfCheck | None = None,
     ) -> None:
-        require_supported_model(model)
+        model = uncompiled(model)
+        require_supported_model(model, is_installed=True)  # calls see whether they are
         bundle.fingerprint.require(Fingerprint.of(model, tokenizer))
         self.model, self.tokenizer, self.bundle, self.strict = model, tokenizer, bundle, strict
         self.policy = Policy(
@@ -245,6 +249,32 @@ class SafeDecoder:
         return AsyncGuardedStream(producer)
 
     @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Keep the taps on the model over many calls, so that compiled graphs read them.
+
+            with decoder.installed():
+                model.compile()  # before or here; or generate compiles by itself
+                for messages in conversations:
+                    decoder.generate(messages, cache_implementation="static")
+
+        Graphs that were compiled without the taps are traced anew at their next call, and again
+        after this ends. Calls run one at a time; unguarded ones may come between them. A
+        forward of your own while a call runs, compiled, closes its rows.
+
+        Raises:
+            UnsupportedError: A call is running, or taps of this or another decoder are installed
+                on the model; or the decoder has a self-check, whose forwards graphs would take
+                for the model's own.
+        """
+        if self._self_check is not None:
+            raise UnsupportedError(
+                "installed() is refused with self_check: compiled graphs would take its forwards "
+                "for steps; pass self_check=None, or generate eagerly."
+            )
+        with self._tap.built_in():
+            yield
+
+    @contextmanager
     def processor(
         self,
         input_ids: Tensor,
@@ -285,7 +315,7 @@ class SafeDecoder:
                 "redirect='rewind' is refused: a processor cannot take tokens back; use "
                 "decoder.generate, or pass redirect='refuse', 'stop' or 'flag'."
             )
-        require_supported(self.model, {})
+        require_supported(self.model, {}, is_installed=self._tap.is_built_in)
         inputs = from_ids(self.tokenizer, input_ids, attention_mask)
         rows = inputs.repeated(num_return_sequences)
         policy = replace(self.policy, redirect=redirect)
