@@ -44,7 +44,7 @@ class TappedModule:
 
 
 class BuiltIn:
-    """The taps of one model, while they are built in.
+    """The taps of one model, to be built in as often as wanted.
 
     Args:
         model: Whose modules.
@@ -52,9 +52,6 @@ class BuiltIn:
 
     Attributes:
         registers: What compiled graphs leave.
-
-    Raises:
-        UnsupportedError: Another tap stands there.
     """
 
     def __init__(self, model: nn.Module, tapped: Sequence[TappedModule]) -> None:
@@ -67,22 +64,29 @@ class BuiltIn:
             [site.kind != "resid" and not is_flat for site, _ in sites],
         )
         registers = iter(self.registers.by_site)
-        self._forwards: list[OwnForward] = []
+        self._forwards = [
+            OwnForward(one.module, self._maker(one, registers), self) for one in tapped
+        ]
+
+    def install(self) -> None:
+        """Stand in the model's forwards.
+
+        Raises:
+            UnsupportedError: Another tap stands there.
+        """
         try:
-            for one in tapped:
-                forward = OwnForward(one.module, self._maker(one, registers))
+            for forward in self._forwards:
                 forward.install()
-                self._forwards.append(forward)
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        # Forwards of one module are nested: the last to come goes first.
+        # Two may stand in one module: the last to come goes first.
         for forward in reversed(self._forwards):
             forward.remove()
-        self._forwards = []
+        self.registers.discard()
 
     def _maker(self, tapped: TappedModule, registers: Any) -> Callable[[_Forward], _Forward]:  # noqa: ANN401
         if tapped.site is None:

@@ -38,44 +38,52 @@ def uncompiled(model: Any) -> Any:  # noqa: ANN401 - duck-typed
 
 
 class OwnForward:
-    """A module's own `forward`, for as long as it is installed.
+    """A module's own `forward`, while it is installed.
 
     Args:
         module: Whose.
         make: From the module's present `forward` to the one that stands in for it.
+        owner: Whose taps these are; those of one owner may stand in one module.
     """
 
     def __init__(
-        self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+        self,
+        module: nn.Module,
+        make: Callable[[Callable[..., Any]], Callable[..., Any]],
+        owner: object,
     ) -> None:
-        self._module, self._make = module, make
+        self._module, self._make, self._owner = module, make, owner
         self._ours: Callable[..., Any] | None = None
+        self._inner: Callable[..., Any] | None = None
         self._before: Callable[..., Any] | None = None
 
     def install(self) -> None:
         """Put it in place.
 
         Raises:
-            UnsupportedError: Another tap stands there.
+            UnsupportedError: A tap of another owner stands there.
         """
         before = vars(self._module).get("forward")
-        if hasattr(before, _MARK):
+        if getattr(before, _MARK, self._owner) is not self._owner:
             raise UnsupportedError(
                 "another decoder's taps are installed on this model; leave its installed() first."
             )
-        self._ours = self._make(self._module.forward)
-        setattr(self._ours, _MARK, True)
+        inner = self._module.forward
+        if self._ours is None or self._inner != inner:
+            # Kept otherwise: graphs that were traced with it are then good for the next time.
+            self._ours, self._inner = self._make(inner), inner
+            setattr(self._ours, _MARK, self._owner)
         self._before = before
         self._module.forward = self._ours
 
     def remove(self) -> None:
         """Put back what was there. What was wrapped around it since keeps it inside."""
-        if self._ours is not None and vars(self._module).get("forward") is self._ours:
-            if self._before is None:
-                del self._module.forward
-            else:
-                self._module.forward = self._before
-        self._ours = self._before = None
+        if self._ours is None or vars(self._module).get("forward") is not self._ours:
+            return
+        if self._before is None:
+            del self._module.forward
+        else:
+            self._module.forward = self._before
 
 
 def _is_compiled(module: nn.Module) -> bool:

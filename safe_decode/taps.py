@@ -85,6 +85,7 @@ class ActivationTap:
         self._handles: list[RemovableHandle] = []
         self._installs = 0
         self._lock = threading.Lock()
+        self._spare: BuiltIn | None = None  # made once, so that graphs traced with it stay good
         self._built_in: BuiltIn | None = None
 
     @property
@@ -107,7 +108,9 @@ class ActivationTap:
                     "taps cannot be installed twice or while a call is running; enter installed() "
                     "once, before the first call."
                 )
-            self._built_in = BuiltIn(self._model, self._tapped())
+            self._spare = self._spare or BuiltIn(self._model, self._tapped())
+            self._spare.install()
+            self._built_in = self._spare
         try:
             yield
         finally:

@@ -20,6 +20,7 @@ from safe_decode.compiled import compiled_part
 from safe_decode.errors import BeatError, UnsupportedError
 from safe_decode.guard import SafeDecoder
 from safe_decode.selfcheck import SelfCheck
+from safe_decode.sites import Site
 from safe_decode.taps import ActivationTap
 from tests.guarding import (
     REFUSAL,
@@ -144,6 +145,7 @@ def test_laws_hold_compiled_in_further_modes(tokenizer, options):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("whole", [False, True])
 def test_laws_hold_with_inductor(tokenizer, whole):
     check_laws("llama", tokenizer, whole=whole, backend="inductor")
@@ -190,6 +192,26 @@ def test_two_tapped_models_of_one_shape_write_to_their_own_registers(tokenizer):
             output = decoder.generate(PROMPTS, **auto(backend))
             assert output.traces[0].end.error is None
             assert peaks(output) == pytest.approx(peaks(plain), abs=2e-4)
+
+
+def test_two_taps_in_one_module_are_both_read():
+    model = tiny_model("opt")
+    # A flattened MLP asks the first block for the rows, whose output is a site too.
+    tap = ActivationTap(model, [Site(0, "mlp", (1, 5, 9)), Site(0, "resid", (0, 3))])
+    ids = torch.tensor([[5, 8, 9], [6, 7, 8]])
+    with torch.no_grad():
+        with tap.listening() as beats:
+            beats.keep_last(None)
+            model(input_ids=ids, use_cache=False)
+            wanted = beats.take()
+        for _ in range(2):
+            with tap.built_in(), tap.listening() as beats:
+                beats.keep_last(2)
+                torch.compile(model, backend="eager")(input_ids=ids, use_cache=False)
+                torch.testing.assert_close(beats.take(), wanted[:, -2:])
+                model(input_ids=ids, use_cache=False)
+                torch.testing.assert_close(beats.take(), wanted[:, -2:])
+    assert not own_forwards(model)
 
 
 # --- what would not be read
@@ -369,8 +391,20 @@ def test_installed_taps_leave_nothing_after_success_and_failure(tokenizer):
     assert not own_forwards(model) and set(vars(model.model.layers[0].mlp.down_proj)) == names
     with decoder.installed():
         registers = weakref.ref(decoder._tap._built_in.registers)
+    del decoder
     gc.collect()
-    assert registers() is None
+    assert registers() is None, "whoever keeps the model keeps nothing of the decoder"
+
+
+def test_installing_again_finds_the_graphs_of_the_first_time(tokenizer):
+    backend, model = counting(), tiny_model()
+    decoder = decoder_for(model, tokenizer, redirect="flag")
+    for _ in range(3):
+        with decoder.installed():
+            output = decoder.generate(PROMPTS, **auto(backend))
+        assert output.traces[0].end.error is None
+        assert all(register.value is None for register in decoder._tap._spare.registers.by_site)
+    assert backend.graphs == 1
 
 
 def test_a_forward_that_stood_there_is_put_back(llama, tokenizer):
