@@ -19,6 +19,7 @@ from transformers import CompileConfig
 from safe_decode.compiled import compiled_part
 from safe_decode.errors import BeatError, UnsupportedError
 from safe_decode.guard import SafeDecoder
+from safe_decode.inputs import from_prompts
 from safe_decode.selfcheck import SelfCheck
 from safe_decode.sites import Site
 from safe_decode.taps import ActivationTap
@@ -155,6 +156,36 @@ def test_laws_hold_with_inductor(tokenizer, whole):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_laws_hold_compiled_in_half_precision(tokenizer, dtype):
     check_laws("llama", tokenizer, whole=False, dtype=dtype, tolerance=0.15)
+
+
+# --- the other ways in
+
+
+def test_streams_and_processors_read_compiled_steps(tokenizer):
+    model, backend = tiny_model(), counting()
+    decoder = decoder_for(model, tokenizer, redirect="flag")
+    plain = decoder.generate("hello", max_new_tokens=CAP)
+    inputs = from_prompts(tokenizer, "hello", None, model.device)
+    given = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask}
+    with decoder.installed():
+        with decoder.stream("hello", **auto(backend)) as stream:
+            events = list(stream)
+        with decoder.processor(**given, redirect="flag") as guard:
+            ids = model.generate(
+                **given,
+                **auto(backend),
+                logits_processor=[guard.logits_processor],
+                stopping_criteria=[guard.stopping_criteria],
+            )
+    assert backend.graphs == 1
+    streamed, own = events[-1].trace, guard.traces[0]
+    assert events[-1].text == plain.texts[0] and torch.equal(ids, plain.sequences)
+    for trace in (streamed, own):
+        assert trace.end.error is None
+        wanted = plain.traces[0].steps[: len(trace.steps)]
+        assert len(wanted) >= CAP
+        for mine, step in zip(trace.steps, wanted, strict=True):
+            assert mine.statistic == pytest.approx(step.statistic, abs=2e-4)
 
 
 # --- the twin without taps
