@@ -43,6 +43,12 @@ PROMPTS = ["hello", "what is it?", "go", "abc"]
 CAP = 12
 
 
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    """Dynamo keeps a few graphs of a piece of code, and runs what is beyond them eagerly."""
+    torch.compiler.reset()
+
+
 def counting():
     """A backend that counts what it is given; a function, since configurations are copied."""
 
@@ -407,6 +413,18 @@ def test_a_graph_that_ran_unread_is_an_error_on_the_host_and_nan_on_a_device(mon
             run(input_ids=ids, use_cache=False)
             run(input_ids=ids, use_cache=False)
             assert beats.take_step().isnan().all()
+
+
+def test_where_dynamo_gives_up_compiling_the_hooks_hear_instead(tokenizer):
+    backend, model = counting(), tiny_model()
+    decoder = decoder_for(model, tokenizer, redirect="flag")
+    plain = decoder.generate(PROMPTS, max_new_tokens=CAP)
+    with decoder.installed(), torch._dynamo.config.patch(recompile_limit=1):
+        model.compile(backend=backend)
+        output = decoder.generate(PROMPTS, max_new_tokens=CAP)
+    assert backend.graphs >= 1
+    assert torch.equal(output.sequences, plain.sequences)
+    assert peaks(output) == pytest.approx(peaks(plain), abs=2e-4)
 
 
 # --- nothing is left
