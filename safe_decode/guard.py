@@ -27,18 +27,16 @@ from safe_decode.decision import Redirect
 from safe_decode.errors import PromptError, UnsupportedError
 from safe_decode.events import StreamEvent
 from safe_decode.fingerprint import Fingerprint
-from safe_decode.foreign import GuardHandle, bare_traces
+from safe_decode.foreign import GuardHandle, guarded
 from safe_decode.inputs import GuardInputs, Prompts, from_ids
-from safe_decode.monitor import RiskMonitor
 from safe_decode.outcome import Judgement
 from safe_decode.output import GuardedOutput
 from safe_decode.policy import OnError, Policy, RequestPolicy
 from safe_decode.selfcheck import SelfCheck
-from safe_decode.session import Session
 from safe_decode.stream import AsyncGuardedStream, GuardedStream, Producer
 from safe_decode.streamer import Streamer, feeder
 from safe_decode.taps import ActivationTap
-from safe_decode.terms import Protected, Watch
+from safe_decode.terms import Protected, RowRules, Watch
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 
@@ -304,12 +302,6 @@ class SafeDecoder:
                 own generation configuration holds a refused option.
             BeatError: At the end: forwards passed that the processor never judged.
         """
-        from safe_decode.processor import (
-            GuardedSteps,
-            SafetyLogitsProcessor,
-            SafetyStoppingCriteria,
-        )
-
         if redirect == "rewind":
             raise UnsupportedError(
                 "redirect='rewind' is refused: a processor cannot take tokens back; use "
@@ -317,34 +309,18 @@ class SafeDecoder:
             )
         require_supported(self.model, {}, is_installed=self._tap.is_built_in)
         inputs = from_ids(self.tokenizer, input_ids, attention_mask)
-        rows = inputs.repeated(num_return_sequences)
         policy = replace(self.policy, redirect=redirect)
-        option = self._composer().option
-        ends = _as_ids(option("eos_token_id", {"eos_token_id": eos_token_id}))
-        pad = option("pad_token_id", {})
-        with self._tap.listening() as beats:
-            session = Session(
-                probe=self._probe,
-                monitor=RiskMonitor(self.bundle.monitor, self.certificate.threshold),
-                policy=policy,
-                beats=beats,
-                scanned=rows.scanned,
-                device=self.model.device,
-            )
-            steps = GuardedSteps(
-                session,
-                prompt_tokens=input_ids.shape[1],
-                refusal_ids=self._texts.refusal,
-                refusal_after_ids=self._texts.refusal_after,
-                end_ids=ends,
-                pad_id=pad,
-            )
-            handle = GuardHandle(SafetyLogitsProcessor(steps), SafetyStoppingCriteria(steps))
+        composer = self._composer()
+        with guarded(
+            composer.protected,
+            inputs,
+            RowRules(policy, self.certificate, self._texts),
+            self._judgement(policy),
+            n_sequences=num_return_sequences,
+            end_ids=_as_ids(composer.option("eos_token_id", {"eos_token_id": eos_token_id})),
+            pad_id=composer.option("pad_token_id", {}),
+        ) as handle:
             yield handle
-            try:
-                steps.finish()
-            finally:
-                handle.traces = bare_traces(steps, rows, self._judgement(policy))
 
     def score(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[Tensor]:
         """Score finished responses, teacher-forced, at the positions used while generating.
