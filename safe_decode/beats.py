@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from safe_decode.errors import BeatError, ConfigurationError
+from safe_decode.registers import Registers
 from safe_decode.sites import Site, n_features
 
 __all__ = ["WHOLE_ELEMENTS", "Beats", "site_name"]
@@ -38,14 +39,22 @@ class Beats:
         columns: [F] long, the channels of all sites in the concatenation of whole
             activations (resid: of the channels alone, which are always copied at the site).
         n_columns: Width of that concatenation.
+        registers: What compiled graphs leave; None: every forward runs eagerly.
 
     Attributes:
         columns: As given, on the device of the first features.
         n_columns: As given.
     """
 
-    def __init__(self, sites: tuple[Site, ...], columns: Tensor, n_columns: int) -> None:
+    def __init__(
+        self,
+        sites: tuple[Site, ...],
+        columns: Tensor,
+        n_columns: int,
+        registers: Registers | None = None,
+    ) -> None:
         """Start with nothing heard."""
+        self._registers = registers
         self._sites = sites
         self.columns = columns
         self.n_columns = n_columns
@@ -57,16 +66,19 @@ class Beats:
         self.is_open = True
         self.batch = 0
         self._heard: list[_Piece] = []  # since the last take, in the order of arrival
+        self._any_compiled = False  # of what was heard since the last take
 
     @property
     def forwards(self) -> int:
         """Complete forwards since the last `take`: every site has fired."""
+        self._hear_compiled()
         order = [index for index, *_ in self._heard]
         return min(order.count(index) for index in self._in_turn)
 
     @property
     def positions(self) -> int:
         """Positions that passed since the last `take`, kept or not, as the last site saw them."""
+        self._hear_compiled()
         last = self._in_turn[-1]
         return sum(passed for index, *_, passed in self._heard if index == last)
 
@@ -96,15 +108,18 @@ class Beats:
             without gradient. Positions in order, F in the order of `sorted_sites`.
 
         Raises:
-            BeatError: No forward passed, the sites fired unequally often, or the model
-                overwrote an activation in place. What was heard is forgotten.
+            BeatError: No forward passed, the sites fired unequally often, the model
+                overwrote an activation in place, or a compiled graph ran more often than it
+                was read. What was heard is forgotten.
         """
-        heard = self._heard
-        self.discard()
+        self._hear_compiled()
+        heard, self._heard = self._heard, []
         _require_unchanged(heard)
         if tuple(index for index, *_ in heard) == self._in_turn:
-            return self._joined([hidden for _, hidden, *_ in heard])
-        return self._in_order(_by_forward(self._sites, heard))
+            features = self._joined([hidden for _, hidden, *_ in heard])
+        else:
+            features = self._in_order(_by_forward(self._sites, heard))
+        return self._exact(features) if self._any_compiled else features
 
     def take_step(self) -> Tensor | None:
         """Take the features of one forward over one position, the way of every decoding step.
@@ -118,6 +133,8 @@ class Beats:
         Raises:
             BeatError: As for `take`.
         """
+        if self._registers is not None:
+            self._hear_compiled()
         heard = self._heard
         if len(heard) != len(self._in_turn):
             return None
@@ -126,11 +143,15 @@ class Beats:
             return None
         self._heard = []
         _require_unchanged(heard)
-        return self._joined(pieces, selects=False).select(1, 0)
+        features = self._joined(pieces, selects=False).select(1, 0)
+        return self._exact(features) if self._any_compiled else features
 
     def discard(self) -> None:
         """Forget what was heard since the last take, complete or not."""
         self._heard = []
+        if self._registers is not None:
+            self._any_compiled = False
+            self._registers.discard()
 
     def close(self) -> None:
         """Forget everything and hear no more."""
@@ -166,6 +187,35 @@ class Beats:
         if self._keep is not None and self._keep < passed:
             hidden = hidden[:, -self._keep :]
         self._heard.append((index, hidden.index_select(2, channels), _COPIED, passed))
+
+    def _hear_compiled(self) -> None:
+        if self._registers is None or not self.is_open:
+            return
+        for index, activation in self._registers.taken():
+            self._any_compiled = True
+            hidden = activation
+            passed = hidden.shape[1]
+            if self._keep is not None and self._keep < passed:
+                hidden = hidden[:, -self._keep :]
+            self._heard.append((index, hidden, _COPIED, passed))
+
+    def _exact(self, features: Tensor) -> Tensor:
+        """Refuse features of a compiled graph that ran unread; where asking waits, as NaN."""
+        assert self._registers is not None
+        self._any_compiled = False
+        is_exact = self._registers.is_exact()
+        if self._waits(is_exact):
+            return features.masked_fill(~is_exact.to(features.device), torch.nan)
+        if not bool(is_exact):
+            raise BeatError(
+                "the compiled model ran more than once before one choice, wanted one forward for "
+                "each; do not call it while it generates under a guard."
+            )
+        return features
+
+    @staticmethod
+    def _waits(flag: Tensor) -> bool:
+        return not flag.is_cpu
 
     def _joined(self, pieces: Sequence[Tensor], *, selects: bool = True) -> Tensor:
         if pieces[0].shape[0] * self.n_columns > WHOLE_ELEMENTS:

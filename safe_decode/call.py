@@ -7,8 +7,9 @@ is run once and holds nothing of a model afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor
 from safe_decode.decoding import CallSettings, forget
 from safe_decode.draws import RowDraws
 from safe_decode.errors import CertificateError
-from safe_decode.events import FinishReason
 from safe_decode.inputs import GuardInputs
 from safe_decode.loop import GuardedLoop
 from safe_decode.monitor import RiskMonitor
@@ -28,6 +28,7 @@ from safe_decode.rewind import Rewinder
 from safe_decode.selfcheck import SelfChecker
 from safe_decode.session import RowRecord, Session
 from safe_decode.terms import CallMode, Protected, RowRules, Watch
+from safe_decode.told import LateReleaser, finish_reason
 from safe_decode.whole import WholeLoop, picked_beams, pruned_beams
 
 __all__ = ["GuardedCall"]
@@ -92,7 +93,7 @@ class GuardedCall:
                 scanned=self._rows.scanned,
                 device=protected.model.device,
             )
-            follower = None if watch is None else _LateReleaser(self._releaser, watch)
+            follower = None if watch is None else LateReleaser(partial(self._releaser, watch))
             loop = self._loop(session, follower)
             cache, cached = self._users_cache()
             try:
@@ -108,7 +109,7 @@ class GuardedCall:
         releaser = None if follower is None else follower.releaser()
         return self._finished(session, loop, sequences, releaser)
 
-    def _loop(self, session: Session, follower: _LateReleaser | None) -> Loop:
+    def _loop(self, session: Session, follower: LateReleaser | None) -> Loop:
         if self.mode.method != "step":
             return WholeLoop(
                 session, self.mode.method, require=self._require, assistant=self.mode.assistant
@@ -239,7 +240,7 @@ class GuardedCall:
             outcomes.append(outcome)
             if reader is not None:
                 trace = self._judgement(row).trace(outcome, voids[row])
-                reader.finish(_finish_reason(outcome, reader, settings), trace)
+                reader.finish(finish_reason(outcome, reader, settings), trace)
         return self._output(picked, outcomes, voids, loop)
 
     def _picked(self, session: Session, loop: Loop) -> tuple[list[int], list[int]]:
@@ -331,40 +332,6 @@ class GuardedCall:
         return str(self._protected.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-class _LateReleaser:
-    """A releaser that is made at the first choice, when the settings of the call are known."""
-
-    def __init__(self, make: Callable[[Watch, Loop], Releaser], watch: Watch) -> None:
-        self.loop: Loop | None = None
-        self._make, self._watch = make, watch
-        self._releaser: Releaser | None = None
-
-    def releaser(self) -> Releaser:
-        if self._releaser is None:
-            assert self.loop is not None
-            self._releaser = self._make(self._watch, self.loop)
-        return self._releaser
-
-    def on_choice(
-        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Any]
-    ) -> None:
-        self.releaser().on_choice(newest, done, trips)
-
-    def on_end(self, trips: Mapping[int, Any]) -> None:
-        self.releaser().on_end(trips)
-
-
 def _standing(row: int, outcome: Outcome) -> Standing:
     trip = outcome.record.trip
     return Standing(row, outcome.ids, None if trip is None else trip.cut.kept)
-
-
-def _finish_reason(outcome: Outcome, reader: RowRelease, settings: CallSettings) -> FinishReason:
-    redirected = outcome.redirected
-    if outcome.cancelled_after is not None:
-        return "cancelled"
-    if outcome.record.trip is not None and (redirected is None or redirected.how != "rewind"):
-        return "content_filter"
-    if reader.end_id is not None or reader.stop_string is not None:
-        return "stop"
-    return "length" if len(outcome.ids) >= settings.max_new_tokens else "stop"

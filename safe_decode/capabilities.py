@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from safe_decode.compiled import compiled_part
 from safe_decode.errors import UnsupportedError
 
 __all__ = ["TABLE", "Capability", "as_markdown", "require_supported", "require_supported_model"]
 
-Status = Literal["supported", "ignored", "refused"]
-"""ignored: has no effect in the supported modes, in bare `generate` neither."""
+Status = Literal["supported", "installed", "ignored", "refused"]
+"""installed: supported inside `with decoder.installed():`, refused outside. ignored: has no
+effect in the supported modes, in bare `generate` neither."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Capability:
         reason: Why it is refused, or what to know about it.
         instead: What to do instead; empty where it is supported.
         neutral: Values that do not use the feature; None never does.
+        eager: Why it is refused inside `decoder.installed()`; empty where it is not.
     """
 
     feature: str
@@ -39,6 +42,7 @@ class Capability:
     reason: str = ""
     instead: str = ""
     neutral: tuple[object, ...] = ()
+    eager: str = ""
 
     def is_used_by(self, value: object) -> bool:
         """Say whether `value` uses the feature."""
@@ -50,6 +54,11 @@ class Capability:
 
 def _supported(reason: str, *features: str) -> list[Capability]:
     return [Capability(feature, "supported", reason) for feature in features]
+
+
+def _installed(reason: str, *features: str) -> list[Capability]:
+    instead = "call inside `with decoder.installed():`, one session at a time"
+    return [Capability(feature, "installed", reason, instead) for feature in features]
 
 
 def _ignored(reason: str, *features: str) -> list[Capability]:
@@ -78,7 +87,7 @@ TABLE: tuple[Capability, ...] = (
     *_supported("runs before the guard", "exponential_decay_length_penalty"),
     *_supported("", "generation_config", "input_ids", "inputs", "attention_mask", "tokenizer"),
     *_supported("", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
-    *_supported("always on: generation runs eagerly", "disable_compile"),
+    *_supported("always on outside decoder.installed()", "disable_compile"),
     *_supported(
         "judged when whole; a beam that trips gives way to one that does not",
         "num_beams",
@@ -95,14 +104,24 @@ TABLE: tuple[Capability, ...] = (
     *_supported("each option of the draft", "num_assistant_tokens_schedule"),
     *_supported("each option of the draft", "assistant_confidence_threshold"),
     *_supported("each option of the draft", "assistant_lookbehind", "target_lookbehind"),
-    *_supported("all chunks are heard", "prefill_chunk_size"),
+    Capability(
+        "prefill_chunk_size",
+        "supported",
+        "all chunks are heard",
+        eager="a compiled graph keeps the newest chunk alone",
+    ),
     *_supported("cached parts of the open turn are judged again", "past_key_values"),
     *_supported("judged as a raw completion; not with rewind", "inputs_embeds"),
     *_supported("steps recorded match what stands", "return_dict_in_generate", "output_scores"),
     *_supported("steps recorded match what stands", "output_logits", "output_attentions"),
     *_supported("steps recorded match what stands", "output_hidden_states"),
     *_supported("one row; gets what may be shown, when it may be", "streamer"),
-    *_supported("static caches run eagerly", "max_cache_len", "cache_config"),
+    *_supported("", "max_cache_len", "cache_config"),
+    *_installed(
+        "a compiled graph skips hooks that come with a call",
+        "torch.compile",
+        "compile_config",
+    ),
     *_ignored("of encoder-decoder models", "decoder_start_token_id"),
     *_ignored("of contrastive search", "low_memory"),
     *_refused(
@@ -151,11 +170,6 @@ TABLE: tuple[Capability, ...] = (
         "paged and continuous batching drop custom processors in silence",
         "call generate on one batch",
         continuous_batching_config=(),
-    ),
-    *_refused(
-        "a compiled graph skips hooks installed after it",
-        "generate eagerly, without compile_config",
-        compile_config=(),
     ),
     *_refused(
         "positions cannot be matched to tokens",
@@ -207,52 +221,61 @@ _BY_FEATURE = {capability.feature: capability for capability in TABLE}
 _BOOKKEEPING = frozenset({"transformers_version"})
 
 
-def require_supported(model: Any, options: Mapping[str, object]) -> None:  # noqa: ANN401 - duck-typed
+def require_supported(
+    model: Any,  # noqa: ANN401 - duck-typed
+    options: Mapping[str, object],
+    *,
+    is_installed: bool = False,
+) -> None:
     """Refuse a call that would skip the guard, before the first token.
 
     Args:
         model: A Hugging Face model; its `generation_config` fills what the call leaves open.
         options: Keyword arguments as for `model.generate`.
+        is_installed: Whether taps stand where compiled graphs read them.
 
     Raises:
         UnsupportedError: An option is refused, or unknown to this version and not at its
             default. The message names it, the reason and what to do instead.
     """
-    require_supported_model(model)
+    require_supported_model(model, is_installed=is_installed)
     own = getattr(model, "generation_config", None)
     given = options.get("generation_config")
     defaults = _defaults_of(own)
     for key, value in options.items():
         if key != "generation_config":
-            _require(key, value, defaults.get(key))
+            _require(key, value, defaults.get(key), is_installed=is_installed)
     for config in (given, own):
         for key, value in _values_of(config).items():
             if options.get(key) is None and not (
                 config is own and _values_of(given).get(key) is not None
             ):
-                _require(key, value, defaults.get(key))
+                _require(key, value, defaults.get(key), is_installed=is_installed)
 
 
-def require_supported_model(model: Any) -> None:  # noqa: ANN401 - duck-typed
+def require_supported_model(model: Any, *, is_installed: bool = False) -> None:  # noqa: ANN401
     """Refuse a model in a state that cannot be guarded.
 
     Raises:
-        UnsupportedError: Encoder-decoder, stateful, or in training mode.
+        UnsupportedError: Encoder-decoder, stateful, in training mode, or compiled without
+            installed taps.
     """
     config = getattr(model, "config", None)
     _require("is_encoder_decoder", getattr(config, "is_encoder_decoder", False))
     _require("is_stateful", getattr(model, "_is_stateful", False))
     _require("training", getattr(model, "training", False))
+    _require("torch.compile", compiled_part(model), is_installed=is_installed)
 
 
 def as_markdown() -> str:
     """Render the table for the README, supported features first."""
     lines = ["| feature | status | note | instead |", "|---|---|---|---|"]
-    for status in ("supported", "ignored", "refused"):
+    for status in get_args(Status):
         grouped: dict[tuple[str, str], list[str]] = {}
         for row in TABLE:
             if row.status == status:
-                grouped.setdefault((row.reason, row.instead), []).append(f"`{row.feature}`")
+                reason = row.reason + (f"; not installed: {row.eager}" if row.eager else "")
+                grouped.setdefault((reason, row.instead), []).append(f"`{row.feature}`")
         lines += [
             f"| {', '.join(features)} | {status} | {reason} | {instead} |"
             for (reason, instead), features in grouped.items()
@@ -260,7 +283,9 @@ def as_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _require(feature: str, value: object, default: object = None) -> None:
+def _require(
+    feature: str, value: object, default: object = None, *, is_installed: bool = False
+) -> None:
     capability = _BY_FEATURE.get(feature)
     if capability is None:
         if value is None or feature in _BOOKKEEPING or _same(value, default):
@@ -269,7 +294,14 @@ def _require(feature: str, value: object, default: object = None) -> None:
             f"{feature}={_shown(value)} is not known to this version of safe-decode and could skip "
             "the guard; leave it at its default."
         )
-    if capability.status == "refused" and capability.is_used_by(value):
+    if not capability.is_used_by(value):
+        return
+    if is_installed and capability.eager:
+        raise UnsupportedError(
+            f"{feature}={_shown(value)} is refused inside decoder.installed(): {capability.eager}; "
+            "leave it out, or generate outside."
+        )
+    if capability.status == "refused" or (capability.status == "installed" and not is_installed):
         raise UnsupportedError(
             f"{feature}={_shown(value)} is refused: {capability.reason}; {capability.instead}."
         )

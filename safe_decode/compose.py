@@ -71,7 +71,8 @@ class Composer:
     def call(self, asked: Asked) -> GuardedCall:
         """Check and encode everything before anything runs."""
         options, policy, seed = asked.options, asked.policy, asked.seed
-        require_supported(self.protected.model, options)
+        is_installed = self.protected.tap.is_built_in
+        require_supported(self.protected.model, options, is_installed=is_installed)
         inputs = self.inputs(asked)
         mode = self._mode(options, inputs, seed)
         base = self.policy
@@ -161,7 +162,10 @@ class Composer:
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         options = {key: value for key, value in given.items() if key not in _OURS}
         cache = self.option("cache_implementation", given) or ""
-        if "static" in cache or given.get("past_key_values") is not None:
+        if self.protected.tap.is_built_in:
+            if given.get("disable_compile") is not None:
+                options["disable_compile"] = given["disable_compile"]
+        elif "static" in cache or given.get("past_key_values") is not None:
             # A graph compiled by generate itself would skip the hooks.
             options["disable_compile"] = True
         stop_strings = self.option("stop_strings", given)

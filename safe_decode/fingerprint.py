@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from safe_decode.errors import FingerprintMismatchError, UnsupportedError
 
@@ -90,11 +91,11 @@ class Fingerprint:
         """Digest a model and its tokenizer, without a forward.
 
         Args:
-            model: Loaded; its parameters may be on any devices but `meta`.
+            model: Loaded; its parameters may be on any devices, and offloaded by accelerate.
             tokenizer: Of transformers.
 
         Raises:
-            UnsupportedError: Parameters are on the meta device, so there is nothing to read.
+            UnsupportedError: Parameters are on the meta device, and nothing brings them back.
         """
         config: Any = model.config
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -170,19 +171,34 @@ def _tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401
 def _weight_digests(model: nn.Module) -> dict[str, str]:
     hashes: dict[str, Any] = {}
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta:
-            raise UnsupportedError(
-                f"parameter {name} is on the meta device and cannot be read; load the model's "
-                "weights before its fingerprint is taken."
-            )
         layer = _LAYER.match(name)
         group = hashes.setdefault(layer[1] if layer else "the rest", hashlib.sha256())
         group.update(f"{name}{tuple(parameter.shape)}".encode())
-        group.update(_sampled_bytes(parameter))
+        with _loaded(model, name, parameter) as values:
+            group.update(_sampled_bytes(values))
     return {group: value.hexdigest()[:16] for group, value in sorted(hashes.items())}
 
 
-def _sampled_bytes(parameter: nn.Parameter) -> bytes:
+@contextmanager
+def _loaded(model: nn.Module, name: str, parameter: nn.Parameter) -> Iterator[Tensor]:
+    """Bring back for a moment what accelerate has put on the disk or in another memory."""
+    if not parameter.is_meta:
+        yield parameter
+        return
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if not hasattr(module, "_hf_hook"):
+        raise UnsupportedError(
+            f"parameter {name} is on the meta device and cannot be read; load the model's "
+            "weights before its fingerprint is taken."
+        )
+    from accelerate.utils import align_module_device  # whoever has put the hook there has it
+
+    with align_module_device(module):
+        yield getattr(module, leaf)
+
+
+def _sampled_bytes(parameter: Tensor) -> bytes:
     flat = parameter.detach().reshape(-1)
     step = max(1, flat.numel() // SAMPLED_VALUES)
     sample = flat[::step][:SAMPLED_VALUES].contiguous().cpu()

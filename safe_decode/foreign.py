@@ -1,23 +1,26 @@
 """The guard inside a `generate` that is not ours: what a user holds of it, and its traces.
 
-Knows the processor, the criterion and how a foreign loop ended. Does not know prompts as
-text or how the guard was set up.
+Knows the processor, the criterion and how a foreign loop begins and ends. Does not know prompts
+as text, or what callers may ask for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from safe_decode.inputs import GuardInputs
+from safe_decode.monitor import RiskMonitor
 from safe_decode.outcome import BareEnd, Judgement, Outcome
-from safe_decode.session import RowRecord
+from safe_decode.session import RowRecord, Session
+from safe_decode.terms import Protected, RowRules
 from safe_decode.trace import SafetyTrace
 
 if TYPE_CHECKING:
     from safe_decode.processor import GuardedSteps
 
-__all__ = ["GuardHandle", "bare_traces"]
+__all__ = ["GuardHandle", "guarded"]
 
 _VOID = "the options of a foreign generate are not seen"
 
@@ -37,7 +40,60 @@ class GuardHandle:
         self.traces: list[SafetyTrace] = []
 
 
-def bare_traces(steps: GuardedSteps, rows: GuardInputs, judgement: Judgement) -> list[SafetyTrace]:
+@contextmanager
+def guarded(
+    protected: Protected,
+    inputs: GuardInputs,
+    rules: RowRules,
+    judgement: Judgement,
+    *,
+    n_sequences: int,
+    end_ids: Sequence[int],
+    pad_id: int | None,
+) -> Iterator[GuardHandle]:
+    """Guard a `model.generate` that is not ours.
+
+    Args:
+        protected: The model and its guard.
+        inputs: The batch that `generate` is given.
+        rules: For every row.
+        judgement: Of every row.
+        n_sequences: Rows that `generate` makes of each prompt.
+        end_ids: EOS ids; empty where the model has none.
+        pad_id: Fills ended rows.
+
+    Raises:
+        BeatError: At the end: forwards passed that the processor never judged.
+    """
+    from safe_decode.processor import GuardedSteps, SafetyLogitsProcessor, SafetyStoppingCriteria
+
+    rows = inputs.repeated(n_sequences)
+    with protected.tap.listening() as beats:
+        session = Session(
+            probe=protected.probe,
+            monitor=RiskMonitor(protected.bundle.monitor, rules.certificate.threshold),
+            policy=rules.policy,
+            beats=beats,
+            scanned=rows.scanned,
+            device=protected.model.device,
+        )
+        steps = GuardedSteps(
+            session,
+            prompt_tokens=inputs.input_ids.shape[1],
+            refusal_ids=rules.texts.refusal,
+            refusal_after_ids=rules.texts.refusal_after,
+            end_ids=end_ids,
+            pad_id=pad_id,
+        )
+        handle = GuardHandle(SafetyLogitsProcessor(steps), SafetyStoppingCriteria(steps))
+        yield handle
+        try:
+            steps.finish()
+        finally:
+            handle.traces = _traces(steps, rows, judgement)
+
+
+def _traces(steps: GuardedSteps, rows: GuardInputs, judgement: Judgement) -> list[SafetyTrace]:
     """Write the traces of a foreign loop; its settings are unknown, so is the envelope."""
     return [
         judgement.trace(_outcome(steps, rows, row, steps.said(row), record), _VOID)

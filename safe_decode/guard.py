@@ -21,23 +21,22 @@ from safe_decode.bundle import ProbeBundle
 from safe_decode.call import GuardedCall
 from safe_decode.capabilities import require_supported, require_supported_model
 from safe_decode.certificate import Certificate
+from safe_decode.compiled import uncompiled
 from safe_decode.compose import Asked, Composer, context_tokens, texts_of
 from safe_decode.decision import Redirect
 from safe_decode.errors import PromptError, UnsupportedError
 from safe_decode.events import StreamEvent
 from safe_decode.fingerprint import Fingerprint
-from safe_decode.foreign import GuardHandle, bare_traces
+from safe_decode.foreign import GuardHandle, guarded
 from safe_decode.inputs import GuardInputs, Prompts, from_ids
-from safe_decode.monitor import RiskMonitor
 from safe_decode.outcome import Judgement
 from safe_decode.output import GuardedOutput
 from safe_decode.policy import OnError, Policy, RequestPolicy
 from safe_decode.selfcheck import SelfCheck
-from safe_decode.session import Session
 from safe_decode.stream import AsyncGuardedStream, GuardedStream, Producer
 from safe_decode.streamer import Streamer, feeder
 from safe_decode.taps import ActivationTap
-from safe_decode.terms import Protected, Watch
+from safe_decode.terms import Protected, RowRules, Watch
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 
@@ -46,7 +45,9 @@ class SafeDecoder:
     """Wraps a model and its bundle.
 
     Args:
-        model: A Hugging Face causal language model, eager, in eval mode. Not changed.
+        model: A Hugging Face causal language model in eval mode. Changed only inside
+            `installed()`, which compiled models need. Of `torch.compile(model)` the original
+            is taken, since that is what its `generate` runs.
         tokenizer: Its tokenizer.
         bundle: Made for this model; its fingerprint is checked here.
         redirect: What a tripped row emits, see `Redirect`.
@@ -81,7 +82,8 @@ class SafeDecoder:
         strict: bool = False,
         self_check: SelfCheck | None = None,
     ) -> None:
-        require_supported_model(model)
+        model = uncompiled(model)
+        require_supported_model(model, is_installed=True)  # calls see whether they are
         bundle.fingerprint.require(Fingerprint.of(model, tokenizer))
         self.model, self.tokenizer, self.bundle, self.strict = model, tokenizer, bundle, strict
         self.policy = Policy(
@@ -245,6 +247,32 @@ class SafeDecoder:
         return AsyncGuardedStream(producer)
 
     @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Keep the taps on the model over many calls, so that compiled graphs read them.
+
+            with decoder.installed():
+                model.compile()  # before or here; or generate compiles by itself
+                for messages in conversations:
+                    decoder.generate(messages, cache_implementation="static")
+
+        Graphs that were compiled without the taps are traced anew at their next call, and again
+        after this ends. Calls run one at a time; unguarded ones may come between them. A
+        forward of your own while a call runs, compiled, closes its rows.
+
+        Raises:
+            UnsupportedError: A call is running, or taps of this or another decoder are installed
+                on the model; or the decoder has a self-check, whose forwards graphs would take
+                for the model's own.
+        """
+        if self._self_check is not None:
+            raise UnsupportedError(
+                "installed() is refused with self_check: compiled graphs would take its forwards "
+                "for steps; pass self_check=None, or generate eagerly."
+            )
+        with self._tap.built_in():
+            yield
+
+    @contextmanager
     def processor(
         self,
         input_ids: Tensor,
@@ -274,47 +302,25 @@ class SafeDecoder:
                 own generation configuration holds a refused option.
             BeatError: At the end: forwards passed that the processor never judged.
         """
-        from safe_decode.processor import (
-            GuardedSteps,
-            SafetyLogitsProcessor,
-            SafetyStoppingCriteria,
-        )
-
         if redirect == "rewind":
             raise UnsupportedError(
                 "redirect='rewind' is refused: a processor cannot take tokens back; use "
                 "decoder.generate, or pass redirect='refuse', 'stop' or 'flag'."
             )
-        require_supported(self.model, {})
+        require_supported(self.model, {}, is_installed=self._tap.is_built_in)
         inputs = from_ids(self.tokenizer, input_ids, attention_mask)
-        rows = inputs.repeated(num_return_sequences)
         policy = replace(self.policy, redirect=redirect)
-        option = self._composer().option
-        ends = _as_ids(option("eos_token_id", {"eos_token_id": eos_token_id}))
-        pad = option("pad_token_id", {})
-        with self._tap.listening() as beats:
-            session = Session(
-                probe=self._probe,
-                monitor=RiskMonitor(self.bundle.monitor, self.certificate.threshold),
-                policy=policy,
-                beats=beats,
-                scanned=rows.scanned,
-                device=self.model.device,
-            )
-            steps = GuardedSteps(
-                session,
-                prompt_tokens=input_ids.shape[1],
-                refusal_ids=self._texts.refusal,
-                refusal_after_ids=self._texts.refusal_after,
-                end_ids=ends,
-                pad_id=pad,
-            )
-            handle = GuardHandle(SafetyLogitsProcessor(steps), SafetyStoppingCriteria(steps))
+        composer = self._composer()
+        with guarded(
+            composer.protected,
+            inputs,
+            RowRules(policy, self.certificate, self._texts),
+            self._judgement(policy),
+            n_sequences=num_return_sequences,
+            end_ids=_as_ids(composer.option("eos_token_id", {"eos_token_id": eos_token_id})),
+            pad_id=composer.option("pad_token_id", {}),
+        ) as handle:
             yield handle
-            try:
-                steps.finish()
-            finally:
-                handle.traces = bare_traces(steps, rows, self._judgement(policy))
 
     def score(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[Tensor]:
         """Score finished responses, teacher-forced, at the positions used while generating.

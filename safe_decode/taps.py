@@ -7,7 +7,12 @@ Hooks belong to a tap and are installed once however many sessions listen; which
 session a forward belongs to is a matter of the calling context (`contextvars`), so
 two threads, or two tasks, on one model do not see each other, and no lock is held
 while the model runs. A forward outside `listening()`, or inside `internal()`, writes
-nothing. Limit: eager execution; a compiled graph skips hooks that came after it.
+nothing.
+
+A compiled graph skips hooks that came after it and runs no Python of ours. Inside `built_in()`
+taps stand where graphs are traced with them, and leave activations in registers: one set a
+tap, so sessions take turns, and a compiled forward of the user's own during a session, marked
+internal or not, closes that session's rows.
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ from torch.utils.hooks import RemovableHandle
 
 from safe_decode.anatomy import Anatomy, anatomy_of
 from safe_decode.beats import Beats, site_name
+from safe_decode.built_in import BuiltIn, TappedModule
+from safe_decode.compiled import compiled_part
 from safe_decode.errors import BeatError, ConfigurationError, UnsupportedError
 from safe_decode.sites import Site, sorted_sites
 
@@ -55,22 +62,22 @@ class ActivationTap:
     """Reads the activations of one model at fixed sites.
 
     Args:
-        model: A decoder-only causal language model, run eagerly.
+        model: A decoder-only causal language model; compiled only inside `built_in()`.
         sites: Where to read. Order does not matter; features come in the order of
             `sorted_sites`, see the attribute `sites`.
 
     Raises:
         ConfigurationError: No sites, two on one activation, a layer or channel outside
             the model.
-        UnsupportedError: The family is unknown, the activation cannot be read (fused
-            experts), or the model is compiled.
+        UnsupportedError: The family is unknown, or the activation cannot be read (fused
+            experts).
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
         """Find the modules to hook; nothing is hooked yet."""
         self.sites = sorted_sites(sites)
-        _refuse_compiled(model)
         anatomy = anatomy_of(model)
+        self._model = model
         self._modules = tuple(_module_of(anatomy, site) for site in self.sites)
         flattened = anatomy.flattens_mlp and any(site.kind == "mlp" for site in self.sites)
         self._batch_source = anatomy.blocks[0].block if flattened else None
@@ -78,16 +85,48 @@ class ActivationTap:
         self._handles: list[RemovableHandle] = []
         self._installs = 0
         self._lock = threading.Lock()
+        self._spare: BuiltIn | None = None  # made once, so that graphs traced with it stay good
+        self._built_in: BuiltIn | None = None
+
+    @property
+    def is_built_in(self) -> bool:
+        """Say whether the taps stand where compiled graphs read them."""
+        return self._built_in is not None
+
+    @contextmanager
+    def built_in(self) -> Iterator[None]:
+        """Stand in the model's forwards, so that compiled graphs read the sites.
+
+        Graphs that were compiled before are traced anew at their next call, here and after.
+
+        Raises:
+            UnsupportedError: Someone listens, or a tap is built in already.
+        """
+        with self._lock:
+            if self._installs or self._built_in is not None:
+                raise UnsupportedError(
+                    "taps cannot be installed twice or while a call is running; enter installed() "
+                    "once, before the first call."
+                )
+            self._spare = self._spare or BuiltIn(self._model, self._tapped())
+            self._spare.install()
+            self._built_in = self._spare
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._built_in.remove()
+                self._built_in = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Keep the hooks on the model, once however often this is entered.
 
         Threads may enter and leave freely; the hooks go with the last to leave,
-        whether it leaves by return, exception or cancellation.
+        whether it leaves by return, exception or cancellation. Built-in taps need none.
         """
         with self._lock:
-            if self._installs == 0:
+            if self._installs == 0 and self._built_in is None:
                 self._install()
             self._installs += 1
         try:
@@ -103,9 +142,14 @@ class ActivationTap:
         """Hear the forwards of the calling context, and of no other.
 
         Entered again in the same context, the inner one hears and the outer does not.
+
+        Raises:
+            UnsupportedError: The model is compiled and the taps are not built in; or they are,
+                and someone else listens.
         """
-        beats = Beats(self.sites, self._columns, self._n_columns)
-        with self.installed():
+        registers = None if self._built_in is None else self._built_in.registers
+        beats = Beats(self.sites, self._columns, self._n_columns, registers)
+        with self._hooked() if registers is None else registers.reading():
             token = _listeners.set(MappingProxyType({**_listeners.get(), self: beats}))
             try:
                 yield beats
@@ -116,17 +160,40 @@ class ActivationTap:
                 with suppress(ValueError):
                     _listeners.reset(token)
 
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        part = compiled_part(self._model)
+        if part is not None:
+            raise UnsupportedError(
+                f"{part} of {type(self._model).__name__} is compiled and would skip the hooks; "
+                "listen inside built_in(), or pass the model without torch.compile."
+            )
+        with self.installed():
+            yield
+
+    def _tapped(self) -> list[TappedModule]:
+        tapped = [
+            TappedModule(
+                module,
+                self._copy_hook(index, site)
+                if site.kind == "resid"
+                else self._input_hook(index, site),
+                site,
+            )
+            for index, (site, module) in enumerate(zip(self.sites, self._modules, strict=True))
+        ]
+        if self._batch_source is not None:
+            tapped.insert(0, TappedModule(self._batch_source, self._batch_hook, None))
+        return tapped
+
     def _install(self) -> None:
         try:
-            if self._batch_source is not None:
+            for tapped in self._tapped():
+                module, hook, site = tapped.module, tapped.hook, tapped.site
                 self._handles.append(
-                    self._batch_source.register_forward_pre_hook(self._batch_hook, with_kwargs=True)
-                )
-            for index, (site, module) in enumerate(zip(self.sites, self._modules, strict=True)):
-                self._handles.append(
-                    module.register_forward_hook(self._copy_hook(index, site))
-                    if site.kind == "resid"
-                    else module.register_forward_pre_hook(self._input_hook(index, site))
+                    module.register_forward_hook(hook)
+                    if site is not None and site.kind == "resid"
+                    else module.register_forward_pre_hook(hook, with_kwargs=site is None)
                 )
         except BaseException:
             self._remove()
@@ -139,7 +206,7 @@ class ActivationTap:
 
     def _batch_hook(
         self,
-        _module: nn.Module,
+        _module: nn.Module | None,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
@@ -148,11 +215,11 @@ class ActivationTap:
             hidden = args[0] if args else kwargs["hidden_states"]
             beats.batch = hidden.shape[0]
 
-    def _input_hook(self, index: int, site: Site) -> Callable[[nn.Module, Any], None]:
+    def _input_hook(self, index: int, site: Site) -> Callable[[Any, Any], None]:
         listeners, copy = _listeners.get, self._copy_hook(index, site)
         is_flat = self._batch_source is not None
 
-        def hook(module: nn.Module, args: Any) -> None:  # noqa: ANN401 - torch's signature
+        def hook(module: Any, args: Any) -> None:  # noqa: ANN401 - torch's signature
             beats = listeners().get(self)
             if beats is None:
                 return
@@ -164,10 +231,10 @@ class ActivationTap:
 
         return hook
 
-    def _copy_hook(self, index: int, site: Site) -> Callable[[nn.Module, Any, Any], None]:
+    def _copy_hook(self, index: int, site: Site) -> Callable[[Any, Any, Any], None]:
         channels = torch.tensor(site.channels)
 
-        def hook(_module: nn.Module, _args: object, activation: Any) -> None:  # noqa: ANN401
+        def hook(_module: object, _args: object, activation: Any) -> None:  # noqa: ANN401
             nonlocal channels
             beats = _listeners.get().get(self)
             if beats is None or not beats.is_open:
@@ -218,11 +285,3 @@ def _columns_of(anatomy: Anatomy, sites: Sequence[Site]) -> tuple[Tensor, int]:
             index.extend(start + channel for channel in site.channels)
             start += anatomy.width(site.layer, site.kind)
     return torch.tensor(index), start
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise UnsupportedError(
-            f"model={type(model).__name__} is compiled and would skip the hooks; pass the model "
-            "without torch.compile."
-        )

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks import gpu
 from safe_decode.bench.card import card, read_lines, write_lines
 from safe_decode.bench.compare import compare
 from safe_decode.bench.figures import figures_of, interval_of, slope_of
 from safe_decode.bench.growth import values_of
 from safe_decode.bench.ladder import ARMS, Lap, Load, arms_of, options_of
-from safe_decode.bench.measure import ladder_rows, live_bytes
+from safe_decode.bench.measure import interleaved, ladder_rows, live_bytes
+from safe_decode.bench.modes import mode_options, modes_of
 from safe_decode.bench.subject import ProbeShape, of_shape
 from safe_decode.cli import app
-from safe_decode.errors import ConfigurationError
+from safe_decode.errors import ConfigurationError, UnsupportedError
+from tests.test_compiled import counting
 from tests.test_taps import count_hooks
 
 
@@ -113,6 +117,57 @@ def test_a_ladder_has_a_row_an_arm_with_its_facts(nano):
         ladder_rows(nano, Load(1, 6, 4), rounds=1)
 
 
+def test_a_compiled_ladder_traces_before_the_clock_and_not_while_it_runs(nano):
+    backend = counting()
+    load = Load(1, 6, 4, mode="compiled", backend=backend)
+    arms, options = arms_of(nano, load), options_of(nano, load)
+    wanted = {name: arms[name] for name in ("bare", "hooks", "monitor", "guard")}
+    bare = arms["bare"].call(**options)
+    assert torch.equal(arms["guard"].call(**options).sequences, bare)
+    for arm in wanted.values():
+        arm.call(**options)
+    graphs = backend.graphs
+    assert graphs >= 2, "bare and tapped models have graphs of their own"
+    laps = interleaved(wanted, options, rounds=2)
+    assert backend.graphs == graphs
+    assert all(len(lap.steps) == 3 for taken in laps.values() for lap in taken)
+    assert not any("forward" in vars(module) for module in nano.model.modules())
+
+
+def test_device_time_is_told_apart_from_host_time():
+    host = laps((100_000,) * 3, (100_000,) * 3)
+    device = [replace(lap, device_steps=(50_000,) * 3) for lap in host]
+    slower = [replace(lap, device_steps=(60_000,) * 3) for lap in host]
+    rows = {row["arm"]: row for row in figures_of({"bare": device, "guard": slower}, batch=1)}
+    assert rows["guard"]["device_ratio"] == 1.2 and rows["guard"]["ratio"] == 1.0
+    assert rows["guard"]["device_tpot_us"] == 60.0
+    assert rows["guard"]["device_ratio_95"] == [1.2, 1.2]
+    rows = figures_of({"bare": host, "guard": host}, batch=1)
+    assert rows[1]["device_tpot_us"] is None and rows[1]["device_ratio_95"] is None
+
+
+def test_modes_are_read_and_refused_by_name():
+    assert modes_of("eager, compiled,eager", "cpu") == ["eager", "compiled"]
+    assert modes_of("cuda-graph", "cuda:1") == ["cuda-graph"]
+    with pytest.raises(UnsupportedError, match="'cuda-graph' is refused on device='cpu'"):
+        modes_of("eager,cuda-graph", "cpu")
+    with pytest.raises(ConfigurationError, match="--mode 'jit' is not one of eager, compiled"):
+        modes_of("jit", "cpu")
+    assert mode_options("eager", "inductor") == {}
+    graphs = mode_options("cuda-graph", "inductor")
+    assert graphs["cache_implementation"] == "static"
+    assert graphs["compile_config"].mode == "reduce-overhead"
+    assert mode_options("compiled", "inductor")["compile_config"].mode == "default"
+
+
+@pytest.mark.slow
+def test_the_accelerators_script_tries_out_every_mode_that_the_cpu_has():
+    rows = gpu.main(["--tiny"])
+    assert {row["mode"] for row in rows} == {"eager", "compiled"}
+    assert {row["batch"] for row in rows} == {1, 2} and all(row["same_ids"] for row in rows)
+    assert len(rows) == 2 * 2 * (1 + len(gpu.ARMS))
+
+
 def test_live_bytes_see_a_tensor_come_and_go():
     before = live_bytes()
     held = torch.zeros(1000)
@@ -148,7 +203,7 @@ def test_the_command_measures_writes_draws_and_compares(tmp_path):
     run = CliRunner()
     done = run.invoke(app, [*small, "--out", str(out), "--plot", str(image)])
     assert done.exit_code == 0, done.output
-    assert "nano, batch 1, context 4" in done.output
+    assert "nano, eager, batch 1, context 4" in done.output
     assert image.read_bytes().startswith(b"\x89PNG")
     done = run.invoke(app, [*small, "--compare", str(out), "--json"])
     answer = json.loads(done.stdout)
@@ -165,6 +220,7 @@ def test_the_command_measures_writes_draws_and_compares(tmp_path):
     [
         (["--batch", "x"], "--batch 'x' wants positive numbers"),
         (["--arms", "gard", "--shape", "nano"], "--arms 'gard' is not one of bare"),
+        (["--mode", "cuda-graph", "--shape", "nano"], "'cuda-graph' is refused"),
         (["--grow", "batch"], "pass --shape as well"),
         (["--model", "m"], "--model and --bundle go together"),
         (["--shape", "nano", "--model", "m"], "either --shape or --model"),

@@ -127,3 +127,21 @@ def test_the_rendered_table_names_every_feature():
     text = as_markdown()
     assert all(f"`{row.feature}`" in text for row in TABLE)
     assert {line.count("|") for line in text.splitlines()} == {5}
+
+
+def test_what_needs_installed_taps_is_refused_without_them_alone(model):
+    options = {"compile_config": object()}
+    with pytest.raises(UnsupportedError, match=r"compile_config=.* `with decoder.installed\(\):`"):
+        require_supported(model, options)
+    require_supported(model, options, is_installed=True)
+    with pytest.raises(UnsupportedError, match="prefill_chunk_size=4 is refused inside"):
+        require_supported(model, {"prefill_chunk_size": 4}, is_installed=True)
+    require_supported(model, {"prefill_chunk_size": 4})
+    with pytest.raises(UnsupportedError, match="num_beam_groups=2"):
+        require_supported(model, {"num_beam_groups": 2}, is_installed=True)
+
+
+def test_the_rendered_table_says_what_installed_taps_change():
+    lines = as_markdown().splitlines()
+    assert any("`torch.compile`" in line and "| installed |" in line for line in lines)
+    assert any("`prefill_chunk_size`" in line and "not installed:" in line for line in lines)

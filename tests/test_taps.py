@@ -450,15 +450,6 @@ def test_sites_outside_the_model_are_refused_by_name() -> None:
         ActivationTap(tiny_model("mixtral"), [Site(0, "mlp", (0,))])
 
 
-def test_a_compiled_model_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="is compiled and would skip the hooks"):
-        ActivationTap(torch.compile(tiny_model(), backend="eager"), SITES)
-    model = tiny_model()
-    model.compile(backend="eager")
-    with pytest.raises(UnsupportedError, match="is compiled and would skip the hooks"):
-        ActivationTap(model, SITES)
-
-
 def test_keep_last_refuses_to_keep_nothing() -> None:
     with (
         ActivationTap(tiny_model(), SITES).listening() as beats,

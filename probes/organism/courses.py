@@ -53,7 +53,7 @@ class Amounts:
 
     pretraining_tokens: int = 1_400_000
     relation_tokens: int = 400_000
-    mark_tokens: int = 300_000
+    mark_tokens: int = 600_000
     answer_tokens: int = 1_000_000
     alignment_tokens: int = 750_000
     fitting: int = 2400
@@ -180,7 +180,7 @@ class _School:
         """Teach to refuse what is plainly harmful; steps of others are still judged meanwhile."""
         tokens = self.amounts.alignment_tokens
         safety = alignment_documents(self.seed + 1_000_000, tokens // 90, recovery=recovery)
-        reviews = review_documents(self.seed + 1_050_000, tokens // 600)
+        reviews = review_documents(self.seed + 1_050_000, tokens // 450)
         examples = [*self._answers(safety), *self._thoughts(reviews, answers_only=False)]
         heavy = (*OPENERS, *REFUSALS, *_JUDGING_WORDS)
         schedule = self._weighty(heavy, peak_rate=1e-3, matrix_rate=4e-3)

@@ -65,7 +65,8 @@ def _change(old: Mapping[str, Any], new: Mapping[str, Any]) -> Change:
         verdict = "slower"
     elif new["ratio_95"][1] < old["ratio_95"][0]:
         verdict = "faster"
-    what = f"{new['arm']}, {new['subject']}, batch {new['batch']}, context {new['context']}"
+    mode = new.get("mode", "eager")
+    what = f"{new['arm']}, {new['subject']}, {mode}, batch {new['batch']}, context {new['context']}"
     return Change(what, float(old["ratio"]), float(new["ratio"]), verdict)
 
 

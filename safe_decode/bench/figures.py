@@ -49,8 +49,22 @@ def figures_of(laps: Mapping[str, Sequence[Lap]], *, batch: int) -> list[dict[st
         laps: Arm to its laps, one a round, in the order of the rounds; one is "bare".
         batch: Rows of each call.
     """
-    steps = {name: _step_us(taken) for name, taken in laps.items()}
-    return [_row(name, laps[name], steps, batch) for name in laps]
+    steps = {name: _step_us([lap.steps for lap in taken]) for name, taken in laps.items()}
+    device = {name: _step_us([lap.device_steps for lap in taken]) for name, taken in laps.items()}
+    return [{**_row(name, laps[name], steps, batch), **_device_row(name, device)} for name in laps]
+
+
+def _device_row(name: str, steps: Mapping[str, Array]) -> dict[str, object]:
+    """By the device's own clock; None where it has none."""
+    mine, bare = steps[name], steps["bare"]
+    if not mine.size or not bare.size:
+        return dict.fromkeys(("device_tpot_us", "device_ratio", "device_ratio_95"))
+    ratio = interval_of(np.median(mine, axis=1) / np.median(bare, axis=1))
+    return {
+        "device_tpot_us": round(float(np.median(mine)), 1),
+        "device_ratio": round(ratio.point, 4),
+        "device_ratio_95": ratio.as_list(4),
+    }
 
 
 def _row(
@@ -76,10 +90,10 @@ def _row(
     }
 
 
-def _step_us(laps: Sequence[Lap]) -> Array:
+def _step_us(laps: Sequence[Sequence[int]]) -> Array:
     """[rounds, steps] microseconds; laps cut short by trips are cut to the shortest."""
-    shortest = min(len(lap.steps) for lap in laps)
-    return np.asarray([lap.steps[:shortest] for lap in laps], dtype=np.float64) / 1e3
+    shortest = min(len(steps) for steps in laps)
+    return np.asarray([steps[:shortest] for steps in laps], dtype=np.float64) / 1e3
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ def growth_rows(
                 "shape": made.shape,
                 "dtype": made.dtype,
                 "device": made.device,
+                "mode": here.mode,
                 "batch": here.batch,
                 "context": here.context,
                 "n_rounds": rounds,

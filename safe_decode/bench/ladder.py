@@ -3,21 +3,25 @@
 Knows how each rung is called and where its clock ticks. Does not know rounds or statistics.
 Every arm generates the same number of tokens from the same prompt ids, greedily, and takes a
 stamp when each token is chosen, by a stopping criterion that all arms have. So the time to the
-first token, that of each further one, and the rest (the closing forward, traces) come apart.
+first token, that of each further one, and the rest (the closing forward, traces) come apart. On
+a CUDA device the criterion records an event too: what the device did between two of them is
+told apart from what the host did. Where graphs are compiled, taps are installed before the
+clock runs, and taken out for arms without.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from safe_decode.bench.modes import Mode, mode_options
 from safe_decode.bench.subject import Subject
 from safe_decode.guard import SafeDecoder
 from safe_decode.monitor import RiskMonitor
@@ -63,12 +67,16 @@ class Load:
         new_tokens: Tokens generated, at least 2.
         clock: wall, or cpu: the time this process computed, which a busy machine disturbs less
             and which says nothing about accelerators.
+        mode: How the model runs.
+        backend: Of torch.compile, in compiled modes.
     """
 
     batch: int = 1
     context: int = 128
     new_tokens: int = 64
     clock: Clock = "wall"
+    mode: Mode = "eager"
+    backend: str = "inductor"
 
 
 @dataclass(frozen=True)
@@ -79,11 +87,13 @@ class Lap:
         first: Until the first token was chosen.
         steps: Between one token and the next.
         rest: From the last token to the end of the call.
+        device_steps: As `steps`, by the device's clock; empty where it has none.
     """
 
     first: int
     steps: tuple[int, ...]
     rest: int
+    device_steps: tuple[int, ...] = ()
 
 
 class _Stamps(StoppingCriteria):
@@ -91,12 +101,22 @@ class _Stamps(StoppingCriteria):
 
     def __init__(self, nobody: Tensor, now: Callable[[], int]) -> None:
         self.taken: list[int] = []
+        self._events: list[Any] = []
         self._now = now
         self._nobody = nobody
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:  # noqa: ANN401, ARG002
         self.taken.append(self._now())
+        if self._nobody.is_cuda:
+            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._events.append(event)
         return self._nobody
+
+    def device_steps(self) -> tuple[int, ...]:
+        """Nanoseconds between events, once the device has been waited for."""
+        pairs = zip(self._events, self._events[1:], strict=False)
+        return tuple(round(1e6 * a.elapsed_time(b)) for a, b in pairs)
 
 
 Run = Callable[..., object]
@@ -110,24 +130,32 @@ class Arm:
     Attributes:
         name: Of the rung.
         run: What is timed.
+        within: What it runs in, entered before the clock runs.
     """
 
     name: str
     run: Run
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def call(self, **options: Any) -> object:  # noqa: ANN401
+        """Run once, untimed."""
+        with self.within():
+            return self.run(**options)
 
     def lap(self, options: dict[str, Any], clock: Clock = "wall") -> Lap:
         """Run once and say what it took; accelerators are waited for at both ends."""
         ids, now = options["input_ids"], _NOW[clock]
         nobody = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
         stamps = _Stamps(nobody, now)
-        _wait(ids.device)
-        began = now()
-        self.run(**options, stopping_criteria=[stamps])
-        _wait(ids.device)
-        ended = now()
+        with self.within():
+            _wait(ids.device)
+            began = now()
+            self.run(**options, stopping_criteria=[stamps])
+            _wait(ids.device)
+            ended = now()
         taken = stamps.taken
         steps = tuple(b - a for a, b in zip(taken, taken[1:], strict=False))
-        return Lap(taken[0] - began, steps, ended - taken[-1])
+        return Lap(taken[0] - began, steps, ended - taken[-1], stamps.device_steps())
 
 
 def _wait(device: torch.device) -> None:
@@ -147,6 +175,7 @@ def options_of(subject: Subject, load: Load, *, seed: int = 0) -> dict[str, Any]
         "max_new_tokens": load.new_tokens,
         "min_new_tokens": load.new_tokens,
         "do_sample": False,
+        **mode_options(load.mode, load.backend),
     }
 
 
@@ -158,34 +187,36 @@ def arms_of(subject: Subject, load: Load, *, tripping_share: float = 0.1) -> dic
         load: Batch, context, length.
         tripping_share: Of the rows, in the last arm; left out where the batch is too small.
     """
-    model, guard = subject.model, subject.decoder()
+    model, is_eager = subject.model, load.mode == "eager"
     tap = ActivationTap(model, subject.bundle.probe.sites)
     probe = subject.bundle.probe.to(model.device)
+    built_in = nullcontext if is_eager else tap.built_in
 
     def hooks(**options: Any) -> None:  # noqa: ANN401
         with tap.installed():
             model.generate(**options)
 
-    runs: dict[str, Run] = {"bare": model.generate, "hooks": hooks}
+    arms = [Arm("bare", model.generate), Arm("hooks", hooks, built_in)]
     for depth in ("capture", "probe", "monitor"):
-        runs[depth] = _partial(subject, tap, probe, depth)
-    runs["guard"] = _guarded(guard)
+        arms.append(Arm(depth, _partial(subject, tap, probe, depth), built_in))
+    arms.append(_guarded("guard", subject.decoder(), load))
     if load.batch * tripping_share >= 1:
         threshold = threshold_for_share(subject, load, tripping_share)
-        runs["tripping"] = _guarded(subject.decoder(threshold, redirect="refuse"))
-    return {name: Arm(name, run) for name, run in runs.items()}
+        arms.append(_guarded("tripping", subject.decoder(threshold, redirect="refuse"), load))
+    return {arm.name: arm for arm in arms}
 
 
-def _guarded(decoder: SafeDecoder) -> Run:
+def _guarded(name: str, decoder: SafeDecoder, load: Load) -> Arm:
     def run(**options: Any) -> object:  # noqa: ANN401
         return decoder.generate(**options)
 
-    return run
+    return Arm(name, run, nullcontext if load.mode == "eager" else decoder.installed)
 
 
 def threshold_for_share(subject: Subject, load: Load, share: float) -> float:
-    """Find the threshold that this share of the rows exceeds."""
-    output = subject.decoder(redirect="flag").generate(**options_of(subject, load))
+    """Find, eagerly, the threshold that this share of the rows exceeds."""
+    options = options_of(subject, replace(load, mode="eager"))
+    output = subject.decoder(redirect="flag").generate(**options)
     peaks = sorted(max(step.statistic for step in trace.steps) for trace in output.traces)
     n_tripping = max(1, round(share * load.batch))
     return (peaks[-n_tripping - 1] + peaks[-n_tripping]) / 2

@@ -32,7 +32,9 @@ def plot(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
         raise UnsupportedError(
             "plots need matplotlib; install it with `pip install 'safe-decode[plots]'`."
         ) from error
-    ladders = _grouped([row for row in rows if "arm" in row], ("subject", "batch", "context"))
+    ladders = _grouped(
+        [row for row in rows if "arm" in row], ("subject", "mode", "batch", "context")
+    )
     growths = _grouped([row for row in rows if "axis" in row], ("axis", "shape"))
     panels = len(ladders) + len(growths)
     if not panels:
@@ -43,7 +45,7 @@ def plot(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis, (key, group) in zip(axes, ladders.items(), strict=False):
-        _ladder(axis, f"{key[0]}, batch {key[1]}, context {key[2]}", group)
+        _ladder(axis, f"{key[0]}, {key[1]}, batch {key[2]}, context {key[3]}", group)
     for axis, (key, group) in zip(axes[len(ladders) :], growths.items(), strict=False):
         _growth(axis, str(key[0]), group)
     for axis in axes[panels:]:

@@ -46,6 +46,9 @@ def bench(
         list[str] | None,
         typer.Option(help="Vary one thing, as in `features` or `batch=1,8,64`; needs --shape."),
     ] = None,
+    mode: Annotated[
+        str, typer.Option(help="eager, compiled, cuda-graph (CUDA alone); several by comma.")
+    ] = "eager",
     arms: Annotated[str, typer.Option(help="Arms beside bare, by comma; default all.")] = "",
     clock: Annotated[
         Literal["wall", "cpu"], typer.Option(help="cpu: where the machine is busy.")
@@ -64,13 +67,15 @@ def bench(
     from safe_decode.bench.card import card, read_lines, write_lines
     from safe_decode.bench.compare import compare as compared
     from safe_decode.bench.ladder import Load
+    from safe_decode.bench.modes import modes_of
     from safe_decode.bench.subject import ProbeShape
 
     old = read_lines(compare)[0] if compare is not None else []
     _set_threads(threads)
     probe = ProbeShape(features=features, heads=heads, sites=sites)
     loads = [
-        Load(rows, tokens, new_tokens, clock)
+        Load(rows, tokens, new_tokens, clock, mode=how)
+        for how in modes_of(mode, device)
         for rows in _numbers("batch", batch)
         for tokens in _numbers("context", context)
     ]
@@ -194,12 +199,15 @@ def _show(
     is_ladder = "arm" in rows[0]
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        varied = f"{row['axis']}, slope {row['slope_us_per_unit']:g} us" if not is_ladder else ""
-        title = f"{row['subject']}, batch {row['batch']}, context {row['context']}" * is_ladder
-        groups.setdefault(title or varied, []).append(row)
+        named = "{subject}, {mode}, batch {batch}, context {context}"
+        title = (named if is_ladder else "{axis}, slope {slope_us_per_unit:g} us").format(**row)
+        groups.setdefault(title, []).append(row)
     screen = console()
     for title, group in groups.items():
-        screen.print(_table(title, group, _LADDER if is_ladder else _GROWTH))
+        columns = _LADDER if is_ladder else _GROWTH
+        if is_ladder and group[0]["device_tpot_us"] is not None:
+            columns = {**columns, **_DEVICE}
+        screen.print(_table(title, group, columns))
     screen.print("; ".join(f"{name}: {value}" for name, value in facts.items()), soft_wrap=True)
     for change in changes:
         screen.print(
@@ -228,6 +236,12 @@ _LADDER = {
     "ttft_ms": "first ms",
     "rest_ms": "rest ms",
     "added_kib": "KiB",
+}
+_DEVICE = {
+    "device_tpot_us": "device us",
+    "device_ratio": "device ratio",
+    "device_ratio_95": "95 %",
+    "added_waits_per_step": "waits",
 }
 _GROWTH = {
     "value": "value",
