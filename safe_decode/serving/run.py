@@ -80,6 +80,7 @@ class Run:
                 input_ids=ids,
                 attention_mask=mask,
                 custom_generate=loop,
+                disable_compile=True,  # the taps of a run are hooks, which a graph leaves out
                 do_sample=False,
                 max_new_tokens=max(s.max_new_tokens for s in self._settings),
                 logits_processor=[self._sampler],
