@@ -299,7 +299,8 @@ class GuardedCall:
         assert loop.settings is not None
         settings = loop.settings
         answers = [outcome.ids for outcome in outcomes]
-        sequences = padded(self._rows.input_ids, answers, settings.pad_id or 0)
+        fill = loop.fill_id if isinstance(loop, WholeLoop) else settings.pad_id or 0
+        sequences = padded(self._rows.input_ids, answers, fill)
         generation = None
         if loop.generation is not None and not isinstance(loop.generation, Tensor):
             rows = [_standing(row, o) for row, o in zip(picked, outcomes, strict=True)]
