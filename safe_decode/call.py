@@ -131,7 +131,12 @@ class GuardedCall:
         check, tap, header = protected.self_check
         width = rows.input_ids.shape[1]
         starts = [width - len(rows.prompt_ids(row)) for row in range(self.batch)]
-        return SelfChecker(check, protected.model, tap, header=header, starts=starts)
+        limits = None
+        if self._rules[0].first_threshold is not None:
+            limits = [rule.certificate.threshold for rule in self._rules]
+        return SelfChecker(
+            check, protected.model, tap, header=header, starts=starts, thresholds=limits
+        )
 
     def _model_inputs(self) -> dict[str, Any]:
         inputs = self._inputs
@@ -147,7 +152,7 @@ class GuardedCall:
         return cache, 0 if cache is None else int(cache.get_seq_length())
 
     def _thresholds(self) -> float | Tensor:
-        thresholds = [rule.certificate.threshold for rule in self._rules]
+        thresholds = [rule.threshold for rule in self._rules]
         return thresholds[0] if len(set(thresholds)) == 1 else torch.tensor(thresholds)
 
     def _draws(self) -> RowDraws | None:
@@ -202,7 +207,7 @@ class GuardedCall:
             tap=protected.tap,
             probe=protected.probe,
             config=protected.bundle.monitor,
-            threshold=rule.certificate.threshold,
+            threshold=rule.threshold,
             policy=rule.policy,
             texts=rule.texts,
             settings=settings,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from safe_decode.capabilities import require_supported, require_supported_model
 from safe_decode.certificate import Certificate
 from safe_decode.compose import Asked, Composer, context_tokens, texts_of
 from safe_decode.decision import Redirect
-from safe_decode.errors import PromptError, UnsupportedError
+from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
 from safe_decode.events import StreamEvent
 from safe_decode.fingerprint import Fingerprint
 from safe_decode.foreign import GuardHandle, bare_traces
@@ -57,12 +57,14 @@ class SafeDecoder:
         on_error: What happens to a row whose guard fails, see `OnError`.
         strict: Refuse calls outside the certificate's envelope instead of voiding it.
         self_check: Looks again when a row alarms, and may clear it; None: every alarm trips.
+            "bundle": the one made and certified with the bundle, first threshold included.
             Not in continuations after a rewind, with beams, drafts or embeddings.
 
     Raises:
         FingerprintMismatchError: The bundle was made for another model or tokenizer.
         CertificateError: `alpha` is not certified.
-        ConfigurationError: A value outside its choices, or an empty refusal or opener.
+        ConfigurationError: A value outside its choices, an empty refusal or opener, or a
+            self-check that the bundle does not have.
         UnsupportedError: The model cannot be guarded.
     """
 
@@ -79,7 +81,7 @@ class SafeDecoder:
         opener: str | None = None,
         on_error: OnError = "close",
         strict: bool = False,
-        self_check: SelfCheck | None = None,
+        self_check: SelfCheck | Literal["bundle"] | None = None,
     ) -> None:
         require_supported_model(model)
         bundle.fingerprint.require(Fingerprint.of(model, tokenizer))
@@ -96,6 +98,9 @@ class SafeDecoder:
         self._probe = bundle.probe.to(model.device)
         self._tap = ActivationTap(model, bundle.probe.sites)
         self._self_check = None
+        self._uses_header_check = self_check == "bundle"
+        if self_check == "bundle":
+            self_check = _own_check(bundle, self.certificate.alpha)
         if self_check is not None:
             check = replace(self_check, probe=self_check.probe.to(model.device))
             tap = ActivationTap(model, check.probe.sites)
@@ -391,7 +396,14 @@ class SafeDecoder:
             context_tokens=context_tokens(self.model),
             self_check=self._self_check,
         )
-        return Composer(protected, self.policy, self.certificate, self._texts, self.opener)
+        return Composer(
+            protected,
+            self.policy,
+            self.certificate,
+            self._texts,
+            self.opener,
+            self._uses_header_check,
+        )
 
     def _judgement(self, policy: Policy) -> Judgement:
         bundle = self.bundle
@@ -415,6 +427,15 @@ def _streamed(call: GuardedCall, streamer: Streamer) -> GuardedOutput:
         return call.run(Watch(feeder(streamer)))
     finally:
         streamer.end()  # its reader, in another thread, would wait forever
+
+
+def _own_check(bundle: ProbeBundle, alpha: float) -> SelfCheck:
+    if bundle.header_check is None:
+        raise ConfigurationError(
+            "self_check='bundle' wants a bundle with a self-check, and this one has none; fit one "
+            "with probes.header, or pass self_check=None or a SelfCheck."
+        )
+    return bundle.header_check.settings(alpha)
 
 
 def _as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:

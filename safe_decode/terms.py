@@ -56,12 +56,20 @@ class RowRules:
         certificate: Its threshold.
         texts: Its canned ids.
         seed: Of its draws; None: the global generator.
+        first_threshold: Of the first stage, where `certificate` speaks of the second; or None.
     """
 
     policy: Policy
     certificate: Certificate
     texts: Texts
     seed: int | None = None
+    first_threshold: float | None = None
+
+    @property
+    def threshold(self) -> float:
+        """What the statistic is compared with."""
+        first = self.first_threshold
+        return self.certificate.threshold if first is None else first
 
 
 @dataclass(frozen=True)

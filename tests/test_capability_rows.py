@@ -1,4 +1,4 @@
-"""Each row of the table of capabilities: what is supported is bare, what is refused runs nothing."""
+"""Each row of the table of capabilities: supported ones are bare, refused ones run nothing."""
 
 from __future__ import annotations
 

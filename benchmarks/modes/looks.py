@@ -1,0 +1,2 @@
+def look_rows(**k):
+    return []
