@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -50,6 +49,7 @@ from safe_decode.monitor import MonitorConfig
 from safe_decode.probe import LinearProbe
 from safe_decode.selfcheck import HeaderCheck
 from safe_decode.sites import Site
+from safe_decode.spans import ReasoningSpans
 
 __all__ = ["SCHEMA", "Fingerprint", "ProbeBundle"]
 
@@ -70,6 +70,7 @@ class ProbeBundle:
         canary: A known conversation, or None.
         provenance: Where it comes from: data, seeds, versions. JSON values; not judged.
         header_check: A second look at alarms, made for this probe; or None.
+        reasoning: Marks of reasoning and the thresholds inside them; or None.
 
     Raises:
         ConfigurationError: The parts do not fit together.
@@ -87,6 +88,7 @@ class ProbeBundle:
     canary: CanaryRecord | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     header_check: HeaderCheck | None = None
+    reasoning: ReasoningSpans | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
@@ -112,6 +114,11 @@ class ProbeBundle:
         for certificate in self.certificates:
             certificate.verify()
         self.certificate()
+        if self.reasoning is not None and self.monitor.hits > 1:
+            raise ConfigurationError(
+                f"hits={self.monitor.hits} mixes values from inside and outside of reasoning; "
+                "choose a statistic with hits=1, or leave the spans out."
+            )
 
     def certificate(self, alpha: float | None = None, population: str = "benign") -> Certificate:
         """Return the certificate of a level.
@@ -234,6 +241,12 @@ def _card(bundle: ProbeBundle, digests: Mapping[str, str]) -> dict[str, Any]:
     further: dict[str, Any] = {}
     if bundle.header_check is not None:
         further["header_check"] = _header_record(bundle.header_check, sets)
+    if bundle.reasoning is not None:
+        further["reasoning"] = {
+            "opens": bundle.reasoning.opens,
+            "closes": bundle.reasoning.closes,
+            "certificates": [_certificate_record(c, sets) for c in bundle.reasoning.certificates],
+        }
     return {
         **further,
         "format": FORMAT,
@@ -274,12 +287,23 @@ def _read(source: Path) -> ProbeBundle:
         ),
         provenance=card["provenance"],
         header_check=_header_check(card.get("header_check"), tensors, maxima),
+        reasoning=_reasoning(card.get("reasoning"), maxima),
     )
 
 
 def _all_certificates(bundle: ProbeBundle) -> tuple[Certificate, ...]:
-    check = bundle.header_check
-    return bundle.certificates + (() if check is None else check.certificates)
+    parts = (bundle.header_check, bundle.reasoning)
+    further = (own for part in parts if part is not None for own in part.certificates)
+    return (*bundle.certificates, *further)
+
+
+def _reasoning(
+    record: Mapping[str, Any] | None, maxima: Mapping[str, Tensor]
+) -> ReasoningSpans | None:
+    if record is None:
+        return None
+    certificates = tuple(_certificate(one, maxima) for one in record["certificates"])
+    return ReasoningSpans(record["opens"], record["closes"], certificates)
 
 
 def _certificate_record(certificate: Certificate, sets: list[tuple[float, ...]]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from safe_decode.release import Cancelled, Releaser, ReleaseRules, RowRelease
 from safe_decode.rewind import Rewinder
 from safe_decode.selfcheck import SelfChecker
 from safe_decode.session import RowRecord, Session
-from safe_decode.terms import CallMode, Protected, RowRules, Watch
+from safe_decode.terms import CallMode, Protected, RowRules, Watch, span_reader
 from safe_decode.whole import WholeLoop, picked_beams, pruned_beams
 
 __all__ = ["GuardedCall"]
@@ -91,6 +91,7 @@ class GuardedCall:
                 beats=beats,
                 scanned=self._rows.scanned,
                 device=protected.model.device,
+                spans=span_reader(protected, self._rows, self._rules),
             )
             follower = None if watch is None else _LateReleaser(self._releaser, watch)
             loop = self._loop(session, follower)
@@ -214,6 +215,8 @@ class GuardedCall:
             options={**given, **alone, **free, **quiet},
             context_tokens=protected.context_tokens,
             seed=rule.seed,
+            marks=protected.marks,
+            shift=rule.shift,
         )
 
     def _finished(
@@ -329,6 +332,7 @@ class GuardedCall:
             low_mark=bundle.monitor.low_mark,
             certificate=rule.certificate,
             policy=rule.policy,
+            reasoning=rule.reasoning,
         )
 
     def _text(self, ids: Sequence[int], end_ids: Sequence[int]) -> str:

@@ -150,6 +150,10 @@ class Composer:
         inputs.require_room(self.protected.context_tokens)
         return inputs
 
+    def rules_of(self, policy: Policy) -> RowRules:
+        """Return what holds for a row that asks for nothing, and takes no looks."""
+        return self._rules(policy, RequestPolicy(), None, looks=False)
+
     def _rules(
         self, base: Policy, request: RequestPolicy, seed: int | None, looks: bool
     ) -> RowRules:
@@ -160,9 +164,12 @@ class Composer:
         if looks and bundle.header_check is not None:
             first = bundle.header_check.first_threshold
             certificate = bundle.header_check.certificate(certificate.alpha)
+        reasoning = None
+        if bundle.reasoning is not None:
+            reasoning = bundle.reasoning.certificate(certificate.alpha)
         if request.refusal is not None:
             texts = texts_of(self.protected.tokenizer, request.refusal, self.opener)
-        return RowRules(request.applied_to(base), certificate, texts, seed, first)
+        return RowRules(request.applied_to(base), certificate, texts, seed, first, reasoning)
 
     def option(self, name: str, options: Mapping[str, Any]) -> Any:  # noqa: ANN401
         """Read an option as `generate` does: argument, given configuration, model's own."""

@@ -37,7 +37,7 @@ from safe_decode.session import Session
 from safe_decode.stream import AsyncGuardedStream, GuardedStream, Producer
 from safe_decode.streamer import Streamer, feeder
 from safe_decode.taps import ActivationTap
-from safe_decode.terms import Protected, Watch
+from safe_decode.terms import Protected, Watch, span_reader
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 
@@ -97,6 +97,7 @@ class SafeDecoder:
         self._texts = texts_of(tokenizer, self.refusal, self.opener)
         self._probe = bundle.probe.to(model.device)
         self._tap = ActivationTap(model, bundle.probe.sites)
+        self._marks = None if bundle.reasoning is None else bundle.reasoning.marks(tokenizer)
         self._self_check = None
         self._uses_header_check = self_check == "bundle"
         if self_check == "bundle":
@@ -297,6 +298,8 @@ class SafeDecoder:
         option = self._composer().option
         ends = _as_ids(option("eos_token_id", {"eos_token_id": eos_token_id}))
         pad = option("pad_token_id", {})
+        composer = self._composer()
+        rules = [composer.rules_of(policy)] * len(rows.scanned)
         with self._tap.listening() as beats:
             session = Session(
                 probe=self._probe,
@@ -305,6 +308,7 @@ class SafeDecoder:
                 beats=beats,
                 scanned=rows.scanned,
                 device=self.model.device,
+                spans=span_reader(composer.protected, rows, rules),
             )
             steps = GuardedSteps(
                 session,
@@ -395,6 +399,7 @@ class SafeDecoder:
             strict=self.strict,
             context_tokens=context_tokens(self.model),
             self_check=self._self_check,
+            marks=self._marks,
         )
         return Composer(
             protected,
@@ -413,6 +418,7 @@ class SafeDecoder:
             low_mark=bundle.monitor.low_mark,
             certificate=self.certificate,
             policy=policy,
+            reasoning=self._composer().rules_of(policy).reasoning,
         )
 
 
@@ -434,6 +440,11 @@ def _own_check(bundle: ProbeBundle, alpha: float) -> SelfCheck:
         raise ConfigurationError(
             "self_check='bundle' wants a bundle with a self-check, and this one has none; fit one "
             "with probes.header, or pass self_check=None or a SelfCheck."
+        )
+    if bundle.reasoning is not None:
+        raise ConfigurationError(
+            "self_check='bundle' is refused where the bundle has thresholds for reasoning: they "
+            "were not certified together; pass self_check=None."
         )
     return bundle.header_check.settings(alpha)
 

@@ -130,7 +130,8 @@ class GuardedLoop:
         self._sort_late()
         self._scored += 1
         if not self._is_blind:
-            self._judge((1, input_ids.shape[1]) if self._said else self._prefilled(input_ids))
+            positions = (1, input_ids.shape[1]) if self._said else self._prefilled(input_ids)
+            self._judge(positions, input_ids)
         if self._do_sample and self._closes:
             scores = self._drawable(scores)
         self._scores = scores
@@ -229,8 +230,9 @@ class GuardedLoop:
             self._fail(as_guard_error(error))
         return (input_ids.shape[1],)
 
-    def _judge(self, positions: tuple[int, ...]) -> None:
+    def _judge(self, positions: tuple[int, ...], ids: Tensor) -> None:
         try:
+            self.session.note(ids)
             self._trips = self.session.judge(positions, self._active)
         except Exception as error:  # whatever fails in the guard closes its rows
             from safe_decode.processor import as_guard_error
@@ -368,7 +370,7 @@ class GuardedLoop:
 
                 self._fail(as_guard_error(error))
                 return
-        self._judge((1, sequences.shape[1]))
+        self._judge((1, sequences.shape[1]), sequences)
         if self._trips is not None and self.session.protects:
             trips = self._trips if active is None else self._trips & active
             if self.session.protected is not None:

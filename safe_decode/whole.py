@@ -121,6 +121,7 @@ class WholeLoop:
             inputs = whole_inputs(model, sequences, kept, prompt_tokens)
             self.session.expect_whole(sequences.shape[1] - prompt_tokens)
             model(**inputs, return_dict=True)
+            self.session.note(sequences, sequences.shape[1] - prompt_tokens)
             self.session.judge_whole(sequences.shape[1], content)
         except Exception as error:  # nothing may be released that was not judged
             from safe_decode.processor import as_guard_error

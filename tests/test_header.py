@@ -9,6 +9,7 @@ import pytest
 
 from probes.calibrate import group_maxima
 from probes.conversations import by_split
+from probes.harvest import score_responses
 from probes.header import (
     NO_LOOK,
     UNCLEARED,
@@ -18,7 +19,6 @@ from probes.header import (
     looks_of,
     response_scalars,
 )
-from probes.harvest import score_responses
 from probes.statistic import smoothed_paths
 from probes.teacher import encode_response
 from safe_decode.bundle import ProbeBundle

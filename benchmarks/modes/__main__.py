@@ -102,7 +102,7 @@ def tries_rows(size: Size) -> list[dict[str, Any]]:
 def look_rows(size: Size) -> list[dict[str, Any]]:
     """The self-check."""
     return looks.look_rows(
-        responses=size.of(1_500, 24), rounds=size.of(20), new_tokens=min(160, 2 * size.cap)
+        responses=size.of(1_500, 120), rounds=size.of(20), new_tokens=min(160, 2 * size.cap)
     )
 
 

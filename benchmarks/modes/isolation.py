@@ -93,7 +93,7 @@ def isolated(measured: Measured, *, rounds: int) -> dict[str, Any]:
     }
 
 
-class _Fails(LogitsProcessor):  # type: ignore[misc]  # untyped base
+class _Fails(LogitsProcessor):
     def __init__(self, after: int) -> None:
         self._left = after
 

@@ -66,7 +66,7 @@ def untripped(measured: Measured, mode: str) -> dict[str, Any]:
     for rows, (theirs, width) in zip(calls, bare, strict=True):
         output = _guarded(measured, rows, options, redirect="rewind", threshold=threshold)
         for row, trace in enumerate(output.traces):
-            tripped += trace.tripped
+            tripped += trace.tripped or trace.end.pruned_beams > 0
             if trace.tripped or trace.end.pruned_beams:
                 continue
             total += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -23,7 +24,7 @@ __all__ = ["first_token", "redirect_costs"]
 TRIPS = 2
 
 
-class _Stamps(StoppingCriteria):  # type: ignore[misc]  # untyped base
+class _Stamps(StoppingCriteria):
     def __init__(self) -> None:
         self.at: list[float] = []
 
@@ -38,7 +39,7 @@ def first_token(
     """Time the first released token at each hold-back beside bare TTFT and k + 1 bare tokens."""
     asked = measured.asked.of([len(measured.asked.prompts) - 1])
     inputs, new = measured.inputs(asked), max(holdbacks) + 9
-    fixed = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    fixed: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
 
     def bare() -> tuple[float, float]:
         stamps, began = _Stamps(), time.perf_counter()
@@ -61,7 +62,7 @@ def first_token(
         raise RuntimeError("the stream ended and released nothing; raise the cap.")
 
     arms: dict[str, Callable[[], Any]] = {"bare": bare}
-    arms |= {str(k): lambda k=k: released(k) for k in holdbacks}
+    arms |= {str(k): partial(released, k) for k in holdbacks}
     taken = _interleaved(arms, rounds)
     rows = []
     for k in holdbacks:
@@ -87,7 +88,7 @@ def first_token(
 def redirect_costs(measured: Measured, *, rounds: int) -> list[dict[str, Any]]:
     """Compare rewind with a canned refusal, in tokens and ms, where two rows of a batch trip."""
     asked, decoder = measured.asked, measured.subject.decoder
-    options = {
+    options: dict[str, Any] = {
         "prefill": list(asked.prefills),
         "max_new_tokens": measured.new_tokens,
         "do_sample": False,
@@ -106,7 +107,7 @@ def redirect_costs(measured: Measured, *, rounds: int) -> list[dict[str, Any]]:
         last[name] = guards[name].generate(list(asked.prompts), **options)
         return time.perf_counter() - began
 
-    taken = _interleaved({name: lambda name=name: timed(name) for name in guards}, rounds)
+    taken = _interleaved({name: partial(timed, name) for name in guards}, rounds)
     rows = []
     for name in guards:
         ends = [trace.end for trace in last[name].traces]

@@ -24,7 +24,7 @@ from tests.models import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_model
 __all__ = ["EVERY_FAMILY", "Asked", "Measured", "embedded", "requests_of", "tiny"]
 
 EVERY_FAMILY = (*FAMILIES, *MORE_FAMILIES, "mixtral")
-_WORDS = "hello what is it? tell me a long story go abc once upon a time there was one more".split()
+_TEXT = "hello what is it? tell me a long story go abc once upon a time and one more"
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,10 @@ def tiny(family: str, *, rows: int = 5, new_tokens: int = 24) -> Measured:
     subject = Subject(f"tiny {family}", model, tokenizer, bundle_for(model, tokenizer))
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(1, 5, (rows,), generator=generator).tolist()
-    starts = torch.randint(0, len(_WORDS), (rows,), generator=generator).tolist()
+    starts = torch.randint(0, len(_TEXT.split()), (rows,), generator=generator).tolist()
+    words = 2 * _TEXT.split()
     prompts = [
-        " ".join((_WORDS * 2)[start : start + n]) + f" {row}"
+        " ".join(words[start : start + n]) + f" {row}"
         for row, (start, n) in enumerate(zip(starts, counts, strict=True))
     ]
     return Measured(subject, Asked(prompts, [None] * rows), new_tokens)
