@@ -55,11 +55,12 @@ def law_rows(size: Size) -> list[dict[str, Any]]:
     subjects += [
         tiny(family, rows=size.of(12, 4), new_tokens=min(size.cap, 24)) for family in size.families
     ]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for measured in subjects:
-        found = [laws.untripped(measured, mode) for mode in laws.MODES]
-        rows += [{**row, "target": "all"} for row in found]
-    return rows
+        for mode in laws.MODES:
+            rows.append(laws.untripped(measured, mode))
+            LOG.info("%s", json.dumps(rows[-1]))
+    return laws.by_mode(rows)
 
 
 def composition_rows(size: Size) -> list[dict[str, Any]]:

@@ -124,21 +124,24 @@ def churn(measured: Measured, *, calls: int, cancelled: int, failed: int) -> dic
     def one(number: int) -> str:
         row = number % rows
         prompt, prefill = asked.prompts[row], asked.prefills[row]
-        given: dict[str, Any] = {"prefill": prefill, "max_new_tokens": measured.new_tokens}
+        given: dict[str, Any] = {"prefill": [prefill], "max_new_tokens": measured.new_tokens}
         if cancelled and number % stride_c == 1 and counts["cancelled"] < cancelled:
-            with decoder.stream([prompt], **{**given, "prefill": [prefill]}) as stream:
+            with decoder.stream([prompt], **given) as stream:
                 next(iter(stream))
             return "cancelled"
         if failed and number % stride_f == 2 and counts["failed"] < failed:
             try:
+                # flag, and no early end: the row must live until its processor raises.
                 decoder.generate(
                     [prompt],
-                    **{**given, "prefill": [prefill]},
+                    **given,
+                    min_new_tokens=4,
+                    redirect="flag",
                     logits_processor=LogitsProcessorList([_Fails(3)]),
                 )
             except ZeroDivisionError:
                 return "failed"
-        decoder.generate([prompt], **{**given, "prefill": [prefill]}, do_sample=bool(number % 2))
+        decoder.generate([prompt], **given, do_sample=bool(number % 2))
         return "finished"
 
     for number in range(calls):

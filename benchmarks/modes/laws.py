@@ -15,7 +15,7 @@ from benchmarks.modes.subjects import Asked, Measured
 from tests.guarding import peaks, threshold_between
 from tests.models import tiny_model
 
-__all__ = ["MODES", "TOLERANCE", "row_law", "untripped"]
+__all__ = ["MODES", "TOLERANCE", "by_mode", "row_law", "untripped"]
 
 _BEAMS = {"num_beams": 3}
 MODES: Mapping[str, Mapping[str, Any]] = {
@@ -79,6 +79,29 @@ def untripped(measured: Measured, mode: str) -> dict[str, Any]:
         "identical": same,
         "met": "yes" if is_met else "no",
     }
+
+
+def by_mode(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Sum the rows of `untripped` over models, a row a mode."""
+    found = []
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        mine = [row for row in rows if row["mode"] == mode]
+        ran = [row for row in mine if row["identical"] is not None]
+        is_met = bool(ran) and all(row["met"] == "yes" for row in ran)
+        refused = ", ".join(row["model"] for row in mine if row["identical"] is None)
+        found.append(
+            {
+                "mode": mode,
+                "models": len(ran),
+                "tripped": sum(row["tripped"] for row in ran),
+                "untripped": sum(row["n"] for row in ran),
+                "identical to bare": sum(row["identical"] for row in ran),
+                "refused by transformers itself": refused or None,
+                "target": "all",
+                "met": "yes" if is_met else "no",
+            }
+        )
+    return found
 
 
 def row_law(measured: Measured, *, compositions: int, seed: int = 0) -> dict[str, Any]:
