@@ -133,6 +133,13 @@ class ProbeBundle:
         wanted = self.default_alpha if alpha is None else alpha
         return certificate_of(self.certificates, wanted, population)
 
+    @property
+    def all_certificates(self) -> tuple[Certificate, ...]:
+        """List those of the statistic, then of the looks, then of reasoning."""
+        parts = (self.header_check, self.reasoning)
+        further = (own for part in parts if part is not None for own in part.certificates)
+        return (*self.certificates, *further)
+
     @cached_property
     def digest(self) -> str:
         """Sha256 of the card's content, which holds those of the other files."""
@@ -211,7 +218,7 @@ class ProbeBundle:
             tensors["canary"] = self.canary.logits
         files = {
             PROBE: bytes_of({name: t.detach().cpu().contiguous() for name, t in tensors.items()}),
-            CALIBRATION: bytes_of(_distinct_maxima(_all_certificates(self))),
+            CALIBRATION: bytes_of(_distinct_maxima(self.all_certificates)),
         }
         card = _card(self, {name: hashlib.sha256(files[name]).hexdigest() for name in files})
         card = json.loads(json.dumps(card, allow_nan=False))  # as it will be read
@@ -230,7 +237,7 @@ def _distinct_maxima(certificates: tuple[Certificate, ...]) -> dict[str, Tensor]
 
 
 def _card(bundle: ProbeBundle, digests: Mapping[str, str]) -> dict[str, Any]:
-    sets = list(dict.fromkeys(one.maxima for one in _all_certificates(bundle)))
+    sets = list(dict.fromkeys(one.maxima for one in bundle.all_certificates))
     canary = None
     if bundle.canary is not None:
         canary = {
@@ -289,12 +296,6 @@ def _read(source: Path) -> ProbeBundle:
         header_check=_header_check(card.get("header_check"), tensors, maxima),
         reasoning=_reasoning(card.get("reasoning"), maxima),
     )
-
-
-def _all_certificates(bundle: ProbeBundle) -> tuple[Certificate, ...]:
-    parts = (bundle.header_check, bundle.reasoning)
-    further = (own for part in parts if part is not None for own in part.certificates)
-    return (*bundle.certificates, *further)
 
 
 def _reasoning(

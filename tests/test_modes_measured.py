@@ -60,9 +60,8 @@ def test_threads_sessions_and_strangers_are_compared_with_solo_runs(measured):
 
 def test_many_calls_leave_nothing_and_what_is_left_is_counted(measured, monkeypatch):
     row = isolation.churn(measured, calls=20, cancelled=2, failed=2)
-    counts = row["measured"]
-    assert (counts["finished"], counts["cancelled"], counts["failed"]) == (16, 2, 2)
-    assert counts["hooks"] == 0 and row["met"] == "yes"
+    assert row["measured"].startswith("16 finished, 2 cancelled, 2 failed, 0 hooks, ")
+    assert row["met"] == "yes"
     monkeypatch.setattr(isolation, "FLAT_KIB", -(10**9))
     assert isolation.churn(measured, calls=10, cancelled=1, failed=1)["met"] == "no"
     monkeypatch.setattr(isolation, "FLAT_KIB", 10**9)
@@ -77,7 +76,7 @@ def test_many_calls_leave_nothing_and_what_is_left_is_counted(measured, monkeypa
     row = isolation.churn(measured, calls=10, cancelled=1, failed=1)
     for hook in hooks:
         hook.remove()
-    assert row["met"] == "no" and row["measured"]["hooks"] == len(hooks)
+    assert row["met"] == "no" and f" {len(hooks)} hooks," in row["measured"]
 
 
 def test_first_tokens_are_timed_beside_bare_ones(measured):

@@ -18,6 +18,7 @@ from safe_decode.errors import (
     CertificateError,
     ConfigurationError,
     DataError,
+    UnsupportedError,
 )
 from safe_decode.events import Ended
 from safe_decode.guard import SafeDecoder
@@ -25,6 +26,7 @@ from safe_decode.monitor import MonitorConfig, RiskMonitor, reference
 from safe_decode.portable import PortableBundle
 from safe_decode.replay import replay
 from safe_decode.selfcheck import HeaderCheck
+from safe_decode.serving.guarded import GuardedEngine
 from safe_decode.spans import ReasoningSpans, SpanMarks, SpanReader
 from safe_decode.trace import read_traces
 from tests.guarding import OPENER, REFUSAL, bundle_for, decoder_for, random_probe
@@ -295,6 +297,7 @@ def test_both_thresholds_are_certified_and_what_is_deployed_keeps_the_promise(
     bundle.save(tmp_path / "b")
     bundle = ProbeBundle.load(tmp_path / "b")
     assert bundle.reasoning.certificate(0.5).n == 60 == bundle.certificate().n
+    assert len(bundle.all_certificates) == 2
     decoder = SafeDecoder(llama, tokenizer, bundle, redirect="refuse")
     output = decoder.generate(
         [list(row.messages) for row in rows],
@@ -345,3 +348,9 @@ def test_what_cannot_be_certified_or_combined_is_refused(llama, tokenizer):
     with pytest.raises(ConfigurationError, match="not certified together"):
         SafeDecoder(llama, tokenizer, both, self_check="bundle")
     assert decoder_for(llama, tokenizer)._marks is None
+
+
+def test_the_server_refuses_what_it_does_not_follow(llama, tokenizer):
+    decoder = reasoning_decoder(llama, tokenizer, inside=1.0, outside=0.0)
+    with pytest.raises(UnsupportedError, match="does not follow spans"):
+        GuardedEngine(decoder)

@@ -152,11 +152,12 @@ def churn(measured: Measured, *, calls: int, cancelled: int, failed: int) -> dic
     left = [hook for hook in _hooks(model) if hook not in before]
     threads = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
     grown = last - min(points[: max(1, len(points) // 3)] + [first])
+    found = {**counts, "hooks": len(left), "threads": len(threads), "KiB": grown}
     return {
         "what": "generations, cancelled and failed among them: hooks left, memory grown (KiB)",
         "model": measured.name,
         "n": calls,
-        "measured": {**counts, "hooks": len(left), "threads": len(threads), "grown": grown},
+        "measured": ", ".join(f"{n} {what}" for what, n in found.items()),
         "target": f"0 hooks, <= {FLAT_KIB} KiB after a fifth of them",
         "met": "yes" if not left and grown <= FLAT_KIB else "no",
     }
