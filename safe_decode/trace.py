@@ -252,7 +252,7 @@ def _parsed(line: str, number: int) -> tuple[str, dict[str, Any]]:
 def _require_version(record: Mapping[str, Any], number: int) -> None:
     version = record.get("version")
     if version not in _READ_VERSIONS:
-        known = " and ".join(map(str, _READ_VERSIONS))
+        known = ", ".join(map(str, _READ_VERSIONS[:-1])) + f" and {_READ_VERSIONS[-1]}"
         raise DataError(
             f"line {number} has trace version {version!r}, this reader knows {known}; "
             "use the safe-decode that wrote it, or a newer one."
