@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -38,7 +37,7 @@ from safe_decode.bundle_files import (
     tupled,
 )
 from safe_decode.canary import CanaryRecord
-from safe_decode.certificate import Certificate, Envelope
+from safe_decode.certificate import Certificate, Envelope, certificate_of
 from safe_decode.errors import (
     BundleCorruptError,
     BundleError,
@@ -48,7 +47,9 @@ from safe_decode.errors import (
 from safe_decode.fingerprint import Fingerprint
 from safe_decode.monitor import MonitorConfig
 from safe_decode.probe import LinearProbe
+from safe_decode.selfcheck import HeaderCheck
 from safe_decode.sites import Site
+from safe_decode.spans import ReasoningSpans
 
 __all__ = ["SCHEMA", "Fingerprint", "ProbeBundle"]
 
@@ -68,6 +69,8 @@ class ProbeBundle:
         fingerprint: Of the model it was made for.
         canary: A known conversation, or None.
         provenance: Where it comes from: data, seeds, versions. JSON values; not judged.
+        header_check: A second look at alarms, made for this probe; or None.
+        reasoning: Marks of reasoning and the thresholds inside them; or None.
 
     Raises:
         ConfigurationError: The parts do not fit together.
@@ -84,6 +87,8 @@ class ProbeBundle:
     fingerprint: Fingerprint
     canary: CanaryRecord | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    header_check: HeaderCheck | None = None
+    reasoning: ReasoningSpans | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
@@ -109,6 +114,11 @@ class ProbeBundle:
         for certificate in self.certificates:
             certificate.verify()
         self.certificate()
+        if self.reasoning is not None and self.monitor.hits > 1:
+            raise ConfigurationError(
+                f"hits={self.monitor.hits} mixes values from inside and outside of reasoning; "
+                "choose a statistic with hits=1, or leave the spans out."
+            )
 
     def certificate(self, alpha: float | None = None, population: str = "benign") -> Certificate:
         """Return the certificate of a level.
@@ -121,15 +131,14 @@ class ProbeBundle:
             CertificateError: This level is not certified; those that are, are named.
         """
         wanted = self.default_alpha if alpha is None else alpha
-        for certificate in self.certificates:
-            if certificate.population == population and math.isclose(certificate.alpha, wanted):
-                return certificate
-        levels = sorted({c.alpha for c in self.certificates if c.population == population})
-        raise CertificateError(
-            f"alpha={wanted:g} is not certified for {population!r}, wanted one of "
-            f"{levels or 'none: this population has no certificate'}; pass one of these or "
-            "calibrate."
-        )
+        return certificate_of(self.certificates, wanted, population)
+
+    @property
+    def all_certificates(self) -> tuple[Certificate, ...]:
+        """List those of the statistic, then of the looks, then of reasoning."""
+        parts = (self.header_check, self.reasoning)
+        further = (own for part in parts if part is not None for own in part.certificates)
+        return (*self.certificates, *further)
 
     @cached_property
     def digest(self) -> str:
@@ -202,11 +211,14 @@ class ProbeBundle:
 
     def _files(self) -> dict[str, bytes]:
         tensors = {"weight": self.probe.weight, "bias": self.probe.bias}
+        if self.header_check is not None:
+            own = self.header_check.probe
+            tensors |= {"header_weight": own.weight, "header_bias": own.bias}
         if self.canary is not None:
             tensors["canary"] = self.canary.logits
         files = {
             PROBE: bytes_of({name: t.detach().cpu().contiguous() for name, t in tensors.items()}),
-            CALIBRATION: bytes_of(_distinct_maxima(self.certificates)),
+            CALIBRATION: bytes_of(_distinct_maxima(self.all_certificates)),
         }
         card = _card(self, {name: hashlib.sha256(files[name]).hexdigest() for name in files})
         card = json.loads(json.dumps(card, allow_nan=False))  # as it will be read
@@ -225,26 +237,32 @@ def _distinct_maxima(certificates: tuple[Certificate, ...]) -> dict[str, Tensor]
 
 
 def _card(bundle: ProbeBundle, digests: Mapping[str, str]) -> dict[str, Any]:
-    sets = list(dict.fromkeys(certificate.maxima for certificate in bundle.certificates))
-    certificates = []
-    for certificate in bundle.certificates:
-        record = asdict(certificate)
-        record["maxima"] = f"maxima_{sets.index(certificate.maxima)}"
-        certificates.append(record)
+    sets = list(dict.fromkeys(one.maxima for one in bundle.all_certificates))
     canary = None
     if bundle.canary is not None:
         canary = {
             name: getattr(bundle.canary, name)
             for name in ("prompt", "response", "ids", "turn_start", "tolerance")
         }
+    # What a bundle does not have is not in its card, so that older readers still read it.
+    further: dict[str, Any] = {}
+    if bundle.header_check is not None:
+        further["header_check"] = _header_record(bundle.header_check, sets)
+    if bundle.reasoning is not None:
+        further["reasoning"] = {
+            "opens": bundle.reasoning.opens,
+            "closes": bundle.reasoning.closes,
+            "certificates": [_certificate_record(c, sets) for c in bundle.reasoning.certificates],
+        }
     return {
+        **further,
         "format": FORMAT,
-        "schema": SCHEMA,
+        "schema": SCHEMA + 1 if further else SCHEMA,
         "files": dict(digests),
         "sites": [asdict(site) for site in bundle.probe.sites],
         "heads": bundle.probe.heads,
         "monitor": asdict(bundle.monitor),
-        "certificates": certificates,
+        "certificates": [_certificate_record(one, sets) for one in bundle.certificates],
         "default_alpha": bundle.default_alpha,
         "holdback_tokens": bundle.holdback_tokens,
         "refusal": bundle.refusal,
@@ -275,6 +293,49 @@ def _read(source: Path) -> ProbeBundle:
             logits=tensors["canary"], **{name: tupled(value) for name, value in canary.items()}
         ),
         provenance=card["provenance"],
+        header_check=_header_check(card.get("header_check"), tensors, maxima),
+        reasoning=_reasoning(card.get("reasoning"), maxima),
+    )
+
+
+def _reasoning(
+    record: Mapping[str, Any] | None, maxima: Mapping[str, Tensor]
+) -> ReasoningSpans | None:
+    if record is None:
+        return None
+    certificates = tuple(_certificate(one, maxima) for one in record["certificates"])
+    return ReasoningSpans(record["opens"], record["closes"], certificates)
+
+
+def _certificate_record(certificate: Certificate, sets: list[tuple[float, ...]]) -> dict[str, Any]:
+    return {**asdict(certificate), "maxima": f"maxima_{sets.index(certificate.maxima)}"}
+
+
+def _header_record(check: HeaderCheck, sets: list[tuple[float, ...]]) -> dict[str, Any]:
+    return {
+        "sites": [asdict(site) for site in check.probe.sites],
+        "heads": check.probe.heads,
+        "first_threshold": check.first_threshold,
+        "every_tokens": check.every_tokens,
+        "max_looks": check.max_looks,
+        "certificates": [_certificate_record(one, sets) for one in check.certificates],
+    }
+
+
+def _header_check(
+    record: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], maxima: Mapping[str, Tensor]
+) -> HeaderCheck | None:
+    if record is None:
+        return None
+    sites = tuple(Site(s["layer"], s["kind"], tuple(s["channels"])) for s in record["sites"])
+    return HeaderCheck(
+        LinearProbe(
+            sites, tensors["header_weight"], tensors["header_bias"], tuple(record["heads"])
+        ),
+        record["first_threshold"],
+        tuple(_certificate(one, maxima) for one in record["certificates"]),
+        every_tokens=record["every_tokens"],
+        max_looks=record["max_looks"],
     )
 
 

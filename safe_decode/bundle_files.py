@@ -29,6 +29,8 @@ __all__ = [
 
 FORMAT = "safe-decode bundle"
 SCHEMA = 1
+_READ_SCHEMAS = (1, 2)
+"""2: with a self-check of its own, or thresholds for reasoning."""
 CARD, PROBE, CALIBRATION = "card.json", "probe.safetensors", "calibration.safetensors"
 
 
@@ -52,9 +54,10 @@ def read_card(source: Path) -> dict[str, Any]:
             f"bundle {source}: {CARD} does not say format={FORMAT!r}; pass the directory of a "
             "bundle."
         )
-    if card.get("schema") != SCHEMA:
+    if card.get("schema") not in _READ_SCHEMAS:
+        known = " and ".join(map(str, _READ_SCHEMAS))
         raise BundleCorruptError(
-            f"bundle {source} has schema {card.get('schema')!r}, this version reads {SCHEMA}; use "
+            f"bundle {source} has schema {card.get('schema')!r}, this version reads {known}; use "
             "the safe-decode that wrote it, or export the bundle again."
         )
     found = card_digest(card)

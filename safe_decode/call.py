@@ -27,7 +27,7 @@ from safe_decode.release import Cancelled, Releaser, ReleaseRules, RowRelease
 from safe_decode.rewind import Rewinder
 from safe_decode.selfcheck import SelfChecker
 from safe_decode.session import RowRecord, Session
-from safe_decode.terms import CallMode, Protected, RowRules, Watch
+from safe_decode.terms import CallMode, Protected, RowRules, Watch, span_reader
 from safe_decode.told import LateReleaser, finish_reason
 from safe_decode.whole import WholeLoop, picked_beams, pruned_beams
 
@@ -92,6 +92,7 @@ class GuardedCall:
                 beats=beats,
                 scanned=self._rows.scanned,
                 device=protected.model.device,
+                spans=span_reader(protected, self._rows, self._rules),
             )
             follower = None if watch is None else LateReleaser(partial(self._releaser, watch))
             loop = self._loop(session, follower)
@@ -132,7 +133,12 @@ class GuardedCall:
         check, tap, header = protected.self_check
         width = rows.input_ids.shape[1]
         starts = [width - len(rows.prompt_ids(row)) for row in range(self.batch)]
-        return SelfChecker(check, protected.model, tap, header=header, starts=starts)
+        limits = None
+        if self._rules[0].first_threshold is not None:
+            limits = [rule.certificate.threshold for rule in self._rules]
+        return SelfChecker(
+            check, protected.model, tap, header=header, starts=starts, thresholds=limits
+        )
 
     def _model_inputs(self) -> dict[str, Any]:
         inputs = self._inputs
@@ -148,7 +154,7 @@ class GuardedCall:
         return cache, 0 if cache is None else int(cache.get_seq_length())
 
     def _thresholds(self) -> float | Tensor:
-        thresholds = [rule.certificate.threshold for rule in self._rules]
+        thresholds = [rule.threshold for rule in self._rules]
         return thresholds[0] if len(set(thresholds)) == 1 else torch.tensor(thresholds)
 
     def _draws(self) -> RowDraws | None:
@@ -203,13 +209,15 @@ class GuardedCall:
             tap=protected.tap,
             probe=protected.probe,
             config=protected.bundle.monitor,
-            threshold=rule.certificate.threshold,
+            threshold=rule.threshold,
             policy=rule.policy,
             texts=rule.texts,
             settings=settings,
             options={**given, **alone, **free, **quiet},
             context_tokens=protected.context_tokens,
             seed=rule.seed,
+            marks=protected.marks,
+            shift=rule.shift,
         )
 
     def _finished(
@@ -300,7 +308,8 @@ class GuardedCall:
         assert loop.settings is not None
         settings = loop.settings
         answers = [outcome.ids for outcome in outcomes]
-        sequences = padded(self._rows.input_ids, answers, settings.pad_id or 0)
+        fill = loop.fill_id if isinstance(loop, WholeLoop) else settings.pad_id or 0
+        sequences = padded(self._rows.input_ids, answers, fill)
         generation = None
         if loop.generation is not None and not isinstance(loop.generation, Tensor):
             rows = [_standing(row, o) for row, o in zip(picked, outcomes, strict=True)]
@@ -324,6 +333,7 @@ class GuardedCall:
             low_mark=bundle.monitor.low_mark,
             certificate=rule.certificate,
             policy=rule.policy,
+            reasoning=rule.reasoning,
         )
 
     def _text(self, ids: Sequence[int], end_ids: Sequence[int]) -> str:

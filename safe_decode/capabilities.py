@@ -70,6 +70,7 @@ def _refused(reason: str, instead: str, **features: tuple[object, ...]) -> list[
 
 
 _NO: tuple[object, ...] = (False,)
+_CACHE = "cache_implementation"
 _CACHES = ("dynamic", "hybrid", "static", "offloaded", "offloaded_static", "quantized")
 
 TABLE: tuple[Capability, ...] = (
@@ -146,6 +147,11 @@ TABLE: tuple[Capability, ...] = (
         "pass dynamic, static, offloaded, offloaded_static or quantized",
         # "hybrid" in a hub configuration is unset by generate itself.
         cache_implementation=_CACHES,
+    ),
+    *_refused(
+        "offloaded caches move layers over CUDA streams, and the model is not on CUDA",
+        "move the model to CUDA, or pass dynamic, static or quantized as cache_implementation",
+        cache_offloading=_NO,
     ),
     *_refused(
         "a second forward runs between the guard's score and the choice",
@@ -251,6 +257,9 @@ def require_supported(
                 config is own and _values_of(given).get(key) is not None
             ):
                 _require(key, value, defaults.get(key), is_installed=is_installed)
+    kinds = (options.get(_CACHE), *(_values_of(config).get(_CACHE) for config in (given, own)))
+    kind = next((kind for kind in kinds if kind is not None), "")
+    _require("cache_offloading", "offloaded" in str(kind) and not _is_on_cuda(model))
 
 
 def require_supported_model(model: Any, *, is_installed: bool = False) -> None:  # noqa: ANN401
@@ -305,6 +314,10 @@ def _require(
         raise UnsupportedError(
             f"{feature}={_shown(value)} is refused: {capability.reason}; {capability.instead}."
         )
+
+
+def _is_on_cuda(model: Any) -> bool:  # noqa: ANN401 - duck-typed
+    return bool(getattr(getattr(model, "device", None), "type", None) == "cuda")
 
 
 def _same(value: object, default: object) -> bool:

@@ -17,7 +17,13 @@ from dataclasses import dataclass
 
 from safe_decode.errors import CertificateError, ConfigurationError
 
-__all__ = ["Certificate", "Envelope", "certified_rank", "certified_threshold"]
+__all__ = [
+    "Certificate",
+    "Envelope",
+    "certificate_of",
+    "certified_rank",
+    "certified_threshold",
+]
 
 
 def certified_rank(n: int, alpha: float, delta: float) -> int:
@@ -172,6 +178,24 @@ class Certificate:
                     f"alpha={self.alpha:g} is not {value}, which its {len(self.maxima)} maxima "
                     "yield; calibrate again."
                 )
+
+
+def certificate_of(
+    certificates: Sequence[Certificate], alpha: float, population: str
+) -> Certificate:
+    """Find the certificate of a level and population.
+
+    Raises:
+        CertificateError: There is none; those that are there, are named.
+    """
+    for certificate in certificates:
+        if certificate.population == population and math.isclose(certificate.alpha, alpha):
+            return certificate
+    levels = sorted({c.alpha for c in certificates if c.population == population})
+    raise CertificateError(
+        f"alpha={alpha:g} is not certified for {population!r}, wanted one of "
+        f"{levels or 'none: this population has no certificate'}; pass one of these or calibrate."
+    )
 
 
 def _require_share(name: str, value: float) -> None:

@@ -60,6 +60,7 @@ class Composer:
         certificate: Likewise.
         texts: Likewise.
         opener: Text of the opener.
+        uses_header_check: Whether alarms are looked at by the bundle's own second stage.
     """
 
     protected: Protected
@@ -67,6 +68,7 @@ class Composer:
     certificate: Certificate
     texts: Texts
     opener: str
+    uses_header_check: bool = False
 
     def call(self, asked: Asked) -> GuardedCall:
         """Check and encode everything before anything runs."""
@@ -80,8 +82,12 @@ class Composer:
             base = replace(base, redirect=asked.redirect)
         requests = _one_each("policy", policy, len(inputs.scanned))
         seeds = _one_each("seed", seed, len(inputs.scanned))
+        # Looks are taken while a row is written, and from ids.
+        looks = mode.method == "step" and inputs.embeds is None and self.uses_header_check
         rules = [
-            self._rules(base, request or RequestPolicy(), _spread(own, copy, mode.n_candidates))
+            self._rules(
+                base, request or RequestPolicy(), _spread(own, copy, mode.n_candidates), looks
+            )
             for request, own in zip(requests, seeds, strict=True)
             for copy in range(mode.n_candidates)
         ]
@@ -145,13 +151,26 @@ class Composer:
         inputs.require_room(self.protected.context_tokens)
         return inputs
 
-    def _rules(self, base: Policy, request: RequestPolicy, seed: int | None) -> RowRules:
-        certificate, texts = self.certificate, self.texts
+    def rules_of(self, policy: Policy) -> RowRules:
+        """Return what holds for a row that asks for nothing, and takes no looks."""
+        return self._rules(policy, RequestPolicy(), None, looks=False)
+
+    def _rules(
+        self, base: Policy, request: RequestPolicy, seed: int | None, looks: bool
+    ) -> RowRules:
+        certificate, texts, bundle = self.certificate, self.texts, self.protected.bundle
         if request.alpha is not None:
-            certificate = self.protected.bundle.certificate(request.alpha)
+            certificate = bundle.certificate(request.alpha)
+        first = None
+        if looks and bundle.header_check is not None:
+            first = bundle.header_check.first_threshold
+            certificate = bundle.header_check.certificate(certificate.alpha)
+        reasoning = None
+        if bundle.reasoning is not None:
+            reasoning = bundle.reasoning.certificate(certificate.alpha)
         if request.refusal is not None:
             texts = texts_of(self.protected.tokenizer, request.refusal, self.opener)
-        return RowRules(request.applied_to(base), certificate, texts, seed)
+        return RowRules(request.applied_to(base), certificate, texts, seed, first, reasoning)
 
     def option(self, name: str, options: Mapping[str, Any]) -> Any:  # noqa: ANN401
         """Read an option as `generate` does: argument, given configuration, model's own."""

@@ -14,7 +14,7 @@ from safe_decode.inputs import GuardInputs
 from safe_decode.monitor import RiskMonitor
 from safe_decode.outcome import BareEnd, Judgement, Outcome
 from safe_decode.session import RowRecord, Session
-from safe_decode.terms import Protected, RowRules
+from safe_decode.terms import Protected, RowRules, span_reader
 from safe_decode.trace import SafetyTrace
 
 if TYPE_CHECKING:
@@ -71,11 +71,12 @@ def guarded(
     with protected.tap.listening() as beats:
         session = Session(
             probe=protected.probe,
-            monitor=RiskMonitor(protected.bundle.monitor, rules.certificate.threshold),
+            monitor=RiskMonitor(protected.bundle.monitor, rules.threshold),
             policy=rules.policy,
             beats=beats,
             scanned=rows.scanned,
             device=protected.model.device,
+            spans=span_reader(protected, rows, [rules] * len(rows.scanned)),
         )
         steps = GuardedSteps(
             session,

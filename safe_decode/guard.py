@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from safe_decode.certificate import Certificate
 from safe_decode.compiled import uncompiled
 from safe_decode.compose import Asked, Composer, context_tokens, texts_of
 from safe_decode.decision import Redirect
-from safe_decode.errors import PromptError, UnsupportedError
+from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
 from safe_decode.events import StreamEvent
 from safe_decode.fingerprint import Fingerprint
 from safe_decode.foreign import GuardHandle, guarded
@@ -36,7 +36,7 @@ from safe_decode.selfcheck import SelfCheck
 from safe_decode.stream import AsyncGuardedStream, GuardedStream, Producer
 from safe_decode.streamer import Streamer, feeder
 from safe_decode.taps import ActivationTap
-from safe_decode.terms import Protected, RowRules, Watch
+from safe_decode.terms import Protected, Watch
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 
@@ -58,12 +58,14 @@ class SafeDecoder:
         on_error: What happens to a row whose guard fails, see `OnError`.
         strict: Refuse calls outside the certificate's envelope instead of voiding it.
         self_check: Looks again when a row alarms, and may clear it; None: every alarm trips.
+            "bundle": the one made and certified with the bundle, first threshold included.
             Not in continuations after a rewind, with beams, drafts or embeddings.
 
     Raises:
         FingerprintMismatchError: The bundle was made for another model or tokenizer.
         CertificateError: `alpha` is not certified.
-        ConfigurationError: A value outside its choices, or an empty refusal or opener.
+        ConfigurationError: A value outside its choices, an empty refusal or opener, or a
+            self-check that the bundle does not have.
         UnsupportedError: The model cannot be guarded.
     """
 
@@ -80,7 +82,7 @@ class SafeDecoder:
         opener: str | None = None,
         on_error: OnError = "close",
         strict: bool = False,
-        self_check: SelfCheck | None = None,
+        self_check: SelfCheck | Literal["bundle"] | None = None,
     ) -> None:
         model = uncompiled(model)
         require_supported_model(model, is_installed=True)  # calls see whether they are
@@ -97,7 +99,11 @@ class SafeDecoder:
         self._texts = texts_of(tokenizer, self.refusal, self.opener)
         self._probe = bundle.probe.to(model.device)
         self._tap = ActivationTap(model, bundle.probe.sites)
+        self._marks = None if bundle.reasoning is None else bundle.reasoning.marks(tokenizer)
         self._self_check = None
+        self._uses_header_check = self_check == "bundle"
+        if self_check == "bundle":
+            self_check = _own_check(bundle, self.certificate.alpha)
         if self_check is not None:
             check = replace(self_check, probe=self_check.probe.to(model.device))
             tap = ActivationTap(model, check.probe.sites)
@@ -314,7 +320,7 @@ class SafeDecoder:
         with guarded(
             composer.protected,
             inputs,
-            RowRules(policy, self.certificate, self._texts),
+            composer.rules_of(policy),
             self._judgement(policy),
             n_sequences=num_return_sequences,
             end_ids=_as_ids(composer.option("eos_token_id", {"eos_token_id": eos_token_id})),
@@ -396,8 +402,16 @@ class SafeDecoder:
             strict=self.strict,
             context_tokens=context_tokens(self.model),
             self_check=self._self_check,
+            marks=self._marks,
         )
-        return Composer(protected, self.policy, self.certificate, self._texts, self.opener)
+        return Composer(
+            protected,
+            self.policy,
+            self.certificate,
+            self._texts,
+            self.opener,
+            self._uses_header_check,
+        )
 
     def _judgement(self, policy: Policy) -> Judgement:
         bundle = self.bundle
@@ -407,6 +421,7 @@ class SafeDecoder:
             low_mark=bundle.monitor.low_mark,
             certificate=self.certificate,
             policy=policy,
+            reasoning=self._composer().rules_of(policy).reasoning,
         )
 
 
@@ -421,6 +436,20 @@ def _streamed(call: GuardedCall, streamer: Streamer) -> GuardedOutput:
         return call.run(Watch(feeder(streamer)))
     finally:
         streamer.end()  # its reader, in another thread, would wait forever
+
+
+def _own_check(bundle: ProbeBundle, alpha: float) -> SelfCheck:
+    if bundle.header_check is None:
+        raise ConfigurationError(
+            "self_check='bundle' wants a bundle with a self-check, and this one has none; fit one "
+            "with probes.header, or pass self_check=None or a SelfCheck."
+        )
+    if bundle.reasoning is not None:
+        raise ConfigurationError(
+            "self_check='bundle' is refused where the bundle has thresholds for reasoning: they "
+            "were not certified together; pass self_check=None."
+        )
+    return bundle.header_check.settings(alpha)
 
 
 def _as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -126,7 +126,8 @@ class GuardedLoop:
         self._sort_late()
         self._scored += 1
         if not self._is_blind:
-            self._judge((1, input_ids.shape[1]) if self._said else self._prefilled(input_ids))
+            positions = (1, input_ids.shape[1]) if self._said else self._prefilled(input_ids)
+            self._judge(positions, input_ids)
         if self._do_sample and self._rows.closes:
             scores = self._drawable(scores)
         self._scores = scores
@@ -205,8 +206,9 @@ class GuardedLoop:
             return False
         return True
 
-    def _judge(self, positions: tuple[int, ...]) -> None:
+    def _judge(self, positions: tuple[int, ...], ids: Tensor) -> None:
         try:
+            self.session.note(ids)
             self._trips = self.session.judge(positions, self._rows.active)
         except Exception as error:  # whatever fails in the guard closes its rows
             from safe_decode.processor import as_guard_error
@@ -296,7 +298,7 @@ class GuardedLoop:
         self._scored += 1
         if not self._does(self._own.read_tail, sequences):
             return  # and nothing is released that was not judged
-        self._judge((1, sequences.shape[1]))
+        self._judge((1, sequences.shape[1]), sequences)
         if self._trips is not None and self.session.protects:
             trips = self._rows.counted(self._trips)
             if self.session.protected is not None:

@@ -125,7 +125,11 @@ class RiskMonitor:
         return per_head.select(-1, 0) if self._is_plain else per_head.amax(-1)
 
     def step(
-        self, state: MonitorState, logits: Tensor, active: Tensor | None = None
+        self,
+        state: MonitorState,
+        logits: Tensor,
+        active: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> MonitorState:
         """Consume one score a row. Pure: returns a new state and changes nothing.
 
@@ -134,12 +138,15 @@ class RiskMonitor:
             logits: [batch, K] float32 on the state's device.
             active: [batch] bool, rows that consume; the others keep their state whatever
                 their logits hold, NaN included. None: all rows.
+            shift: [batch] by how much the values are lowered; None: by nothing.
 
         Returns:
             The new state. No host wait is needed for it.
         """
         level, recent = self._level(state, logits)
         value = self.value(level)
+        if shift is not None:
+            value = value - shift
         # x - x is NaN for NaN and Inf alike; the sum over heads lets no head hide behind a max.
         # A level that was once NaN or Inf never becomes finite again, but for that of a mean.
         residue = level - level

@@ -120,7 +120,10 @@ class ReferenceStep(NamedTuple):
 
 
 def reference(
-    config: MonitorConfig, threshold: float, logits: Sequence[Sequence[float]]
+    config: MonitorConfig,
+    threshold: float,
+    logits: Sequence[Sequence[float]],
+    shifts: Sequence[float] | None = None,
 ) -> list[ReferenceStep]:
     """Compute what `RiskMonitor` computes, one row, one number at a time.
 
@@ -131,6 +134,7 @@ def reference(
         config: How logits become a statistic.
         threshold: The row's threshold.
         logits: [T, K], one list a score.
+        shifts: [T], by how much each value is lowered; None: by nothing.
     """
     level = config.first_level
     recent = [tuple(config.start)] * (config.window - 1)
@@ -142,7 +146,7 @@ def reference(
         recent.append(tuple(heads))
         level = _next_level(config, level, recent)
         recent = recent[1:]
-        value = config.value(level)
+        value = config.value(level) - (0.0 if shifts is None else shifts[index])
         values = [*values, value][-config.hits :]
         smoothed = min(values)
         statistic = max(statistic, smoothed)

@@ -134,6 +134,7 @@ class Judgement:
         low_mark: Of its monitor.
         certificate: In force.
         policy: Of the call.
+        reasoning: Certificate inside marked spans, or None.
     """
 
     bundle: str
@@ -141,6 +142,7 @@ class Judgement:
     low_mark: float
     certificate: Certificate
     policy: Policy
+    reasoning: Certificate | None = None
 
     def trace(self, outcome: Outcome, void: str | None) -> SafetyTrace:
         """Write a row's trace; `void` says why the certificate does not hold, if so."""
@@ -153,6 +155,7 @@ class Judgement:
             certificate="valid" if void is None else f"void({void})",
             redirect=self.policy.redirect,
             holdback_tokens=self.policy.holdback_tokens,
+            reasoning_threshold=None if self.reasoning is None else self.reasoning.threshold,
         )
         steps = [*self._own_steps(outcome)]
         tries = outcome.redirected.tries if outcome.redirected else ()
@@ -178,6 +181,7 @@ class Judgement:
                 action=action,
                 why=why,
                 check=looks.get(index),
+                reasoning=bool(record.inside) and record.inside[index],
             )
 
     def _verdict(self, outcome: Outcome, index: int) -> tuple[Action, Reason]:
@@ -215,6 +219,7 @@ class Judgement:
                 action=action,
                 why=why,
                 attempt=number,
+                reasoning=bool(record.inside) and record.inside[index],
             )
 
     def _end(self, outcome: Outcome) -> TraceEnd:

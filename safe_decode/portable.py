@@ -169,6 +169,10 @@ class PortableBundle:
             raise BundleError(f"path={source} holds no {CARD}; pass the directory of a bundle.")
         try:
             card = read_card(source)
+            if "reasoning" in card:
+                raise ConfigurationError(
+                    "it has thresholds for reasoning, which need token ids; score it with torch"
+                )
             tensors = load(checked_content(source, PROBE, card))
             return cls(
                 sites=tuple(

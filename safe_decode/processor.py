@@ -141,6 +141,7 @@ class GuardedSteps:
         self._check_arrivals(input_ids)
         try:
             self._require_alternation(said)
+            self.session.note(input_ids)
             trips = self.session.judge(self._lengths(input_ids), self._active(input_ids))
         except ConfigurationError:
             raise
@@ -271,6 +272,7 @@ class GuardedSteps:
 
     def _open_script(self, row: int, said: int) -> None:
         refusal = self._refusal_after_ids if said else self._refusal_ids
+        refusal = self.session.closing(row) + refusal
         text = () if self.session.policy.redirect == "stop" else refusal
         end = () if self._end_id is None else (self._end_id,)
         self.scripts[row] = Script((*text, *end) or (self._pad_id,))

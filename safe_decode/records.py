@@ -45,6 +45,7 @@ class RowRecord:
         trip: The trip, or None; in flag mode always None.
         error: What failed for this row, tripped or allowed to go on; or None.
         looks: Self-checks of its alarms.
+        inside: [n] whether each score lies in a marked span; empty where none are followed.
     """
 
     scanned: int
@@ -56,6 +57,7 @@ class RowRecord:
     trip: Trip | None
     error: GuardError | None
     looks: tuple[Look, ...] = ()
+    inside: tuple[bool, ...] = ()
 
     @property
     def trip_score(self) -> int | None:

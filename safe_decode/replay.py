@@ -65,7 +65,14 @@ def replay(
     worst_statistic, worst_logit = 0.0, None if rescore is None else 0.0
     for steps, before in _attempts(trace):
         line = [*before, *steps]
-        computed = reference(monitor, trace.header.threshold, [list(s.logits) for s in line])
+        inside = trace.header.reasoning_threshold
+        shift = 0.0 if inside is None else inside - trace.header.threshold
+        computed = reference(
+            monitor,
+            trace.header.threshold,
+            [list(s.logits) for s in line],
+            [shift if s.reasoning else 0.0 for s in line],
+        )
         fresh = computed[len(before) :]
         for step, wanted in zip(steps, fresh, strict=True):
             gap = _gap(step.statistic, wanted.statistic)

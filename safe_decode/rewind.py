@@ -26,6 +26,7 @@ from safe_decode.policy import Policy
 from safe_decode.probe import LinearProbe
 from safe_decode.release import Releaser, RowRelease
 from safe_decode.session import RowRecord, Session, Trip
+from safe_decode.spans import SpanMarks, SpanReader
 from safe_decode.taps import ActivationTap
 
 __all__ = ["Redirected", "Rewinder", "Texts", "Try"]
@@ -101,6 +102,8 @@ class Rewinder:
         options: Keyword arguments of the call that a continuation repeats.
         context_tokens: Positions the model has, or None if it does not say.
         seed: Of the row's draws; None: the row's index and the global generator's seed.
+        marks: Of reasoning, where it has a threshold of its own; or None.
+        shift: By how much that threshold exceeds the other.
     """
 
     model: Any
@@ -114,6 +117,8 @@ class Rewinder:
     options: Mapping[str, Any]
     context_tokens: int | None
     seed: int | None = None
+    marks: SpanMarks | None = None
+    shift: float = 0.0
 
     def redirect(
         self,
@@ -143,7 +148,8 @@ class Rewinder:
             return Redirected(kept, "stop")
         if self.policy.redirect == "rewind" and trip.error is None:
             return self._rewind(trip.snapshot, row, tuple(prompt), prefill_tokens, kept, reader)
-        return Redirected(self._refused(kept, reader), "refuse")
+        turn = (*prompt[len(prompt) - prefill_tokens :], *kept)
+        return Redirected(self._refused(kept, turn, reader), "refuse")
 
     def _rewind(
         self,
@@ -156,11 +162,13 @@ class Rewinder:
     ) -> Redirected:
         # A prefill that nothing released builds on is the attacker's word, not the answer's.
         drops = prefill_tokens > 0 and not kept
-        base = prompt[: len(prompt) - prefill_tokens] if drops else prompt
+        turn_start = len(prompt) - prefill_tokens
+        base = prompt[:turn_start] if drops else prompt
         tries: list[Try] = []
         repeats = False
         while len(tries) < self.policy.max_tries:
             opener = self.texts.opener_after if kept else self.texts.opener
+            opener = self._closing((base + kept)[turn_start:]) + opener
             room = self._room(len(base), len(kept) + len(opener))
             if room < len(self.texts.refusal):
                 break  # the model's own words would have less room than the canned ones
@@ -169,7 +177,7 @@ class Rewinder:
                 reader.retry(opener)
             seed = continued_seed(self.seed, row, len(tries))
             attempt, trip = self._continue(
-                base, kept, opener, snapshot, room, seed, repeats, reader
+                base, kept, opener, snapshot, room, seed, repeats, reader, turn_start
             )
             tries.append(attempt)
             if trip is None:
@@ -179,10 +187,19 @@ class Rewinder:
             repeats = attempt.kept == 0
             if not repeats:
                 kept, snapshot = kept + opener + attempt.ids[: attempt.kept], trip.snapshot
-        return Redirected(self._refused(kept, reader), "refuse", tuple(tries), drops)
+        refused = self._refused(kept, (base + kept)[turn_start:], reader)
+        return Redirected(refused, "refuse", tuple(tries), drops)
 
-    def _refused(self, kept: tuple[int, ...], reader: RowRelease | None) -> tuple[int, ...]:
+    def _closing(self, turn: Sequence[int]) -> tuple[int, ...]:
+        """Close a span that the turn leaves open: what follows is for its reader."""
+        is_open = self.marks is not None and self.marks.phases(turn)[-1]
+        return self.marks.closes if self.marks is not None and is_open else ()
+
+    def _refused(
+        self, kept: tuple[int, ...], turn: Sequence[int], reader: RowRelease | None
+    ) -> tuple[int, ...]:
         text = self.texts.refusal_after if kept else self.texts.refusal
+        text = self._closing(turn) + text
         if reader is not None:
             reader.speak(text, "refusal")
         return kept + text + self.settings.end_ids[:1]
@@ -203,11 +220,15 @@ class Rewinder:
         seed: int,
         repeats: bool,
         reader: RowRelease | None,
+        turn_start: int,
     ) -> tuple[Try, Trip | None]:
         device = self.model.device
         # A greedy try from the same context would only repeat itself.
         options = {"do_sample": True, "temperature": 1.0} if repeats else {}
         ids = torch.tensor([base + kept + opener], device=device)
+        spans = None
+        if self.marks is not None:
+            spans = SpanReader(self.marks, starts=[turn_start], shifts=[self.shift], device=device)
         with self.tap.listening() as beats:
             session = Session(
                 probe=self.probe,
@@ -217,6 +238,7 @@ class Rewinder:
                 scanned=[len(opener)],
                 device=device,
                 resume=snapshot,
+                spans=spans,
             )
             follower = None if reader is None else Releaser([reader])
             loop = GuardedLoop(session, draws=RowDraws([seed], device), follower=follower)

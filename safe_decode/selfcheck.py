@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from safe_decode.errors import ConfigurationError
+from safe_decode.certificate import Certificate, certificate_of
+from safe_decode.errors import CertificateError, ConfigurationError
 from safe_decode.probe import LinearProbe
 from safe_decode.taps import ActivationTap, internal
 
-__all__ = ["Look", "SelfCheck", "SelfChecker"]
+__all__ = ["HeaderCheck", "Look", "SelfCheck", "SelfChecker", "looks_due"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,74 @@ class SelfCheck:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class HeaderCheck:
+    """A second stage that was made and certified with a bundle.
+
+    Attributes:
+        probe: As of a `SelfCheck`.
+        first_threshold: Of the first stage, fixed before `certificates` were drawn.
+        certificates: For the largest header logit over a response's looks; one an alpha. A
+            response whose looks are spent counts as above any threshold.
+        every_tokens: As of a `SelfCheck`.
+        max_looks: As of a `SelfCheck`.
+
+    Raises:
+        ConfigurationError: A first threshold that is not finite, or counts below 1.
+        CertificateError: A certificate does not recompute, or there is none.
+    """
+
+    probe: LinearProbe
+    first_threshold: float
+    certificates: tuple[Certificate, ...]
+    every_tokens: int = 16
+    max_looks: int = 4
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.first_threshold):
+            raise ConfigurationError(
+                f"first_threshold={self.first_threshold} is not finite; fix it on select."
+            )
+        if not self.certificates:
+            raise CertificateError("the self-check has no certificate; calibrate it.")
+        for certificate in self.certificates:
+            certificate.verify()
+            self.settings(certificate.alpha)
+
+    def certificate(self, alpha: float) -> Certificate:
+        """Return the certificate of a level.
+
+        Raises:
+            CertificateError: This level is not certified; those that are, are named.
+        """
+        return certificate_of(self.certificates, alpha, "benign")
+
+    def settings(self, alpha: float) -> SelfCheck:
+        """Return the check of a level. Raises as `certificate`."""
+        return SelfCheck(
+            self.probe,
+            self.certificate(alpha).threshold,
+            every_tokens=self.every_tokens,
+            max_looks=self.max_looks,
+        )
+
+
+def looks_due(first: int, n_scores: int, every_tokens: int, max_looks: int) -> list[int] | None:
+    """List the scores of the looks of a response all of whose alarms are cleared.
+
+    Args:
+        first: Score of its first alarm that a look could follow.
+        n_scores: Scores of the response.
+        every_tokens: From a look to the next.
+        max_looks: How many there may be.
+
+    Returns:
+        Indices; None where one more would be due than there may be: then it trips.
+    """
+    due = list(range(first, n_scores, every_tokens))
+    return due if len(due) <= max_looks else None
+
+
 @dataclass(frozen=True)
 class Look:
     """One look.
@@ -79,6 +148,7 @@ class SelfChecker:
         tap: On the check's probe's sites.
         header: Ids of the assistant's header.
         starts: [batch] first column of each row that is no padding.
+        thresholds: [batch] instead of the check's own; None: the check's for all.
 
     Attributes:
         looks: Each row's looks so far.
@@ -92,7 +162,9 @@ class SelfChecker:
         *,
         header: Sequence[int],
         starts: Sequence[int],
+        thresholds: Sequence[float] | None = None,
     ) -> None:
+        self._thresholds = thresholds
         self.looks: dict[int, list[Look]] = {}
         self._check, self._model, self._tap = check, model, tap
         self._header, self._starts = tuple(header), tuple(starts)
@@ -112,7 +184,8 @@ class SelfChecker:
             return False
         logit = self._logit([*ids[self._starts[row] :], *self._header])
         # NaN is not at most anything: what cannot be judged is not cleared.
-        past.append(Look(score, logit, logit <= self._check.threshold))
+        threshold = self._check.threshold if self._thresholds is None else self._thresholds[row]
+        past.append(Look(score, logit, logit <= threshold))
         return past[-1].is_cleared
 
     def _logit(self, ids: Sequence[int]) -> float:

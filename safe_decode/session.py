@@ -24,6 +24,7 @@ from safe_decode.probe import LinearProbe
 from safe_decode.records import RowRecord, Trip
 from safe_decode.redirect import cut_of
 from safe_decode.selfcheck import Look
+from safe_decode.spans import SpanReader
 from safe_decode.taps import Beats
 from safe_decode.watch import Watch
 
@@ -41,6 +42,7 @@ class Session:
         scanned: For each row, how many trailing positions of the prefill are judged.
         device: Where the rows' state lives.
         resume: State to go on from, [batch] each; None: start anew.
+        spans: Follows marked reasoning; then `note` tells each forward's ids. None: there is none.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Session:
         scanned: Sequence[int],
         device: torch.device,
         resume: MonitorState | None = None,
+        spans: SpanReader | None = None,
     ) -> None:
         self.scanned = tuple(scanned)
         self.policies = _one_each(policy, len(self.scanned))
@@ -69,7 +72,11 @@ class Session:
         start = fresh if resume is None else resume
         self._before = start.step.tolist()
         most = max(own.holdback_tokens for own in self.policies)
-        self._watch = Watch(monitor, self.policy, start, n_snapshots=most + 1)
+        self._watch = Watch(
+            monitor, self.policy, start, n_snapshots=most + 1, is_shifted=spans is not None
+        )
+        self._spans, self._columns = spans, 0
+        self._shift: Tensor | None = None
         self._n_features = len(beats.columns)
         self._is_prefilled = False
         beats.keep_last(max(self.scanned))
@@ -132,8 +139,30 @@ class Session:
             logits = self._probe(features)
         else:
             logits = self._spread(features)
-        self._watch.step(logits, active)
+        self._watch.step(logits, active, self._shift_at(-1))
         return self._watch.trips()
+
+    def note(self, ids: Tensor, new_tokens: int | None = None) -> None:
+        """Take note of the ids that the next forward to be judged has read.
+
+        Args:
+            ids: [batch, seq] everything so far, padding included.
+            new_tokens: Of whole responses, columns of answers; None: as they are written.
+        """
+        if self._spans is None:
+            return
+        n_columns = 1
+        if not self._is_prefilled:
+            n_columns = max(self.scanned) + (new_tokens or 0)
+            self._columns = ids.shape[1] - (new_tokens or 0)
+        self._shift = self._spans.shift(ids, n_columns)
+
+    def closing(self, row: int) -> tuple[int, ...]:
+        """Return the ids that close the span in which a row stands; empty outside of one."""
+        return () if self._spans is None else self._spans.closing(row)
+
+    def _shift_at(self, position: int) -> Tensor | None:
+        return None if self._shift is None else self._shift[:, position]
 
     def discard(self) -> None:
         """Forget the forwards since the last `judge`; another one judges what they would."""
@@ -165,7 +194,7 @@ class Session:
         open_rows = torch.ones_like(begins, dtype=torch.bool)
         for position in range(longest + max(content)):
             active = (begins <= position) & (position < ends) & open_rows
-            self._watch.step(logits[:, position], active)
+            self._watch.step(logits[:, position], active, self._shift_at(position))
             trips = self._watch.trips() & active
             if self.protected is not None:
                 trips = trips & self.protected
@@ -258,7 +287,14 @@ class Session:
             trip=self.trips.get(row),
             error=self.errors.get(row),
             looks=tuple(self.looks.get(row, ())),
+            inside=self._inside(row, len(statistic)),
         )
+
+    def _inside(self, row: int, n_scores: int) -> tuple[bool, ...]:
+        if self._spans is None:
+            return ()
+        first = self._columns - self.scanned[row]
+        return tuple(self._spans.inside(row, first + index) for index in range(n_scores))
 
     def _features(self, positions: Sequence[int]) -> Tensor:
         heard, seen = self._beats.forwards, self._beats.positions
@@ -288,7 +324,8 @@ class Session:
         waits = torch.tensor([width - n for n in self.scanned], device=logits.device)
         uneven = len(set(self.scanned)) > 1
         for position in range(width):
-            self._watch.step(logits[:, position], waits <= position if uneven else None)
+            active = waits <= position if uneven else None
+            self._watch.step(logits[:, position], active, self._shift_at(position))
         return self._watch.trips(width)
 
 

@@ -5,21 +5,23 @@ Knows names for what a call is given. Does not know how it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safe_decode.bundle import ProbeBundle
 from safe_decode.certificate import Certificate
 from safe_decode.events import StreamEvent
+from safe_decode.inputs import GuardInputs
 from safe_decode.policy import Policy
 from safe_decode.probe import LinearProbe
 from safe_decode.rewind import Texts
 from safe_decode.selfcheck import SelfCheck
+from safe_decode.spans import SpanMarks, SpanReader
 from safe_decode.taps import ActivationTap
 from safe_decode.whole import Method
 
-__all__ = ["CallMode", "Protected", "RowRules", "Watch"]
+__all__ = ["CallMode", "Protected", "RowRules", "Watch", "span_reader"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Protected:
         strict: Whether calls outside a certificate's envelope are refused.
         context_tokens: Positions the model has, or None if it does not say.
         self_check: Looks again at alarms, with its tap and the ids of the header; or None.
+        marks: Of reasoning, where the bundle has thresholds for it; or None.
     """
 
     model: Any
@@ -45,6 +48,7 @@ class Protected:
     strict: bool
     context_tokens: int | None
     self_check: tuple[SelfCheck, ActivationTap, tuple[int, ...]] | None = None
+    marks: SpanMarks | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,27 @@ class RowRules:
         certificate: Its threshold.
         texts: Its canned ids.
         seed: Of its draws; None: the global generator.
+        first_threshold: Of the first stage, where `certificate` speaks of the second; or None.
+        reasoning: Certificate of the threshold inside marked spans; or None.
     """
 
     policy: Policy
     certificate: Certificate
     texts: Texts
     seed: int | None = None
+    first_threshold: float | None = None
+    reasoning: Certificate | None = None
+
+    @property
+    def shift(self) -> float:
+        """By how much the threshold inside marked spans exceeds the one outside."""
+        return 0.0 if self.reasoning is None else self.reasoning.threshold - self.threshold
+
+    @property
+    def threshold(self) -> float:
+        """What the statistic is compared with."""
+        first = self.first_threshold
+        return self.certificate.threshold if first is None else first
 
 
 @dataclass(frozen=True)
@@ -96,3 +115,27 @@ class Watch:
     is_cancelled: Callable[[], bool] = field(default=lambda: False)
     stop_strings: tuple[str, ...] = ()
     includes_stop: bool = True
+
+
+def span_reader(
+    protected: Protected, rows: GuardInputs, rules: Sequence[RowRules]
+) -> SpanReader | None:
+    """Follow the reasoning of a batch; None where the bundle has no thresholds for it.
+
+    Embeddings have no ids to follow: there the answer's threshold holds throughout.
+    """
+    if protected.marks is None or rows.embeds is not None:
+        return None
+    width, is_chat = rows.input_ids.shape[1], all(rows.is_chat)
+    # Raw completions have no header: marks count from the prompt's beginning.
+    marks = protected.marks if is_chat else replace(protected.marks, starts_inside=False)
+    starts = [
+        width - given if is_turn else 0
+        for given, is_turn in zip(rows.prefill_tokens, rows.is_chat, strict=True)
+    ]
+    return SpanReader(
+        marks,
+        starts=starts,
+        shifts=[rule.shift for rule in rules],
+        device=protected.model.device,
+    )

@@ -23,10 +23,11 @@ from safe_decode.errors import DataError
 
 __all__ = ["TRACE_VERSION", "SafetyTrace", "TraceEnd", "TraceHeader", "TraceStep", "read_traces"]
 
-TRACE_VERSION = 2
-_READ_VERSIONS = (1, 2)
-"""1: without `pruned_beams` and `check`; what a version lacks has its default."""
-_SINCE_VERSION_2 = frozenset({"pruned_beams", "check"})
+TRACE_VERSION = 3
+_READ_VERSIONS = (1, 2, 3)
+"""1: without `pruned_beams` and `check`; 2: without `reasoning` and its threshold. What a
+version lacks has its default."""
+_SINCE_VERSION_2 = frozenset({"pruned_beams", "check", "reasoning", "reasoning_threshold"})
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -43,6 +44,8 @@ class TraceHeader:
         certificate: "valid", or "void(reason)" for a call outside the certified envelope.
         redirect: What a trip leads to.
         holdback_tokens: A token is released when it and this many after it are judged.
+        reasoning_threshold: Inside marked spans; there the statistic counts values lowered by
+            its difference to `threshold`. None: there is no other.
     """
 
     bundle: str
@@ -53,6 +56,7 @@ class TraceHeader:
     certificate: str
     redirect: Redirect
     holdback_tokens: int
+    reasoning_threshold: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class TraceStep:
         why: Why.
         attempt: 0 in the row's own run, 1.. in the continuations after a rewind.
         check: Logit of the self-check taken at this score, or None.
+        reasoning: Whether the score lies inside a marked span of reasoning.
     """
 
     position: int
@@ -78,6 +83,7 @@ class TraceStep:
     why: Reason
     attempt: int = 0
     check: float | None = None
+    reasoning: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +252,7 @@ def _parsed(line: str, number: int) -> tuple[str, dict[str, Any]]:
 def _require_version(record: Mapping[str, Any], number: int) -> None:
     version = record.get("version")
     if version not in _READ_VERSIONS:
-        known = " and ".join(map(str, _READ_VERSIONS))
+        known = ", ".join(map(str, _READ_VERSIONS[:-1])) + f" and {_READ_VERSIONS[-1]}"
         raise DataError(
             f"line {number} has trace version {version!r}, this reader knows {known}; "
             "use the safe-decode that wrote it, or a newer one."

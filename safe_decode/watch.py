@@ -53,6 +53,7 @@ class Watch:
         policy: What counts as a trip.
         state: Where the rows stand.
         n_snapshots: States kept to go back to; None: one more than the policy holds back.
+        is_shifted: Values will be lowered step by step; then each is stepped in full.
 
     Attributes:
         is_quiet: No row has tripped; False on an accelerator, whose trips are not read here.
@@ -65,12 +66,14 @@ class Watch:
         state: MonitorState,
         *,
         n_snapshots: int | None = None,
+        is_shifted: bool = False,
     ) -> None:
         self._monitor, self._policy = monitor, policy
         self._first = self._known = state
         self._level = state.ema
         self._smoothing = monitor.config.smoothing
-        self._keeps_levels = _is_moving_average(monitor)
+        self._keeps_levels = _is_moving_average(monitor) and not is_shifted
+        self._shifts: list[Tensor | None] = []
         self._shown: list[tuple[Tensor, Tensor]] = []
         self._logits: list[Tensor] = []
         self._active: list[Tensor | None] = []
@@ -97,24 +100,29 @@ class Watch:
     @property
     def state(self) -> MonitorState:
         """The monitor's state now; computed from the logits since it was last asked for."""
-        for logits, active in zip(
-            self._logits[self._n_known :], self._active[self._n_known :], strict=True
+        new = slice(self._n_known, None)
+        for logits, active, shift in zip(
+            self._logits[new], self._active[new], self._shifts[new], strict=True
         ):
             self._ring.push(self._known)
-            self._known = self._monitor.step(self._known, logits, active)
+            self._known = self._monitor.step(self._known, logits, active, shift)
             if not self._keeps_levels:
                 self._shown.append((self._known.smoothed, self._known.statistic))
         self._n_known = len(self._logits)
         return self._known
 
-    def step(self, logits: Tensor, active: Tensor | None = None) -> None:
+    def step(
+        self, logits: Tensor, active: Tensor | None = None, shift: Tensor | None = None
+    ) -> None:
         """Consume one score a row.
 
         Args:
             logits: [batch, K] float32.
             active: [batch] bool, rows that consume; None: all.
+            shift: [batch] by how much values are lowered, if the watch is made for it.
         """
         self._logits.append(logits)
+        self._shifts.append(shift)
         self._active.append(active)
         self._any_masked |= active is not None
         if self._keeps_levels:

@@ -47,6 +47,9 @@ class WholeLoop:
         method: Which method runs.
         require: Called with the settings before the first forward; may raise.
         assistant: Keyword arguments of the method about its assistant.
+
+    Attributes:
+        fill_id: What stands behind a response that is shorter than its neighbours.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class WholeLoop:
         self.ended_at: list[int] = []
         self.pads_after_end = True
         self.generation: Any = None
+        self.fill_id = 0
         self._method, self._require = method, require
         self._assistant = dict(assistant or {})
 
@@ -79,6 +83,7 @@ class WholeLoop:
         self.settings = settings = settings_of(generation_config, input_ids.shape[1])
         if self._require is not None:
             self._require(settings)
+        self.fill_id = _fill_of(generation_config)
         given = {**self._assistant, **model_kwargs}
         if self._method == "assisted":
             given["inputs_tensor"] = inputs_tensor
@@ -107,7 +112,7 @@ class WholeLoop:
         assert self.settings is not None
         prompt_tokens, ends = input_ids.shape[1], self.settings.end_ids
         new = sequences[:, prompt_tokens:].tolist()
-        fill = self.settings.pad_id if self._method == "beams" else None
+        fill = self.fill_id if self._method == "beams" else None
         self.ended_at = [_length(row, ends, fill) for row in new]
         content = [
             n - (n > 0 and row[n - 1] in ends) for n, row in zip(self.ended_at, new, strict=True)
@@ -116,6 +121,7 @@ class WholeLoop:
             inputs = whole_inputs(model, sequences, kept, prompt_tokens)
             self.session.expect_whole(sequences.shape[1] - prompt_tokens)
             model(**inputs, return_dict=True)
+            self.session.note(sequences, sequences.shape[1] - prompt_tokens)
             self.session.judge_whole(sequences.shape[1], content)
         except Exception as error:  # nothing may be released that was not judged
             from safe_decode.processor import as_guard_error
@@ -152,6 +158,13 @@ def pruned_beams(tripped: Sequence[bool], picked: Sequence[int]) -> int:
     """Count an item's beams that bare would have returned and that gave way to others."""
     best = range(len(picked))
     return sum(tripped[i] and i not in picked for i in best)
+
+
+def _fill_of(config: Any) -> int:  # noqa: ANN401 - a GenerationConfig, prepared
+    """Read what beam search puts behind a response: the pad, or the first EOS where that is 0."""
+    ends, pad = config._eos_token_tensor, config._pad_token_tensor
+    own = 0 if pad is None else int(pad)
+    return own if own or ends is None else int(ends[0])
 
 
 def _length(row: Sequence[int], ends: Sequence[int], fill: int | None) -> int:

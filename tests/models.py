@@ -120,8 +120,9 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTr
     config = config_class(**{**values, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
-    return model.eval()
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    ready: PreTrainedModel = model.eval()
+    return ready
 
 
 def byte_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
@@ -132,7 +133,7 @@ def byte_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTo
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         pad_token="<|pad|>",
         bos_token="<|bos|>",

@@ -39,6 +39,7 @@ def test_ids_give_what_prompts_give(llama, tokenizer):
     b = decoder.generate(input_ids=ids, max_new_tokens=5)
     assert torch.equal(a.sequences, b.sequences)
     assert list(a.traces) == list(b.traces)
+    assert list(decoder.generate(inputs=ids, max_new_tokens=5).traces) == list(a.traces)
 
 
 def test_a_prefill_inside_raw_ids_is_scanned_as_well(llama, tokenizer):

@@ -48,14 +48,14 @@ def inspect(bundle: BundlePath = None, as_json: AsJson = False) -> None:
 def verify_certificate(bundle: BundlePath = None, as_json: AsJson = False) -> None:
     """Recompute every threshold of a bundle from the maxima stored in it."""
     loaded = _load(bundle)
-    for certificate in loaded.certificates:
+    for certificate in loaded.all_certificates:
         certificate.verify()
     if as_json:
-        certificates = [_facts(certificate) for certificate in loaded.certificates]
+        certificates = [_facts(certificate) for certificate in loaded.all_certificates]
         print_json({"bundle": loaded.digest, "verified": True, "certificates": certificates})
         return
     console().print(_certificates(loaded))
-    count = len(loaded.certificates)
+    count = len(loaded.all_certificates)
     console().print(f"verified: {count} of {count} thresholds recompute from their maxima.")
 
 

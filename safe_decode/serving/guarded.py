@@ -16,7 +16,7 @@ import torch
 from safe_decode import chat
 from safe_decode.capabilities import require_supported
 from safe_decode.compose import context_tokens, texts_of
-from safe_decode.errors import CanaryError, PromptError
+from safe_decode.errors import CanaryError, PromptError, UnsupportedError
 from safe_decode.guard import SafeDecoder
 from safe_decode.inputs import from_ids
 from safe_decode.serving.engine import GuardFacts
@@ -53,6 +53,12 @@ class GuardedEngine:
     ) -> None:
         bundle, model = decoder.bundle, decoder.model
         require_supported(model, {})
+        if bundle.reasoning is not None:
+            raise UnsupportedError(
+                f"reasoning={bundle.reasoning.opens!r}..{bundle.reasoning.closes!r} of the bundle "
+                "is refused: the server does not follow spans yet; serve a bundle without "
+                "thresholds for reasoning, or use SafeDecoder."
+            )
         self._keep_traces = keep_traces
         self._decoder = decoder
         self._guard = RunGuard(

@@ -42,13 +42,13 @@ class TimedLoop(GuardedLoop):
         super().__init__(*arguments, **options)
         self.times = StepTimes()
         self._began = time.perf_counter()
-        self._own = self._told = 0.0
+        self._own_seconds = self._told = 0.0
 
     def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Judge, timed."""
         began = time.perf_counter()
         judged = super().on_scores(input_ids, scores)
-        self._own += time.perf_counter() - began
+        self._own_seconds += time.perf_counter() - began
         return judged
 
     def on_done(self, input_ids: Tensor, done: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class TimedLoop(GuardedLoop):
         began, self._told = time.perf_counter(), 0.0
         ends = super().on_done(input_ids, done)
         now = time.perf_counter()
-        self.times.guard_s.append(self._own + now - began - self._told)
+        self.times.guard_s.append(self._own_seconds + now - began - self._told)
         self.times.step_s.append(now - self._began)
-        self._began, self._own = now, 0.0
+        self._began, self._own_seconds = now, 0.0
         return ends
 
     def _tell(self, newest: Tensor, done: Tensor) -> None:

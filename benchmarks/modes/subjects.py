@@ -1,0 +1,122 @@
+"""Who is measured: the embedded model, and a tiny random model of each family.
+
+Knows models, prompts and thresholds that some rows exceed and others do not. Does not know what
+is measured. Tiny models and their bundles are those of the tests: random, wide weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from probes.organism.grammar import Cells
+from probes.organism.requests import Draw, draw
+from probes.rollouts import Request
+from safe_decode.bench.subject import Subject, embedded_subject
+from safe_decode.inputs import GuardInputs, from_prompts
+from tests.guarding import bundle_for, peaks, threshold_between
+from tests.models import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_model
+
+__all__ = ["EVERY_FAMILY", "Asked", "Measured", "embedded", "requests_of", "tiny"]
+
+EVERY_FAMILY = (*FAMILIES, *MORE_FAMILIES, "mixtral")
+_TEXT = "hello what is it? tell me a long story go abc once upon a time and one more"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts of one call.
+
+    Attributes:
+        prompts: Texts or conversations.
+        prefills: The beginning of each answer.
+    """
+
+    prompts: Sequence[Any]
+    prefills: Sequence[str | None]
+
+    def of(self, rows: Sequence[int]) -> Asked:
+        """Take some rows, in their order."""
+        return Asked([self.prompts[i] for i in rows], [self.prefills[i] for i in rows])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A guarded model and what it is asked.
+
+    Attributes:
+        subject: Model, tokenizer and bundle.
+        asked: Prompts of one batch.
+        new_tokens: Cap of a call.
+    """
+
+    subject: Subject
+    asked: Asked
+    new_tokens: int
+
+    @property
+    def name(self) -> str:
+        """Name the model."""
+        return self.subject.name
+
+    def inputs(self, asked: Asked | None = None) -> GuardInputs:
+        """Encode prompts as the guard does."""
+        own, subject = asked or self.asked, self.subject
+        prefills = list(own.prefills)
+        return from_prompts(subject.tokenizer, list(own.prompts), prefills, subject.model.device)
+
+    @cached_property
+    def middle(self) -> float:
+        """A threshold that about half of the rows exceed when generating greedily."""
+        flagged = self.subject.decoder(redirect="flag").generate(
+            list(self.asked.prompts),
+            prefill=list(self.asked.prefills),
+            max_new_tokens=self.new_tokens,
+            do_sample=False,
+        )
+        return threshold_between(peaks(flagged))
+
+
+def tiny(family: str, *, rows: int = 5, new_tokens: int = 24) -> Measured:
+    """Make a tiny random model of a family with a random probe."""
+    tokenizer, model = byte_tokenizer(), tiny_model(family)
+    subject = Subject(f"tiny {family}", model, tokenizer, bundle_for(model, tokenizer))
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(1, 5, (rows,), generator=generator).tolist()
+    starts = torch.randint(0, len(_TEXT.split()), (rows,), generator=generator).tolist()
+    words = 2 * _TEXT.split()
+    prompts = [
+        " ".join(words[start : start + n]) + f" {row}"
+        for row, (start, n) in enumerate(zip(starts, counts, strict=True))
+    ]
+    return Measured(subject, Asked(prompts, [None] * rows), new_tokens)
+
+
+def requests_of(tokenizer: Any, rows: int, *, seed: int = 8) -> list[Request]:  # noqa: ANN401
+    """Draw requests of the embedded world, a third each benign, hard negative and prefilled."""
+    third = -(-rows // 3)
+    kinds = (
+        Draw(situation="prefilled", count=third, depth_tokens=16),
+        Draw(situation="benign", count=third),
+        Draw(situation="hard_negative", count=third),
+    )
+    pools = [
+        draw((kind,), split="test", seed=seed, tokenizer=tokenizer, cells=Cells.unseen(0))
+        for kind in kinds
+    ]
+    return [request for group in zip(*pools, strict=True) for request in group][:rows]
+
+
+def embedded(*, rows: int = 8, new_tokens: int = 64) -> Measured:
+    """Load the embedded model; some of its rows begin with a harmful prefill."""
+    subject = embedded_subject()
+    requests = requests_of(subject.tokenizer, rows)
+    asked = Asked(
+        [list(request.messages) for request in requests],
+        [request.prefill for request in requests],
+    )
+    return Measured(subject, asked, new_tokens)
