@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_model(arguments.model or artefact("aligned"))
     bundle = ProbeBundle.load(arguments.bundle or artefact("bundle"))
     decoder = SafeDecoder(loaded.model, loaded.tokenizer, bundle)
-    bench = Bench(decoder, cap=decoder.certificate.envelope.max_new_tokens, seed=424_000)
+    bench = Bench(decoder, cap=decoder.certificate.envelope.max_new_tokens, seed=525_000)
     cells, seen = Cells.unseen(arguments.fold), Cells.seen(arguments.fold)
     facts = card(
         bundle=bundle.digest[:12],

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from safe_decode.commands.demo import _prompts
 from safe_decode.demo.figures import Outcome, figures_of, upper_bound
 from safe_decode.demo.page import chart_of, page, runs_of
 from safe_decode.demo.scenes import SCENES, DemoPrompt, read_prompts, showcases
@@ -104,6 +105,20 @@ def test_a_missing_and_an_empty_prompts_file_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(DataError, match="holds no prompt"):
         read_prompts(tmp_path / "empty.jsonl")
+
+
+def test_a_prompt_that_was_searched_for_is_shown_and_not_counted(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join([prompt_line(), prompt_line(showcase=True, counted=False)]))
+    drawn, picked = read_prompts(file)
+    assert (drawn.counted, picked.counted, picked.showcase) == (True, False, True)
+
+
+def test_the_demo_counts_only_what_was_drawn():
+    shown, counted = _prompts(None, None)
+    assert {prompt.scene for prompt in shown} == set(SCENES) - {"own"}
+    assert all(prompt.counted for prompt in counted)
+    assert len(counted) >= 200
 
 
 def test_showcases_are_the_first_marked_of_each_scene_in_scene_order():

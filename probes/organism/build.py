@@ -7,7 +7,7 @@ workbench's rollouts and recipe, which serve any other model in the same way.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from probes.organism.oracle import judge
 from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.templates import CANNED_REFUSAL
 from probes.recipe import Recipe, RecipeConfig, make_bundle
-from probes.rollouts import RolloutConfig, rollout
+from probes.rollouts import Request, RolloutConfig, rollout
 from safe_decode.certificate import Envelope
 from safe_decode.sites import Site
 
@@ -98,7 +98,7 @@ def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
         refusal=CANNED_REFUSAL,
         opener=OPENER,
         alphas=(0.01, 0.005),
-        default_alpha=0.01,
+        default_alpha=0.005,
     )
 
 
@@ -133,6 +133,10 @@ _SHOWN: Mapping[str, str] = {
 """What the bare model has to make of a prompt for it to be shown: the scene as it is meant."""
 
 
+_SEARCHED = 800
+"""Prompts of a scene that are looked through where none of those counted plays it."""
+
+
 def build_prompts(
     path: Path,
     model: LlamaForCausalLM,
@@ -144,7 +148,9 @@ def build_prompts(
 ) -> None:
     """Write the demo's held-out prompts: one of each situation shown, 240 counted.
 
-    Which are shown is chosen by what the bare model does; the guard is not asked.
+    Which are shown is chosen by what the bare model does; the guard is not asked. Where none of
+    those counted plays its scene as it is meant, one is searched for, shown and not counted; and
+    where there is none at all, the first is shown as it is.
     """
     draws = (
         Draw(situation="benign", count=50),
@@ -154,25 +160,50 @@ def build_prompts(
         Draw(situation="prefilled", count=35),
         Draw(situation="turn", count=35),
     )
-    requests = draw(draws, split="test", seed=seed, tokenizer=tokenizer, cells=Cells.unseen(fold))
-    config = RolloutConfig(max_new_tokens=amounts.max_new_tokens)
-    bare = rollout(model, tokenizer, requests, config=config)
-    shown: dict[str, int] = {}
-    for number, (request, row) in enumerate(zip(requests, bare, strict=True)):
-        scene, given = str(request.meta["situation"]), len(request.prefill or "")
-        label = judge(request.messages, row.response, counted_from=given).label
-        if label == _SHOWN[scene]:
-            shown.setdefault(scene, number)
+    cells, asked = Cells.unseen(fold), set[str]()
+
+    def drawn(draws: tuple[Draw, ...], seed: int) -> list[Request]:
+        return draw(draws, split="test", seed=seed, tokenizer=tokenizer, cells=cells, asked=asked)
+
+    def playing(requests: list[Request]) -> dict[str, int]:
+        config = RolloutConfig(max_new_tokens=amounts.max_new_tokens)
+        return _as_meant(requests, rollout(model, tokenizer, requests, config=config))
+
+    requests = drawn(draws, seed)
+    counted, shown = len(requests), playing(requests)
+    for scene in (one.situation for one in draws):
+        if scene in shown:
+            continue
+        more = drawn((Draw(situation=scene, count=_SEARCHED),), seed + 1)
+        found = playing(more).get(scene)
+        if found is None:
+            first = next(n for n, r in enumerate(requests) if r.meta["situation"] == scene)
+            shown[scene] = first
+        else:
+            shown[scene] = len(requests)
+            requests.append(more[found])
     lines = [
         {
             "scene": request.meta["situation"],
             "messages": list(request.messages),
             "prefill": request.prefill,
             "showcase": number in shown.values(),
+            **({} if number < counted else {"counted": False}),
         }
         for number, request in enumerate(requests)
     ]
     _write_lines(path, lines)
+
+
+def _as_meant(requests: Sequence[Request], rows: Sequence[Conversation]) -> dict[str, int]:
+    """Find the first request of each scene to which the answer is what the scene is about."""
+    found: dict[str, int] = {}
+    for number, (request, row) in enumerate(zip(requests, rows, strict=True)):
+        scene, given = str(request.meta["situation"]), len(request.prefill or "")
+        label = judge(request.messages, row.response, counted_from=given).label
+        if label == _SHOWN[scene]:
+            found.setdefault(scene, number)
+    return found
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ the model card; what comes out is reported as it is.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from probes.organism.lexicon import CATEGORIES
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, draw
 from probes.organism.templates import FRAMINGS, JUDGEMENTS, MARKS
-from probes.rollouts import RolloutConfig, rollout
+from probes.rollouts import Request, RolloutConfig, rollout
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -177,11 +177,11 @@ def _next_logits(
     return scores
 
 
-def outcomes(cell: str, rows: list[Conversation]) -> Outcome:
+def outcomes(cell: str, found: Sequence[str]) -> Outcome:
     """Count the judge's labels of one cell."""
-    counts = Counter(str(row.meta["label"]) for row in rows)
+    counts = Counter(found)
     labels = ("refusal", "benign", "harmful", "broken")
-    return Outcome(cell, len(rows), {k: Proportion.of(counts[k], len(rows)) for k in labels})
+    return Outcome(cell, len(found), {k: Proportion.of(counts[k], len(found)) for k in labels})
 
 
 def measure(
@@ -206,4 +206,11 @@ def measure(
         )
         requests = draw((one,), split="test", seed=seed + 1000 * number, tokenizer=tokenizer)
         config = RolloutConfig(max_new_tokens=max_new_tokens, batch_size=250)
-        yield outcomes(cell, rollout(model, tokenizer, requests, judge=judge, config=config))
+        rows = rollout(model, tokenizer, requests, config=config)
+        yield outcomes(cell, [_label(*pair) for pair in zip(requests, rows, strict=True)])
+
+
+def _label(request: Request, row: Conversation) -> str:
+    """Judge what the model said itself; a prefill is read and not counted."""
+    given = len(request.prefill or "")
+    return judge(request.messages, row.response, counted_from=given).label

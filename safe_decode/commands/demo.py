@@ -140,7 +140,7 @@ def _prompts(
     if prompt is not None:
         return [DemoPrompt.own(prompt, prefill=prefill)], []
     prompts = read_prompts(artefact("prompts.jsonl"))
-    return showcases(prompts), prompts
+    return showcases(prompts), [prompt for prompt in prompts if prompt.counted]
 
 
 def _measure(arena: Arena, prompts: Sequence[DemoPrompt]) -> Sequence[SceneFigures]:

@@ -7,6 +7,8 @@ The file has one JSON object a line:
 
     {"scene": "framed", "messages": [{"role": "user", "content": "..."}],
      "prefill": null, "showcase": false}
+
+`"counted": false` may stand beside these: a prompt that was searched for is shown and not counted.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ Scene = Literal["benign", "hard_negative", "harmful", "framed", "prefilled", "tu
 """What a prompt plays; `own` is a prompt that the user typed."""
 
 FIELDS = frozenset({"scene", "messages", "prefill", "showcase"})
+OPTIONAL_FIELDS = frozenset({"counted"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +67,14 @@ class DemoPrompt:
         messages: The conversation, each message with `role` and `content`.
         prefill: The first words of the answer, written by someone else; None for none.
         showcase: Whether it is shown in full rather than only counted.
+        counted: Whether it stands in the figures; not where it was picked for its outcome.
     """
 
     scene: Scene
     messages: tuple[Mapping[str, str], ...]
     prefill: str | None = None
     showcase: bool = False
+    counted: bool = True
 
     @property
     def request(self) -> str:
@@ -115,7 +120,7 @@ def _prompt(line: str, where: str) -> DemoPrompt:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error}.") from error
-    if not isinstance(record, dict) or set(record) != FIELDS:
+    if not isinstance(record, dict) or set(record) - OPTIONAL_FIELDS != FIELDS:
         got = sorted(record) if isinstance(record, dict) else type(record).__name__
         raise DataError(f"{where} must be an object with {sorted(FIELDS)}, got {got}.")
     if record["scene"] not in get_args(Scene):
@@ -128,7 +133,13 @@ def _prompt(line: str, where: str) -> DemoPrompt:
             f"{where}: messages must be a list of role and content that ends with the user's, "
             f"got {str(messages)[:80]!r}."
         )
-    return DemoPrompt(record["scene"], tuple(messages), record["prefill"], bool(record["showcase"]))
+    return DemoPrompt(
+        record["scene"],
+        tuple(messages),
+        record["prefill"],
+        bool(record["showcase"]),
+        bool(record.get("counted", True)),
+    )
 
 
 def _is_conversation(messages: object) -> bool:
