@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+import tests.test_compiled
 import tests.test_guard
 import tests.test_modes
 from safe_decode.capabilities import TABLE
@@ -392,11 +393,17 @@ def check_offloaded(case, model, tokenizer):
 
 
 def test_every_row_of_the_table_has_a_test_that_names_it():
-    rows = {status: {row.feature for row in TABLE if row.status == status} for status in (
-        "supported", "ignored", "refused"
-    )}  # fmt: skip
+    rows = {
+        status: {row.feature for row in TABLE if row.status == status}
+        for status in ("supported", "ignored", "refused", "installed")
+    }
     assert rows["supported"] | rows["ignored"] == set(SUPPORTED) | set(NAMED)
-    assert rows["refused"] == set(REFUSED) | set(STATES)
+    # What is read inside decoder.installed() is refused outside.
+    assert rows["refused"] | rows["installed"] == set(REFUSED) | set(STATES) | {"torch.compile"}
+    refused_outside = inspect.getsource(
+        tests.test_compiled.test_hooks_of_a_call_on_a_compiled_model_are_refused_by_name
+    )
+    assert "torch.compile" in refused_outside
     for feature, case in SUPPORTED.items():
         assert feature in case.options
     for feature, test in NAMED.items():
