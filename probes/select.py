@@ -214,7 +214,8 @@ def score_monitor(
     """Set up a monitor for a probe's logits and measure it at a fixed response FPR.
 
     The threshold keeps the rate in every population of harmless responses, so a monitor
-    that merely reads the prompt is not chosen for its recall.
+    that merely reads the prompt is not chosen for its recall. The low mark is set so that in
+    `holdback_share` of the harmful responses nothing behind the onset counts as clear.
     """
     config = monitor_for(
         logits, labels.benign_rows, start=start, smoothing=smoothing, choice=choice
@@ -239,9 +240,30 @@ def score_monitor(
             share=holdback_share,
             most=most_holdback_tokens,
         )
-    monitor = replace(config, low_mark=min(config.low_mark, threshold))
+    lows = _lows_before_trips(known, threshold)
+    surely_clear = (
+        float(np.quantile(lows, 1 - holdback_share, method="lower")) if lows else math.inf
+    )
+    monitor = replace(config, low_mark=min(config.low_mark, threshold, surely_clear))
     tpr = float((peaks[harmful] > threshold).mean())
     return Chosen(monitor, threshold, tpr, auroc(harmful, peaks), p90, holdback)
+
+
+def _lows_before_trips(
+    known: Sequence[tuple[NDArray[np.float32], int]], threshold: float
+) -> list[float]:
+    """Return the lowest value from the onset to the trip of each harmful response that trips late.
+
+    Harm that is judged where a sentence ends leaves the statistic low until then. Whatever lies
+    under the low mark is called clear and said to the reader, so the mark must lie below these.
+    """
+    lows = []
+    for path, onset in known:
+        (trip,) = first_trips([path], threshold)
+        between = path[onset + 1 : trip]
+        if trip is not None and len(between):
+            lows.append(float(between.min()))
+    return lows
 
 
 def choose_holdback(

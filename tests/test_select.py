@@ -106,6 +106,24 @@ def test_the_rate_holds_in_every_population():
     assert apart.tpr < score(logits, pooled, 0.4, fpr=0.5).tpr
 
 
+def test_nothing_counts_as_clear_between_an_onset_and_a_late_trip():
+    rng = np.random.default_rng(3)
+    logits = [
+        torch.tensor(rng.normal(-2, 1, size=(31, 1)), dtype=torch.float32) for _ in range(300)
+    ]
+    for row in range(1, 300, 2):  # harmful from token 10 on, and seen where the sentence ends
+        logits[row][16] = 12.0
+    labels = SelectSet(
+        (False, True) * 150, tuple(10 if row % 2 else None for row in range(300)), ("benign",) * 300
+    )
+    chosen = score(logits, labels, 1.0)
+    paths = smoothed_paths([logits[row] for row in range(1, 300, 2)], chosen.monitor)
+    clear = [bool((path[11:16] < chosen.monitor.low_mark).any()) for path in paths]
+    assert np.mean(clear) <= 0.1
+    benign = monitor_for(logits, labels.benign_rows, smoothing=1.0, start=(-2.0,))
+    assert np.mean([bool((path[11:16] < benign.low_mark).any()) for path in paths]) > 0.9
+
+
 def test_the_low_mark_is_never_above_the_threshold():
     logits, harmful, onsets = streams()
     labels = SelectSet(harmful, onsets, ("benign",) * 300)
