@@ -17,12 +17,12 @@ def top(scores: Tensor) -> Tensor:
     return scores.amax(-1)
 
 
-def picked(scores: Tensor, newest: Tensor) -> Tensor:
-    """Take the scores [batch] of the ids `newest` [batch].
+def picked(scores: Tensor, input_ids: Tensor) -> Tensor:
+    """Take the scores [batch] of the ids chosen last, the last column of `input_ids` [batch, seq].
 
     Greedy picks NaN or Inf where there is any: the picked score tells of the row.
     """
-    return scores.gather(1, newest[:, None])[:, 0]
+    return scores.gather(1, input_ids[:, -1:]).view(-1)
 
 
 def broken(values: Tensor) -> Tensor:

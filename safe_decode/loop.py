@@ -143,11 +143,10 @@ class GuardedLoop:
                     f"{self._scored}; do not remove it while generating."
                 ),
             )
-        newest = input_ids[:, -1]
-        if self._is_calm(newest, done):
-            self._tell(newest, done)
+        if self._is_calm(input_ids, done):
+            self._tell(input_ids, done)
             return done
-        trips = self._suspects(newest)
+        trips = self._suspects(input_ids)
         flags = done if trips is None else done | trips
         if self._late is not None:
             self._late.send(flags)
@@ -157,12 +156,12 @@ class GuardedLoop:
         if not self._rows.are_even or bool(flags.any()):
             self._sort_rows(input_ids, done, trips)
         done = self._rows.and_parked(done)
-        self._tell(newest, done)
+        self._tell(input_ids, done)
         return done
 
-    def _tell(self, newest: Tensor, done: Tensor) -> None:
+    def _tell(self, input_ids: Tensor, done: Tensor) -> None:
         if self._follower is not None:
-            self._follower.on_choice(newest.tolist(), done.tolist(), self.session.trips)
+            self._follower.on_choice(input_ids[:, -1].tolist(), done.tolist(), self.session.trips)
 
     def _sort_late(self) -> None:
         """Do what `on_done` left, before the next forward is judged: nothing came between."""
@@ -244,7 +243,7 @@ class GuardedLoop:
             )
             self._rows.park(row, said=self._n_judged, error=error)
 
-    def _is_calm(self, newest: Tensor, done: Tensor) -> bool:
+    def _is_calm(self, input_ids: Tensor, done: Tensor) -> bool:
         """Say, on the CPU, that no row ended, tripped or is broken: the short way of most steps."""
         if self._rows.active is not None or self._is_blind:
             return False
@@ -256,14 +255,14 @@ class GuardedLoop:
             return False
         if self._do_sample or self._scores is None or not self._rows.closes:
             return True
-        return all_finite(picked(self._scores, newest))
+        return all_finite(picked(self._scores, input_ids))
 
-    def _suspects(self, newest: Tensor) -> Tensor | None:
+    def _suspects(self, input_ids: Tensor) -> Tensor | None:
         if not self.session.protects:
             return None
         trips = None if self._is_blind else self._trips
         if not self._do_sample and self._scores is not None and self._rows.closes:
-            is_broken = broken(picked(self._scores, newest))
+            is_broken = broken(picked(self._scores, input_ids))
             trips = is_broken if trips is None else trips | is_broken
         if trips is not None and self.session.protected is not None:
             trips = trips & self.session.protected

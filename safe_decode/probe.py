@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -81,10 +80,7 @@ class LinearProbe:
                 f"{self._transposed.shape[1]}; tap the probe's own sites."
             )
         if features.device != self._transposed.device:
-            raise ConfigurationError(
-                f"features are on {features.device}, the probe on {self._transposed.device}; "
-                "move the probe with probe.to(device)."
-            )
+            raise _elsewhere(features, self._transposed.device)
         return functional.linear(features.float(), self._transposed, self.bias)
 
     def spread(self, columns: Tensor, n_columns: int) -> Callable[[Tensor], Tensor]:
@@ -98,11 +94,19 @@ class LinearProbe:
             n_columns: Width of the whole.
 
         Returns:
-            A map from [batch, n_columns] float32 on the probe's device to [batch, K].
+            A map from [batch, n_columns] float32 on the probe's device to [batch, K]; it raises
+            ConfigurationError for activations on another device.
         """
         weight = self._transposed.new_zeros(self._transposed.shape[0], n_columns)
         weight[:, columns.to(weight.device)] = self._transposed
-        return partial(functional.linear, weight=weight, bias=self.bias)
+        bias, device = self.bias, weight.device
+
+        def read(whole: Tensor) -> Tensor:
+            if whole.device != device:
+                raise _elsewhere(whole, device)
+            return functional.linear(whole, weight, bias)
+
+        return read
 
     def to(self, device: torch.device | str) -> LinearProbe:
         """Return this probe with its weights on `device`."""
@@ -150,6 +154,14 @@ class LinearProbe:
         scaled = weight.double() / std.double()[:, None]
         shifted = bias.double() - mean.double() @ scaled
         return cls(tuple(sites), scaled.float(), shifted.float(), tuple(heads))
+
+
+def _elsewhere(features: Tensor, device: torch.device) -> ConfigurationError:
+    # torch itself does not always object: a product with a meta tensor is whatever memory held.
+    return ConfigurationError(
+        f"features are on {features.device}, the probe on {device}; "
+        "move the probe with probe.to(device)."
+    )
 
 
 def _require_finite_float32(name: str, value: Tensor) -> None:

@@ -81,6 +81,7 @@ class ActivationTap:
         self._modules = tuple(_module_of(anatomy, site) for site in self.sites)
         flattened = anatomy.flattens_mlp and any(site.kind == "mlp" for site in self.sites)
         self._batch_source = anatomy.blocks[0].block if flattened else None
+        self._whole_stream = (len(anatomy.blocks) - 1, tuple(range(anatomy.d_model)))
         self._columns, self._n_columns = _columns_of(anatomy, self.sites)
         self._handles: list[RemovableHandle] = []
         self._installs = 0
@@ -173,13 +174,7 @@ class ActivationTap:
 
     def _tapped(self) -> list[TappedModule]:
         tapped = [
-            TappedModule(
-                module,
-                self._copy_hook(index, site)
-                if site.kind == "resid"
-                else self._input_hook(index, site),
-                site,
-            )
+            TappedModule(module, self._hook(index, site), site)
             for index, (site, module) in enumerate(zip(self.sites, self._modules, strict=True))
         ]
         if self._batch_source is not None:
@@ -215,6 +210,29 @@ class ActivationTap:
             hidden = args[0] if args else kwargs["hidden_states"]
             beats.batch = hidden.shape[0]
 
+    def _hook(self, index: int, site: Site) -> Callable[..., None]:
+        if site.kind != "resid":
+            return self._input_hook(index, site)
+        # A block may add to its own input in place, which is the output of the block before;
+        # behind the last one comes a norm, which does not.
+        if (site.layer, site.channels) == self._whole_stream:
+            return self._whole_hook(index, site)
+        return self._copy_hook(index, site)
+
+    def _whole_hook(self, index: int, site: Site) -> Callable[[Any, Any, Any], None]:
+        listeners, copy = _listeners.get, self._copy_hook(index, site)
+
+        def hook(module: Any, args: Any, activation: Any) -> None:  # noqa: ANN401
+            beats = listeners().get(self)
+            if beats is None:
+                return
+            hidden = activation[0] if type(activation) is tuple and activation else activation
+            is_plain = beats.is_open and type(hidden) is Tensor and hidden.dim() == 3
+            if not (is_plain and beats.borrow(index, hidden)):
+                copy(module, args, activation)
+
+        return hook
+
     def _input_hook(self, index: int, site: Site) -> Callable[[Any, Any], None]:
         listeners, copy = _listeners.get, self._copy_hook(index, site)
         is_flat = self._batch_source is not None
@@ -223,8 +241,7 @@ class ActivationTap:
             beats = listeners().get(self)
             if beats is None:
                 return
-            # Nothing writes to the input of a projection, while a block may add to its own
-            # input in place, which is the output of the block before: resid is always copied.
+            # Nothing writes to the input of a projection.
             if beats.is_open and not is_flat and args and beats.borrow(index, args[0]):
                 return
             copy(module, args, args)
@@ -249,7 +266,7 @@ class ActivationTap:
                 )
             if channels.device != hidden.device:
                 channels = channels.to(hidden.device)
-            beats.copy(index, hidden.detach(), channels)
+            beats.copy(index, hidden.detach() if hidden.requires_grad else hidden, channels)
 
         return hook
 

@@ -113,11 +113,8 @@ def test_nan_from_one_layer_closes_only_its_row_in_a_stream(llama, tokenizer):
 def test_a_probe_on_a_wrong_device_closes_every_row_of_a_stream(llama, tokenizer):
     decoder = decoder_for(llama, tokenizer, redirect="refuse")
 
-    class Elsewhere:
-        def __call__(self, features):
-            return features @ torch.zeros(features.shape[-1], 1, device="meta")
-
-    decoder._probe = Elsewhere()
+    # As a probe that was moved after it was checked: what it reads is refused, not multiplied.
+    object.__setattr__(decoder._probe, "_transposed", decoder._probe._transposed.to("meta"))
     with decoder.stream("go", max_new_tokens=6) as stream:
         end = list(stream)[-1]
     assert end.finish_reason == "content_filter" and end.trace.end.outcome == "closed"

@@ -36,7 +36,7 @@ __all__ = [
 
 Say = Callable[[str], None]
 
-OPENER = "Sorry, I"
+OPENER = "I cannot do that."
 
 
 def conversations_for(
