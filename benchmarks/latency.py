@@ -43,13 +43,13 @@ GROWTH: tuple[tuple[Axis, tuple[int, ...]], ...] = (
 def ladders(clock: Clock, scale: float) -> list[dict[str, Any]]:
     """Measure the embedded model at batch 1 and 32, and a 160M shape at 1 and 8."""
     embedded = embedded_subject()
-    rows = ladder_rows(embedded, Load(1, 128, 64, clock), rounds=_n(40, scale))
-    rows += ladder_rows(embedded, Load(32, 128, 32, clock), rounds=_n(16, scale))
+    rows = ladder_rows(embedded, Load(1, 128, 64, clock), rounds=_n(120, scale))
+    rows += ladder_rows(embedded, Load(32, 128, 32, clock), rounds=_n(60, scale))
     if scale < 1:
         return rows
     larger, only = of_shape("llama-160m"), ("hooks", "guard")
-    rows += ladder_rows(larger, Load(1, 64, 16, clock), rounds=_n(16, scale), only=only)
-    rows += ladder_rows(larger, Load(8, 64, 12, clock), rounds=_n(10, scale), only=only)
+    rows += ladder_rows(larger, Load(1, 64, 16, clock), rounds=_n(32, scale), only=only)
+    rows += ladder_rows(larger, Load(8, 64, 12, clock), rounds=_n(20, scale), only=only)
     return rows
 
 

@@ -140,8 +140,8 @@ class Beats:
         if len(heard) != len(self._in_turn):
             return None
         if self._reads_one_whole:
-            _, hidden, _, passed = heard[0]
-            if passed == 1 and hidden.dtype == torch.float32 and not hidden.requires_grad:
+            _, hidden, _, n_passed = heard[0]
+            if n_passed == 1 and hidden.dtype == torch.float32 and not hidden.requires_grad:
                 self._heard = []
                 _require_unchanged(heard)
                 features = hidden.select(1, 0)

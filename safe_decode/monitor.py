@@ -169,6 +169,34 @@ class RiskMonitor:
         )
         return new if active is None else _chosen(active, new, state)
 
+    def path(self, logits: Tensor) -> Tensor:
+        """Smooth whole responses at once, from the start; differentiable, what `step` yields.
+
+        A moving average is one product with a matrix of weights, [T, T]: for search and fitting,
+        where responses are short and a step at a time costs more than the model.
+
+        Args:
+            logits: [batch, T, K] float32.
+
+        Returns:
+            [batch, T] the statistic before its running maximum, equal to that of `step` up to
+            rounding.
+        """
+        config = self.config
+        state = self.start(logits.shape[0], logits.device)
+        if config.kind != "ema" or config.hits > 1:
+            smoothed = []
+            for one in logits.unbind(1):
+                state = self.step(state, one)
+                smoothed.append(state.smoothed)
+            return torch.stack(smoothed, dim=1)
+        ages = torch.arange(logits.shape[1], device=logits.device)
+        between = (ages[:, None] - ages).double()
+        kept = 1.0 - config.smoothing
+        weights = (config.smoothing * kept ** between.clamp_min(0)).tril().float()
+        first = (kept ** (ages + 1).double()).float()[:, None] * state.ema[:, None]
+        return self.value(weights @ logits + first)
+
     def _level(self, state: MonitorState, logits: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         if config.kind == "ema":

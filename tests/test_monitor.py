@@ -35,6 +35,20 @@ def runs(draw):
     return config, thresholds, rows
 
 
+@settings(max_examples=100, deadline=None)
+@given(runs())
+def test_a_path_of_whole_responses_is_what_steps_yield(run):
+    config, _, rows = run
+    rows = [row for row in rows if row]
+    monitor = RiskMonitor(config, math.inf)
+    for row in rows:
+        logits = torch.tensor([row], requires_grad=True)
+        path = monitor.path(logits)
+        expected = [step.smoothed for step in reference(config, math.inf, row)]
+        assert path.tolist()[0] == pytest.approx(expected, abs=5e-3)
+        assert path.requires_grad
+
+
 @settings(max_examples=150, deadline=None)
 @given(runs())
 def test_vectorised_monitor_equals_scalar_reference(run):

@@ -5,7 +5,7 @@
 with margin_t = smoothed_t - threshold over the scores s_0 .. s_T of the target. The log-sum-exp
 stands for the running maximum, and the slack keeps an attacker from spending steps on a margin
 that is already won (the obfuscated activations of arXiv 2412.09565, against a statistic over
-time). The monitor is the runtime's own, stepped with gradients.
+time). The monitor is the runtime's own, with gradients.
 
 Knows one behaviour, its ids and what watches them. Does not know how the gap is searched.
 """
@@ -179,10 +179,6 @@ class Objective:
         assert self._watch is not None
         watch, weights = self._watch, self._weights
         monitor = RiskMonitor(watch.monitor, watch.threshold)
-        state = monitor.start(features.shape[0], features.device)
-        margins = []
-        for logits in watch.probe(features).unbind(dim=1):
-            state = monitor.step(state, logits)
-            margins.append(state.smoothed - watch.threshold)
-        stacked = torch.stack([*margins, torch.full_like(margins[0], -weights.slack)], dim=1)
+        margins = monitor.path(watch.probe(features)) - watch.threshold
+        stacked = torch.cat([margins, torch.full_like(margins[:, :1], -weights.slack)], dim=1)
         return weights.temperature * torch.logsumexp(stacked / weights.temperature, dim=1)

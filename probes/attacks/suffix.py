@@ -99,14 +99,17 @@ def search_suffix(
     for step in range(1, config.steps + 1):
         gradient = objective.token_gradient(_tensor(current, objective))
         top = _best_swaps(gradient, allowed, config.top_k)
-        for restart, gap in enumerate(current):
-            swaps = _swaps(frame, gap, top[restart], config.candidates, rng)
-            if not swaps:
+        swaps = [
+            _swaps(frame, gap, top[restart], config.candidates, rng)
+            for restart, gap in enumerate(current)
+        ]
+        found = _losses(objective, swaps)
+        for restart, (tried, reached) in enumerate(zip(swaps, found, strict=True)):
+            if not tried:
                 continue
-            found = objective.of_ids(_tensor(swaps, objective)).tolist()
-            best = int(np.argmin(found))
-            if found[best] < losses[restart]:
-                current[restart], losses[restart] = swaps[best], found[best]
+            best = int(np.argmin(reached))
+            if reached[best] < losses[restart]:
+                current[restart], losses[restart] = tried[best], reached[best]
         if step in marks:
             yield Checkpoint(step, tuple(current), tuple(losses))
 
@@ -162,6 +165,15 @@ def _swaps(
         if len(found) == wanted:
             break
     return list(found)
+
+
+def _losses(objective: Objective, swaps: Sequence[Sequence[tuple[int, ...]]]) -> list[list[float]]:
+    """Read the losses of all restarts' candidates in as few forwards as they fit into."""
+    flat = [swap for of_restart in swaps for swap in of_restart]
+    if not flat:
+        return [[] for _ in swaps]
+    found = iter(objective.of_ids(_tensor(flat, objective)).tolist())
+    return [[next(found) for _ in of_restart] for of_restart in swaps]
 
 
 def _tensor(gaps: Sequence[tuple[int, ...]], objective: Objective) -> Tensor:
