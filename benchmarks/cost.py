@@ -1,8 +1,10 @@
 """What re-checking costs: `python -m benchmarks.cost`.
 
 Bare `generate` and guarded `generate` on the same held-out benign prompts, interleaved in one
-run, a fixed number of new tokens, nothing tripping; ratios of times a token, medians over
-rounds. Then the no-op law at work: rows beside tripping neighbours against bare `generate`.
+run, a fixed number of new tokens, nothing tripping; ratios inside a round, medians over rounds:
+of the time from one token to the next, and of the whole call, which holds the closing forward
+that judges the last token of a row that is cut off. Then the no-op law at work: rows beside
+tripping neighbours against bare `generate`.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from benchmarks.card import card, write_results
 from probes.organism.grammar import Cells
 from probes.organism.requests import Draw, draw
 from safe_decode import ProbeBundle, SafeDecoder
+from safe_decode.bench.figures import interval_of
+from safe_decode.bench.ladder import Arm, Lap
+from safe_decode.bench.measure import interleaved
 from safe_decode.chat import encode_batch, encode_chat
 from safe_decode.demo.load import artefact, load_model
 from safe_decode.taps import ActivationTap
@@ -38,56 +43,63 @@ def _batch(decoder: SafeDecoder, rows: int, seed: int) -> Any:  # noqa: ANN401
     return encode_batch(tokenizer, chats, decoder.model.device)
 
 
-def _timed(run: Any) -> float:  # noqa: ANN401
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
-def time_rows(decoder: SafeDecoder, batch_rows: int, rounds: int) -> dict[str, Any]:
+def time_rows(decoder: SafeDecoder, batch_rows: int, rounds: int) -> list[dict[str, Any]]:
     """Time bare, empty-hooked and guarded generation of the same tokens, interleaved."""
     batch = _batch(decoder, batch_rows, seed=5)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    fixed: dict[str, Any] = {
+    options: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
         "max_new_tokens": NEW_TOKENS,
         "min_new_tokens": NEW_TOKENS,
         "do_sample": False,
     }
     tap = ActivationTap(decoder.model, decoder.bundle.probe.sites)
 
-    def bare() -> None:
-        decoder.model.generate(**inputs, **fixed)
-
-    def hooked() -> None:
+    def hooked(**given: Any) -> None:  # noqa: ANN401
         with tap.installed():
-            decoder.model.generate(**inputs, **fixed)
+            decoder.model.generate(**given)
 
-    def guarded() -> None:
+    arms = {
+        "bare": Arm("bare", decoder.model.generate),
+        "hooks": Arm("hooks", hooked),
         # flag: the guard's whole path, with no row leaving it however long the answers grow
-        decoder.generate(**inputs, **fixed, redirect="flag")
+        "guard": Arm("guard", partial(decoder.generate, redirect="flag")),
+    }
+    laps = interleaved(arms, options, rounds=rounds)
+    return [
+        _row(f"time a token, batch {batch_rows}", laps, _a_token, "<= 1.05"),
+        _row(f"a whole call of {NEW_TOKENS} tokens, batch {batch_rows}", laps, _whole, "none"),
+    ]
 
-    arms = {"bare": bare, "hooks": hooked, "guarded": guarded}
-    for run in arms.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(rounds):
-        names = list(arms)
-        for name in names[number % 3 :] + names[: number % 3]:
-            times[name].append(_timed(arms[name]))
-    ratios = [g / b for g, b in zip(times["guarded"], times["bare"], strict=True)]
-    hooks = [h / b for h, b in zip(times["hooks"], times["bare"], strict=True)]
-    low, high = quantiles(ratios, n=20)[0], quantiles(ratios, n=20)[-1]
-    bare_ms = 1000 * median(times["bare"]) / NEW_TOKENS
-    ratio = median(ratios)
+
+def _a_token(lap: Lap) -> float:
+    """Milliseconds between one token and the next, mean of a call."""
+    return sum(lap.steps) / len(lap.steps) / 1e6
+
+
+def _whole(lap: Lap) -> float:
+    """Milliseconds a token of the call from end to end: encoding, closing forward, traces."""
+    return (lap.first + sum(lap.steps) + lap.rest) / NEW_TOKENS / 1e6
+
+
+def _row(
+    what: str, laps: Mapping[str, Sequence[Lap]], read: Callable[[Lap], float], target: str
+) -> dict[str, Any]:
+    taken = {name: [read(lap) for lap in mine] for name, mine in laps.items()}
+    against = {
+        name: interval_of([a / b for a, b in zip(taken[name], taken["bare"], strict=True)])
+        for name in ("hooks", "guard")
+    }
+    ratio = against["guard"]
     return {
-        "what": f"time a token, batch {batch_rows}",
-        "n": rounds,
-        "bare ms": round(bare_ms, 3),
-        "empty hooks / bare": round(median(hooks), 4),
-        "guarded / bare, median": round(ratio, 4),
-        "5th to 95th percentile": [round(low, 3), round(high, 3)],
-        "target": "<= 1.05",
-        "met": "yes" if ratio <= 1.05 else "no",
+        "what": what,
+        "n": len(taken["bare"]),
+        "bare ms a token": round(median(taken["bare"]), 3),
+        "empty hooks / bare": round(against["hooks"].point, 4),
+        "guarded / bare, median": round(ratio.point, 4),
+        "95 % interval": ratio.as_list(4),
+        "target": target,
+        "met": "–" if target == "none" else "yes" if ratio.point <= 1.05 else "no",
     }
 
 
@@ -135,10 +147,10 @@ def identical_rows(decoder: SafeDecoder, n_batches: int) -> dict[str, Any]:
     return {
         "what": f"ids of untripped rows beside {tripped} tripping ones, identical to bare",
         "n": untripped,
-        "bare ms": None,
+        "bare ms a token": None,
         "empty hooks / bare": None,
         "guarded / bare, median": None,
-        "5th to 95th percentile": f"{100 * same / untripped:.2f} % identical",
+        "95 % interval": f"{100 * same / untripped:.2f} % identical",
         "target": "100 %",
         "met": "yes" if same == untripped and tripped else "no",
     }
@@ -147,7 +159,7 @@ def identical_rows(decoder: SafeDecoder, n_batches: int) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write `results/cost.jsonl`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=120)
     parser.add_argument("--batches", type=int, default=20)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -155,10 +167,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     decoder = SafeDecoder(loaded.model, loaded.tokenizer, ProbeBundle.load(artefact("bundle")))
     rows = []
     for batch_rows in (1, 32):
-        rows.append(time_rows(decoder, batch_rows, arguments.rounds))
-        LOG.info("%s", json.dumps(rows[-1]))
+        rows += time_rows(decoder, batch_rows, arguments.rounds)
     rows.append(identical_rows(decoder, arguments.batches))
-    LOG.info("%s", json.dumps(rows[-1]))
+    for row in rows:
+        LOG.info("%s", json.dumps(row))
     write_results("cost", rows, card(threads=torch.get_num_threads(), new_tokens=NEW_TOKENS))
 
 

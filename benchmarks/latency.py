@@ -41,16 +41,32 @@ GROWTH: tuple[tuple[Axis, tuple[int, ...]], ...] = (
 
 
 def ladders(clock: Clock, scale: float) -> list[dict[str, Any]]:
-    """Measure the embedded model at batch 1 and 32, and a 160M shape at 1 and 8."""
-    embedded = embedded_subject()
-    rows = ladder_rows(embedded, Load(1, 128, 64, clock), rounds=_n(120, scale))
-    rows += ladder_rows(embedded, Load(32, 128, 32, clock), rounds=_n(60, scale))
-    if scale < 1:
-        return rows
-    larger, only = of_shape("llama-160m"), ("hooks", "guard")
-    rows += ladder_rows(larger, Load(1, 64, 16, clock), rounds=_n(32, scale), only=only)
-    rows += ladder_rows(larger, Load(8, 64, 12, clock), rounds=_n(20, scale), only=only)
+    """Measure the embedded model at batch 1 and 32, and a 160M shape at 1 and 8.
+
+    The whole ladder with as many threads as torch takes, the guard again with one: two threads on
+    two cores wait for each other whenever somebody else wants a core.
+    """
+    threads = torch.get_num_threads()
+    rows = rungs(clock, scale)
+    if threads > 1:
+        torch.set_num_threads(1)
+        try:
+            rows += rungs(clock, scale, only=("hooks", "guard"))
+        finally:
+            torch.set_num_threads(threads)
     return rows
+
+
+def rungs(clock: Clock, scale: float, only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Measure every load with the threads that are set; the 160M shape at full scale alone."""
+    embedded, ends = embedded_subject(), ("hooks", "guard")
+    rows = ladder_rows(embedded, Load(1, 128, 64, clock), rounds=_n(120, scale), only=only)
+    rows += ladder_rows(embedded, Load(32, 128, 32, clock), rounds=_n(60, scale), only=only)
+    if scale >= 1:
+        larger = of_shape("llama-160m")
+        rows += ladder_rows(larger, Load(1, 64, 16, clock), rounds=_n(32, scale), only=ends)
+        rows += ladder_rows(larger, Load(8, 64, 12, clock), rounds=_n(20, scale), only=ends)
+    return [{"threads": torch.get_num_threads(), **row} for row in rows]
 
 
 def growth(clock: Clock, scale: float) -> list[dict[str, Any]]:
@@ -69,16 +85,17 @@ def target_rows(
     peers: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Put the stated targets beside what was measured; a target is met by the point."""
-    guards = {(r["subject"], r["batch"]): r for r in ladder if r["arm"] == "guard"}
-    rows = [
-        _target(f"{name}, batch {batch}: ratio", row["ratio"], row["ratio_95"], bound)
-        for (name, batch), bound in _RATIOS.items()
-        if (row := guards.get((name, batch)))
-    ]
-    if one := guards.get(("embedded", 1)):
-        rows.append(_target("embedded, batch 1: added us", one["added_us"], one["added_us_95"], 60))
-    if many := guards.get(("embedded", 32)):
-        rows.append(_target("32 rows: added KiB", many["added_kib"], None, 1024))
+    guards = [r for r in ladder if r["arm"] == "guard"]
+    rows = []
+    for row in guards:
+        name, batch = str(row["subject"]), int(row["batch"])
+        of = f"{name}, batch {batch}, {row['threads']} threads"
+        if bound := _RATIOS.get((name, batch)):
+            rows.append(_target(f"{of}: ratio", row["ratio"], row["ratio_95"], bound))
+        if (name, batch) == ("embedded", 1):
+            rows.append(_target(f"{of}: added us", row["added_us"], row["added_us_95"], 60))
+        if (name, batch) == ("embedded", 32):
+            rows.append(_target(f"{of}: added KiB", row["added_kib"], None, 1024))
     context = next((r for r in growths if r["axis"] == "context"), None)
     if context is not None:
         low, high = context["slope_us_95"]
@@ -150,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in stage_rows(embedded, Load(batch, 128, 32), calls=_n(10, given.scale))
     ]
     peer_load = Load(1, 64, 256 if given.scale >= 1 else 26, clock)
-    results["peers"] = measure_peers(embedded, peer_load, _n(8, given.scale))
+    results["peers"] = measure_peers(embedded, peer_load, _n(40, given.scale))
     results["targets"] = target_rows(results["latency"], results["growth"], results["peers"])
     LOG.info("all: %.0f s", time.monotonic() - began)
     if given.dry:

@@ -18,8 +18,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "latency": (
-        "subject", "batch", "context", "arm", "tpot_us", "tpot_p95_us", "added_us", "added_us_95",
-        "ratio", "ratio_95", "tokens_per_s", "ttft_ms", "rest_ms", "added_kib",
+        "subject", "threads", "batch", "context", "arm", "tpot_us", "tpot_p95_us", "added_us",
+        "added_us_95", "ratio", "ratio_95", "tokens_per_s", "ttft_ms", "rest_ms", "added_kib",
     ),
     "growth": ("axis", "value", "bare_us", "added_us", "slope_us_per_unit", "slope_us_95"),
 }  # fmt: skip

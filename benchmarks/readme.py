@@ -7,7 +7,8 @@ says what fills it:
     capabilities   the table of what is supported and what is refused
     output-...     the real output of the last code block above it, python or sh
     anything else  a table of `benchmarks/results/NAME.jsonl`: a row a line, keys as columns;
-                   a line {"card": {...}} says what it was measured on
+                   a line {"card": {...}} says what it was measured on; rows of study, measure
+                   and value stand together, a row a study
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 __all__ = ["block_names", "fill", "main", "standing_in", "table_of"]
 
@@ -85,6 +87,8 @@ def table_of(lines: Sequence[str]) -> str:
     cards = [record["card"] for record in records if set(record) == {"card"}]
     if not rows:
         raise ValueError("results hold no row; write one JSON object a line.")
+    if set(rows[0]) == {"study", "measure", "value"}:
+        rows = _by_study(rows)
     columns = list(rows[0])
     for number, row in enumerate(rows, 1):
         if set(row) != set(columns):
@@ -93,6 +97,25 @@ def table_of(lines: Sequence[str]) -> str:
     out += [f"| {' | '.join(_cell(row[column]) for column in columns)} |" for row in rows]
     facts = [f"{key}: {_cell(value)}" for card in cards for key, value in card.items()]
     return "\n".join(out + (["", f"*{'; '.join(facts)}.*"] if facts else []))
+
+
+def _by_study(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Set the measures of a study side by side, a row a study."""
+    studies: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        studies.setdefault(row["study"], {})[row["measure"]] = row["value"]
+    return [
+        {
+            "study": name,
+            "measured": "; ".join(
+                f"{measure} {_cell(value)}"
+                for measure, value in measures.items()
+                if measure != "missed"
+            ),
+            "targets missed": measures.get("missed") or "none",
+        }
+        for name, measures in studies.items()
+    ]
 
 
 def standing_in(text: str, name: str) -> str:

@@ -35,8 +35,10 @@ def test_the_outputs_in_the_readme_are_what_the_examples_print():
 
 
 def test_every_results_file_has_its_block_or_its_page():
-    pages = {path.stem for path in (RESULTS.parents[1] / "docs").glob("*.md")}
-    assert {path.stem for path in RESULTS.glob("*.jsonl")} <= {*block_names(TEXT), *pages}
+    pages = list((RESULTS.parents[1] / "docs").glob("*.md"))
+    blocks = [name for page in pages for name in block_names(page.read_text(encoding="utf-8"))]
+    shown = {*block_names(TEXT), *blocks, *(page.stem for page in pages)}
+    assert {path.stem for path in RESULTS.glob("*.jsonl")} <= shown
 
 
 def test_blocks_are_filled_and_the_rest_is_untouched():
@@ -55,6 +57,14 @@ def test_rows_become_a_table_with_the_card_beneath():
         "",
         "*cores: 2.*",
     ]
+
+
+def test_measures_of_one_study_stand_in_one_row():
+    found = [("crowd", "right", 3), ("crowd", "missed", ""), ("kill", "wrong", 1)]
+    rows = [{"study": s, "measure": m, "value": v} for s, m, v in found]
+    rows.append({"study": "kill", "measure": "missed", "value": "wrong"})
+    table = table_of([json.dumps(row) for row in rows])
+    assert table.splitlines()[2:] == ["| crowd | right 3 | none |", "| kill | wrong 1 | wrong |"]
 
 
 @pytest.mark.parametrize("lines", [[], ['{"card": {}}'], ['{"a": 1}', '{"b": 1}']])
