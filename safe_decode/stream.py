@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Protocol
 
 from safe_decode.events import StreamEvent
+from safe_decode.workers import release_workers
 
 __all__ = ["AsyncGuardedStream", "GuardedStream", "Producer"]
 
@@ -56,6 +57,11 @@ class _Run:
             target=context.run, args=(self._work,), name="safe-decode stream", daemon=True
         )
 
+    def start(self) -> None:
+        # Whoever reads mostly waits from here on.
+        release_workers()
+        self.thread.start()
+
     def cancel(self) -> None:
         self._cancelled.set()
 
@@ -84,7 +90,7 @@ class GuardedStream(Iterator[StreamEvent]):
         self._is_over = False
         # The thread holds the queue, not the stream: a forgotten stream is collected.
         self._finalizer = weakref.finalize(self, self._run.cancel)
-        self._run.thread.start()
+        self._run.start()
 
     def __iter__(self) -> GuardedStream:
         return self
@@ -143,7 +149,7 @@ class AsyncGuardedStream(AsyncIterator[StreamEvent]):
         self._run = _Run(producer, _put_into(self._loop, self._events))
         self._is_over = False
         self._finalizer = weakref.finalize(self, self._run.cancel)
-        self._run.thread.start()
+        self._run.start()
 
     def __aiter__(self) -> AsyncGuardedStream:
         return self

@@ -23,6 +23,7 @@ from safe_decode.serving.failures import ApiError
 from safe_decode.serving.metrics import Metrics
 from safe_decode.serving.rows import Event, Finished, Row, RowRequest
 from safe_decode.serving.settings import ServeSettings
+from safe_decode.workers import release_workers
 
 __all__ = ["Scheduler", "Ticket", "Tickets"]
 
@@ -159,6 +160,7 @@ class Scheduler:
             self.why_not_ready = str(error)
             _LOG.error("the canary failed, nothing is served: %s", error)
             return
+        release_workers()  # of the event loop, which computes no more
         self.is_ready = True
         self.metrics.ready.set(1)
         for number in range(self._settings.workers):
