@@ -155,7 +155,9 @@ class Watch:
             self._high = torch.where(latched, self._high.new_tensor(_LARGEST), self._high)
             self._measure_high()
         elif n_scores == 1 and self._policy.on_error == "close":
-            self._trips = self._trips | self._over()
+            over, active = self._over(), self._active[-1]
+            # A row that has consumed nothing stands where it starts, which may lie over a bound.
+            self._trips = self._trips | (over if active is None else over & active)
             return self._trips
         self._trips = self._policy.trips(self.state.alarm, self.state.finite)
         self.is_quiet = self._reads_on_host and not bool(self._trips.any())
