@@ -27,7 +27,7 @@ class LocatedOn(NamedTuple):
         units: With the ratios of the configuration.
         refusals: For I_S.
         answers: For I_U.
-        refusal_tokens: First tokens of refusals.
+        refusal_tokens: First tokens of sampled refusals: the likeliest opening hides the others.
     """
 
     units: UnitSet
@@ -60,7 +60,11 @@ def located_on(
     # A weak model's refusals are few; how many distinct ones there were stands in the record.
     config = replace(config, min_refusals=min(config.min_refusals, distinct))
     units = locate(loaded.model, loaded.tokenizer, refusals, answers, config)
-    tokens = refusal_first_tokens(loaded.tokenizer, refusals, answers)
+    tokens = refusal_first_tokens(
+        loaded.tokenizer,
+        pair.answered(loaded, harmful, harmful=True, do_sample=True),
+        pair.answered(loaded, benign, harmful=False, do_sample=True),
+    )
     return LocatedOn(units, refusals, answers, tokens)
 
 

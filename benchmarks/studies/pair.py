@@ -94,10 +94,11 @@ class Pair:
         *,
         harmful: bool,
         max_new_tokens: int = 96,
+        do_sample: bool = False,
     ) -> list[Conversation]:
-        """Let a model answer, greedily, judged."""
+        """Let a model answer, greedily or at temperature 1, judged."""
         judge = self.harm_judge if harmful else self.benign_judge
-        config = RolloutConfig(max_new_tokens=max_new_tokens)
+        config = RolloutConfig(max_new_tokens=max_new_tokens, do_sample=do_sample)
         return rollout(loaded.model, loaded.tokenizer, requests, judge=judge, config=config)
 
     def task(self, n: int, part: Part, *, seed: int = 0) -> list[Conversation]:
