@@ -1,6 +1,6 @@
 """A guarded call whose events are read while it runs, in a thread of its own.
 
-Knows threads, queues, cancellation. Does not know models or what the events say. A stream
+Knows queues, cancellation. Does not know models or what the events say. A stream
 that is left early, by `break`, an exception in the reader's code or garbage collection, is
 cancelled: the call ends before its next token and leaves nothing behind.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import queue
 import threading
 import weakref
@@ -18,7 +17,7 @@ from types import TracebackType
 from typing import Protocol
 
 from safe_decode.events import StreamEvent
-from safe_decode.workers import release_workers
+from safe_decode.threads import Task
 
 __all__ = ["AsyncGuardedStream", "GuardedStream", "Producer"]
 
@@ -45,33 +44,23 @@ class _Done:
         self.error = error
 
 
-class _Run:
-    """One producer in its thread."""
+def _started(
+    producer: Producer, put: Callable[[StreamEvent | _Done], None]
+) -> tuple[Task, threading.Event]:
+    """Run a producer in a thread; return its task, and what cancels it."""
+    cancelled = threading.Event()
 
-    def __init__(self, producer: Producer, put: Callable[[StreamEvent | _Done], None]) -> None:
-        self._cancelled = threading.Event()
-        self._producer, self._put = producer, put
-        # Context variables cross into the thread, as in asyncio.to_thread.
-        context = contextvars.copy_context()
-        self.thread = threading.Thread(
-            target=context.run, args=(self._work,), name="safe-decode stream", daemon=True
-        )
-
-    def start(self) -> None:
-        # Whoever reads mostly waits from here on.
-        release_workers()
-        self.thread.start()
-
-    def cancel(self) -> None:
-        self._cancelled.set()
-
-    def _work(self) -> None:
+    def work() -> None:
         error: BaseException | None = None
         try:
-            self._producer(self._put, self._cancelled.is_set)
+            producer(put, cancelled.is_set)
         except BaseException as caught:  # it is raised again in the reader's thread
             error = caught
-        self._put(_Done(error))
+        put(_Done(error))
+
+    task = Task(work)
+    task.start()
+    return task, cancelled
 
 
 class GuardedStream(Iterator[StreamEvent]):
@@ -86,11 +75,10 @@ class GuardedStream(Iterator[StreamEvent]):
 
     def __init__(self, producer: Producer) -> None:
         self._events: queue.SimpleQueue[StreamEvent | _Done] = queue.SimpleQueue()
-        self._run = _Run(producer, self._events.put)
         self._is_over = False
         # The thread holds the queue, not the stream: a forgotten stream is collected.
-        self._finalizer = weakref.finalize(self, self._run.cancel)
-        self._run.start()
+        self._task, self._cancelled = _started(producer, self._events.put)
+        self._finalizer = weakref.finalize(self, self._cancelled.set)
 
     def __iter__(self) -> GuardedStream:
         return self
@@ -103,7 +91,7 @@ class GuardedStream(Iterator[StreamEvent]):
         if not isinstance(event, _Done):
             return event
         self._is_over = True
-        self._run.thread.join()
+        self._task.join()
         if event.error is not None:
             raise event.error
         raise StopIteration
@@ -114,12 +102,12 @@ class GuardedStream(Iterator[StreamEvent]):
         Rows that have not ended yet end with `Ended(finish_reason="cancelled")`, which the
         iterator still yields.
         """
-        self._run.cancel()
+        self._cancelled.set()
 
     def close(self) -> None:
         """Cancel, and wait until the model is free again and no hook is left."""
         self.cancel()
-        self._run.thread.join()
+        self._task.join()
 
     def __enter__(self) -> GuardedStream:
         return self
@@ -146,10 +134,9 @@ class AsyncGuardedStream(AsyncIterator[StreamEvent]):
     def __init__(self, producer: Producer) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[StreamEvent | _Done] = asyncio.Queue()
-        self._run = _Run(producer, _put_into(self._loop, self._events))
         self._is_over = False
-        self._finalizer = weakref.finalize(self, self._run.cancel)
-        self._run.start()
+        self._task, self._cancelled = _started(producer, _put_into(self._loop, self._events))
+        self._finalizer = weakref.finalize(self, self._cancelled.set)
 
     def __aiter__(self) -> AsyncGuardedStream:
         return self
@@ -172,12 +159,12 @@ class AsyncGuardedStream(AsyncIterator[StreamEvent]):
 
     def cancel(self) -> None:
         """See `GuardedStream.cancel`."""
-        self._run.cancel()
+        self._cancelled.set()
 
     async def aclose(self) -> None:
         """Cancel, and wait until the model is free again and no hook is left."""
         self.cancel()
-        await asyncio.to_thread(self._run.thread.join)
+        await asyncio.to_thread(self._task.join)
 
     async def __aenter__(self) -> AsyncGuardedStream:
         return self

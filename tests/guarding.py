@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from safe_decode.guard import SafeDecoder
 from safe_decode.monitor import MonitorConfig
 from safe_decode.probe import LinearProbe
 from safe_decode.sites import Site
+from safe_decode.threads import IDLE_NAME
 
 SITES = (
     Site(0, "mlp", tuple(range(0, 64, 5))),
@@ -64,6 +66,11 @@ def decoder_for(
 ) -> SafeDecoder:
     bundle = bundle_for(model, tokenizer, threshold=threshold, holdback=holdback)
     return SafeDecoder(model, tokenizer, bundle, **options)
+
+
+def busy_threads() -> int:
+    """Count threads, but for those that wait for a next call."""
+    return sum(thread.name != IDLE_NAME for thread in threading.enumerate())
 
 
 def peaks(output: Any) -> list[float]:

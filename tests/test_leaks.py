@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessor
 
 from safe_decode.events import Released
-from tests.guarding import decoder_for, peaks
+from tests.guarding import busy_threads, decoder_for, peaks
 from tests.test_failure_injection import PROMPTS, At, hooks_of
 
 
@@ -31,7 +31,7 @@ def objects():
 def run_many(model, tokenizer, n_whole, n_cancelled, n_failed):
     decoder = decoder_for(model, tokenizer, redirect="refuse", holdback=0)
     decoder.generate("go", max_new_tokens=3)
-    before, threads = objects(), threading.active_count()
+    before, threads = objects(), busy_threads()
     for _ in range(n_whole):
         decoder.generate("go", max_new_tokens=3)
     for _ in range(n_cancelled):
@@ -40,7 +40,7 @@ def run_many(model, tokenizer, n_whole, n_cancelled, n_failed):
     for _ in range(n_failed):
         with pytest.raises(Stop):
             decoder.generate("go", max_new_tokens=9, logits_processor=[At(3, fail)])
-    assert not hooks_of(model) and threading.active_count() == threads
+    assert not hooks_of(model) and busy_threads() == threads
     assert objects() <= before + 8, "tensors stay behind"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 import time
 
 import pytest
@@ -14,7 +13,7 @@ from transformers import LogitsProcessor
 from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
 from safe_decode.events import Ended, GuardText, Released, Tripped
 from safe_decode.policy import RequestPolicy
-from tests.guarding import OPENER, REFUSAL, decoder_for, peaks, threshold_between
+from tests.guarding import OPENER, REFUSAL, busy_threads, decoder_for, peaks, threshold_between
 from tests.models import EOS, tiny_model
 from tests.test_failure_injection import hooks_of
 
@@ -225,7 +224,7 @@ def test_cancel_ends_the_call_and_the_last_event_says_so(shared, tokenizer):
 @pytest.mark.parametrize("how", ["break", "raise", "forget"])
 def test_a_stream_that_is_left_leaves_nothing_behind(shared, tokenizer, how):
     decoder = decoder_for(shared, tokenizer, holdback=0)
-    before = threading.active_count()
+    before = busy_threads()
     stream = decoder.stream("go", max_new_tokens=200, min_new_tokens=200)
     if how == "forget":
         next(stream)
@@ -239,7 +238,7 @@ def test_a_stream_that_is_left_leaves_nothing_behind(shared, tokenizer, how):
         with pytest.raises(ZeroDivisionError), stream:
             for _ in stream:
                 raise ZeroDivisionError("the reader's own")
-    wait_until(lambda: not hooks_of(shared) and threading.active_count() == before)
+    wait_until(lambda: not hooks_of(shared) and busy_threads() == before)
 
 
 def test_an_error_of_the_call_reaches_the_reader(shared, tokenizer):

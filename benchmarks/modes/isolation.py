@@ -17,6 +17,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.modes.subjects import Measured
+from safe_decode.threads import IDLE_NAME
 
 __all__ = ["churn", "isolated"]
 
@@ -150,7 +151,7 @@ def churn(measured: Measured, *, calls: int, cancelled: int, failed: int) -> dic
             points.append(_resident_kib())
     first, last = points[0 if warm >= calls // 10 else 1], points[-1]
     left = [hook for hook in _hooks(model) if hook not in before]
-    threads = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+    threads = [t.name for t in threading.enumerate() if t.name not in ("MainThread", IDLE_NAME)]
     grown = last - min(points[: max(1, len(points) // 3)] + [first])
     found = {**counts, "hooks": len(left), "threads": len(threads), "KiB": grown}
     return {
