@@ -5,9 +5,11 @@
 A pilot trains the aligned model on benign answers until refusal of plain harmful requests has
 fallen by 30 points. Then every arm trains for twice those steps, with 5 seeds: nothing frozen,
 settings (i) and (ii), and for each as many random units of each layer and kind. Refusal is
-compared at equal task loss, over the whole curve.
+compared at equal task loss, over the whole curve. The embedded pair trains on benign answers in
+a manner that is not its own: on its own it has nothing left to learn, and 400 steps on them
+moved no refusal.
 
-On two idle cores: about 3 minutes a run; 25 runs and the pilot, about 80 minutes.
+On one core: about 2 minutes a run; 25 runs and the pilot, about an hour.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the pilot, then arm by arm and seed by seed, keeping each run."""
     parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rate", type=float, default=5e-5)
+    parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--most-steps", type=int, default=400, help="of the pilot")
     parser.add_argument("--every", type=int, default=5, help="steps between readings of the pilot")
     parser.add_argument("--texts", type=int, default=1500, help="to train on")
@@ -78,7 +80,7 @@ class _Study:
     def __init__(self, pair: Pair, journal: Journal, asked: int, texts: int) -> None:
         self.pair, self.journal = pair, journal
         self.asked, self.texts = asked, texts
-        self.held_out = pair.task(200 if texts > 200 else 16, "report")
+        self.held_out = pair.foreign_task(200 if texts > 200 else 16, "report")
 
     def pilot(self, run: Run) -> int:
         """Return the steps after which refusal has fallen by 30 points, or all of them."""
@@ -89,7 +91,7 @@ class _Study:
             before = _share(read()["refused"])
             curve = tune(
                 loaded,
-                self.pair.task(self.texts, "train"),
+                self.pair.foreign_task(self.texts, "train"),
                 run,
                 read,
                 stop=lambda point: before - _share(point["refused"]) >= _FALL,
@@ -115,7 +117,7 @@ class _Study:
             else freeze_of(units, setting, random_seed=run.seed if by_lot else None)
         )
         frozen = 0 if freeze is None else freeze.n_frozen(loaded.model)
-        texts = self.pair.task(self.texts, "train", seed=run.seed)
+        texts = self.pair.foreign_task(self.texts, "train", seed=run.seed)
         curve = tune(loaded, texts, run, self.reading(loaded), freeze=freeze)
         row = {"table": "runs", "arm": arm, "seed": run.seed, "frozen_entries": frozen}
         self.journal.add(key, {**row, "curve": curve})

@@ -113,6 +113,17 @@ class Pair:
         found = [_conversation(row) for row in rows if not is_refusal(str(row["response"]))]
         return _enough(found, n, self.name, "benign answers")
 
+    def foreign_task(self, n: int, part: Part, *, seed: int = 0) -> list[Conversation]:
+        """Return `task` in a manner that is not the model's own, as users' data are.
+
+        Files hold the words of others anyway. The embedded model has learnt its world to the
+        last nat: on its own benign answers there is nothing left to learn.
+        """
+        rows = self.task(n, part, seed=seed)
+        if not self.is_embedded:
+            return rows
+        return [replace(row, response=_HOUSE_STYLE + row.response) for row in rows]
+
     def judged(self, n: int, part: Part) -> list[Conversation]:
         """Return responses of the files whose harm was judged; not of the embedded pair."""
         found = [
@@ -192,6 +203,7 @@ class Pair:
 
 
 _MOST_ASKED = 400
+_HOUSE_STYLE = "Note for the file: "
 _T = TypeVar("_T")
 
 
