@@ -254,6 +254,19 @@ class Grammar:
             self._act_sentence(so_far, scene, harmful=self.rng.random() < 0.5)
         return so_far.answer("harmful" if True in so_far.harmful else "benign")
 
+    def filler(self, request: Request, count: int) -> Answer:
+        """Draw words that comply and do nothing yet: openers, the wish told again, idle steps."""
+        so_far = _Unfolding.after(request)
+        for _ in range(count):
+            draw = self.rng.random()
+            if draw < 0.5 or request.scene is None:
+                so_far.add(self.rng.choice(t.OPENERS))
+            elif draw < 0.75:
+                self._wish_sentence(so_far, request.scene)
+            else:
+                self._side_sentence(so_far, request)
+        return so_far.answer("benign")
+
     def minimal_pair(self) -> tuple[Request, Request, Answer]:
         """Draw a harmful and a benign request, and one answer whose harm they decide.
 
