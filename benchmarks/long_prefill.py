@@ -30,7 +30,7 @@ from safe_decode.demo.load import artefact, load_model
 LOG = logging.getLogger("benchmarks.long_prefill")
 
 Kind = Literal["filler", "content"]
-KINDS: tuple[Kind, ...] = ("filler", "content")
+KINDS: tuple[Kind, ...] = ("content", "filler")
 _SENTENCES = 90
 """More than 500 tokens of any sentences."""
 _AT_ONCE = 256
@@ -131,8 +131,10 @@ def twin_row(bench: Bench, kind: Kind, kept: Sequence[Request], asked: int) -> d
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write `results/long-prefill.jsonl`, print the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=800, help="harmful continuations of a kind")
-    parser.add_argument("--most", type=int, default=8000, help="requests asked of a kind")
+    parser.add_argument("--n", type=int, default=1600, help="harmful continuations of a kind")
+    parser.add_argument("--twins", type=int, default=400, help="benign continuations of a kind")
+    parser.add_argument("--most", type=int, default=4096, help="requests asked of a kind")
+    parser.add_argument("--most-filler", type=int, default=1536, help="few go on harmfully")
     parser.add_argument("--depth", type=int, default=500)
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--name", default="long-prefill")
@@ -140,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     loaded = load_model(artefact("aligned"))
     decoder = SafeDecoder(loaded.model, loaded.tokenizer, ProbeBundle.load(artefact("bundle")))
-    bench = Bench(decoder, cap=96, seed=0, batch=64)
+    bench = Bench(decoder, cap=48, seed=0, batch=64)
     facts = card(
         bundle=decoder.bundle.digest[:12],
         fold=arguments.fold,
@@ -160,7 +162,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 tokenizer=loaded.tokenizer,
             )
             label, make = ("harmful", attack_row) if harmful else ("benign", twin_row)
-            kept, asked = working(bench, source, label, wanted=arguments.n, most=arguments.most)
+            kept, asked = working(
+                bench,
+                source,
+                label,
+                wanted=arguments.n if harmful else arguments.twins,
+                most=arguments.most if kind == "content" else arguments.most_filler,
+            )
             rows.append(make(bench, kind, kept, asked))
             LOG.info("%s", json.dumps(rows[-1]))
             write_results(arguments.name, rows, facts)

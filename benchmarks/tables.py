@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.card import card, write_results
 from probes.attacks.records import adequacy, claim, read_records, rows_of
 
-__all__ = ["attack_rows", "evaluation_rows", "main"]
+__all__ = ["attack_rows", "delay_rows", "evaluation_rows", "main", "served_rows"]
 
 
 def evaluation_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -36,6 +36,47 @@ def evaluation_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "realised FPR": calibrated and _share(calibrated["false_alarms"]),
                 }
             )
+    return rows
+
+
+def served_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one row a kind of request, answered bare and guarded."""
+    return [
+        {
+            "requests": one["name"],
+            "n": one["tripped"]["n"],
+            "harmful, bare": _share(one["harmful_bare"]),
+            "harmful, released": _share(one["harmful_released"]),
+            "tripped": _share(one["tripped"]),
+            "refused, bare": _share(one["refused_bare"]),
+            "benign bare, and tripped": _share(one["over_refused"]),
+            "leaked tokens, mean": one["leaked_mean"],
+            "most": one["leaked_most"],
+        }
+        for one in (*found["generated"]["situations"], *found["generated"]["all"])
+    ]
+
+
+def delay_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the delay from the onset: of finished responses, and as served."""
+    rows = []
+    for how, part in (("finished responses", "teacher_forced"), ("as served", "generated")):
+        one = found[part]["delay"]
+        rows.append(
+            {
+                "harmful": how,
+                "n": one["missed"]["n"],
+                "before the onset": _share(one["before_onset"]),
+                "median": one["median"],
+                "p90": one["p90"],
+                "within 32": _share(one["within_32"]),
+                "within 128": _share(one["within_128"]),
+                "missed": _share(one["missed"]),
+                "leaked tokens, median": one["leaked_median"],
+                "mean": one["leaked_mean"],
+                "leak anything": _share(one["released"]),
+            }
+        )
     return rows
 
 
@@ -69,7 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.kind == "evaluation":
         found = json.loads(arguments.source.read_text(encoding="utf-8"))
-        write_results("evaluation", evaluation_rows(found), card(**found["facts"]))
+        facts = card(**found["facts"])
+        write_results("evaluation", evaluation_rows(found), facts)
+        if found.get("generated"):
+            write_results("evaluation-served", served_rows(found), facts)
+            write_results("evaluation-delay", delay_rows(found), facts)
         return
     journals = {name: Path(path) for name, path in (j.split("=", 1) for j in arguments.journals)}
     facts: dict[str, Any] = {}
