@@ -110,11 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.kind == "evaluation":
         found = json.loads(arguments.source.read_text(encoding="utf-8"))
-        facts = card(**found["facts"])
-        write_results("evaluation", evaluation_rows(found), facts)
+        measured_on = card(**found["facts"])
+        write_results("evaluation", evaluation_rows(found), measured_on)
         if found.get("generated"):
-            write_results("evaluation-served", served_rows(found), facts)
-            write_results("evaluation-delay", delay_rows(found), facts)
+            write_results("evaluation-served", served_rows(found), measured_on)
+            write_results("evaluation-delay", delay_rows(found), measured_on)
         return
     journals = {name: Path(path) for name, path in (j.split("=", 1) for j in arguments.journals)}
     facts: dict[str, Any] = {}

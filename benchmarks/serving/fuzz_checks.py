@@ -7,7 +7,7 @@ from typing import Any
 import schemathesis
 
 
-@schemathesis.check  # type: ignore[untyped-decorator]
+@schemathesis.check  # type: ignore[untyped-decorator, unused-ignore]
 def no_traceback(_context: Any, response: Any, _case: Any) -> None:  # noqa: ANN401 - its types
     """Fail where an answer tells of our insides."""
     text = response.text
