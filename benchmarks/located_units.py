@@ -15,9 +15,10 @@ from pathlib import Path
 from benchmarks import located_curves as curves
 from benchmarks import located_tables as tables
 from benchmarks.card import RESULTS
+from benchmarks.markdown import table
 from probes.journal import read_journal
 
-__all__ = ["Results", "main", "page"]
+__all__ = ["Results", "location", "main", "page"]
 
 ROOT = Path(__file__).resolve().parent.parent
 UNMEASURED = "*Not measured yet.*"
@@ -70,16 +71,46 @@ def page(folder: Path, pictures: Path) -> str:
         folder: Results.
         pictures: Where PNG files go; named relative to the page's own folder.
     """
-    pairs = sorted(
-        {file.stem.removeprefix("ablation-") for file in folder.glob("ablation-*.jsonl")}
-        | {"embedded"}
-    )
     parts = [_INTRODUCTION]
-    for pair in pairs:
+    for pair in _pairs(folder):
         results = Results(folder, pair)
         parts.append(f"## The {pair} pair\n")
         parts += [_section(results, pictures, *section) for section in _SECTIONS]
     return "\n".join(parts)
+
+
+def location(folder: Path = RESULTS / "located") -> str:
+    """Say, a row a pair, model and number of features, what reading at located units buys."""
+    cells: list[list[object]] = []
+    for pair in _pairs(folder):
+        for which in ("aligned", "unaligned"):
+            results = Results(folder, pair)
+            for verdict in results.rows(f"reading-{which}", "verdict"):
+                cells += [_bought(pair, which, row) for row in verdict["rows"]]
+    titles = ("pair", "read on", "features", "located", "random: median, 95th", "credited")
+    return table((*titles, "best layer of the residual stream"), cells) if cells else ""
+
+
+def _bought(pair: str, which: str, row: tables.Row) -> list[object]:
+    return [
+        pair,
+        which,
+        row["count"],
+        row["located"],
+        [row["random_median"], row["random_95"]],
+        "yes" if row["location_credited"] else "no",
+        f"{row['best_residual_auroc']:.4f} ({row['best_residual'].removeprefix('residual, ')})",
+    ]
+
+
+def _pairs(folder: Path) -> list[str]:
+    studies = ("ablation", "reading-aligned")
+    found = {
+        file.stem.removeprefix(f"{study}-")
+        for study in studies
+        for file in folder.glob(f"{study}-*.jsonl")
+    }
+    return sorted(found | {"embedded"})
 
 
 Writer = Callable[[Results, Path], str]

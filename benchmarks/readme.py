@@ -5,6 +5,7 @@ figure means. A block stands between `<!-- begin:NAME -->` and `<!-- end:NAME --
 says what fills it:
 
     capabilities   the table of what is supported and what is refused
+    location       what reading at located units buys, from the studies of located units
     output-...     the real output of the last code block above it, python or sh
     anything else  a table of `benchmarks/results/NAME.jsonl`: a row a line, keys as columns;
                    a line {"card": {...}} says what it was measured on; rows of study, measure
@@ -68,6 +69,10 @@ def content_of(name: str, above: str) -> str:
         from safe_decode.capabilities import as_markdown
 
         return as_markdown()
+    if name == "location":
+        from benchmarks.located_units import location
+
+        return location() or UNMEASURED
     if name.startswith("output-"):
         return _output_of(above)
     path = RESULTS / f"{name}.jsonl"
