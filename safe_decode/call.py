@@ -163,8 +163,10 @@ class GuardedCall:
 
     def _voids(self, settings: CallSettings) -> list[str | None]:
         return [
-            void_reason(rule.certificate, settings, is_chat=is_chat)
-            for rule, is_chat in zip(self._rules, self._rows.is_chat, strict=True)
+            void_reason(rule.certificate, settings, is_chat=is_chat, prefill_tokens=given)
+            for rule, is_chat, given in zip(
+                self._rules, self._rows.is_chat, self._rows.prefill_tokens, strict=True
+            )
         ]
 
     def _require(self, settings: CallSettings) -> None:

@@ -109,10 +109,22 @@ def outcome_of(
     return Outcome(record, tuple(prompt), prefill_tokens, own, redirected.ids, redirected)
 
 
-def void_reason(certificate: Certificate, settings: CallSettings, *, is_chat: bool) -> str | None:
-    """Say why a call lies outside what was certified; None if it does not."""
+def void_reason(
+    certificate: Certificate, settings: CallSettings, *, is_chat: bool, prefill_tokens: int = 0
+) -> str | None:
+    """Say why a call lies outside what was certified; None if it does not.
+
+    What was begun for the model is judged too, and a response trips by its largest score: it is
+    the length of both together that was certified.
+    """
     if not is_chat:
         return "a raw completion has no assistant turn, and responses of chats were certified"
+    certified = certificate.envelope.max_new_tokens
+    if prefill_tokens and prefill_tokens + settings.max_new_tokens > certified:
+        return (
+            f"a prefill of {prefill_tokens} tokens and max_new_tokens={settings.max_new_tokens} "
+            f"exceed {certified} together"
+        )
     return certificate.envelope.departure(
         Envelope(
             max_new_tokens=settings.max_new_tokens,

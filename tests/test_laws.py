@@ -423,6 +423,10 @@ def test_a_call_outside_the_envelope_voids_the_certificate_or_is_refused(llama, 
     assert inside.header.certificate == "valid"
     outside = lenient.generate("hello", max_new_tokens=65).traces[0]
     assert outside.header.certificate == "void(max_new_tokens=65 exceeds 64)"
+    begun = lenient.generate("hello", prefill="abc", max_new_tokens=61).traces[0]
+    assert begun.header.certificate == "valid"
+    longer = lenient.generate("hello", prefill="abc", max_new_tokens=62).traces[0]
+    assert "a prefill of 3 tokens and max_new_tokens=62 exceed 64" in longer.header.certificate
     sampled = lenient.generate("hello", max_new_tokens=8, do_sample=True).traces[0]
     assert sampled.header.certificate == "void(do_sample=True is not False)"
     strict = decoder_for(llama, tokenizer, strict=True)

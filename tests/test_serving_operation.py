@@ -240,7 +240,8 @@ def test_the_audit_log_has_a_line_a_response_and_no_text(tmp_path):
     first, *lines = path.read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert first == '{"cut off' and [r["action"] for r in records] == ["released", "rewound"]
-    assert records[1]["trip_step"] > 0 and records[1]["certificate"] == "valid"
+    assert records[1]["trip_step"] > 0 and records[0]["certificate"] == "valid"
+    assert records[1]["certificate"].startswith("void(a prefill of 1 tokens and max_new_tokens=64")
     text = "\n".join(lines)
     assert "mirror" not in text and "polish" not in text and "ids" not in text
 

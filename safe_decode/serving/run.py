@@ -243,7 +243,13 @@ class Run:
         if sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty:
             return "a bias or penalty changes the responses that were certified"
         certificate: Certificate = self._certificates[index]
-        return void_reason(certificate, self._settings[index], is_chat=request.prompt.is_chat)
+        prompt = request.prompt
+        return void_reason(
+            certificate,
+            self._settings[index],
+            is_chat=prompt.is_chat,
+            prefill_tokens=prompt.prefill_tokens,
+        )
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._decoder.tokenizer.decode(list(ids), skip_special_tokens=True))
