@@ -199,12 +199,12 @@ class RowRelease:
         if is_last:
             said.flush()
         ids = said.ids[first:last]
-        stop = len(said.text) if is_last else said.ends[last - 1]
+        stop = len(said.text) if is_last else said.end_of(last)
         if is_last and self._stop_at is not None:
             stop = self._stop_at
             ends = said.ends[first:last]
             ids = [token for token, end in zip(ids, ends, strict=True) if end <= stop]
-        text = said.text[self._shown_chars : stop]
+        text = said.between(self._shown_chars, stop)
         self._shown_tokens, self._shown_chars = last, stop
         if ids or text:
             self._n_released += len(ids)

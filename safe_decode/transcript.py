@@ -22,6 +22,9 @@ _CONTEXT = 16
 class Transcript:
     """The text of a growing row.
 
+    Decoded when somebody reads it and no further than is read: a reader waits for the first
+    tokens, and those that are held back behind them would make him wait longer.
+
     Args:
         tokenizer: Decodes; special tokens are skipped.
         before: Ids that stand before the row's first one; they are no part of its text, but
@@ -29,35 +32,59 @@ class Transcript:
 
     Attributes:
         ids: What was pushed.
-        text: Its text, up to the last whole character.
-        ends: For each id, the length of `text` once it was pushed.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:  # noqa: ANN401
         self.ids: list[int] = []
-        self.text = ""
-        self.ends: list[int] = []
+        self._text = ""
+        self._ends: list[int] = []  # of the text, once each id was read
         self._tokenizer = tokenizer
         self._all = list(before[-_CONTEXT:])
+        self._n_before = len(self._all)
         self._window, self._read = 0, len(self._all)
         self._settled = self.decoded(self._all)
+
+    @property
+    def text(self) -> str:
+        """All of it, up to the last whole character."""
+        self._read_to(len(self.ids))
+        return self._text
+
+    @property
+    def ends(self) -> list[int]:
+        """For each id, the length of the text up to it."""
+        self._read_to(len(self.ids))
+        return self._ends
 
     def push(self, token: int) -> None:
         """Append one id."""
         self.ids.append(token)
         self._all.append(token)
-        shown = self.decoded(self._all[self._window :])
-        if len(shown) > len(self._settled) and not shown.endswith(_INCOMPLETE):
-            self.text += shown[len(self._settled) :]
-            self._window, self._read = self._read, len(self._all)
-            self._settled = self.decoded(self._all[self._window :])
-        self.ends.append(len(self.text))
+
+    def end_of(self, n_ids: int) -> int:
+        """Return the length of the text of the first `n_ids`."""
+        self._read_to(n_ids)
+        return self._ends[n_ids - 1]
+
+    def between(self, first: int, last: int) -> str:
+        """Return characters of what was read."""
+        return self._text[first:last]
 
     def flush(self) -> None:
         """Add what waited for a character to be completed; no id follows."""
-        self.text += self.decoded(self._all[self._window :])[len(self._settled) :]
-        if self.ends:
-            self.ends[-1] = len(self.text)
+        self._read_to(len(self.ids))
+        self._text += self.decoded(self._all[self._window :])[len(self._settled) :]
+        if self._ends:
+            self._ends[-1] = len(self._text)
+
+    def _read_to(self, n_ids: int) -> None:
+        for read in range(self._n_before + len(self._ends) + 1, self._n_before + n_ids + 1):
+            shown = self.decoded(self._all[self._window : read])
+            if len(shown) > len(self._settled) and not shown.endswith(_INCOMPLETE):
+                self._text += shown[len(self._settled) :]
+                self._window, self._read = self._read, read
+                self._settled = self.decoded(self._all[self._window : read])
+            self._ends.append(len(self._text))
 
     def decoded(self, ids: Sequence[int]) -> str:
         """Decode ids on their own."""
