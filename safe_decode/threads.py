@@ -41,14 +41,15 @@ class Task:
 
     def start(self) -> None:
         """Give the work to a thread that waits, or to a new one."""
-        # Whoever reads mostly waits from here on.
-        release_workers()
         with _lock:
             worker = _idle.pop() if _idle else None
         if worker is None:
             worker = _Worker()
             worker.start()
         worker.jobs.put(self)
+        # Whoever reads mostly waits from here on. It takes a millisecond or two, in which the
+        # work gets ready.
+        release_workers()
 
     def join(self) -> None:
         """Wait until the work has ended."""

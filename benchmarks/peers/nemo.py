@@ -174,8 +174,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--new-tokens", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch; more of them contend between threads"
+    )
     parser.add_argument("--dry", action="store_true", help="write nothing")
     given = parser.parse_args(argv)
+    torch.set_num_threads(given.threads)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     LOG.setLevel(logging.INFO)
     from importlib.metadata import version
