@@ -1,6 +1,6 @@
 """What harvesting adds to forwards: `python -m benchmarks.harvest`.
 
-Three arms over the same padded batches, interleaved in one run: bare forwards, forwards with
+Three arms from the same conversations, interleaved in one run: bare forwards, forwards with
 hooks that do nothing, and a harvest to memory-mapped shards on disk. Throughput in response
 and prompt tokens a second, padding not counted; ratios to the bare arm, medians over rounds.
 """
@@ -60,10 +60,10 @@ def time_arms(
     tokens_per_batch: int,
 ) -> dict[str, Any]:
     """Time the three arms and return throughputs and ratios."""
-    encoded = [encode_response(tokenizer, row) for row in rows]
-    n_tokens = sum(len(row.ids) for row in encoded)
+    n_tokens = sum(len(encode_response(tokenizer, row).ids) for row in rows)
 
     def bare() -> None:
+        encoded = [encode_response(tokenizer, row) for row in rows]
         batches = padded_batches(model, encoded, tokens_per_batch=tokens_per_batch)
         with torch.inference_mode():
             for batch in batches:

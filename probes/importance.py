@@ -50,26 +50,37 @@ class RunningMoments:
         self._mean = torch.zeros(width, dtype=torch.float64)
         self._squares = torch.zeros(width, dtype=torch.float64)
 
-    def update(self, rows: Tensor) -> None:
+    def update(self, rows: Tensor, counted: Tensor | None = None) -> None:
         """Add rows.
 
         Args:
-            rows: [N, width], any float dtype and device. Deviations are taken from the mean
-                of these rows, so no large squares are subtracted from each other.
+            rows: [N, width], any float dtype and device. Deviations are taken from the mean so
+                far, or of these rows if they are the first, so that no large squares are
+                subtracted from each other.
+            counted: [N] bool, the rows to be added; None: all. Cheaper than selecting them.
 
         Raises:
-            NonFiniteError: A value is NaN or infinite.
+            NonFiniteError: A value of a counted row is NaN or infinite.
         """
-        if not len(rows):
+        n = len(rows) if counted is None else int(counted.sum())
+        if not n:
             return
         rows = rows.float()
-        # In float32 within one batch: some thousand squares of deviations of one scale.
-        mean = rows.mean(dim=0)
-        squares = (rows - mean).square_().sum(dim=0)
-        mean, squares = mean.double().cpu(), squares.double().cpu()
+        weights = rows.new_ones(len(rows)) if counted is None else counted.to(rows)
+        near = self._mean.to(rows) if self.count else (weights @ rows).div_(n)
+        # In float32 within one batch: some thousand deviations of one scale. A product with
+        # the weights sums faster than a sum, and leaves out what does not count.
+        shifted = rows - near
+        sums = (weights @ shifted).double().cpu()
+        squares = (weights @ shifted.square_()).double().cpu()
         if not bool(torch.isfinite(squares).all()):
+            if counted is not None and not bool(counted.all()):
+                # Padding may hold anything, and nothing times NaN is NaN.
+                self.update(rows[counted])
+                return
             raise NonFiniteError("an activation is NaN or infinite; load the model in float32.")
-        n, total = len(rows), self.count + len(rows)
+        squares = (squares - sums.square() / n).clamp_(min=0)
+        mean, total = near.double().cpu() + sums / n, self.count + n
         gap = mean - self._mean
         self._squares += squares + gap.square() * (self.count * n / total)
         self._mean += gap * (n / total)

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from probes.conversations import Conversation
 from probes.importance import ChannelMoments, Variant, score_units
 from probes.stream_kept import StreamKept
-from probes.teacher import TOKENS_PER_BATCH, encode_response, teacher_forced
+from probes.teacher import TOKENS_PER_BATCH, FeatureBatch, encode_response, teacher_forced
 from probes.units import Ranking, Ratios, UnitSet, assign
 from safe_decode.anatomy import anatomy_of
 from safe_decode.errors import ConfigurationError, DataError, UnsupportedError
@@ -147,9 +147,7 @@ def channel_moments(
             model, sites, part, description="locating", tokens_per_batch=tokens_per_batch
         )
         for batch in batches:
-            # The last score position of a row is left out: no response token follows it.
-            rows = [batch.of(index)[:-1] for index in range(len(batch.rows))]
-            stream.moments.update(torch.cat(rows))
+            stream.moments.update(batch.features.flatten(0, 1), _followed(batch).flatten())
         stream.keep(len(part))
     moments = stream.moments
     variances = torch.split(moments.variance(), widths)
@@ -166,6 +164,14 @@ def channel_moments(
         )
         for site, variance, mean in zip(sites, variances, means, strict=True)
     ]
+
+
+def _followed(batch: FeatureBatch) -> Tensor:
+    """[batch, positions] bool: those that a response token follows, the last score left out."""
+    width = batch.features.shape[1]
+    counts = torch.tensor(batch.n_scores, device=batch.features.device)[:, None]
+    places = torch.arange(width, device=counts.device)[None]
+    return (places >= width - counts) & (places < width - 1)
 
 
 def all_unit_sites(model: nn.Module) -> tuple[Site, ...]:
