@@ -12,6 +12,7 @@ from benchmarks.studies.pair import Pair, Part
 from probes.conversations import Conversation
 from probes.organism.requests import draw, fitting_draws
 from probes.rollouts import RolloutConfig, rollout
+from probes.teacher import within_context
 from probes.world import world_judge
 from safe_decode.demo.load import Loaded
 
@@ -38,7 +39,10 @@ def labelled_rows(pair: Pair, loaded: Loaded, n: int) -> Labelled:
     sizes = (n, n // 2, n)
     parts: tuple[Part, ...] = ("train", "search", "report")
     if not pair.is_embedded:
-        found = [pair.judged(size, part) for size, part in zip(sizes, parts, strict=True)]
+        found = [
+            within_context(loaded.model, loaded.tokenizer, pair.judged(size, part))
+            for size, part in zip(sizes, parts, strict=True)
+        ]
         return Labelled(*found)
     asked: set[str] = set()
     splits = []

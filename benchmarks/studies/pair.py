@@ -125,12 +125,16 @@ class Pair:
         return [replace(row, response=_HOUSE_STYLE + row.response) for row in rows]
 
     def judged(self, n: int, part: Part) -> list[Conversation]:
-        """Return responses of the files whose harm was judged; not of the embedded pair."""
+        """Return responses of the files whose harm was judged; not of the embedded pair.
+
+        Of harmful requests alone, so that the request does not give the label away.
+        """
         found = [
             replace(_conversation(row), response_harmful=bool(row["response_harmful"]))
             for row in self._part(part)
-            if row.get("response_harmful") is not None and row["response"]
+            if row["prompt_harmful"] and row.get("response_harmful") is not None and row["response"]
         ]
+        found.sort(key=lambda row: (row.group, row.response))  # not in the order of sources
         return _enough(found, n, self.name, "judged responses")
 
     def safety(self, n: int, *, seed: int = 0) -> list[Conversation]:
