@@ -75,13 +75,15 @@ class _Worker(threading.Thread):
     def run(self) -> None:
         while (task := self._next()) is not None:
             self.name = _BUSY_NAME
-            task.run()
-            # The model may run in another thread next.
-            release_workers()
-            self.name = IDLE_NAME
-            with _lock:
-                _idle.append(self)
-            task.end()
+            try:
+                task.run()
+                # The model may run in another thread next.
+                release_workers()
+                self.name = IDLE_NAME
+                with _lock:
+                    _idle.append(self)
+            finally:
+                task.end()  # whatever failed, nobody waits for ever
             del task
 
     def _next(self) -> Task | None:
@@ -96,5 +98,12 @@ class _Worker(threading.Thread):
         return self.jobs.get()
 
 
-# A child process has the list of its parent, but not the threads.
-os.register_at_fork(after_in_child=_idle.clear)
+def _forget() -> None:
+    """Start anew in a child process: it has its parent's list and lock, but not the threads."""
+    global _lock
+    _lock = threading.Lock()
+    _idle.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

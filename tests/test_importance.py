@@ -80,3 +80,19 @@ def test_moments_of_different_modules_are_refused():
     mlp, attn = moments(0, "mlp", [1.0], [1.0]), moments(0, "attn", [1.0], [1.0])
     with pytest.raises(ConfigurationError, match="different modules"):
         score_units([mlp], [attn], head_dim=1)
+
+
+def test_rows_that_do_not_count_are_left_out_whatever_they_hold():
+    rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) + 30
+    counted = torch.arange(40) % 3 > 0
+    wanted, found, beside_nan = (RunningMoments(5) for _ in range(3))
+    for part in (slice(0, 10), slice(10, 40)):
+        wanted.update(rows[part][counted[part]])
+        found.update(rows[part], counted[part])
+        beside_nan.update(rows[part].masked_fill(~counted[part, None], torch.nan), counted[part])
+    for moments in (found, beside_nan):
+        assert moments.count == wanted.count == int(counted.sum())
+        torch.testing.assert_close(moments.mean(), wanted.mean(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(moments.variance(), wanted.variance(), rtol=1e-4, atol=0)
+    with pytest.raises(NonFiniteError):
+        found.update(rows.masked_fill(counted[:, None], torch.nan), counted)

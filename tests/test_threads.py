@@ -89,6 +89,19 @@ def test_a_thread_does_not_wait_for_ever(monkeypatch):
     assert seen[1] is not seen[0]
 
 
+def test_work_that_raises_keeps_nobody_waiting_and_its_thread_takes_no_more(monkeypatch):
+    ran, raised = [], []
+    monkeypatch.setattr(threading, "excepthook", lambda hooked: raised.append(hooked.exc_type))
+
+    def fail():
+        ran.append(threading.current_thread())
+        raise ZeroDivisionError
+
+    done(fail)
+    ran[0].join(5)
+    assert raised == [ZeroDivisionError] and threads._idle == []
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_child_process_starts_threads_of_its_own(monkeypatch):
