@@ -11,7 +11,7 @@ Knows streaming moments and scores. Does not know models, hooks or text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,6 +33,7 @@ not say which it used."""
 
 # Below this share of the mean score, the spread within a module is rounding, not signal.
 _SPREAD_FLOOR = 1e-12
+_IN_CACHE = 1 << 18  # numbers of one part of a batch
 
 
 class RunningMoments:
@@ -54,25 +55,21 @@ class RunningMoments:
         """Add rows.
 
         Args:
-            rows: [N, width], any float dtype and device. Deviations are taken from the mean so
+            rows: [..., width], any float dtype and device. Deviations are taken from the mean so
                 far, or of these rows if they are the first, so that no large squares are
                 subtracted from each other.
-            counted: [N] bool, the rows to be added; None: all. Cheaper than selecting them.
+            counted: [...] bool, the rows to be added; None: all. Cheaper than selecting them.
 
         Raises:
             NonFiniteError: A value of a counted row is NaN or infinite.
         """
-        n = len(rows) if counted is None else int(counted.sum())
+        weights = rows.new_ones(rows.shape[:-1]) if counted is None else counted
+        n = int(weights.sum())
         if not n:
             return
-        rows = rows.float()
-        weights = rows.new_ones(len(rows)) if counted is None else counted.to(rows)
-        near = self._mean.to(rows) if self.count else (weights @ rows).div_(n)
-        # In float32 within one batch: some thousand deviations of one scale. A product with
-        # the weights sums faster than a sum, and leaves out what does not count.
-        shifted = rows - near
-        sums = (weights @ shifted).double().cpu()
-        squares = (weights @ shifted.square_()).double().cpu()
+        weights = weights.float()
+        near = self._mean.to(rows.device, torch.float32) if self.count else _mean_of(rows, weights)
+        sums, squares = _deviations(rows, weights, near)
         if not bool(torch.isfinite(squares).all()):
             if counted is not None and not bool(counted.all()):
                 # Padding may hold anything, and nothing times NaN is NaN.
@@ -113,6 +110,35 @@ class RunningMoments:
         moments._mean = torch.from_numpy(state["mean"].copy())
         moments._squares = torch.from_numpy(state["squares"].copy())
         return moments
+
+
+def _deviations(rows: Tensor, weights: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum deviations from `near` and their squares, two of [width] float64 on the CPU.
+
+    Part by part, so that deviations stay in a cache instead of going to memory and back; in
+    float32 within a part, which is some hundred deviations of one scale. A product with the
+    weights sums faster than a sum, and leaves out what does not count.
+    """
+    sums, squares = (rows.new_zeros(rows.shape[-1], dtype=torch.float64) for _ in range(2))
+    for part, weight in _parts(rows, weights):
+        deviations = part.float().sub(near).flatten(0, -2)
+        sums += weight.flatten() @ deviations
+        squares += weight.flatten() @ deviations.square_()
+    return sums.cpu(), squares.cpu()
+
+
+def _mean_of(rows: Tensor, weights: Tensor) -> Tensor:
+    total = rows.new_zeros(rows.shape[-1], dtype=torch.float32)
+    for part, weight in _parts(rows, weights):
+        total += weight.flatten() @ part.float().flatten(0, -2)
+    return total / weights.sum()
+
+
+def _parts(rows: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut along the first axis, a cache's worth at a time on a CPU, whole on an accelerator."""
+    of_one = rows[0].numel()
+    size = max(1, _IN_CACHE // of_one) if rows.is_cpu else len(rows)
+    return zip(torch.split(rows, size), torch.split(weights, size), strict=True)
 
 
 @dataclass(frozen=True, eq=False)

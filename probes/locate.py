@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from probes.conversations import Conversation
 from probes.importance import ChannelMoments, Variant, score_units
 from probes.stream_kept import StreamKept
-from probes.teacher import TOKENS_PER_BATCH, FeatureBatch, encode_response, teacher_forced
+from probes.teacher import TOKENS_PER_BATCH, PaddedBatch, encode_response, visit_activations
 from probes.units import Ranking, Ratios, UnitSet, assign
 from safe_decode.anatomy import anatomy_of
 from safe_decode.errors import ConfigurationError, DataError, UnsupportedError
@@ -141,37 +141,37 @@ def channel_moments(
     sites = all_unit_sites(model)
     widths = [len(site.channels) for site in sites]
     encoded = [encode_response(tokenizer, row) for row in conversations]
-    stream = StreamKept.of(model, encoded, width=sum(widths), path=kept)
+    stream = StreamKept.of(model, encoded, widths=widths, path=kept)
+
+    def visit(batch: PaddedBatch, site: int, activation: Tensor) -> None:
+        followed = _followed(batch, activation.device)
+        stream.moments[site].update(activation[:, -followed.shape[1] :], followed)
+
     for part in stream.to_do(encoded):
-        batches = teacher_forced(
-            model, sites, part, description="locating", tokens_per_batch=tokens_per_batch
+        visit_activations(
+            model, sites, part, visit, description="locating", tokens_per_batch=tokens_per_batch
         )
-        for batch in batches:
-            stream.moments.update(batch.features.flatten(0, 1), _followed(batch).flatten())
         stream.keep(len(part))
-    moments = stream.moments
-    variances = torch.split(moments.variance(), widths)
-    means = torch.split(moments.mean(), widths)
     anatomy = anatomy_of(model)
     return [
         ChannelMoments(
             site.layer,
             "attn" if site.kind == "attn" else "mlp",
-            variance.numpy(),
+            moments.variance().numpy(),
             _column_norm_sq(anatomy.module(site.layer, site.kind)),
             moments.count,
-            mean.numpy(),
+            moments.mean().numpy(),
         )
-        for site, variance, mean in zip(sites, variances, means, strict=True)
+        for site, moments in zip(sites, stream.moments, strict=True)
     ]
 
 
-def _followed(batch: FeatureBatch) -> Tensor:
-    """[batch, positions] bool: those that a response token follows, the last score left out."""
-    width = batch.features.shape[1]
-    counts = torch.tensor(batch.n_scores, device=batch.features.device)[:, None]
-    places = torch.arange(width, device=counts.device)[None]
-    return (places >= width - counts) & (places < width - 1)
+def _followed(batch: PaddedBatch, device: torch.device) -> Tensor:
+    """[batch, max T + 1] bool: those that a response token follows, the last score left out."""
+    counts = torch.tensor(batch.n_scores)[:, None]
+    width = int(counts.max())
+    places = torch.arange(width)[None]
+    return ((places >= width - counts) & (places < width - 1)).to(device)
 
 
 def all_unit_sites(model: nn.Module) -> tuple[Site, ...]:

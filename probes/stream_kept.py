@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ class StreamKept:
     """Moments of one pass and how many of its responses they hold.
 
     Attributes:
-        moments: Grows as parts are run.
+        moments: One for each site; they grow as parts are run.
         done: Responses that `moments` holds.
         identity: Digest of the model's sampled weights and of the token ids.
         path: Where it is kept; None keeps nothing, and the pass is one part.
     """
 
-    moments: RunningMoments
+    moments: tuple[RunningMoments, ...]
     done: int
     identity: str
     path: Path | None
@@ -51,7 +51,7 @@ class StreamKept:
         model: nn.Module,
         encoded: Sequence[EncodedResponse],
         *,
-        width: int,
+        widths: Sequence[int],
         path: str | os.PathLike[str] | None,
     ) -> StreamKept:
         """Begin a pass, or go on with the one at `path`.
@@ -60,10 +60,10 @@ class StreamKept:
             DataError: `path` holds another pass or cannot be read.
         """
         if path is None:
-            return cls(RunningMoments(width), 0, "", None)
+            return cls(_fresh(widths), 0, "", None)
         identity, file = _identity(model, encoded), Path(path)
         if not file.exists():
-            return cls(RunningMoments(width), 0, identity, file)
+            return cls(_fresh(widths), 0, identity, file)
         try:
             with np.load(file, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
@@ -76,7 +76,7 @@ class StreamKept:
                 f"{file} was kept by a pass over another model or other responses; pass another "
                 "directory, or delete it."
             )
-        return cls(RunningMoments.resumed(arrays), int(arrays["done"]), identity, file)
+        return cls(_resumed(arrays, widths), int(arrays["done"]), identity, file)
 
     def to_do(self, encoded: Sequence[EncodedResponse]) -> Iterator[Sequence[EncodedResponse]]:
         """Yield the parts that are not yet in the moments, responses of like length together."""
@@ -94,11 +94,33 @@ class StreamKept:
             return
         part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part.npz")
         try:
-            arrays: dict[str, Any] = {**self.moments.state()}
+            states = [moments.state() for moments in self.moments]
+            arrays: dict[str, Any] = {
+                name: np.concatenate([np.atleast_1d(state[name]) for state in states])
+                for name in states[0]
+            }
             np.savez(part, done=self.done, identity=self.identity, **arrays)
             os.replace(part, self.path)
         finally:
             part.unlink(missing_ok=True)
+
+
+def _fresh(widths: Sequence[int]) -> tuple[RunningMoments, ...]:
+    return tuple(map(RunningMoments, widths))
+
+
+def _resumed(arrays: Mapping[str, Any], widths: Sequence[int]) -> tuple[RunningMoments, ...]:
+    stops = np.cumsum(widths)[:-1]
+    parts = zip(
+        arrays["count"],
+        np.split(arrays["mean"], stops),
+        np.split(arrays["squares"], stops),
+        strict=True,
+    )
+    return tuple(
+        RunningMoments.resumed({"count": count, "mean": mean, "squares": squares})
+        for count, mean, squares in parts
+    )
 
 
 def _identity(model: nn.Module, encoded: Sequence[EncodedResponse]) -> str:

@@ -10,7 +10,8 @@ is done with the activations.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "onset_token",
     "padded_batches",
     "teacher_forced",
+    "visit_activations",
     "within_context",
 ]
 
@@ -172,6 +174,40 @@ def teacher_forced(
                 model(**batch.inputs)
                 features = beats.take()
             yield FeatureBatch(batch.rows, features, batch.n_scores)
+            advance(len(batch.rows))
+
+
+def visit_activations(
+    model: nn.Module,
+    sites: Sequence[Site],
+    encoded: Sequence[EncodedResponse],
+    visit: Callable[[PaddedBatch, int, Tensor], None],
+    *,
+    description: str,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> None:
+    """Run responses through the model and show their activations, uncopied.
+
+    Args:
+        model: A causal language model in eval mode.
+        sites: Where to read.
+        encoded: Prompt and response ids.
+        visit: Called with the batch, the index of a site in `sorted_sites` and its channels,
+            [batch, seq, n] in the model's dtype, padding and prompt included, not to be changed
+            or kept.
+        description: What the progress display says.
+        tokens_per_batch: Padded tokens of a batch; a longer row gets a batch of its own.
+
+    Raises:
+        ConfigurationError: The model is in training mode.
+        PromptError: A response is longer than the model's context.
+    """
+    tap = ActivationTap(model, sites)
+    with progress(description, len(encoded)) as advance:
+        for batch in padded_batches(model, encoded, tokens_per_batch=tokens_per_batch):
+            with tap.visiting(partial(visit, batch)) as visits, torch.inference_mode():
+                model(**batch.inputs)
+                visits.require_one_each()
             advance(len(batch.rows))
 
 

@@ -15,7 +15,7 @@ from safe_decode.errors import BeatError, ConfigurationError
 from safe_decode.registers import Registers
 from safe_decode.sites import Site, n_features
 
-__all__ = ["WHOLE_ELEMENTS", "Beats", "site_name"]
+__all__ = ["WHOLE_ELEMENTS", "Beats", "site_name", "unequal"]
 
 WHOLE_ELEMENTS = 1 << 17
 """Up to this many numbers on the CPU, one joint copy of whole activations and one selection are
@@ -183,18 +183,23 @@ class Beats:
         self._heard.append((index, hidden, hidden._version, 1))
         return True
 
-    def copy(self, index: int, hidden: Tensor, channels: Tensor) -> None:
+    def copy(self, index: int, hidden: Tensor, channels: Tensor | None) -> None:
         """Copy what `keep_last` asks for of one site's channels.
 
         Args:
             index: Of the site.
             hidden: [batch, seq, width], not changed.
-            channels: [n] long on the same device.
+            channels: [n] long on the same device; None: all.
         """
         passed = hidden.shape[1]
         if self._keep is not None and self._keep < passed:
             hidden = hidden[:, -self._keep :]
-        self._heard.append((index, hidden.index_select(2, channels), _COPIED, passed))
+        copied = (
+            hidden.clone(memory_format=torch.contiguous_format)
+            if channels is None
+            else hidden.index_select(2, channels)
+        )
+        self._heard.append((index, copied, _COPIED, passed))
 
     def _hear_compiled(self) -> None:
         if self._registers is None or not self.is_open:
@@ -298,11 +303,12 @@ def _by_forward(sites: Sequence[Site], heard: Sequence[_Piece]) -> list[list[Ten
         by_site[index].append(hidden)
     counts = [len(of_site) for of_site in by_site]
     if not heard or any(count != counts[0] for count in counts):
-        raise BeatError(_unequal(sites, counts))
+        raise BeatError(unequal(sites, counts))
     return [list(forward) for forward in zip(*by_site, strict=True)]
 
 
-def _unequal(sites: Sequence[Site], counts: Sequence[int]) -> str:
+def unequal(sites: Sequence[Site], counts: Sequence[int]) -> str:
+    """Say which sites fired less often than others, `counts` times each."""
     most = max(counts)
     if most == 0:
         return (

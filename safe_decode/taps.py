@@ -34,12 +34,13 @@ from safe_decode.built_in import BuiltIn, TappedModule
 from safe_decode.compiled import compiled_part
 from safe_decode.errors import BeatError, ConfigurationError, UnsupportedError
 from safe_decode.sites import Site, sorted_sites
+from safe_decode.visits import Visit, Visits
 
 __all__ = ["ActivationTap", "Beats", "internal"]
 
-_NOBODY: Mapping[ActivationTap, Beats] = MappingProxyType({})
+_NOBODY: Mapping[ActivationTap, Beats | Visits] = MappingProxyType({})
 # One variable for all taps: a ContextVar per tap would outlive the tap in every context.
-_listeners: ContextVar[Mapping[ActivationTap, Beats]] = ContextVar(
+_listeners: ContextVar[Mapping[ActivationTap, Beats | Visits]] = ContextVar(
     "safe_decode_listeners", default=_NOBODY
 )
 
@@ -82,6 +83,7 @@ class ActivationTap:
         flattened = anatomy.flattens_mlp and any(site.kind == "mlp" for site in self.sites)
         self._batch_source = anatomy.blocks[0].block if flattened else None
         self._whole_stream = (len(anatomy.blocks) - 1, tuple(range(anatomy.d_model)))
+        self._widths = tuple(anatomy.width(site.layer, site.kind) for site in self.sites)
         self._columns, self._n_columns = _columns_of(anatomy, self.sites)
         self._handles: list[RemovableHandle] = []
         self._installs = 0
@@ -139,6 +141,28 @@ class ActivationTap:
                     self._remove()
 
     @contextmanager
+    def visiting(self, visit: Visit) -> Iterator[Visits]:
+        """Show each site's activation of the calling context's forwards to `visit`, uncopied.
+
+        For streams over finished text, where nothing of a forward is wanted afterwards.
+
+        Args:
+            visit: Called with the index of a site in `sites` and its channels, [batch, seq, n]
+                in the model's dtype, as the forward passes it: a view that must not be changed
+                or kept.
+
+        Raises:
+            UnsupportedError: The taps are built in, or the model is compiled.
+        """
+        if self._built_in is not None:
+            raise UnsupportedError(
+                "built-in taps read after a forward, not within it; visit outside built_in()."
+            )
+        visits = Visits(self.sites, visit)
+        with self._hooked(), self._heard_by(visits):
+            yield visits
+
+    @contextmanager
     def listening(self) -> Iterator[Beats]:
         """Hear the forwards of the calling context, and of no other.
 
@@ -150,16 +174,21 @@ class ActivationTap:
         """
         registers = None if self._built_in is None else self._built_in.registers
         beats = Beats(self.sites, self._columns, self._n_columns, registers)
-        with self._hooked() if registers is None else registers.reading():
-            token = _listeners.set(MappingProxyType({**_listeners.get(), self: beats}))
-            try:
-                yield beats
-            finally:
-                # A generator may be closed in another context than it was entered in; the
-                # closed beats then stay behind there, deaf and empty.
-                beats.close()
-                with suppress(ValueError):
-                    _listeners.reset(token)
+        hooked = self._hooked() if registers is None else registers.reading()
+        with hooked, self._heard_by(beats):
+            yield beats
+
+    @contextmanager
+    def _heard_by(self, listener: Beats | Visits) -> Iterator[None]:
+        token = _listeners.set(MappingProxyType({**_listeners.get(), self: listener}))
+        try:
+            yield
+        finally:
+            # A generator may be closed in another context than it was entered in; the closed
+            # listener then stays behind there, deaf and empty.
+            listener.close()
+            with suppress(ValueError):
+                _listeners.reset(token)
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
@@ -249,7 +278,9 @@ class ActivationTap:
         return hook
 
     def _copy_hook(self, index: int, site: Site) -> Callable[[Any, Any, Any], None]:
-        channels = torch.tensor(site.channels)
+        # Channels are distinct and in order, so that as many as there are is all of them.
+        is_whole = len(site.channels) == self._widths[index]
+        channels = None if is_whole else torch.tensor(site.channels)
 
         def hook(_module: object, _args: object, activation: Any) -> None:  # noqa: ANN401
             nonlocal channels
@@ -264,7 +295,7 @@ class ActivationTap:
                     f"{site_name(site)} has shape {tuple(hidden.shape)}, wanted "
                     "[batch, seq, width]."
                 )
-            if channels.device != hidden.device:
+            if channels is not None and channels.device != hidden.device:
                 channels = channels.to(hidden.device)
             beats.copy(index, hidden.detach() if hidden.requires_grad else hidden, channels)
 

@@ -96,3 +96,17 @@ def test_rows_that_do_not_count_are_left_out_whatever_they_hold():
         torch.testing.assert_close(moments.variance(), wanted.variance(), rtol=1e-4, atol=0)
     with pytest.raises(NonFiniteError):
         found.update(rows.masked_fill(counted[:, None], torch.nan), counted)
+
+
+def test_a_batch_is_summed_in_parts_as_it_is_whole(monkeypatch):
+    rows = torch.randn(6, 9, 4, generator=torch.Generator().manual_seed(1)) * 0.01 + 50
+    counted = torch.rand(6, 9, generator=torch.Generator().manual_seed(2)) > 0.3
+    wanted = rows[counted].double()
+    for numbers in (1, 40, 1 << 18):
+        monkeypatch.setattr("probes.importance._IN_CACHE", numbers)
+        moments = RunningMoments(4)
+        moments.update(rows[:1], counted[:1])
+        moments.update(rows[1:], counted[1:])
+        assert moments.count == len(wanted)
+        torch.testing.assert_close(moments.mean(), wanted.mean(0), rtol=1e-7, atol=0)
+        torch.testing.assert_close(moments.variance(), wanted.var(0), rtol=1e-4, atol=0)

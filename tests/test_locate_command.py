@@ -203,7 +203,9 @@ def test_an_ended_run_goes_on_from_what_it_kept(run, tmp_path, monkeypatch):
     files = ("refused.jsonl", "answered.jsonl", "--kept", kept, "--json")
     whole = json.loads(run(*files[:2], "--json", out="whole").stdout)
     assert run(*files).exit_code == 0
-    monkeypatch.setattr("probes.locate.teacher_forced", lambda *_, **__: pytest.fail("run again"))
+    monkeypatch.setattr(
+        "probes.locate.visit_activations", lambda *_, **__: pytest.fail("run again")
+    )
     again = run(*files, out="again")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["counts"] == whole["counts"]

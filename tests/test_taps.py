@@ -118,6 +118,45 @@ def test_the_last_positions_are_kept(n_positions: int | None) -> None:
     assert torch.equal(kept, everything[:, -wanted:])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_what_is_visited_is_what_is_taken(family: str) -> None:
+    model, ids = tiny_model(family), random_ids()
+    tap = ActivationTap(model, [*SITES, Site(1, "resid", ALL_RESID)])
+    shown: dict[int, Tensor] = {}
+
+    def visit(index: int, activation: Tensor) -> None:
+        shown[index] = activation.clone()
+
+    with torch.no_grad():
+        with tap.listening() as beats:
+            beats.keep_last(None)
+            model(ids)
+            wanted = beats.take()
+        with tap.visiting(visit) as visits:
+            model(ids)
+            visits.require_one_each()
+    assert count_hooks(model) == 0
+    assert torch.equal(torch.cat([shown[index] for index in range(4)], dim=-1), wanted)
+
+
+def test_visits_are_counted_and_shown_no_longer_than_they_are_open() -> None:
+    model, ids = tiny_model(), random_ids()
+    tap, shown = ActivationTap(model, SITES), list[int]()
+    with torch.no_grad(), tap.visiting(lambda index, _: shown.append(index)) as visits:
+        with pytest.raises(BeatError, match="no forward passed"):
+            visits.require_one_each()
+        model(ids)
+        model(ids)
+        with pytest.raises(BeatError, match="2 forwards passed the tap, wanted one"):
+            visits.require_one_each()
+        with internal():
+            model(ids)
+        assert len(shown) == 6
+        visits.close()
+        model(ids)
+    assert len(shown) == 6
+
+
 def test_chunked_prefill_concatenates_and_keeps_across_chunks() -> None:
     model, ids = tiny_model(), random_ids()
     tap = ActivationTap(model, SITES)
