@@ -1,13 +1,16 @@
 """Every study of located units runs through at its smallest size, and goes on when ended."""
 
 import importlib
+import json
 import logging
 
 import pytest
 
 from benchmarks.located_units import UNMEASURED
 from benchmarks.located_units import main as write_page
+from benchmarks.studies.pair import Pair
 from probes.journal import read_journal
+from safe_decode.errors import DataError
 
 STUDIES = {
     "ablation": "ablation",
@@ -44,3 +47,29 @@ def test_the_page_is_written_from_what_the_studies_kept(results, tmp_path):
     write_page(["--results", str(results), "--docs", str(tmp_path)])
     page = (tmp_path / "located-units.md").read_text(encoding="utf-8")
     assert page.count(UNMEASURED) == 1  # the motives are asked by a command of their own
+
+
+def test_a_pair_from_files_takes_the_rows_of_the_sources_asked_for(tmp_path):
+    rows = [
+        {
+            "prompt": f"question {number}",
+            "response": f"answer {number}",
+            "prompt_harmful": 1,
+            "response_harmful": number % 2,
+            "source": "one" if number % 3 else "two",
+        }
+        for number in range(60)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    wanted = {row["response"] for row in rows if row["source"] == "two"}
+    parts = ("locate", "search", "train", "report")
+
+    def found(sources: tuple[str, ...]) -> set[str | None]:
+        pair = Pair("files", tmp_path, tmp_path, (path,), sources=sources)
+        return {row.response for part in parts for row in pair.judged(60, part)}
+
+    assert found(("two",)) == wanted
+    assert len(found(())) == 60
+    with pytest.raises(DataError, match="hold no judged responses"):
+        found(("three",))

@@ -119,6 +119,8 @@ def _peak(arm: str, pair: Pair, arguments: argparse.Namespace) -> int:
     command += ["--aligned", str(pair.aligned_path), "--unaligned", str(pair.unaligned_path)]
     if pair.files:
         command += ["--prompts", *map(str, pair.files)]
+    if pair.sources:
+        command += ["--sources", *pair.sources]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak: int = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
     return peak

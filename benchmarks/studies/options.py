@@ -26,6 +26,7 @@ def parser_of(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--aligned", type=Path, help="default the embedded model")
     parser.add_argument("--unaligned", type=Path, help="default the embedded model")
     parser.add_argument("--prompts", type=Path, nargs="*", default=(), help="of another pair")
+    parser.add_argument("--sources", nargs="*", default=(), help="of the rows of --prompts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS / "located")
@@ -47,8 +48,14 @@ def pair_of(arguments: argparse.Namespace) -> Pair:
         raise DataError(
             f"--pair={arguments.pair} needs --aligned, --unaligned and --prompts; pass all three."
         )
-    files = tuple(arguments.prompts)
-    return Pair(arguments.pair, arguments.aligned, arguments.unaligned, files, arguments.device)
+    return Pair(
+        arguments.pair,
+        arguments.aligned,
+        arguments.unaligned,
+        tuple(arguments.prompts),
+        arguments.device,
+        tuple(arguments.sources),
+    )
 
 
 def journal_of(
@@ -62,6 +69,8 @@ def journal_of(
         "seed": arguments.seed,
         **settings,
     }
+    if pair.sources:
+        identity["sources"] = list(pair.sources)
     arguments.results.mkdir(parents=True, exist_ok=True)
     name = f"{study}-{pair.name}.jsonl"
     return Journal(arguments.results / name, identity, facts=card(), other="replace")

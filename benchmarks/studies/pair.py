@@ -43,6 +43,7 @@ class Pair:
         files: JSON lines with prompt, response, prompt_harmful and response_harmful; none
             for the embedded pair.
         device: Where the models go.
+        sources: Rows of the files whose `source` is one of these; none takes all.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Pair:
     unaligned_path: Path
     files: tuple[Path, ...] = ()
     device: str = "cpu"
+    sources: tuple[str, ...] = ()
 
     @property
     def is_embedded(self) -> bool:
@@ -202,7 +204,8 @@ class Pair:
         found: dict[Part, list[Mapping[str, Any]]] = {part: [] for part in _PARTS}
         for path in self.files:
             for row in _read(path):
-                found[_part_of(str(row["prompt"]))].append(row)
+                if not self.sources or row.get("source") in self.sources:
+                    found[_part_of(str(row["prompt"]))].append(row)
         return found
 
 
