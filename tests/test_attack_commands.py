@@ -190,6 +190,8 @@ def test_refit_certifies_a_bundle_of_its_own_that_can_be_attacked(attacked, plac
         *JUDGE,
         "--threat",
         "T1",
+        "--arm",
+        "guarded",
         "--count",
         1,
         "--queries",
@@ -199,8 +201,11 @@ def test_refit_certifies_a_bundle_of_its_own_that_can_be_attacked(attacked, plac
         "--doubled",
         "--max-new-tokens",
         3,
+        "--json",
     )
-    assert "4 queries" in shown
+    rows = json.loads(shown)["rows"]
+    assert {row["arm"] for row in rows} == {"guarded"}
+    assert {row["budget"] for row in rows} == {"4 queries"}
 
 
 @pytest.mark.parametrize(
@@ -211,6 +216,7 @@ def test_refit_certifies_a_bundle_of_its_own_that_can_be_attacked(attacked, plac
         (("attack", "--model", "x"), "needs --behaviours and --judge"),
         (("attack", "--redirect", "flag"), "no guard to attack"),
         (("attack", "--threat", "T9"), "not one of"),
+        (("attack", "--arm", "open"), "--arm='open' is not one of"),
         (("refit", "--records", "x", "--out", "y", "--model", "z"), "needs --behaviours"),
         (("reproduce", "none-such"), "is not in protocol.yaml"),
         (("reproduce", "--protocol", "none.yaml"), "is not there"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from probes.attacks.behaviours import AttackSet
     from probes.attacks.config import AttackConfig
     from probes.attacks.objective import Watch
-    from probes.attacks.records import Record, Threat
+    from probes.attacks.records import Arm, Record, Threat
     from probes.conversations import Conversation
     from probes.intervals import Proportion
     from safe_decode.guard import SafeDecoder
@@ -52,6 +52,10 @@ def attack(
     threat: Annotated[
         list[str] | None,
         typer.Option(help="T1 black box, T2 surrogate, T3 white box, T4 soft prompt; default all."),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="guarded, bare or random suffixes; default all that a threat has."),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Behaviours.")] = 30,
     queries: Annotated[int, typer.Option(min=1, help="Of T1, a behaviour.")] = 100,
@@ -100,7 +104,7 @@ def attack(
     require_place(html)
     from probes.attacks.config import ARMS, AttackConfig
 
-    threats = _threats(threat or list(ARMS))
+    threats, arms = _threats(threat or list(ARMS)), _arms(arm)
     _require_sense(model, behaviours, data, threats, judge, redirect, html)
     from probes.attacks.suite import attack as run
 
@@ -111,6 +115,7 @@ def attack(
     attack_set = _wanted(behaviours, count, half=half, seed=seed, fold=fold)
     config = AttackConfig(
         threats=threats,
+        arms=arms,
         max_new_tokens=max_new_tokens,
         samples=samples,
         seed=seed,
@@ -167,6 +172,16 @@ def _threats(names: Sequence[str]) -> tuple[Threat, ...]:
         if name not in known:
             raise ConfigurationError(f"--threat={name!r} is not one of {list(ARMS)}; pass one.")
     return tuple(dict.fromkeys(known[name] for name in names))
+
+
+def _arms(names: Sequence[str] | None) -> tuple[Arm, ...]:
+    from probes.attacks.records import Arm
+
+    known: tuple[Arm, ...] = get_args(Arm)
+    for name in names or ():
+        if name not in known:
+            raise ConfigurationError(f"--arm={name!r} is not one of {list(known)}; pass one.")
+    return tuple(arm for arm in known if names is None or arm in names)
 
 
 def _wanted(behaviours: str | None, count: int, *, half: str, seed: int, fold: int) -> AttackSet:
