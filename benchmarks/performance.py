@@ -18,8 +18,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "latency": (
-        "subject", "threads", "batch", "context", "arm", "tpot_us", "tpot_p95_us", "added_us",
-        "added_us_95", "ratio", "ratio_95", "tokens_per_s", "ttft_ms", "rest_ms", "added_kib",
+        "run", "subject", "threads", "batch", "context", "arm", "n_rounds", "tpot_us",
+        "tpot_p95_us", "added_us", "added_us_95", "ratio", "ratio_95", "tokens_per_s", "ttft_ms",
+        "rest_ms", "added_kib",
     ),
     "growth": ("axis", "value", "bare_us", "added_us", "slope_us_per_unit", "slope_us_95"),
 }  # fmt: skip
@@ -35,7 +36,7 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
         rows, facts = read_lines(source)
         columns = _COLUMNS.get(name)
         if columns is not None:
-            rows = [{column: row[column] for column in columns} for row in rows]
+            rows = [{column: row.get(column) for column in columns} for row in rows]
         return table_of([*map(json.dumps, rows), json.dumps({"card": facts})])
 
     page.write_text(fill(page.read_text(encoding="utf-8"), content), encoding="utf-8")
