@@ -144,6 +144,7 @@ class GuardedLoop:
                 ),
             )
         if self._is_calm(input_ids, done):
+            done = self._rows.and_parked(done)
             self._tell(input_ids, done)
             return done
         trips = self._suspects(input_ids)
@@ -244,18 +245,27 @@ class GuardedLoop:
             self._rows.park(row, said=self._n_judged, error=error)
 
     def _is_calm(self, input_ids: Tensor, done: Tensor) -> bool:
-        """Say, on the CPU, that no row ended, tripped or is broken: the short way of most steps."""
-        if self._rows.active is not None or self._is_blind:
+        """Say, on the CPU, that no row that counts ends, trips or is broken: most steps."""
+        if self._is_blind or not done.is_cpu:
             return False
-        if not done.is_cpu or True in done.tolist():
-            return False
+        rows, ends = self._rows, done.tolist()
         if not self.session.protects:
-            return True
-        if not self.session.is_quiet:
-            return False
-        if self._do_sample or self._scores is None or not self._rows.closes:
-            return True
-        return all_finite(picked(self._scores, input_ids))
+            return rows.go_on_as_they_are(ends)
+        if self.session.is_quiet:
+            is_calm = rows.go_on_as_they_are(ends)
+        else:
+            is_calm = rows.go_on_as_they_are(ends, self._protected_trips())
+        if not is_calm or self._do_sample or self._scores is None or not rows.closes:
+            return is_calm
+        values = picked(self._scores, input_ids)
+        # The score of a pad tells nothing.
+        return all_finite(values) or (rows.active is not None and all_finite(values[rows.active]))
+
+    def _protected_trips(self) -> list[bool]:
+        trips, protected = self._trips, self.session.protected
+        if trips is None:
+            return []
+        return (trips if protected is None else trips & protected).tolist()
 
     def _suspects(self, input_ids: Tensor) -> Tensor | None:
         if not self.session.protects:

@@ -8,6 +8,7 @@ steps in which nothing happens pay nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import and_
 
 import torch
 from torch import Tensor
@@ -39,6 +40,8 @@ class OpenRows:
         self.pads_after_end = False
         self._end: Tensor | None = None
         self._ended_at = torch.empty(0)
+        self._is_unsorted = False  # a row was parked since `go_on`
+        self._read: tuple[Tensor, list[bool], bool] | None = None
 
     def begin(self, input_ids: Tensor, end_ids: Sequence[int], *, pads_after_end: bool) -> None:
         """Get ready for a prompt [batch, seq] that may end with `end_ids`.
@@ -66,6 +69,24 @@ class OpenRows:
         """Say whether no row has been parked or has ended."""
         return self.parked is None and self.closing is None
 
+    def go_on_as_they_are(self, *events: Sequence[bool]) -> bool:
+        """Say, on the CPU, that `go_on` would change nothing: most steps, whoever has ended.
+
+        Args:
+            events: [batch] each: rows that end, trip or are broken, old news among them.
+        """
+        if self._is_unsorted:
+            return False
+        if self.active is None:
+            return not any(True in flags for flags in events)
+        if self._read is None or self._read[0] is not self.active:
+            any_closes = self.closing is not None and bool(self.closing.any())
+            self._read = self.active, self.active.tolist(), any_closes
+        _, counts, any_closes = self._read
+        if any_closes:
+            return False
+        return not any(True in flags and any(map(and_, flags, counts)) for flags in events)
+
     def counted(self, flags: Tensor) -> Tensor:
         """Leave of `flags` [batch] bool the rows that still count."""
         return flags if self.active is None else flags & self.active
@@ -80,6 +101,7 @@ class OpenRows:
         if self.parked is None:
             self.parked = torch.zeros_like(self._ended_at, dtype=torch.bool)
         self.parked[row] = True
+        self._is_unsorted = True
 
     def fail(self, error: GuardError, *, said: int) -> None:
         """Close every row that still counts; or note the error, if going on was allowed."""
@@ -101,6 +123,7 @@ class OpenRows:
             done: [batch] bool, rows that these end.
             n_said: Tokens chosen so far.
         """
+        self._is_unsorted = False
         active = torch.ones_like(done) if self.active is None else self.active
         if self.parked is not None:
             active = active & ~self.parked
