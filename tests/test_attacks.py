@@ -386,6 +386,10 @@ def test_every_threat_runs_in_every_arm_and_goes_on_where_it_stopped(
         journal=journal,
     )
     assert again == records and not calls
+    one = dataclasses.replace(CONFIG, threats=("T1",), arms=("bare",))
+    kept = attack(decoder, attack_set, judge, one, journal=journal)
+    assert kept == [r for r in records if (r.threat, r.arm) == ("T1", "bare")]
+    assert len(read_records(journal)) == len(records)  # what was not asked for stays
     lines = journal.read_text().splitlines()
     journal.write_text("\n".join(lines[:-2]) + "\n")
     resumed = attack(decoder, attack_set, judge, CONFIG, surrogate=watch, journal=journal)

@@ -70,7 +70,8 @@ def attack(
         judge: Of released text.
         config: See `AttackConfig`.
         surrogate: The attacker's own probe, for T2.
-        journal: Records are written here after each behaviour, and found here again.
+        journal: Records are written here after each behaviour, and found here again; those of
+            threats and arms that are not asked for now stay there.
 
     Returns:
         The records of all jobs, in the order of `jobs_of`.
@@ -93,8 +94,8 @@ def attack(
                 if journal is not None:
                     write_records(journal, identity, records)
             advance(1)
-    order = {(threat, arm, b.name): place for place, (threat, arm, b) in enumerate(jobs)}
-    return sorted(records, key=lambda r: order[r.threat, r.arm, r.behaviour])
+    found = {(record.threat, record.arm, record.behaviour): record for record in records}
+    return [found[threat, arm, behaviour.name] for threat, arm, behaviour in jobs]
 
 
 class _Attacker:
@@ -250,7 +251,12 @@ def _parts(candidates: Iterator[Candidate], size: int) -> Iterator[tuple[Candida
 
 
 def _identity(decoder: SafeDecoder, attack_set: AttackSet, config: AttackConfig) -> dict[str, Any]:
-    """Say what is attacked and how; records of another attack are not mixed with these."""
+    """Say what is attacked and how; records of another attack are not mixed with these.
+
+    Which threats and arms are run is no part of it: each record says that itself.
+    """
+    how = json.loads(json.dumps(asdict(config)))
+    budgets = {name: value for name, value in how.items() if name not in ("threats", "arms")}
     wanted = json.dumps([asdict(behaviour) for behaviour in attack_set.behaviours])
     return {
         "bundle": decoder.bundle.digest,
@@ -258,5 +264,5 @@ def _identity(decoder: SafeDecoder, attack_set: AttackSet, config: AttackConfig)
         "redirect": decoder.policy.redirect,
         "holdback_tokens": decoder.policy.holdback_tokens,
         "behaviours": hashlib.sha256(wanted.encode()).hexdigest()[:16],
-        "config": json.loads(json.dumps(asdict(config))),
+        "config": budgets,
     }
