@@ -39,7 +39,7 @@ QUESTIONS: Mapping[str, Question] = {
     "crowd": Question(crowd.crowd, 7),
     "overload": Question(crowd.overload, 2.5),
     "offline": Question(rates.offline, 3),
-    "throughput": Question(rates.throughput, 7),
+    "throughput": Question(rates.throughput, 10),
     "proxy": Question(rates.proxy, 1.5),
     "sigterm": Question(ends.terminated, 2),
     "kill": Question(ends.killed, 6),

@@ -53,8 +53,8 @@ def offline(scale: float) -> dict[str, Any]:
 
 
 def throughput(scale: float) -> dict[str, Any]:
-    """Benign tokens a second against the same server without the guard, seven rounds by turns."""
-    seconds, rounds = max(2.0, 20 * scale), max(2, round(7 * scale))
+    """Benign tokens a second against the same server without the guard, many rounds by turns."""
+    seconds, rounds = max(2.0, 15 * scale), max(2, round(17 * scale))
     n_clients = max(4, round(16 * scale))
     # Benign answers alone: what trips says other words, and fewer.
     asked = [own for own in expected(max(scale, 0.05)) if own.action == "released"]
