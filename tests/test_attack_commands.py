@@ -6,7 +6,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.tables import attack_rows, evaluation_rows
+from benchmarks.tables import attack_rows, evaluation_rows, fold_rows
 from benchmarks.tables import main as tables_main
 from probes.attacks.records import read_records
 from probes.conversations import by_split, write_jsonl
@@ -75,6 +75,12 @@ def test_evaluate_prints_json_and_writes_a_page_that_asks_for_nothing(place, tmp
     rows = evaluation_rows(found)
     assert len({tuple(row) for row in rows}) == 1
     assert len(rows) == len(names) * 11
+    worse = json.loads(json.dumps(found))
+    for figures in worse["teacher_forced"]["slices"][0]["figures"]:
+        figures["at_fpr"][-1]["detected"]["successes"] = 0
+    better, worst = fold_rows({"0": found, "1": worse})
+    assert (better["worst"], worst["worst"], worst["met"]) == ("no", "yes", "no")
+    assert worst["recall at 1 %"].startswith("0.0 [")
     text = page.read_text(encoding="utf-8")
     for wanted in ("Recall where false alarms are few", "Delay", "Certificate: promised", "<svg"):
         assert wanted in text

@@ -135,7 +135,7 @@ def test_streams_of_the_arms_say_what_they_are_asked_for():
     assert one.strip() == other.strip()
     taken = asyncio.run(nemo._interleaved(arms, 6, 2))
     assert all(len(laps) == 2 for laps in taken.values())
-    assert all(0 < lap.first_s and 0 < lap.token_s for laps in taken.values() for lap in laps)
+    assert all(lap.first_s > 0 and lap.token_s > 0 for laps in taken.values() for lap in laps)
 
 
 def test_a_stream_that_says_nothing_or_fails_is_no_measurement():

@@ -31,7 +31,7 @@ def everything(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if context.invoked_subcommand is None:
         pair(target=target, seed=seed)
-        bundle(target=target, seed=seed, fold=fold)
+        bundle(target=target, seed=seed, fold=fold, model=None, prompts=True)
 
 
 @app.command()
@@ -50,25 +50,35 @@ def pair(
 
 
 @app.command()
-def bundle(target: Target = ARTEFACTS, seed: Seed = 0, fold: Fold = 0) -> None:
+def bundle(
+    target: Target = ARTEFACTS,
+    seed: Seed = 0,
+    fold: Fold = 0,
+    model: Annotated[
+        Path | None, typer.Option(help="The aligned model; default that in TARGET.")
+    ] = None,
+    prompts: Annotated[bool, typer.Option(help="Make the demo's held-out prompts too.")] = True,
+) -> None:
     """Make the probe bundle of the aligned model, and the demo's held-out prompts."""
     from probes.organism.build import build_bundle, build_prompts
     from probes.organism.courses import Amounts
     from safe_decode.demo.load import load_model
 
-    loaded = load_model(target / "aligned")
+    loaded = load_model(model or target / "aligned")
+    target.mkdir(parents=True, exist_ok=True)
     made = build_bundle(
         loaded.model, loaded.tokenizer, seed=9000 + seed, fold=fold, amounts=Amounts(), say=_say
     )
     made.bundle.save(target / "bundle")
-    build_prompts(
-        target / "prompts.jsonl",
-        loaded.model,
-        loaded.tokenizer,
-        seed=77_000 + seed,
-        fold=fold,
-        amounts=Amounts(),
-    )
+    if prompts:
+        build_prompts(
+            target / "prompts.jsonl",
+            loaded.model,
+            loaded.tokenizer,
+            seed=77_000 + seed,
+            fold=fold,
+            amounts=Amounts(),
+        )
     for line in made.tried[:4]:
         _say(json.dumps(line))
 
