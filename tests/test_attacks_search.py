@@ -113,6 +113,24 @@ def test_the_gradient_ranks_swaps_as_the_loss_does(llama, tokenizer, frame):
     torch.testing.assert_close(tokens[0, 1], objective.embedding @ gradient[0, 1])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "phi"])
+@pytest.mark.parametrize("is_watched", [True, False])
+def test_shared_beginnings_change_no_loss(family, is_watched, tokenizer, frame):
+    model = tiny_model(family)
+    answers = [
+        Answer((), text_ids(tokenizer, "gladly, I")),
+        Answer(text_ids(tokenizer, "Sorry."), text_ids(tokenizer, "but gladly"), 0.5),
+    ]
+    watch = Watch(random_probe(), MONITOR, 0.3) if is_watched else None
+    objective = Objective(model, frame, answers, watch=watch, weights=Weights())
+    gaps = torch.tensor([text_ids(tokenizer, text) for text in (" now!", " soon", " then")])
+    with torch.no_grad():
+        wanted = objective.of_embeddings(model.get_input_embeddings()(gaps))
+    for _ in range(2):  # what was run once stays as it was
+        torch.testing.assert_close(objective.of_ids(gaps), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(objective.of_ids(gaps[1:2]), wanted[1:2], rtol=1e-4, atol=1e-5)
+
+
 def test_a_search_lowers_the_loss_and_its_suffixes_can_be_typed(llama, tokenizer, frame, typeable):
     config = SuffixConfig(tokens=6, steps=8, candidates=6, restarts=2, top_k=16, checks=4)
     objective = objective_of(llama, tokenizer, frame)

@@ -12,14 +12,17 @@ Knows one behaviour, its ids and what watches them. Does not know how the gap is
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import DynamicCache
 
 from probes.attacks.frame import Frame
 from probes.attacks.gradient_reader import GradientReader
@@ -29,7 +32,7 @@ from safe_decode.probe import LinearProbe
 
 __all__ = ["Answer", "Objective", "Watch", "Weights"]
 
-_ROWS_AT_ONCE = 64
+_TOKENS_AT_ONCE = 4096  # of one forward; see `probes.teacher.TOKENS_PER_BATCH`
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,20 @@ class Weights:
             )
 
 
+class _Read(NamedTuple):
+    """Scores [batch, positions, vocab] and features [batch, positions, F] of a forward."""
+
+    scores: Tensor
+    features: Tensor | None
+
+    def then(self, later: _Read) -> _Read:
+        """Join what was read of the positions that follow."""
+        features = None
+        if self.features is not None and later.features is not None:
+            features = torch.cat([self.features, later.features], dim=1)
+        return _Read(torch.cat([self.scores, later.scores], dim=1), features)
+
+
 class Objective:
     """The loss of one behaviour as a function of what stands in the gap.
 
@@ -127,13 +144,15 @@ class Objective:
         return torch.stack(losses).sum(0)
 
     def of_ids(self, gap: Tensor) -> Tensor:
-        """Return the loss of each row, [batch], for ids [batch, n]; no graph is built."""
+        """Return the loss of each row, [batch], for ids [batch, n]; no graph is built.
+
+        What stands before the gap is run once for all calls, and what stands before the answers
+        once for all of them.
+        """
+        frame, longest = self._frame, max(len(a.begun) + len(a.target) for a in self._answers)
+        rows = max(1, _TOKENS_AT_ONCE // (gap.shape[1] + len(frame.tail) + longest))
         with torch.no_grad():
-            parts = [
-                self.of_embeddings(self._embed(part))
-                for part in torch.tensor_split(gap, -(-len(gap) // _ROWS_AT_ONCE))
-            ]
-        return torch.cat(parts)
+            return torch.cat([self._of_stem(part) for part in torch.split(gap, rows)])
 
     def token_gradient(self, gap: Tensor) -> Tensor:
         """Return the gradient of the loss in each id's indicator, [batch, n, vocab].
@@ -145,31 +164,65 @@ class Objective:
         of_tokens: Tensor = gradient @ self.embedding.T
         return of_tokens
 
+    def _of_stem(self, gap: Tensor) -> Tensor:
+        """Sum what `of_embeddings` sums, from a cache of what the answers have in common."""
+        batch = gap.shape[0]
+        said = self._embedded(self._frame.tail, batch)
+        stem = torch.cat([self._embed(gap), said], dim=1)
+        cache = copy.deepcopy(self._head)
+        cache.batch_repeat_interleave(batch)
+        start = self._read(stem, cache, 1)
+        total = stem.new_zeros(batch, dtype=torch.float32)
+        for number, answer in enumerate(self._answers, 1):
+            # A forward adds to its cache.
+            own = cache if number == len(self._answers) else copy.deepcopy(cache)
+            ids = (*answer.begun, *answer.target)
+            found = start.then(self._read(self._embedded(ids, batch), own, len(ids)))
+            total += answer.weight * self._loss(found, answer)
+        return total
+
+    @cached_property
+    def _head(self) -> DynamicCache:
+        cache = DynamicCache(config=self._model.config)
+        self._read(self._embedded(self._frame.head, 1), cache, 1)
+        return cache
+
+    def _read(self, embeddings: Tensor, cache: DynamicCache | None, n_positions: int) -> _Read:
+        """Run `embeddings` [batch, seq, d_model] behind a cache; keep the last positions."""
+        kept = {"logits_to_keep": n_positions} if self._keeps_few else {}
+        kept |= {"use_cache": False} if cache is None else {"past_key_values": cache}
+        if self._watch is None or self._reader is None:
+            output = self._model(inputs_embeds=embeddings, **kept)
+            return _Read(output.logits[:, -n_positions:], None)
+        with self._reader.reading(embeddings.shape[0]) as found:
+            output = self._model(inputs_embeds=embeddings, **kept)
+        features = torch.cat([part[:, -n_positions:] for part in found], dim=-1)
+        return _Read(output.logits[:, -n_positions:], features)
+
     def _of_answer(self, gap: Tensor, answer: Answer) -> Tensor:
         batch = gap.shape[0]
         before = self._embedded((*self._frame.head,), batch)
         said = (*self._frame.tail, *answer.begun, *answer.target)
         whole = torch.cat([before, gap, self._embedded(said, batch)], dim=1)
-        n_scores = len(answer.begun) + len(answer.target) + 1
-        if self._watch is None or self._reader is None:
-            return self._nll(self._forward(whole, answer), answer)
-        with self._reader.reading(batch) as found:
-            output = self._forward(whole, answer)
-        features = torch.cat([part[:, -n_scores:] for part in found], dim=-1)
-        return self._nll(output, answer) + self._weights.margin * self._margin(features)
+        return self._loss(
+            self._read(whole, None, len(answer.begun) + len(answer.target) + 1), answer
+        )
 
-    def _forward(self, whole: Tensor, answer: Answer) -> Any:  # noqa: ANN401
-        kept = {"logits_to_keep": len(answer.target) + 1} if self._keeps_few else {}
-        return self._model(inputs_embeds=whole, use_cache=False, **kept)
+    def _loss(self, found: _Read, answer: Answer) -> Tensor:
+        """Return the loss [batch] of the positions from s_0 to the end of the target."""
+        likelihood = self._nll(found.scores, answer)
+        if found.features is None:
+            return likelihood
+        return likelihood + self._weights.margin * self._margin(found.features)
 
     def _embedded(self, ids: tuple[int, ...], batch: int) -> Tensor:
         row = torch.tensor([ids], device=self._embed.weight.device, dtype=torch.long)
         vectors: Tensor = self._embed(row).detach()
         return vectors.expand(batch, -1, -1)
 
-    def _nll(self, output: Any, answer: Answer) -> Tensor:  # noqa: ANN401
+    def _nll(self, scores: Tensor, answer: Answer) -> Tensor:
         length = len(answer.target)
-        scores = output.logits[:, -length - 1 : -1].float()
+        scores = scores[:, -length - 1 : -1].float()
         ids = torch.tensor(answer.target, device=scores.device).expand(scores.shape[0], -1)
         losses = functional.cross_entropy(scores.transpose(1, 2), ids, reduction="none")
         means: Tensor = losses.mean(1)
