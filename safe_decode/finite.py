@@ -9,12 +9,24 @@ import math
 
 from torch import Tensor
 
-__all__ = ["all_finite", "broken", "picked", "top"]
+__all__ = ["all_finite", "broken", "chosen", "picked", "top"]
 
 
 def top(scores: Tensor) -> Tensor:
     """Take each row's largest score, [batch]: NaN and +Inf show in it, and a row without any."""
     return scores.amax(-1)
+
+
+_FEW_SCORES = 1 << 14
+
+
+def chosen(scores: Tensor, input_ids: Tensor) -> Tensor:
+    """Take of each row a score that is not finite if greedy picked one that is not, [batch].
+
+    Few scores are read whole sooner than one is found among them: greedy picks NaN where there
+    is any, and else the largest.
+    """
+    return top(scores) if scores.numel() <= _FEW_SCORES else picked(scores, input_ids)
 
 
 def picked(scores: Tensor, input_ids: Tensor) -> Tensor:

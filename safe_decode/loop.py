@@ -25,7 +25,7 @@ from safe_decode.decoding import (
 )
 from safe_decode.draws import RowDraws
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
-from safe_decode.finite import all_finite, broken, picked, top
+from safe_decode.finite import all_finite, broken, chosen, picked, top
 from safe_decode.late import LateFlag
 from safe_decode.open_rows import OpenRows
 from safe_decode.own_forwards import OwnForwards
@@ -123,7 +123,8 @@ class GuardedLoop:
 
     def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Judge the forward that made `scores` [batch, vocab]; comes last of all processors."""
-        self._sort_late()
+        if self._unsorted is not None:
+            self._sort_late()
         self._scored += 1
         if not self._is_blind:
             positions = (1, input_ids.shape[1]) if self._said else self._prefilled(input_ids)
@@ -257,7 +258,7 @@ class GuardedLoop:
             is_calm = rows.go_on_as_they_are(ends, self._protected_trips())
         if not is_calm or self._do_sample or self._scores is None or not rows.closes:
             return is_calm
-        values = picked(self._scores, input_ids)
+        values = chosen(self._scores, input_ids)
         # The score of a pad tells nothing.
         return all_finite(values) or (rows.active is not None and all_finite(values[rows.active]))
 

@@ -40,6 +40,8 @@ class LinearProbe:
     heads: tuple[str, ...]
     # [K, F] contiguous, the layout that torch's linear reads fastest.
     _transposed: Tensor = field(init=False, repr=False)
+    # The same memory as [F, K]: linear takes this view anew at every call.
+    _columns: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""
@@ -61,6 +63,7 @@ class LinearProbe:
                 f"weight is on {self.weight.device} and bias on {self.bias.device}; use one device."
             )
         object.__setattr__(self, "_transposed", self.weight.detach().t().contiguous())
+        object.__setattr__(self, "_columns", self._transposed.t())
 
     def __call__(self, features: Tensor) -> Tensor:
         """Map features to logits.
@@ -82,6 +85,14 @@ class LinearProbe:
         if features.device != self._transposed.device:
             raise _elsewhere(features, self._transposed.device)
         return functional.linear(features.float(), self._transposed, self.bias)
+
+    def unchecked(self, features: Tensor) -> Tensor:
+        """Map features as a call does, bit for bit, in the way of every token.
+
+        Args:
+            features: [batch, F] float32 on the probe's device: as a call has checked before.
+        """
+        return torch.addmm(self.bias, features, self._columns)
 
     def spread(self, columns: Tensor, n_columns: int) -> Callable[[Tensor], Tensor]:
         """Read whole activations instead of features: zero weights elsewhere.

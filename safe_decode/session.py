@@ -77,7 +77,7 @@ class Session:
         )
         self._spans, self._columns = spans, 0
         self._shift: Tensor | None = None
-        self._n_features = len(beats.columns)
+        self._step_shape = torch.Size((len(self.scanned), len(beats.columns)))
         self._is_prefilled = False
         beats.keep_last(max(self.scanned))
 
@@ -132,14 +132,14 @@ class Session:
         features = self._beats.take_step() if 1 in positions else None
         if features is None:
             # All but the way of a plain step looks closer, and says what is wrong.
-            features = self._features(positions)[:, -1]
+            logits = self._probe(self._features(positions)[:, -1])
+        elif features.shape == self._step_shape:
+            logits = self._probe.unchecked(features)  # the prefill's were checked
         elif features.shape[0] != self.batch:
             raise self._foreign_batch(features)
-        if features.shape[1] == self._n_features:
-            logits = self._probe(features)
         else:
             logits = self._spread(features)
-        self._watch.step(logits, active, self._shift_at(-1))
+        self._watch.step(logits, active, None if self._shift is None else self._shift[:, -1])
         return self._watch.trips()
 
     def note(self, ids: Tensor, new_tokens: int | None = None) -> None:

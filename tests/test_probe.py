@@ -104,3 +104,15 @@ def test_reading_whole_activations_equals_reading_the_features() -> None:
     whole[1, 0] = torch.nan  # not read
     logits = probe.spread(columns, 11)(whole)
     assert logits.isfinite().all(-1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 32])
+@pytest.mark.parametrize("n_heads", [1, 3])
+def test_the_way_of_every_token_yields_what_a_call_does_bit_for_bit(batch, n_heads):
+    generator = torch.Generator().manual_seed(0)
+    site = Site(0, "resid", tuple(range(96)))
+    weight = torch.randn(96, n_heads, generator=generator)
+    bias = torch.randn(n_heads, generator=generator)
+    probe = LinearProbe((site,), weight, bias, tuple("abc"[:n_heads]))
+    features = torch.randn(batch, 96, generator=generator)
+    assert torch.equal(probe.unchecked(features), probe(features))
