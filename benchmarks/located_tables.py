@@ -111,7 +111,7 @@ def alignment_tax(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
     summary = rows[0]["rows"]
-    names = [name for name in summary[0] if name not in ("arm", "trained_entries")]
+    names = [name for name in summary[0] if name not in ("arm", "trained_entries", "seeds")]
     cells = []
     for row in summary:
         changes = [_change(row[name]) for name in names]
@@ -121,7 +121,7 @@ def alignment_tax(rows: Sequence[Row]) -> str:
     return "\n\n".join(
         (
             f"Before: {before}. Changes after the same steps, mean ± standard deviation over "
-            "seeds:",
+            f"{summary[0]['seeds']} seeds:",
             table(columns, cells),
         )
     )

@@ -103,7 +103,7 @@ def test_every_table_and_picture_stands_on_the_page(tmp_path):
     results.mkdir()
     docs.mkdir()
     figure = {"before": 0.1, "gained": 0.5, "sd": 0.02}
-    tax = {"arm": "all weights", "trained_entries": 99, "refusal": figure}
+    tax = {"arm": "all weights", "trained_entries": 99, "seeds": 3, "refusal": figure}
     cost = {"table": "cost", "responses": 4, "tokens": 1200, "bare_seconds": 1.0,
             "locate_seconds": 1.2, "ratio": 1.2, "ratio_low": 1.1, "ratio_high": 1.4,
             "target": 1.3, "met": True, "bare_peak_bytes": 2**20, "locate_peak_bytes": 2**21,

@@ -38,7 +38,7 @@ _BUDGET = 0.20
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run arm by arm and seed by seed, keeping each run."""
+    """Run seed by seed, keeping each run; the summary is of the seeds that are whole."""
     parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rate", type=float, default=5e-4)
@@ -57,11 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     journal = journal_of("alignment-tax", pair, arguments, **settings)
     units = redundant_units(pair, pair.load("unaligned"), 16 if arguments.tiny else 400)
     safety = pair.safety(arguments.texts)
-    for arm in _ARMS:
-        for seed in range(arguments.seeds):
-            run = Run(steps=arguments.steps, every=arguments.every, rate=arguments.rate, seed=seed)
+    for seed in range(arguments.seeds):
+        run = Run(steps=arguments.steps, every=arguments.every, rate=arguments.rate, seed=seed)
+        for arm in _ARMS:
             _one(pair, journal, arm, units, safety, run, arguments.asked)
-    journal.add("summary", {"table": "summary", "rows": _summary(journal, arguments.seeds)})
+        journal.add("summary", {"table": "summary", "rows": _summary(journal, seed + 1)})
 
 
 def redundant_units(pair: Pair, loaded: Loaded, n: int) -> UnitSet:
@@ -129,7 +129,8 @@ def _summary(journal: Journal, seeds: int) -> list[dict[str, Any]]:
     rows = []
     for arm in _ARMS:
         runs = [journal.rows[f"{arm}, seed {seed}"] for seed in range(seeds)]
-        row: dict[str, Any] = {"arm": arm, "trained_entries": runs[0]["trained_entries"]}
+        entries = runs[0]["trained_entries"]
+        row: dict[str, Any] = {"arm": arm, "trained_entries": entries, "seeds": seeds}
         for name in [name for name in runs[0]["curve"][0] if name != "step"]:
             gained = [run["curve"][-1][name] - run["curve"][0][name] for run in runs]
             spread = float(np.std(gained, ddof=1)) if seeds > 1 else None
