@@ -8,7 +8,7 @@ Knows the mixture, the oracle and the seeds. Does not know probes or figures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,6 +59,24 @@ class EmbeddedData:
             draws, split=split, seed=seed, tokenizer=tokenizer, cells=Cells.seen(self.fold)
         )
         return self._rows(model, tokenizer, split, requests)
+
+    def apart(
+        self,
+        model: Any,  # noqa: ANN401
+        tokenizer: Any,  # noqa: ANN401
+        counts: Mapping[Split, int],
+    ) -> dict[Split, list[Conversation]]:
+        """Draw splits in seen cells that share no group: the world is small and repeats itself.
+
+        What a later split has in common with an earlier one is left out of the later one.
+        """
+        taken: set[str] = set()
+        parts: dict[Split, list[Conversation]] = {}
+        for split, count in counts.items():
+            rows = self.seen(model, tokenizer, split, count)
+            parts[split] = [row for row in rows if row.group not in taken]
+            taken |= {row.group for row in rows}
+        return parts
 
     def _rows(
         self,

@@ -147,11 +147,8 @@ def _rows(
 
         source = EmbeddedData(seed=seed, fold=fold, max_new_tokens=cap_of(decoder, None))
         model, tokenizer = decoder.model, decoder.tokenizer
-        return {
-            "fit": source.seen(model, tokenizer, "fit", count),
-            "calibrate": source.seen(model, tokenizer, "calibrate", max(count, 400)),
-            "test": source.test(model, tokenizer, count),
-        }
+        seen = source.apart(model, tokenizer, {"fit": count, "calibrate": max(count, 400)})
+        return {**seen, "test": source.test(model, tokenizer, count)}
     from probes.conversations import by_split
 
     rows = conversations_of(data)

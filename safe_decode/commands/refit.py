@@ -127,9 +127,9 @@ def _rows(
     from probes.embedded_data import EmbeddedData
 
     source = EmbeddedData(seed=seed + 90, fold=fold, max_new_tokens=cap_of(decoder, None))
-    model, tokenizer = decoder.model, decoder.tokenizer
-    return [
-        *source.seen(model, tokenizer, "fit", fit),
-        *source.seen(model, tokenizer, "select", fit // 2),
-        *source.seen(model, tokenizer, "calibrate", calibrate),
-    ]
+    parts = source.apart(
+        decoder.model,
+        decoder.tokenizer,
+        {"fit": fit, "select": fit // 2, "calibrate": calibrate},
+    )
+    return [row for part in parts.values() for row in part]
