@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from benchmarks.tables import attack_rows, evaluation_rows, fold_rows
 from benchmarks.tables import main as tables_main
 from probes.attacks.records import read_records
-from probes.conversations import by_split, write_jsonl
+from probes.conversations import Conversation, by_split, write_jsonl
+from probes.embedded_data import EmbeddedData
 from probes.protocol import read_protocol
 from safe_decode.bundle import ProbeBundle
 from safe_decode.cli import app
@@ -304,3 +305,18 @@ def test_tables_of_attacks_are_written_with_their_card(attacked, monkeypatch, tm
     assert len(rows) == 5 and "shipped, claim" in last["card"]
     with pytest.raises(FileNotFoundError, match="run the attack first"):
         tables_main(["attacks", "shipped=none.jsonl"])
+
+
+def test_splits_drawn_from_the_small_world_share_no_request(monkeypatch):
+    def row(group: int, split: str) -> Conversation:
+        asked = ({"role": "user", "content": "x"},)
+        return Conversation(messages=asked, response="y", group=str(group), split=split)
+
+    drawn = {"fit": (1, 2, 2), "select": (2, 3), "calibrate": (1, 3, 4)}
+    monkeypatch.setattr(
+        EmbeddedData, "seen", lambda _self, _m, _t, split, _n: [row(g, split) for g in drawn[split]]
+    )
+    parts = EmbeddedData().apart(None, None, dict.fromkeys(drawn, 3))
+    found = {split: [r.group for r in rows] for split, rows in parts.items()}
+    assert found == {"fit": ["1", "2", "2"], "select": ["3"], "calibrate": ["4"]}
+    assert by_split([r for rows in parts.values() for r in rows])["calibrate"]

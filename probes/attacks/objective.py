@@ -189,7 +189,7 @@ class Objective:
 
     def _read(self, embeddings: Tensor, cache: DynamicCache | None, n_positions: int) -> _Read:
         """Run `embeddings` [batch, seq, d_model] behind a cache; keep the last positions."""
-        kept = {"logits_to_keep": n_positions} if self._keeps_few else {}
+        kept: dict[str, Any] = {"logits_to_keep": n_positions} if self._keeps_few else {}
         kept |= {"use_cache": False} if cache is None else {"past_key_values": cache}
         if self._watch is None or self._reader is None:
             output = self._model(inputs_embeds=embeddings, **kept)

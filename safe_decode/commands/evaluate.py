@@ -148,7 +148,8 @@ def _rows(
         source = EmbeddedData(seed=seed, fold=fold, max_new_tokens=cap_of(decoder, None))
         model, tokenizer = decoder.model, decoder.tokenizer
         seen = source.apart(model, tokenizer, {"fit": count, "calibrate": max(count, 400)})
-        return {**seen, "test": source.test(model, tokenizer, count)}
+        test = source.test(model, tokenizer, count)
+        return {"fit": seen["fit"], "calibrate": seen["calibrate"], "test": test}
     from probes.conversations import by_split
 
     rows = conversations_of(data)
