@@ -188,19 +188,12 @@ def visit_activations(
 ) -> None:
     """Run responses through the model and show their activations, uncopied.
 
+    Arguments and errors as of `teacher_forced`.
+
     Args:
-        model: A causal language model in eval mode.
-        sites: Where to read.
-        encoded: Prompt and response ids.
         visit: Called with the batch, the index of a site in `sorted_sites` and its channels,
             [batch, seq, n] in the model's dtype, padding and prompt included, not to be changed
             or kept.
-        description: What the progress display says.
-        tokens_per_batch: Padded tokens of a batch; a longer row gets a batch of its own.
-
-    Raises:
-        ConfigurationError: The model is in training mode.
-        PromptError: A response is longer than the model's context.
     """
     tap = ActivationTap(model, sites)
     with progress(description, len(encoded)) as advance:

@@ -11,13 +11,12 @@ from torch import Tensor
 
 __all__ = ["all_finite", "broken", "chosen", "picked", "top"]
 
+_FEW_SCORES = 1 << 14
+
 
 def top(scores: Tensor) -> Tensor:
     """Take each row's largest score, [batch]: NaN and +Inf show in it, and a row without any."""
     return scores.amax(-1)
-
-
-_FEW_SCORES = 1 << 14
 
 
 def chosen(scores: Tensor, input_ids: Tensor) -> Tensor:
