@@ -188,12 +188,9 @@ def visit_activations(
 ) -> None:
     """Run responses through the model and show their activations, uncopied.
 
-    Arguments and errors as of `teacher_forced`.
-
-    Args:
-        visit: Called with the batch, the index of a site in `sorted_sites` and its channels,
-            [batch, seq, n] in the model's dtype, padding and prompt included, not to be changed
-            or kept.
+    Arguments and errors are those of `teacher_forced`. `visit` is called with the batch, the
+    index of a site in `sorted_sites` and its channels, [batch, seq, n] in the model's dtype,
+    padding and prompt included, not to be changed or kept.
     """
     tap = ActivationTap(model, sites)
     with progress(description, len(encoded)) as advance:
