@@ -5,9 +5,9 @@
 A pilot trains the aligned model on benign answers until refusal of plain harmful requests has
 fallen by 30 points. Then every arm trains for twice those steps, with 5 seeds: nothing frozen,
 settings (i) and (ii), and for each as many random units of each layer and kind. Refusal is
-compared at equal task loss, over the whole curve. The embedded pair trains on benign answers in
-a manner that is not its own: on its own it has nothing left to learn, and 400 steps on them
-moved no refusal.
+compared at equal task loss, over the whole curve, of the seeds that every arm has trained with.
+The embedded pair trains on benign answers in a manner that is not its own: on its own it has
+nothing left to learn, and 400 steps on them moved no refusal.
 
 On one core: about 2 minutes a run; 25 runs and the pilot, about an hour.
 """
@@ -45,7 +45,7 @@ _READINGS = 20  # of a run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the pilot, then arm by arm and seed by seed, keeping each run."""
+    """Run the pilot, then seed by seed and arm by arm, keeping each run."""
     parser = parser_of(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rate", type=float, default=1e-4)
@@ -66,12 +66,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = _Study(pair, journal, arguments.asked, arguments.texts)
     steps = study.pilot(Run(steps=arguments.most_steps, every=arguments.every, rate=arguments.rate))
     units = located_on(pair, pair.load("aligned"), prompts=arguments.located_on).units
-    for arm in _ARMS:
-        for seed in range(arguments.seeds):
-            every = max(1, 2 * steps // _READINGS)
-            run = Run(steps=2 * steps, every=every, rate=arguments.rate, seed=seed)
-            study.run(arm, units, run)
-    study.compare(arguments.seeds)
+    every = max(1, 2 * steps // _READINGS)
+    for seed in range(arguments.seeds):
+        for arm in _ARMS:
+            study.run(arm, units, Run(steps=2 * steps, every=every, rate=arguments.rate, seed=seed))
+        study.compare(seed + 1)
 
 
 class _Study:
