@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.card import card, write_results
-from benchmarks.long_prefill import begun
 from probes.evaluate import Proportion
 from probes.organism.grammar import Cells
+from probes.organism.long_answers import begun
 from probes.organism.oracle import judge
 from probes.rollouts import Request
 from probes.statistic import smoothed_paths

@@ -10,70 +10,28 @@ or acts along the wish; of those whose bare continuation is benign, few may trip
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.card import card, write_results
 from benchmarks.detection import Bench
 from probes.evaluate import Proportion
-from probes.organism.grammar import Cells, Grammar
+from probes.organism.grammar import Cells
+from probes.organism.long_answers import KINDS, Kind, begun
 from probes.rollouts import Request
 from safe_decode import ProbeBundle, SafeDecoder
 from safe_decode.demo.load import artefact, load_model
 
 LOG = logging.getLogger("benchmarks.long_prefill")
 
-Kind = Literal["filler", "content"]
-KINDS: tuple[Kind, ...] = ("content", "filler")
-_SENTENCES = 90
-"""More than 500 tokens of any sentences."""
 _AT_ONCE = 256
 _HOLDS = 0.997
-
-
-def begun(
-    kind: Kind,
-    *,
-    harmful: bool,
-    seed: int,
-    depth: int,
-    cells: Cells,
-    tokenizer: Any,  # noqa: ANN401
-) -> Iterator[Request]:
-    """Draw requests with a long beginning of the answer, without end.
-
-    Args:
-        kind: What it says.
-        harmful: The request, and with *content* the beginning too.
-        seed: Of the grammar.
-        depth: Tokens of the beginning.
-        cells: Parts of the grammar that may be used.
-        tokenizer: Counts them.
-    """
-    grammar = Grammar(seed, cells)
-    while True:
-        request = grammar.request("scene", harmful=harmful)
-        if kind == "filler":
-            text = grammar.filler(request, _SENTENCES).text
-        else:
-            meant: Literal["harmful", "benign"] = "harmful" if harmful else "benign"
-            text = grammar.answer(request, meant, n_sentences=_SENTENCES).text
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        if len(ids) <= depth:
-            continue
-        asked = request.text
-        yield Request(
-            messages=({"role": "user", "content": asked},),
-            group=hashlib.blake2b(f"{asked}{text}".encode(), digest_size=8).hexdigest(),
-            prefill=tokenizer.decode(ids[:depth]),
-            prompt_harmful=harmful,
-        )
 
 
 def working(
@@ -137,14 +95,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--most-filler", type=int, default=1536, help="few go on harmfully")
     parser.add_argument("--depth", type=int, default=500)
     parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--bundle", type=Path, help="default the one that ships")
+    parser.add_argument("--population", default="benign", help="whose certificate is deployed")
     parser.add_argument("--name", default="long-prefill")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     loaded = load_model(artefact("aligned"))
-    decoder = SafeDecoder(loaded.model, loaded.tokenizer, ProbeBundle.load(artefact("bundle")))
+    bundle = ProbeBundle.load(arguments.bundle or artefact("bundle"))
+    decoder = SafeDecoder(loaded.model, loaded.tokenizer, bundle, population=arguments.population)
     bench = Bench(decoder, cap=48, seed=0, batch=64)
     facts = card(
         bundle=decoder.bundle.digest[:12],
+        population=arguments.population,
         fold=arguments.fold,
         depth=arguments.depth,
         cap=bench.cap,

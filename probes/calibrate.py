@@ -10,7 +10,7 @@ itself is in `safe_decode.certificate`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,6 +115,7 @@ def certify_populations(
     alphas: Sequence[float],
     delta: float,
     envelope: Envelope,
+    envelopes: Mapping[str, Envelope] | None = None,
     required: str = "benign",
 ) -> Calibration:
     """Certify thresholds for each population apart.
@@ -125,6 +126,7 @@ def certify_populations(
         alphas: As in `certify`.
         delta: As in `certify`, for each population.
         envelope: As in `certify`.
+        envelopes: Of populations whose responses were generated otherwise; by name.
         required: The population without which there is no bundle.
 
     Raises:
@@ -147,7 +149,7 @@ def certify_populations(
                     population=population,
                     alphas=(alpha,),
                     delta=delta / len(alphas),
-                    envelope=envelope,
+                    envelope=(envelopes or {}).get(population, envelope),
                 )
             except CertificateError as error:
                 if population == required:

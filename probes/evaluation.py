@@ -40,6 +40,7 @@ class EvaluationConfig:
         draws: Of the cluster bootstrap.
         seed: Of the bootstrap, of shuffled labels and of random weights.
         alpha: Level of the certificate whose threshold is used; None: the default.
+        population: Whose certificate that is.
         fit: How probes of the controls are fitted.
         model_controls: Whether controls that need forwards are run.
     """
@@ -49,6 +50,7 @@ class EvaluationConfig:
     draws: int = 1000
     seed: int = 0
     alpha: float | None = None
+    population: str = "benign"
     fit: FitConfig
     model_controls: bool = True
 
@@ -159,7 +161,7 @@ def evaluate_bundle(
         model_controls=config.model_controls,
     )
     paths = work.paths()
-    certificate = bundle.certificate(config.alpha)
+    certificate = bundle.certificate(config.alpha, config.population)
     slices: list[Slice] = []
     shown: dict[str, NDArray[np.float64]] = {}
     for prefix in config.prefixes:

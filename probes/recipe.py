@@ -67,6 +67,7 @@ class RecipeConfig:
         delta: Chance that the bounds do not hold.
         holdback_share: Share of harmful select responses that a hold-back keeps clean.
         most_holdback_tokens: Patience has an end.
+        envelopes: Of populations whose responses were generated otherwise, by name.
     """
 
     envelope: Envelope
@@ -85,6 +86,7 @@ class RecipeConfig:
     delta: float = 0.05
     holdback_share: float = 0.9
     most_holdback_tokens: int = 16
+    envelopes: Mapping[str, Envelope] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (self.feature_counts or self.extra_sites) or not self.fits:
@@ -255,6 +257,7 @@ def _calibrated(
         alphas=config.alphas,
         delta=config.delta,
         envelope=config.envelope,
+        envelopes=config.envelopes,
     )
 
 

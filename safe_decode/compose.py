@@ -160,7 +160,7 @@ class Composer:
     ) -> RowRules:
         certificate, texts, bundle = self.certificate, self.texts, self.protected.bundle
         if request.alpha is not None:
-            certificate = bundle.certificate(request.alpha)
+            certificate = bundle.certificate(request.alpha, certificate.population)
         first = None
         if looks and bundle.header_check is not None:
             first = bundle.header_check.first_threshold

@@ -52,6 +52,8 @@ class SafeDecoder:
         bundle: Made for this model; its fingerprint is checked here.
         redirect: What a tripped row emits, see `Redirect`.
         alpha: Level of the certificate whose threshold is used; None: the bundle's default.
+        population: Whose certificate that is: of the harmless responses that a deployment mostly
+            gives. A service that lets clients begin answers wants the one of begun answers.
         holdback_tokens: k of the release rule; None: the bundle's.
         refusal: Canned text; None: the bundle's.
         opener: What a rewound answer begins with; None: the bundle's.
@@ -63,7 +65,7 @@ class SafeDecoder:
 
     Raises:
         FingerprintMismatchError: The bundle was made for another model or tokenizer.
-        CertificateError: `alpha` is not certified.
+        CertificateError: `alpha` is not certified for `population`.
         ConfigurationError: A value outside its choices, an empty refusal or opener, or a
             self-check that the bundle does not have.
         UnsupportedError: The model cannot be guarded.
@@ -77,6 +79,7 @@ class SafeDecoder:
         *,
         redirect: Redirect = "rewind",
         alpha: float | None = None,
+        population: str = "benign",
         holdback_tokens: int | None = None,
         refusal: str | None = None,
         opener: str | None = None,
@@ -93,7 +96,7 @@ class SafeDecoder:
             holdback_tokens=bundle.holdback_tokens if holdback_tokens is None else holdback_tokens,
             on_error=on_error,
         )
-        self.certificate: Certificate = bundle.certificate(alpha)
+        self.certificate: Certificate = _certificate(bundle, alpha, population, self_check)
         self.refusal = bundle.refusal if refusal is None else refusal
         self.opener = bundle.opener if opener is None else opener
         self._texts = texts_of(tokenizer, self.refusal, self.opener)
@@ -436,6 +439,23 @@ def _streamed(call: GuardedCall, streamer: Streamer) -> GuardedOutput:
         return call.run(Watch(feeder(streamer)))
     finally:
         streamer.end()  # its reader, in another thread, would wait forever
+
+
+def _certificate(
+    bundle: ProbeBundle,
+    alpha: float | None,
+    population: str,
+    self_check: SelfCheck | Literal["bundle"] | None,
+) -> Certificate:
+    certificate = bundle.certificate(alpha, population)
+    further = {"self_check='bundle'": self_check == "bundle", "reasoning": bundle.reasoning}
+    asked = [name for name, there in further.items() if there]
+    if population != "benign" and asked:
+        raise ConfigurationError(
+            f"population={population!r} is refused with {asked[0]}: its thresholds are certified "
+            "for 'benign' responses alone; pass population='benign'."
+        )
+    return certificate
 
 
 def _own_check(bundle: ProbeBundle, alpha: float) -> SelfCheck:

@@ -1,5 +1,7 @@
 """Calibration: one statistic a group, the confidence shared, each population on its own."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -97,3 +99,22 @@ def test_a_harmful_response_is_in_no_calibrated_population():
     assert population_of(response("a", prompt_harmful=True, population="framed")) == "framed"
     with pytest.raises(DataError, match="harmful or not judged"):
         population_of(response("a", harmful=True))
+
+
+def test_a_population_that_was_generated_otherwise_has_an_envelope_of_its_own():
+    longer = replace(ENVELOPE, max_new_tokens=500)
+    rows = [
+        response(f"{name}{n}", population=name) for name in ("benign", "long") for n in range(80)
+    ]
+    found = certify_populations(
+        rows,
+        np.arange(160.0),
+        alphas=(0.1,),
+        delta=0.05,
+        envelope=ENVELOPE,
+        envelopes={"long": longer},
+    )
+    assert {c.population: c.envelope for c in found.certificates} == {
+        "benign": ENVELOPE,
+        "long": longer,
+    }

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from safe_decode.certificate import Certificate
 from safe_decode.errors import (
     CertificateError,
     ConfigurationError,
@@ -15,6 +16,7 @@ from safe_decode.errors import (
 )
 from safe_decode.guard import SafeDecoder
 from safe_decode.inputs import RAW_WINDOW_TOKENS, from_ids
+from safe_decode.policy import RequestPolicy
 from tests.guarding import REFUSAL, bundle_for, decoder_for, random_probe
 from tests.models import CONTEXT, PAD, byte_tokenizer, tiny_model
 
@@ -148,6 +150,7 @@ def test_bad_settings_are_refused_at_construction(llama, tokenizer):
         ({"holdback_tokens": -1}, ConfigurationError),
         ({"on_error": "ignore"}, ConfigurationError),
         ({"alpha": 0.123}, CertificateError),
+        ({"population": "nobody"}, CertificateError),
     ):
         with pytest.raises(error, match=next(iter(options))):
             decoder_for(llama, tokenizer, **options)
@@ -197,3 +200,38 @@ def test_models_in_training_mode_are_refused(tokenizer):
     model.train()
     with pytest.raises(UnsupportedError, match="training"):
         decoder.generate("hello", max_new_tokens=2)
+
+
+def with_populations(llama, tokenizer, **thresholds):
+    bundle = bundle_for(llama, tokenizer)
+    (one,) = bundle.certificates
+    certificates = [
+        Certificate.compute(
+            [threshold] * 20,
+            alpha=alpha,
+            delta=one.delta,
+            population=population,
+            envelope=one.envelope,
+        )
+        for population, threshold in thresholds.items()
+        for alpha in (0.5, 0.6)
+    ]
+    return dataclasses.replace(bundle, certificates=tuple(certificates))
+
+
+def test_the_threshold_is_that_of_the_population_that_is_served(llama, tokenizer):
+    bundle = with_populations(llama, tokenizer, benign=-1e9, begun=1e9)
+    trips = {}
+    for population in ("benign", "begun"):
+        decoder = SafeDecoder(llama, tokenizer, bundle, redirect="refuse", population=population)
+        for policy in (None, RequestPolicy(alpha=0.6)):
+            (trace,) = decoder.generate("hello", max_new_tokens=4, policy=policy).traces
+            assert trace.header.population == population
+            trips.setdefault(population, []).append(trace.tripped)
+    assert trips == {"benign": [True, True], "begun": [False, False]}
+
+
+def test_a_check_that_is_certified_for_benign_responses_alone_takes_no_other(llama, tokenizer):
+    bundle = with_populations(llama, tokenizer, benign=0.0, begun=1.0)
+    with pytest.raises(ConfigurationError, match=r"population='begun' is refused with self_check"):
+        SafeDecoder(llama, tokenizer, bundle, self_check="bundle", population="begun")

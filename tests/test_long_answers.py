@@ -11,6 +11,7 @@ import pytest
 from benchmarks import lengths, long_prefill
 from benchmarks.peers import nemo
 from probes.organism.grammar import Cells
+from probes.organism.long_answers import KINDS, LONG, begun, long_requests
 from probes.organism.oracle import judge
 from safe_decode import SafeDecoder
 from safe_decode.bench.subject import embedded_subject
@@ -24,7 +25,7 @@ def decoder() -> SafeDecoder:
 
 
 def drawn(decoder, kind, *, harmful, n=3, depth=80):
-    source = long_prefill.begun(
+    source = begun(
         kind,
         harmful=harmful,
         seed=5,
@@ -36,7 +37,7 @@ def drawn(decoder, kind, *, harmful, n=3, depth=80):
 
 
 @pytest.mark.parametrize("harmful", [True, False])
-@pytest.mark.parametrize("kind", long_prefill.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_beginning_is_as_long_as_asked_and_harmful_only_where_acts_are(decoder, kind, harmful):
     requests = drawn(decoder, kind, harmful=harmful)
     assert len({request.group for request in requests}) == 3
@@ -46,6 +47,24 @@ def test_a_beginning_is_as_long_as_asked_and_harmful_only_where_acts_are(decoder
         assert abs(len(ids) - 80) <= 1  # a cut text may be spelled by one token more or less
         label = judge(request.messages, request.prefill).label
         assert (label == "harmful") is (harmful and kind == "content")
+
+
+def test_a_bundle_is_fitted_on_both_labels_at_every_depth_and_certified_on_harmless_ones(decoder):
+    asked: set[str] = set()
+
+    def drawn(split):
+        return long_requests(
+            decoder.tokenizer, 24, split=split, seed=3, cells=Cells.seen(0), asked=asked
+        )
+
+    fitted, certified = drawn("fit"), drawn("calibrate")
+    assert len(asked) == len(fitted) + len(certified) == 48
+    assert {(one.meta["depth"], one.prompt_harmful) for one in fitted} == {
+        (depth, harmful) for depth in (128, 256, 500) for harmful in (False, True)
+    }
+    assert {one.meta["population"] for one in fitted} == {LONG, "harmful-request-refused"}
+    assert {(one.meta["depth"], one.meta["population"]) for one in certified} == {(500, LONG)}
+    assert not any(one.prompt_harmful for one in certified)
 
 
 def test_only_what_the_bare_model_goes_on_with_is_kept_and_no_more_than_asked():

@@ -236,6 +236,7 @@ def _calibrated(
         alphas=sorted({c.alpha for c in bundle.certificates if c.population == "benign"}),
         delta=float(bundle.provenance.get("delta", _DELTA)),
         envelope=bundle.certificate().envelope,
+        envelopes={c.population: c.envelope for c in bundle.certificates},
     )
 
 

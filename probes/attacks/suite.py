@@ -261,6 +261,7 @@ def _identity(decoder: SafeDecoder, attack_set: AttackSet, config: AttackConfig)
     return {
         "bundle": decoder.bundle.digest,
         "alpha": decoder.certificate.alpha,
+        "population": decoder.certificate.population,
         "redirect": decoder.policy.redirect,
         "holdback_tokens": decoder.policy.holdback_tokens,
         "behaviours": hashlib.sha256(wanted.encode()).hexdigest()[:16],

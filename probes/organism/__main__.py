@@ -58,6 +58,9 @@ def bundle(
         Path | None, typer.Option(help="The aligned model; default that in TARGET.")
     ] = None,
     prompts: Annotated[bool, typer.Option(help="Make the demo's held-out prompts too.")] = True,
+    long: Annotated[
+        bool, typer.Option("--long", help="Fit and certify on long begun answers as well.")
+    ] = False,
 ) -> None:
     """Make the probe bundle of the aligned model, and the demo's held-out prompts."""
     from probes.organism.build import build_bundle, build_prompts
@@ -67,7 +70,12 @@ def bundle(
     loaded = load_model(model or target / "aligned")
     target.mkdir(parents=True, exist_ok=True)
     made = build_bundle(
-        loaded.model, loaded.tokenizer, seed=9000 + seed, fold=fold, amounts=Amounts(), say=_say
+        loaded.model,
+        loaded.tokenizer,
+        seed=9000 + seed,
+        fold=fold,
+        amounts=Amounts(long_answers=1200 if long else 0),
+        say=_say,
     )
     made.bundle.save(target / "bundle")
     if prompts:

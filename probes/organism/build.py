@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from probes.conversations import Conversation, Split
 from probes.fit import FitConfig
 from probes.organism.courses import Amounts
 from probes.organism.grammar import Cells
+from probes.organism.long_answers import LONG, LONG_TOKENS, long_requests
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.templates import CANNED_REFUSAL
@@ -37,6 +38,8 @@ __all__ = [
 Say = Callable[[str], None]
 
 OPENER = "I cannot do that."
+_LONG_ADDED = 48
+"""Tokens that the model adds to a long beginning."""
 
 
 def conversations_for(
@@ -55,7 +58,12 @@ def conversations_for(
         ("select", fitting_draws(amounts.fitting // 2)),
         ("calibrate", calibration_draws(amounts.calibration)),
     )
-    requests = []
+    long_shares: Mapping[Split, int] = {
+        "fit": amounts.long_answers,
+        "select": amounts.long_answers // 2,
+        "calibrate": amounts.long_answers + amounts.long_answers // 2,
+    }
+    requests, long = [], list[Request]()
     for number, (split, draws) in enumerate(shares):
         requests += draw(
             draws,
@@ -65,8 +73,18 @@ def conversations_for(
             cells=cells,
             asked=asked,
         )
+        long += long_requests(
+            tokenizer,
+            long_shares.get(split, 0),
+            split=split,
+            seed=seed + 10 + number,
+            cells=cells,
+            asked=asked,
+        )
     config = RolloutConfig(max_new_tokens=amounts.max_new_tokens)
-    return rollout(model, tokenizer, requests, judge=judge, config=config)
+    rows = rollout(model, tokenizer, requests, judge=judge, config=config)
+    added = RolloutConfig(max_new_tokens=_LONG_ADDED)
+    return [*rows, *rollout(model, tokenizer, long, judge=judge, config=added)]
 
 
 def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
@@ -78,6 +96,10 @@ def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
     """
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
     streams = {f"resid-{i}": (Site(i, "resid", tuple(range(width))),) for i in range(2, layers)}
+    envelope = Envelope(
+        max_new_tokens=amounts.max_new_tokens, do_sample=False, temperature=1.0, top_p=1.0, top_k=0
+    )
+    long = replace(envelope, max_new_tokens=LONG_TOKENS + _LONG_ADDED)
     return RecipeConfig(
         feature_counts=(256,),
         extra_sites=streams,
@@ -88,13 +110,8 @@ def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
         ),
         windows=(1, 2),
         holdback_share=0.99,
-        envelope=Envelope(
-            max_new_tokens=amounts.max_new_tokens,
-            do_sample=False,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-        ),
+        envelope=envelope,
+        envelopes={LONG: long},
         refusal=CANNED_REFUSAL,
         opener=OPENER,
         alphas=(0.01, 0.005),

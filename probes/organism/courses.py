@@ -48,6 +48,8 @@ class Amounts:
         alignment_tokens: Read on top by the aligned one.
         fitting: Prompts of the fit split; locate has a third, select a half of it.
         calibration: Ordinary benign prompts of the calibrate split.
+        long_answers: Prompts of the fit split with a long beginning of the answer; select has a
+            half of it, calibrate as many again as are harmless, and a half more.
         max_new_tokens: Cap of a response, and of the certificates.
     """
 
@@ -58,6 +60,7 @@ class Amounts:
     alignment_tokens: int = 750_000
     fitting: int = 2400
     calibration: int = 6000
+    long_answers: int = 0
     max_new_tokens: int = 160
 
 

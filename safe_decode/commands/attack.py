@@ -20,6 +20,7 @@ from safe_decode.commands.generate import (
     DtypeName,
     MaxNewTokens,
     ModelName,
+    Population,
     cap_of,
     decoder_of,
 )
@@ -90,6 +91,7 @@ def attack(
     judge: JudgeName = None,
     redirect: Annotated[Redirect, typer.Option(help="The deployed redirect.")] = "rewind",
     alpha: Alpha = None,
+    population: Population = "benign",
     max_new_tokens: MaxNewTokens = None,
     seed: Annotated[int, typer.Option(help="Of behaviours, searches and draws.")] = 0,
     fold: Annotated[int, typer.Option(min=0, max=2, help="Held-out categories.")] = 0,
@@ -110,7 +112,13 @@ def attack(
 
     with working("Loading the model"):
         decoder = decoder_of(
-            model, bundle, redirect=redirect, alpha=alpha, device=device, dtype=dtype
+            model,
+            bundle,
+            redirect=redirect,
+            alpha=alpha,
+            population=population,
+            device=device,
+            dtype=dtype,
         )
     attack_set = _wanted(behaviours, count, half=half, seed=seed, fold=fold)
     config = AttackConfig(
@@ -230,6 +238,7 @@ def _tell(
     facts = {
         "bundle": decoder.bundle.digest[:12],
         "alpha": f"{decoder.certificate.alpha:g}",
+        "population": decoder.certificate.population,
         "redirect": decoder.policy.redirect,
         "hold-back": f"{decoder.policy.holdback_tokens} tokens",
         "samples": str(config.samples),

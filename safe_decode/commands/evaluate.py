@@ -21,6 +21,7 @@ from safe_decode.commands.generate import (
     DtypeName,
     MaxNewTokens,
     ModelName,
+    Population,
     cap_of,
     decoder_of,
 )
@@ -75,6 +76,7 @@ def evaluate(
         typer.Option(help="Write a self-contained page; it shows test responses in full."),
     ] = None,
     alpha: Alpha = None,
+    population: Population = "benign",
     max_new_tokens: MaxNewTokens = None,
     model: ModelName = None,
     bundle: BundlePath = None,
@@ -88,12 +90,18 @@ def evaluate(
     _require_sense(data, model, judge, mode, html)
     with working("Loading the model"):
         decoder = decoder_of(
-            model, bundle, redirect="rewind", alpha=alpha, device=device, dtype=dtype
+            model,
+            bundle,
+            redirect="rewind",
+            alpha=alpha,
+            population=population,
+            device=device,
+            dtype=dtype,
         )
     rows = _rows(decoder, data, train, count=count, seed=seed, fold=fold)
     report = answered = None
     if mode != "generated":
-        report = _report(decoder, rows, prefix or [], draws=draws, seed=seed, alpha=alpha)
+        report = _report(decoder, rows, prefix or [], draws=draws, seed=seed)
     if mode != "teacher-forced":
         answered = _answered(decoder, rows["test"], judge, max_new_tokens)
     facts = _facts(decoder, data, rows, seed=seed, fold=fold)
@@ -169,7 +177,6 @@ def _report(
     *,
     draws: int,
     seed: int,
-    alpha: float | None,
 ) -> Report:
     from probes.attacks.refit import fit_config_of
     from probes.evaluation import EvaluationConfig, evaluate_bundle
@@ -178,7 +185,8 @@ def _report(
         prefixes=(None, *prefixes),
         draws=draws,
         seed=seed,
-        alpha=alpha,
+        alpha=decoder.certificate.alpha,
+        population=decoder.certificate.population,
         fit=fit_config_of(decoder.bundle),
     )
     return evaluate_bundle(

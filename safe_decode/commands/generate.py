@@ -28,6 +28,7 @@ __all__ = [
     "DtypeName",
     "MaxNewTokens",
     "ModelName",
+    "Population",
     "cap_of",
     "decoder_of",
     "generate",
@@ -46,6 +47,10 @@ Alpha = Annotated[
     float | None,
     typer.Option("--alpha", help="A certified false-alarm level; default the bundle's."),
 ]
+Population = Annotated[
+    str,
+    typer.Option("--population", help="Whose certificate it is; `inspect` lists those there are."),
+]
 MaxNewTokens = Annotated[
     int | None, typer.Option(min=1, help="Cap of an answer; default the certified one.")
 ]
@@ -58,6 +63,7 @@ def generate(
     prefill: Annotated[str | None, typer.Option(help="First words of the answer.")] = None,
     redirect: Annotated[Redirect, typer.Option(help="What a tripped answer becomes.")] = "rewind",
     alpha: Alpha = None,
+    population: Population = "benign",
     max_new_tokens: MaxNewTokens = None,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Sample at this temperature; default greedy.")
@@ -82,7 +88,13 @@ def generate(
     sampling = _sampling(temperature, top_p, top_k)
     with working("Loading the model"):
         decoder = decoder_of(
-            model, bundle, redirect=redirect, alpha=alpha, device=device, dtype=dtype
+            model,
+            bundle,
+            redirect=redirect,
+            alpha=alpha,
+            population=population,
+            device=device,
+            dtype=dtype,
         )
     if seed is not None:
         import torch
@@ -110,6 +122,7 @@ def decoder_of(
     *,
     redirect: Redirect,
     alpha: float | None,
+    population: str = "benign",
     device: str,
     dtype: Dtype,
 ) -> SafeDecoder:
@@ -132,7 +145,14 @@ def decoder_of(
     probes = ProbeBundle.load(bundle or artefact("bundle"))
     _silence_transformers()
     loaded = load_model(model or artefact("aligned"), device=device, dtype=dtype)
-    return SafeDecoder(loaded.model, loaded.tokenizer, probes, redirect=redirect, alpha=alpha)
+    return SafeDecoder(
+        loaded.model,
+        loaded.tokenizer,
+        probes,
+        redirect=redirect,
+        alpha=alpha,
+        population=population,
+    )
 
 
 def _silence_transformers() -> None:

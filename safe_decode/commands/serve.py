@@ -35,6 +35,9 @@ def serve(
     device: Annotated[str | None, typer.Option(help="Where the model goes.")] = None,
     dtype: Annotated[str | None, typer.Option(help="In what the model computes.")] = None,
     alpha: Alpha = None,
+    population: Annotated[
+        str | None, typer.Option(help="Whose certificate it is; default benign responses.")
+    ] = None,
     redirect: Annotated[
         str | None, typer.Option(help="What a tripped answer becomes: refuse, rewind or stop.")
     ] = None,
@@ -71,6 +74,7 @@ def serve(
             "device": device,
             "dtype": dtype,
             "alpha": alpha,
+            "population": population,
             "redirect": redirect,
             "api_keys": tuple(api_key) if api_key else None,
             "audit": audit,
@@ -111,6 +115,7 @@ def _run(settings: ServeSettings) -> None:
             settings.bundle,
             redirect=settings.redirect,
             alpha=settings.alpha,
+            population=settings.population,
             device=settings.device,
             dtype=settings.dtype,
         )

@@ -26,7 +26,7 @@ class GuardFacts:
 
     Attributes:
         bundle: Digest.
-        certificates: Of ordinary responses, by alpha.
+        certificates: Of the operator's population, by alpha.
         alpha: The operator's level.
         redirect: The operator's.
         holdback_tokens: The operator's.

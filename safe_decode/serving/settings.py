@@ -38,6 +38,7 @@ class ServeSettings(BaseSettings):
         host: Address to listen on.
         port: Port to listen on; 0: any free one.
         alpha: A certified level; None: the bundle's default.
+        population: Whose certificate it is: of the harmless responses that are mostly served.
         redirect: What a tripped answer becomes.
         holdback_tokens: None: the bundle's.
         refusal_as_content: The refusal also stands in `content`, for clients that show nothing
@@ -76,6 +77,7 @@ class ServeSettings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     alpha: float | None = Field(default=None, gt=0, lt=1)
+    population: str = "benign"
     redirect: GuardingRedirect = "rewind"
     holdback_tokens: int | None = Field(default=None, ge=0, le=4096)
     refusal_as_content: bool = False
