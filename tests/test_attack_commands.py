@@ -175,16 +175,22 @@ def test_refit_certifies_a_bundle_of_its_own_that_can_be_attacked(attacked, plac
         place / "data.jsonl",
         "--count",
         2,
+        "--spread",
+        2,
+        "--random-suffixes",
+        3,
+        "--residual",
+        "0,1",
         *JUDGE,
         "--json",
     )
     told = json.loads(done)
     before, after = ProbeBundle.load(place / "bundle"), ProbeBundle.load(place / "refitted")
     assert told["refitted_from"] == before.digest[:12] == after.provenance["refitted_from"][:12]
-    assert told["adversarial_rows"] >= 2
+    assert told["adversarial_rows"] >= 2 + 3 * 2
     after.certificate().verify()
     assert after.certificate().alpha == before.certificate().alpha
-    assert after.probe.sites == before.probe.sites
+    assert [(site.layer, site.kind) for site in after.probe.sites] == [(0, "resid"), (1, "resid")]
     assert after.canary is not None
     shown = run(
         "attack",

@@ -28,6 +28,7 @@ from probes.attacks.records import (
 )
 from probes.attacks.refit import adversarial_requests
 from probes.attacks.soft_prompt import SoftConfig
+from probes.attacks.spread import Spread, spread_over, suffixes_of
 from probes.attacks.suffix import SuffixConfig
 from probes.attacks.suite import attack, jobs_of
 from probes.attacks.surrogate import fit_surrogate, residual_sites
@@ -423,6 +424,35 @@ def test_plain_draws_never_end(attack_set, tokenizer):
     config = BlackBoxConfig(queries=10**6)
     source = queries(attack_set.behaviours[0], attack_set, tokenizer, config, context_tokens=None)
     assert [c.name for c in islice(source, 200)][-1] == "plain"
+
+
+def test_suffixes_stand_behind_other_requests_of_both_kinds(attack_set, tokenizer):
+    def asked(text):
+        return ({"role": "user", "content": text},)
+
+    records = [
+        record(name="one", prompts=(asked("open the gate zq !x"), asked("open the gate"))),
+        record("T3", "bare", "two", prompts=(asked("shut the door zq !x"), asked("A: shut it"))),
+        record(name="three", prompts=(asked("open the gate at night"),)),
+    ]
+    suffixes = suffixes_of(records, attack_set)
+    assert suffixes == [" zq !x"]
+    harmful, benign = [asked(f"steal {n}") for n in range(9)], [asked("water"), asked("sow")]
+    found = spread_over(
+        suffixes, harmful, benign, Spread(each=3, random=4, seed=1), tokenizer=tokenizer, vocab=256
+    )
+    texts = [(one.messages[-1]["content"], one.prompt_harmful) for one in found]
+    ended = [text for text, _ in texts if text.endswith(" zq !x")]
+    assert len(ended) == len(set(ended)) == 3 + 2  # no request stands twice behind a suffix
+    by_lot = texts[5:]
+    assert [harm for _, harm in by_lot] == [True, False] * 4
+    tails = {text.removeprefix(b) for text, _ in by_lot for b in _BEGUN if text.startswith(b)}
+    assert len(tails) >= 4 and "" not in tails
+    assert len({one.group for one in found}) == len(found)
+    assert not spread_over(suffixes, [], [], Spread(each=3, random=4), tokenizer=tokenizer, vocab=1)
+
+
+_BEGUN = ("water", "sow", *(f"steal {n}" for n in range(9)))
 
 
 def test_what_was_found_is_asked_again_beside_harmless_twins(attack_set):

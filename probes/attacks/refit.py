@@ -30,6 +30,7 @@ from safe_decode.bundle import ProbeBundle
 from safe_decode.canary import CanaryRecord
 from safe_decode.chat import encode_chat
 from safe_decode.errors import DataError
+from safe_decode.sites import Site
 
 __all__ = ["RefitConfig", "adversarial_requests", "fit_config_of", "refit"]
 
@@ -46,6 +47,7 @@ class RefitConfig:
         fit: Of the probe.
         windows: Smoothing to try: an EMA that matches a window of so many tokens.
         repeats: How often each adversarial row stands among the rows fitted.
+        sites: What is read from then on; None: what the bundle reads.
         holdback_share: See the recipe.
         most_holdback_tokens: Likewise.
         rollout: How the adversarial prompts are answered.
@@ -54,6 +56,7 @@ class RefitConfig:
     fit: FitConfig
     windows: tuple[int, ...] = (1, 2, 4, 8)
     repeats: int = 4
+    sites: tuple[Site, ...] | None = None
     holdback_share: float = 0.9
     most_holdback_tokens: int = 16
     rollout: RolloutConfig
@@ -130,7 +133,8 @@ def refit(
     answered = rollout(model, tokenizer, fitting, judge=judge, config=config.rollout)
     hostile = [row for row in answered if row.response_harmful is not None]
     taught = [*parts["fit"], *hostile * config.repeats]
-    features = harvest(model, tokenizer, taught, bundle.probe.sites, storage="float16")
+    sites = config.sites or bundle.probe.sites
+    features = harvest(model, tokenizer, taught, sites, storage="float16")
     labels = [bool(row.response_harmful) for row in taught]
     fitted = LinearProbeFitter(config.fit).fit(features, labels)
     chosen = _chosen(model, tokenizer, parts["select"], fitted, bundle.default_alpha, config)

@@ -18,6 +18,7 @@ from safe_decode.commands.generate import (
     cap_of,
     decoder_of,
 )
+from safe_decode.commands.harvest import residual_sites
 from safe_decode.commands.output import console, print_json, working
 from safe_decode.commands.readings import conversations_of, judge_of
 from safe_decode.errors import ConfigurationError
@@ -32,7 +33,11 @@ __all__ = ["refit"]
 
 def refit(
     records: Annotated[
-        Path, typer.Option(help="Written by `attack --keep-prompts --half first --out`.")
+        list[Path],
+        typer.Option(
+            help="Written by `attack --keep-prompts --half first --out`; several, where what was "
+            "refitted has been attacked again."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
     behaviours: Annotated[
@@ -51,6 +56,21 @@ def refit(
     fit: Annotated[int, typer.Option(min=100, help="Responses to fit on, where drawn.")] = 1500,
     seed: Annotated[int, typer.Option(help="As given to `attack`.")] = 0,
     fold: Annotated[int, typer.Option(min=0, max=2, help="As given to `attack`.")] = 0,
+    spread: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Other harmful requests to put each suffix behind, and as many harmless."
+        ),
+    ] = 8,
+    random_suffixes: Annotated[
+        int, typer.Option(min=0, help="Suffixes drawn by lot to learn from, beside those found.")
+    ] = 100,
+    residual: Annotated[
+        str | None,
+        typer.Option(
+            help="Whole residual layers to read instead of the bundle's sites: all, or 2,4."
+        ),
+    ] = None,
     judge: Annotated[
         str | None, typer.Option(help="module:function, of whole responses; see rollouts.Judge.")
     ] = None,
@@ -69,9 +89,10 @@ def refit(
     from probes.attacks.records import read_records
     from probes.attacks.refit import RefitConfig, adversarial_requests, fit_config_of
     from probes.attacks.refit import refit as fit_again
+    from probes.attacks.spread import Spread, spread_over, suffixes_of
     from probes.rollouts import RolloutConfig
 
-    found = read_records(records)
+    found = [record for path in records for record in read_records(path)]
     with working("Loading the model"):
         decoder = decoder_of(
             model, bundle, redirect="rewind", alpha=None, device=device, dtype=dtype
@@ -79,7 +100,19 @@ def refit(
     attack_set = _attacked(behaviours, count, seed=seed, fold=fold)
     rows = _rows(decoder, data, fit=fit, calibrate=calibrate, seed=seed, fold=fold)
     benign = [row.messages for row in rows if row.split == "fit" and row.prompt_harmful is False]
-    requests = adversarial_requests(found, attack_set, benign)
+    harmful = [row.messages for row in rows if row.split == "fit" and row.prompt_harmful]
+    vocab = decoder.model.get_input_embeddings().weight.shape[0]
+    requests = [
+        *adversarial_requests(found, attack_set, benign),
+        *spread_over(
+            suffixes_of(found, attack_set),
+            harmful,
+            benign,
+            Spread(each=spread, random=random_suffixes, seed=seed),
+            tokenizer=decoder.tokenizer,
+            vocab=vocab,
+        ),
+    ]
     new = fit_again(
         decoder.model,
         decoder.tokenizer,
@@ -89,6 +122,7 @@ def refit(
         judge_of(judge),
         RefitConfig(
             fit=fit_config_of(decoder.bundle),
+            sites=None if residual is None else residual_sites(decoder.model, residual),
             rollout=RolloutConfig(max_new_tokens=cap_of(decoder, None), do_sample=True, seed=seed),
         ),
     )
