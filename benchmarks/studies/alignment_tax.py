@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=50)
     parser.add_argument("--texts", type=int, default=3000, help="safety examples")
     parser.add_argument("--asked", type=int, default=100, help="prompts of each kind a reading")
+    parser.add_argument("--autocast", action="store_true", help="train in mixed bfloat16")
     arguments = parser.parse_args(argv)
     if arguments.tiny:
         arguments.seeds, arguments.steps, arguments.every = 1, 4, 2
@@ -54,11 +55,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     pair = pair_of(arguments)
     fixed = ("seeds", "rate", "steps", "every", "texts", "asked")
     settings = {name: getattr(arguments, name) for name in fixed}
+    if arguments.autocast:
+        settings["autocast"] = True
     journal = journal_of("alignment-tax", pair, arguments, **settings)
     units = redundant_units(pair, pair.load("unaligned"), 16 if arguments.tiny else 400)
     safety = pair.safety(arguments.texts)
     for seed in range(arguments.seeds):
-        run = Run(steps=arguments.steps, every=arguments.every, rate=arguments.rate, seed=seed)
+        run = Run(
+            steps=arguments.steps,
+            every=arguments.every,
+            rate=arguments.rate,
+            seed=seed,
+            autocast=arguments.autocast,
+        )
         for arm in _ARMS:
             _one(pair, journal, arm, units, safety, run, arguments.asked)
         journal.add("summary", {"table": "summary", "rows": _summary(journal, seed + 1)})

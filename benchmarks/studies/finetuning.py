@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from benchmarks.studies.curves import compare_at_equal_loss
@@ -41,7 +41,6 @@ _ARMS: dict[str, tuple[Setting | None, bool]] = {
     "random, as many as (ii)": ("ii", True),
 }
 _FALL = 0.30
-_READINGS = 20  # of a run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,33 +52,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=5, help="steps between readings of the pilot")
     parser.add_argument("--texts", type=int, default=1500, help="to train on")
     parser.add_argument("--asked", type=int, default=100, help="harmful prompts a reading")
+    parser.add_argument("--held-out", type=int, default=200, help="texts of the task a reading")
+    parser.add_argument("--readings", type=int, default=20, help="of a run")
+    parser.add_argument("--autocast", action="store_true", help="train in mixed bfloat16")
     parser.add_argument("--located-on", type=int, default=400)
     arguments = parser.parse_args(argv)
     if arguments.tiny:
         arguments.seeds, arguments.most_steps, arguments.every = 2, 4, 2
         arguments.texts, arguments.asked, arguments.located_on = 64, 8, 60
+        arguments.held_out = 16
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     pair = pair_of(arguments)
     fixed = ("seeds", "rate", "most_steps", "every", "texts", "asked", "located_on")
     settings = {name: getattr(arguments, name) for name in fixed}
+    for name in ("held_out", "readings", "autocast"):
+        if (given := getattr(arguments, name)) != parser.get_default(name):
+            settings[name] = given
     journal = journal_of("finetuning", pair, arguments, **settings)
-    study = _Study(pair, journal, arguments.asked, arguments.texts)
-    steps = study.pilot(Run(steps=arguments.most_steps, every=arguments.every, rate=arguments.rate))
+    study = _Study(pair, journal, arguments.asked, arguments.texts, arguments.held_out)
+    base = Run(
+        steps=arguments.most_steps,
+        every=arguments.every,
+        rate=arguments.rate,
+        autocast=arguments.autocast,
+    )
+    steps = study.pilot(base)
     units = located_on(pair, pair.load("aligned"), prompts=arguments.located_on).units
-    every = max(1, 2 * steps // _READINGS)
+    every = max(1, 2 * steps // arguments.readings)
     for seed in range(arguments.seeds):
         for arm in _ARMS:
-            study.run(arm, units, Run(steps=2 * steps, every=every, rate=arguments.rate, seed=seed))
+            study.run(arm, units, replace(base, steps=2 * steps, every=every, seed=seed))
         study.compare(seed + 1)
 
 
 class _Study:
     """What all runs share."""
 
-    def __init__(self, pair: Pair, journal: Journal, asked: int, texts: int) -> None:
+    def __init__(self, pair: Pair, journal: Journal, asked: int, texts: int, held_out: int) -> None:
         self.pair, self.journal = pair, journal
         self.asked, self.texts = asked, texts
-        self.held_out = pair.foreign_task(200 if texts > 200 else 16, "report")
+        self.held_out = pair.foreign_task(held_out, "report")
 
     def pilot(self, run: Run) -> int:
         """Return the steps after which refusal has fallen by 30 points, or all of them."""

@@ -33,6 +33,7 @@ class Run:
         rate: Peak learning rate, after a short warm-up falling along a cosine.
         batch: Conversations a step.
         seed: Of the order.
+        autocast: Run forwards in mixed bfloat16; weights and steps stay as they are.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class Run:
     rate: float
     batch: int = 16
     seed: int = 0
+    autocast: bool = False
 
 
 def tune(
@@ -72,7 +74,9 @@ def tune(
         for step in range(1, run.steps + 1):
             model.train()
             batch = {k: v.to(model.device) for k, v in pad_batch(next(batches), pad).items()}
-            model(**batch).loss.backward()
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=run.autocast):
+                loss = model(**batch).loss
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
