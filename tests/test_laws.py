@@ -397,6 +397,36 @@ def test_nan_in_one_rows_scores_redirects_it_and_spares_its_neighbours(llama, to
         assert same_row(output.sequences[row], theirs[row])
 
 
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 1.5}])
+def test_nan_in_a_rows_scores_ends_it_at_once_though_a_neighbour_has_ended(
+    llama, tokenizer, sampling
+):
+    n_said, calls = 3, []
+
+    def poison(_module, _args, output):
+        calls.append(1)
+        if len(calls) > 6:
+            output = output.clone()
+            output[1] = math.nan
+        return output
+
+    def first_row_ends(ids, _scores, **_options):
+        prompt = ids.shape[1] - len(calls)
+        return torch.tensor([ids.shape[1] - prompt >= n_said, *[False] * (len(ids) - 1)])
+
+    handle = llama.lm_head.register_forward_hook(poison)
+    torch.manual_seed(0)
+    output = decoder_for(llama, tokenizer, redirect="refuse").generate(
+        PROMPTS, max_new_tokens=16, stopping_criteria=[first_row_ends], **sampling
+    )
+    handle.remove()
+    first, poisoned, *others = [trace.end for trace in output.traces]
+    assert first.outcome == "released" and first.released_tokens == n_said
+    assert poisoned.outcome == "closed" and "NaN or Inf in its scores" in poisoned.error
+    assert poisoned.released_tokens + poisoned.dropped_tokens == 6
+    assert {end.outcome for end in others} == {"released"}
+
+
 def test_errors_can_be_allowed_and_then_show_in_the_trace(llama, tokenizer):
     decoder = decoder_for(llama, tokenizer, redirect="refuse", on_error="allow")
     layer = llama.model.layers[0].mlp.down_proj

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import gc
 import os
+import signal
 import threading
 import time
 import weakref
@@ -112,3 +113,17 @@ def test_a_child_process_starts_threads_of_its_own(monkeypatch):
     if child == 0:
         os._exit(len(threads._idle))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_process_does_not_wait_for_a_lock_that_its_parent_held(monkeypatch):
+    monkeypatch.undo()
+    with threads._lock:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(10)  # a child that waits for ever is ended, and shows it
+            ran = []
+            done(lambda: ran.append(1))
+            os._exit(len(ran))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
