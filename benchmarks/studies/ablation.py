@@ -30,6 +30,7 @@ from probes.units import Ratios, UnitSet, assign
 from safe_decode.demo.load import Loaded
 
 LOG = logging.getLogger("benchmarks.studies.ablation")
+_VARIANTS: tuple[Variant, ...] = ("flap", "plain")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--reported-on", type=int, default=200, help="prompts of each kind")
     parser.add_argument("--random-sets", type=int, default=19)
     parser.add_argument("--margin-sets", type=int, default=99)
+    parser.add_argument("--variants", nargs="+", choices=_VARIANTS, default=list(_VARIANTS))
     arguments = parser.parse_args(argv)
     if arguments.tiny:
         arguments.located_on, arguments.reported_on = 60, 12
@@ -62,18 +64,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         generation=RolloutConfig(max_new_tokens=96),
     )
     data: AblationData | None = None
-    variants: tuple[Variant, ...] = ("flap", "plain")
+    variants: list[Variant] = arguments.variants
     for variant in variants:
         chosen = LocateConfig(variant=variant)
         found = located_on(pair, loaded, prompts=arguments.located_on, config=chosen)
         data = data or _data(pair, loaded, found, arguments.reported_on)
         _located(journal, variant, found)
+        if variant == variants[0]:
+            _stability(journal, loaded, found, arguments.seed)
         _arms(journal, loaded, f"{variant}, stated", found.units, data, config)
         searched = _searched(journal, pair, loaded, variant, found, tiny=arguments.tiny)
         if searched is not None:
             _arms(journal, loaded, f"{variant}, searched", searched, data, config)
-        if variant == "flap":
-            _stability(journal, loaded, found, arguments.seed)
 
 
 def _data(pair: Pair, loaded: Loaded, found: LocatedOn, n: int) -> AblationData:

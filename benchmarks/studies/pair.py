@@ -206,6 +206,9 @@ class Pair:
             for row in _read(path):
                 if not self.sources or row.get("source") in self.sources:
                     found[_part_of(str(row["prompt"]))].append(row)
+        for rows in found.values():
+            # The first of them stand for all: files have their sources one behind the other.
+            rows.sort(key=lambda row: _digest(f"{row['prompt']}\n{row['response']}"))
         return found
 
 
@@ -246,6 +249,10 @@ def _read(path: Path) -> Iterator[Mapping[str, Any]]:
             )
         if row["prompt_harmful"] is not None:
             yield row
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _part_of(prompt: str) -> Part:
