@@ -37,6 +37,7 @@ __all__ = ["RefitConfig", "adversarial_requests", "fit_config_of", "refit"]
 _CANARY_SHARE_OF_SPREAD = 0.05  # as for a first bundle
 _SMALLEST_CANARY_TOLERANCE = 1e-3
 _DELTA = 0.05
+_SEEDS_OF_A_DRAW = 100_000  # `rollout` takes a seed a batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class RefitConfig:
     Attributes:
         fit: Of the probe.
         windows: Smoothing to try: an EMA that matches a window of so many tokens.
-        repeats: How often each adversarial row stands among the rows fitted.
+        answers: How often each adversarial prompt is answered, each time with other draws.
         sites: What is read from then on; None: what the bundle reads.
         holdback_share: See the recipe.
         most_holdback_tokens: Likewise.
@@ -55,7 +56,7 @@ class RefitConfig:
 
     fit: FitConfig
     windows: tuple[int, ...] = (1, 2, 4, 8)
-    repeats: int = 4
+    answers: int = 8
     sites: tuple[Site, ...] | None = None
     holdback_share: float = 0.9
     most_holdback_tokens: int = 16
@@ -130,9 +131,19 @@ def refit(
     """
     parts = _judged_parts(rows)
     fitting = _within_context(model, tokenizer, requests, config.rollout.max_new_tokens)
-    answered = rollout(model, tokenizer, fitting, judge=judge, config=config.rollout)
-    hostile = [row for row in answered if row.response_harmful is not None]
-    taught = [*parts["fit"], *hostile * config.repeats]
+    hostile = [
+        row
+        for draw in range(config.answers)
+        for row in rollout(
+            model,
+            tokenizer,
+            fitting,
+            judge=judge,
+            config=replace(config.rollout, seed=config.rollout.seed + draw * _SEEDS_OF_A_DRAW),
+        )
+        if row.response_harmful is not None
+    ]
+    taught = [*parts["fit"], *hostile]
     sites = config.sites or bundle.probe.sites
     features = harvest(model, tokenizer, taught, sites, storage="float16")
     labels = [bool(row.response_harmful) for row in taught]

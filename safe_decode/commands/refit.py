@@ -65,6 +65,9 @@ def refit(
     random_suffixes: Annotated[
         int, typer.Option(min=0, help="Suffixes drawn by lot to learn from, beside those found.")
     ] = 100,
+    answers: Annotated[
+        int, typer.Option(min=1, help="How often each of these prompts is answered, sampled.")
+    ] = 8,
     residual: Annotated[
         str | None,
         typer.Option(
@@ -122,6 +125,7 @@ def refit(
         judge_of(judge),
         RefitConfig(
             fit=fit_config_of(decoder.bundle),
+            answers=answers,
             sites=None if residual is None else residual_sites(decoder.model, residual),
             rollout=RolloutConfig(max_new_tokens=cap_of(decoder, None), do_sample=True, seed=seed),
         ),
