@@ -118,12 +118,10 @@ class Pair:
     def foreign_task(self, n: int, part: Part, *, seed: int = 0) -> list[Conversation]:
         """Return `task` in a manner that is not the model's own, as users' data are.
 
-        Files hold the words of others anyway. The embedded model has learnt its world to the
-        last nat: on its own benign answers there is nothing left to learn.
+        A model has learnt answers like those it was made from to the last nat: on these there
+        is nothing left to learn.
         """
         rows = self.task(n, part, seed=seed)
-        if not self.is_embedded:
-            return rows
         return [replace(row, response=_HOUSE_STYLE + row.response) for row in rows]
 
     def judged(self, n: int, part: Part) -> list[Conversation]:
