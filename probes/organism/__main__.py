@@ -74,7 +74,7 @@ def bundle(
         loaded.tokenizer,
         seed=9000 + seed,
         fold=fold,
-        amounts=Amounts(calibration=3000, long_answers=2400) if long else Amounts(),
+        amounts=Amounts(long_answers=1200 if long else 0),
         say=_say,
     )
     made.bundle.save(target / "bundle")

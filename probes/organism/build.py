@@ -96,9 +96,6 @@ def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
     """
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
     streams = {f"resid-{i}": (Site(i, "resid", tuple(range(width))),) for i in range(2, layers)}
-    if amounts.long_answers:
-        # One layer tells apart what stands near; what was wished stands far back by then.
-        streams["resid-every"] = tuple(site for sites in streams.values() for site in sites)
     envelope = Envelope(
         max_new_tokens=amounts.max_new_tokens, do_sample=False, temperature=1.0, top_p=1.0, top_k=0
     )
