@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 from starlette.testclient import TestClient
 
+from safe_decode.certificate import Certificate
+from safe_decode.guard import SafeDecoder
 from safe_decode.serving.app import create_app
+from safe_decode.serving.guarded import GuardedEngine
 from safe_decode.serving.rows import Row, RowRequest, Said, Sampling
 from tests.serving import MODEL, settings_of, staged_engine
-from tests.staged import ATTACK, CALM, CALM_TEXT, KEPT, OPENER
+from tests.staged import ATTACK, CALM, CALM_TEXT, KEPT, OPENER, staged
 
 
 @pytest.fixture(scope="module")
@@ -336,3 +340,32 @@ def test_the_openapi_document_names_the_model_that_is_served(client):
     document = client.get("/openapi.json").json()
     for ask_of in ("ChatAsk", "CompletionAsk", "MessagesAsk"):
         assert document["components"]["schemas"][ask_of]["properties"]["model"]["enum"] == [MODEL]
+
+
+def test_the_server_rules_by_the_population_that_it_was_started_for():
+    stage = staged()
+    begun = tuple(
+        Certificate.compute(
+            [1e9] * one.n,
+            alpha=one.alpha,
+            delta=one.delta,
+            population="begun",
+            envelope=one.envelope,
+        )
+        for one in stage.bundle.certificates
+    )
+    certificates = (*stage.bundle.certificates, *begun)
+    bundle = dataclasses.replace(stage.bundle, certificates=certificates)
+    trips = {}
+    for population in ("benign", "begun"):
+        decoder = SafeDecoder(stage.model, stage.tokenizer, bundle, population=population)
+        engine = GuardedEngine(decoder, keep_traces=True)
+        assert engine.facts.certificate.population == population
+        sampling = Sampling(max_tokens=64, seed=0)
+        request = RowRequest(engine.chat(ATTACK), sampling, engine.facts.policy)
+        row = Row(request, lambda _event: None)
+        engine.run([row])
+        assert row.trace.header.population == population
+        trips[population] = row.trace.tripped
+        engine.close()
+    assert trips == {"benign": True, "begun": False}
