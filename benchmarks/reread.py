@@ -2,8 +2,9 @@
 
 The bare model answers prompts that an attack found. Harmful answers that stay under the threshold
 behind the attacked prompt are read once more behind the plain request. Where the probe sees them
-then, nothing in the words hid them: the suffix changed what the model takes them for. Beside it,
-the price: harmless answers to harmless requests that end in the same suffixes, read both ways.
+then, it was the suffix that hid them and not the words. Beside it, the price: harmless answers to
+harmless requests that end in the same suffixes, read both ways. Intervals take each answer for a
+draw of its own, though several answer one prompt: they are too narrow.
 
 Records come from `safe-decode attack --keep-prompts`, of the embedded model.
 """
@@ -66,8 +67,9 @@ def attacked_requests(
         for prompt in record.prompts:
             request = Request(messages=tuple(prompt), group=record.behaviour, prompt_harmful=True)
             yield request, plain[record.behaviour]
-    for suffix in suffixes_of(won, attack_set):
-        for twin in spread_requests([suffix], [], benign, each=_TWINS, name=suffix):
+    for number, suffix in enumerate(suffixes_of(won, attack_set)):
+        twins = spread_requests([suffix], [], benign, each=_TWINS, name=suffix, seed=number)
+        for twin in twins:
             last = twin.messages[-1]
             own = {**last, "content": last["content"].removesuffix(suffix)}
             yield twin, (*twin.messages[:-1], own)

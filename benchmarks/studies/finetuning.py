@@ -6,8 +6,8 @@ A pilot trains the aligned model on benign answers until refusal of plain harmfu
 fallen by 30 points. Then every arm trains for twice those steps, with 5 seeds: nothing frozen,
 settings (i) and (ii), and for each as many random units of each layer and kind. Refusal is
 compared at equal task loss, over the whole curve, of the seeds that every arm has trained with.
-The pairs train on benign answers in a manner that is not their own: on their own they have
-nothing left to learn, and a loss that does not fall compares nothing.
+The pairs train on benign answers in a manner that is not their own: on their own they have next
+to nothing left to learn, and a loss that does not fall leaves nothing to compare at.
 
 On one core: about 2 minutes a run; 25 runs and the pilot, about an hour.
 """

@@ -118,8 +118,7 @@ class Pair:
     def foreign_task(self, n: int, part: Part, *, seed: int = 0) -> list[Conversation]:
         """Return `task` in a manner that is not the model's own, as users' data are.
 
-        A model has learnt answers like those it was made from to the last nat: on these there
-        is nothing left to learn.
+        On answers like those that a model was made from it has next to nothing left to learn.
         """
         rows = self.task(n, part, seed=seed)
         return [replace(row, response=_HOUSE_STYLE + row.response) for row in rows]
