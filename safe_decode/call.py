@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from safe_decode.decoding import CallSettings, forget
 from safe_decode.draws import RowDraws
 from safe_decode.errors import CertificateError
+from safe_decode.events import FinishReason
 from safe_decode.inputs import GuardInputs
 from safe_decode.loop import GuardedLoop
 from safe_decode.monitor import RiskMonitor
@@ -28,7 +28,7 @@ from safe_decode.rewind import Rewinder
 from safe_decode.selfcheck import SelfChecker
 from safe_decode.session import RowRecord, Session
 from safe_decode.terms import CallMode, Protected, RowRules, Watch, span_reader
-from safe_decode.told import LateReleaser, finish_reason
+from safe_decode.turns import RowEnd
 from safe_decode.whole import WholeLoop, picked_beams, pruned_beams
 
 __all__ = ["GuardedCall"]
@@ -94,8 +94,8 @@ class GuardedCall:
                 device=protected.model.device,
                 spans=span_reader(protected, self._rows, self._rules),
             )
-            follower = None if watch is None else LateReleaser(partial(self._releaser, watch))
-            loop = self._loop(session, follower)
+            releaser = None if watch is None else self._releaser(watch)
+            loop = self._loop(session, releaser)
             cache, cached = self._users_cache()
             try:
                 protected.model.generate(
@@ -107,24 +107,34 @@ class GuardedCall:
                 sequences = getattr(loop.generation, "sequences", loop.generation)
             if cache is not None and (session.trips or sequences is None):
                 forget(cache, cached)
-        releaser = None if follower is None else follower.releaser()
         return self._finished(session, loop, sequences, releaser)
 
-    def _loop(self, session: Session, follower: LateReleaser | None) -> Loop:
+    def _loop(self, session: Session, follower: Releaser | None) -> Loop:
         if self.mode.method != "step":
             return WholeLoop(
-                session, self.mode.method, require=self._require, assistant=self.mode.assistant
+                session,
+                self.mode.method,
+                require=self._require,
+                assistant=self.mode.assistant,
+                room=self._room(),
             )
-        loop = GuardedLoop(
+        return GuardedLoop(
             session,
             require=self._require,
             draws=self._draws(),
             follower=follower,
             checker=self._checker(),
+            room=self._room(),
         )
-        if follower is not None:
-            follower.loop = loop
-        return loop
+
+    def _room(self) -> list[int] | None:
+        """Count, for each row, the new tokens for which the model's context has positions."""
+        limit, rows = self._protected.context_tokens, self._rows
+        if limit is None:
+            return None
+        lengths: list[int] = rows.attention_mask.long().sum(-1).tolist()
+        copies = self.batch // len(lengths)
+        return [limit - n for n in lengths for _ in range(copies)]
 
     def _checker(self) -> SelfChecker | None:
         protected, rows = self._protected, self._rows
@@ -177,14 +187,8 @@ class GuardedCall:
                 "for it, or pass strict=False."
             )
 
-    def _releaser(self, watch: Watch, loop: Loop) -> Releaser:
-        assert loop.settings is not None
-        rules = ReleaseRules(
-            end_ids=loop.settings.end_ids,
-            stop_strings=watch.stop_strings,
-            includes_stop=watch.includes_stop,
-            ends_rows=loop.pads_after_end,
-        )
+    def _releaser(self, watch: Watch) -> Releaser:
+        rules = ReleaseRules(watch.stop_strings, watch.includes_stop)
         rows = [
             RowRelease(
                 row,
@@ -240,13 +244,19 @@ class GuardedCall:
         for row in picked:
             record = records[row]
             reader = None if releaser is None else releaser.rows[row]
-            if sequences is not None:
-                said = tuple(ids[row][width : width + loop.ended_at[row]])
+            end = None if sequences is None else loop.ends[row]
+            if end is not None:
+                n_said = max(end.n_ids, end.content)
+                said = tuple(ids[row][width : width + n_said])
             else:
                 assert reader is not None
                 said = reader.said_ids
-            outcome = self._outcome(row, record, said, settings, reader)
-            outcome = replace(outcome, pruned_beams=pruned[row // self.mode.n_candidates])
+            outcome = self._outcome(row, record, said, settings, reader, end)
+            outcome = replace(
+                outcome,
+                pruned_beams=pruned[row // self.mode.n_candidates],
+                ahead=loop.ahead(row, record.ahead),
+            )
             outcomes.append(outcome)
             if reader is not None:
                 trace = self._judgement(row).trace(outcome, voids[row])
@@ -261,7 +271,7 @@ class GuardedCall:
             tripped = [row in session.trips for row in range(first, first + n)]
             chosen = list(range(n))
             if n > wanted:
-                is_empty = [n_ids == 0 for n_ids in loop.ended_at[first : first + n]]
+                is_empty = [end.n_ids == 0 for end in loop.ends[first : first + n]]
                 chosen = picked_beams(tripped, is_empty, wanted)
             rows += [first + i for i in chosen]
             pruned.append(pruned_beams(tripped, chosen))
@@ -274,6 +284,7 @@ class GuardedCall:
         said: tuple[int, ...],
         settings: CallSettings,
         reader: RowRelease | None,
+        end: RowEnd | None,
     ) -> Outcome:
         prompt = tuple(self._rows.prompt_ids(row))
         prefill_tokens = self._rows.prefill_tokens[row]
@@ -287,6 +298,7 @@ class GuardedCall:
                 prefill_tokens=prefill_tokens,
                 said=said,
                 rewinder=self._rewinder(row, settings),
+                withheld=0 if end is None else end.withheld,
                 reader=reader,
             )
         except Cancelled:
@@ -315,7 +327,7 @@ class GuardedCall:
         generation = None
         if loop.generation is not None and not isinstance(loop.generation, Tensor):
             rows = [_standing(row, o) for row, o in zip(picked, outcomes, strict=True)]
-            generation = matched_generation(loop.generation, sequences, rows)
+            generation = matched_generation(loop.generation, sequences, rows, loop.bare_steps)
         told = [
             (self._judgement(row), outcome, voids[row])
             for row, outcome in zip(picked, outcomes, strict=True)
@@ -342,6 +354,20 @@ class GuardedCall:
         # An end id is no content: nobody judged it, so its text, if it has any, is not shown.
         ids = ids[:-1] if ids and ids[-1] in end_ids else ids
         return str(self._protected.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def finish_reason(outcome: Outcome, reader: RowRelease, settings: CallSettings) -> FinishReason:
+    """Say why a row has ended, in the words of the field."""
+    redirected = outcome.redirected
+    if outcome.cancelled_after is not None:
+        return "cancelled"
+    if outcome.record.trip is not None and (redirected is None or redirected.how != "rewind"):
+        return "content_filter"
+    if reader.withheld_tokens:
+        return "length"
+    if reader.end_id is not None or reader.stop_string is not None:
+        return "stop"
+    return "length" if len(outcome.ids) >= settings.max_new_tokens else "stop"
 
 
 def _standing(row: int, outcome: Outcome) -> Standing:

@@ -27,6 +27,8 @@ from safe_decode.whole import method_of
 __all__ = ["Asked", "Composer", "context_tokens", "texts_of"]
 
 _CUT = " ... "
+_DEFAULT_CAP = 20
+"""New tokens of a call that names no cap, as in transformers."""
 _OURS = frozenset(
     {
         *("tokenizer", "assistant_tokenizer", "inputs", "inputs_embeds", "streamer"),
@@ -100,6 +102,10 @@ class Composer:
             )
         rows = inputs.repeated(mode.n_candidates)
         given = self._options(options)
+        if "static" in (self.option("cache_implementation", options) or ""):
+            n_ahead = max(r.policy.holdback_tokens if r.policy.protects else 0 for r in rules)
+            if n_ahead:
+                given["max_cache_len"] = self._places(options, inputs) + n_ahead
         if mode.method == "beams":
             # All beams come back, so that one that trips can give way to one that does not.
             given["num_return_sequences"] = mode.n_candidates
@@ -177,6 +183,12 @@ class Composer:
         configs = (options.get("generation_config"), self.protected.model.generation_config)
         values = (options.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in values if value is not None), None)
+
+    def _places(self, options: Mapping[str, Any], inputs: GuardInputs) -> int:
+        """Count the places that a cache of fixed size has, unseen tokens aside."""
+        width, cap = inputs.attention_mask.shape[1], self.option("max_new_tokens", options)
+        most = width + cap if cap is not None else self.option("max_length", options)
+        return max(self.option("max_cache_len", options) or 0, most or width + _DEFAULT_CAP)
 
     def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
         options = {key: value for key, value in given.items() if key not in _OURS}

@@ -19,11 +19,13 @@ stop: drop what is not released and end.
 flag: emit every token of the bare model and only report; the row is unprotected.
 """
 
-Action = Literal["scan", "pass", "alarm", "trip", "force", "watch", "close"]
+Action = Literal["scan", "pass", "ahead", "alarm", "trip", "force", "watch", "close"]
 """What was done on one score.
 
 scan: the score judged the prompt (s_0, or a token of the supplied prefill) and nothing crossed.
 pass: the score judged a generated token and nothing crossed.
+ahead: the score judged an unseen token behind a response that the model did not end itself, and
+    nothing crossed.
 alarm: the threshold is crossed and no trip follows, or the row has tripped and goes on (flag).
 trip: the redirect begins here; latched.
 force: the token was dictated by the guard (opener, refusal, end), whatever its score.

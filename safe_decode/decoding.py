@@ -6,6 +6,7 @@ Does not know scores, rows that tripped, or loops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,14 +14,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from safe_decode.turns import Turns
+
 __all__ = [
+    "OWN_END_SHARE",
     "CallSettings",
     "ChoiceWatcher",
     "Follower",
     "PrefillSpan",
     "WatchedCriteria",
     "WatchedProcessors",
+    "chooses_end",
     "forget",
+    "models_ends",
+    "reweighs",
     "settings_of",
     "tail_inputs",
     "whole_inputs",
@@ -54,13 +61,24 @@ class Follower(Protocol):
     """Who hears of each choice while the loop runs, as a stream does; may raise to end it."""
 
     def on_choice(
-        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Any]
+        self, newest: Sequence[int], turns: Turns | None, trips: Mapping[int, Any]
     ) -> None:
-        """Take note of one chosen id a row, rows that are done, and rows that tripped."""
+        """Take note of one choice.
+
+        Args:
+            newest: [batch] the chosen ids; pads in rows that are over.
+            turns: What they are to their rows; None: each row that is not over says its own.
+            trips: Rows that have tripped.
+        """
         ...
 
-    def on_end(self, trips: Mapping[int, Any]) -> None:
-        """Take note that all rows have ended and their tails were judged."""
+    def on_end(self, wanted: Sequence[int], trips: Mapping[int, Any]) -> None:
+        """Take note that all rows have ended and their tails were judged.
+
+        Args:
+            wanted: [batch] unseen tokens that were to be judged behind each response.
+            trips: Rows that have tripped.
+        """
         ...
 
 
@@ -71,11 +89,19 @@ class WatchedProcessors:
     the guard's whole step; so the guard's own is not in it.
     """
 
-    def __init__(self, processors: Any, guard: Callable[[Any, Any], Any]) -> None:  # noqa: ANN401
-        self._processors, self._guard = processors, guard
+    def __init__(
+        self,
+        processors: Any,  # noqa: ANN401
+        guard: Callable[[Any, Any], Any],
+        *,
+        on_bare: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self._processors, self._guard, self._on_bare = processors, guard, on_bare
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ANN401
-        """Run the list, then the guard's own."""
+        """Run the list, then the guard's own; before both, show the model's own scores."""
+        if self._on_bare is not None:
+            self._on_bare(scores)
         if self._processors:
             scores = self._processors(input_ids, scores)
         return self._guard(input_ids, scores)
@@ -83,6 +109,11 @@ class WatchedProcessors:
 
 class ChoiceWatcher(Protocol):
     """Who is told of each choice."""
+
+    @property
+    def has_bare_ended(self) -> bool:
+        """Say whether bare `generate` would have ended: nobody else is asked any more."""
+        ...
 
     def on_done(self, input_ids: Tensor, done: Tensor) -> Tensor:
         """Take note of the chosen ids [batch, seq]; return [batch] bool, rows that end."""
@@ -99,14 +130,63 @@ class WatchedCriteria:
 
     def __init__(self, criteria: Any, loop: ChoiceWatcher) -> None:  # noqa: ANN401
         self._criteria, self._loop = criteria, loop
-        self.max_length = criteria.max_length
+        self.max_length: int | None = None  # the loop may look behind it
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._criteria)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
         """Ask the criteria, and the guard."""
-        return self._loop.on_done(input_ids, self._criteria(input_ids, scores, **kwargs))
+        if self._loop.has_bare_ended:
+            done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        else:
+            done = self._criteria(input_ids, scores, **kwargs)
+        return self._loop.on_done(input_ids, done)
+
+
+_OF_THE_DRAW = frozenset(
+    {
+        *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TopHLogitsWarper"),
+        *("MinPLogitsWarper", "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper"),
+        *("LogitNormalization", "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"),
+    }
+)
+"""Processors that sharpen or truncate the model's own distribution, or put an end off."""
+
+
+OWN_END_SHARE = 0.05
+"""What the model's own distribution gives to its ends where one of them is its own choice.
+
+Only asked where processors reweigh the scores, as a bias does: they could end any row anywhere.
+An end that sampling alone reaches in one of twenty draws is one that nobody has to force."""
+
+
+def chooses_end(scores: Tensor, ends: Sequence[int]) -> Tensor:
+    """Say where an end would be the model's own choice.
+
+    Args:
+        scores: [batch, vocab] the model's own.
+        ends: Ids, at least one.
+
+    Returns:
+        [batch] bool.
+    """
+    shares = scores[:, list(ends)].logsumexp(-1) - scores.logsumexp(-1)
+    return shares >= math.log(OWN_END_SHARE)
+
+
+def models_ends(model: Any) -> frozenset[int]:  # noqa: ANN401 - duck-typed
+    """Read the ids at which a model itself ends its turn; empty if it does not say."""
+    for source in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        ends = getattr(source, "eos_token_id", None)
+        if ends is not None:
+            return frozenset([ends] if isinstance(ends, int) else ends)
+    return frozenset()
+
+
+def reweighs(processors: Any) -> bool:  # noqa: ANN401 - a LogitsProcessorList
+    """Say whether processors may make an end likely that the model finds unlikely."""
+    return any(type(processor).__name__ not in _OF_THE_DRAW for processor in processors)
 
 
 def forget(cache: Any, n_positions: int) -> None:  # noqa: ANN401 - a Cache
@@ -152,12 +232,14 @@ class PrefillSpan:
         is_partial: Whether positions of the prompt were cached before the call.
         keeps_cache: Whether the cache outlives the call, so that nothing may be added to it.
         is_full: Whether the cache has no place for the last token, as static caches do not.
+        room: New tokens for which a cache of fixed size has places; None: it grows.
     """
 
     positions: int
     is_partial: bool
     keeps_cache: bool
     is_full: bool
+    room: int | None = None
 
     @classmethod
     def of(cls, input_ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> PrefillSpan:  # noqa: ANN401
@@ -166,11 +248,14 @@ class PrefillSpan:
         cached = 0 if cache is None else int(cache.get_seq_length())
         width = (input_ids if embeds is None else embeds).shape[1]
         is_users = bool(getattr(cache, "_is_user_defined", False))
+        is_full = cache is not None and bool(getattr(cache, "is_compileable", False))
         return cls(
             positions=width - cached,
             is_partial=cached > 0,
             keeps_cache=is_users or bool(config.return_dict_in_generate),
-            is_full=bool(getattr(cache, "is_compileable", False)),
+            is_full=is_full,
+            # The newest token needs no place: the closing forward reads without the cache.
+            room=int(cache.get_max_length()) - width + 1 if cache is not None and is_full else None,
         )
 
 

@@ -1,17 +1,18 @@
-"""Random choices that belong to a row, whatever the batch it runs in.
+"""Random choices that belong to a row, whatever the batch it runs in, and those that do not.
 
-Knows seeds, probabilities and one uniform number a step and row. Does not know models. The
-global random generator is neither read nor moved.
+Knows seeds, probabilities and one uniform number a step and row, and where the global generator
+of a device stands. Does not know models. `RowDraws` neither reads nor moves that generator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["RowDraws", "continued_seed"]
+__all__ = ["GlobalDraws", "RowDraws", "continued_seed"]
 
 _BLOCK = 128
 """Steps drawn ahead at once, so that no step does anything row by row."""
@@ -56,6 +57,46 @@ class RowDraws:
         mark = self._uniform[at][:, None] * mass[:, -1:]
         token = torch.searchsorted(mass, mark, right=True).clamp_(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class GlobalDraws:
+    """Where a device's global generator stands, so that what nobody sees does not move it.
+
+    Args:
+        device: Whose generator draws.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._state: Tensor | None = None
+
+    def mark(self) -> None:
+        """Remember where it stands."""
+        self._state = (
+            torch.get_rng_state() if self._is_cpu else self._module.get_rng_state(*self._which)
+        )
+
+    def restore(self) -> None:
+        """Take it back to the mark, if there is one."""
+        if self._state is None:
+            return
+        if self._is_cpu:
+            torch.set_rng_state(self._state)
+        else:
+            self._module.set_rng_state(self._state, *self._which)
+        self._state = None
+
+    @property
+    def _is_cpu(self) -> bool:
+        return self._device.type == "cpu"
+
+    @property
+    def _which(self) -> tuple[torch.device, ...]:
+        return (self._device,) if self._device.type == "cuda" else ()
+
+    @property
+    def _module(self) -> Any:  # noqa: ANN401 - torch.cuda, torch.mps, ... have no common type
+        return torch.get_device_module(self._device)
 
 
 def continued_seed(seed: int | None, row: int, attempt: int) -> int:

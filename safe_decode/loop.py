@@ -1,19 +1,23 @@
 """Our `custom_generate`: the bare loop of transformers, watched, with a closing forward.
 
 Knows the arguments that `generate` hands to a decoding method, which rows still count, and
-the last forward of rows that end without EOS. Does not know text, redirects or traces.
+what is decoded unseen behind rows that the model does not end itself. Does not know text,
+redirects or traces.
 
 The loop itself is `GenerationMixin._sample`, not a copy of it, so that a row that does not
 trip is what bare `generate` makes it, draw for draw. A tripped row is *parked*: its monitor
 is frozen and our criterion ends it, while its place in the batch, and so the draws of its
-neighbours, stay as they were. Decoder-only models, one forward a token, eager execution.
+neighbours, stay as they were. A row that somebody else ends goes on unseen for as many tokens as
+it holds back; the global generator is then taken back to where bare `generate` leaves it.
+Decoder-only models, one forward a token, eager execution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from safe_decode.decoding import (
@@ -21,19 +25,39 @@ from safe_decode.decoding import (
     Follower,
     WatchedCriteria,
     WatchedProcessors,
+    chooses_end,
+    models_ends,
+    reweighs,
     settings_of,
 )
-from safe_decode.draws import RowDraws
+from safe_decode.draws import GlobalDraws, RowDraws
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
 from safe_decode.finite import all_finite, broken, chosen, picked, top
 from safe_decode.late import LateFlag
-from safe_decode.open_rows import OpenRows
+from safe_decode.open_rows import EndIds, OpenRows
 from safe_decode.own_forwards import OwnForwards
 from safe_decode.redirect import forced_scores
 from safe_decode.selfcheck import SelfChecker
 from safe_decode.session import Session
+from safe_decode.turns import RowEnd, Turns
 
 __all__ = ["GuardedLoop"]
+
+
+class _Unsorted(NamedTuple):
+    """One choice, as `on_done` has seen it.
+
+    Attributes:
+        input_ids: [batch, seq].
+        done: [batch] bool, rows that bare `generate` ends.
+        trips: [batch] bool, rows that trip or are broken; None: none can.
+        own_ends: [batch] bool, rows in which an end is the model's own choice; None: all.
+    """
+
+    input_ids: Tensor
+    done: Tensor
+    trips: Tensor | None
+    own_ends: Tensor | None
 
 
 class GuardedLoop:
@@ -45,6 +69,12 @@ class GuardedLoop:
         draws: Draws each row's tokens instead of the global generator.
         follower: Hears of each choice.
         checker: Looks again at rows that alarm, and may clear them.
+        room: New tokens for which each row has positions in the model's context; None: no limit.
+        reweighed: [batch] whether a request reweighs the row's scores; None: all rows, if one of
+            the processors does.
+
+    Attributes:
+        ends: How each row has ended; filled when the call has.
     """
 
     def __init__(
@@ -55,6 +85,8 @@ class GuardedLoop:
         draws: RowDraws | None = None,
         follower: Follower | None = None,
         checker: SelfChecker | None = None,
+        room: Sequence[int] | None = None,
+        reweighed: Sequence[bool] | None = None,
     ) -> None:
         self.session = session
         self._checker = checker
@@ -62,7 +94,7 @@ class GuardedLoop:
             session.looks = checker.looks
         self.settings: CallSettings | None = None
         self._require = require
-        self.ended_at: list[int] = []
+        self.ends: list[RowEnd] = []
         self.generation: Any = None
         self._own: OwnForwards | None = None
         self._draws, self._follower = draws, follower
@@ -72,16 +104,37 @@ class GuardedLoop:
         self._pad_id = 0
         self._do_sample = False
         self._is_blind = False
-        self._rows = OpenRows(session)
+        self._rows = OpenRows(session, room)
+        self._reweighed = reweighed
+        self._own_ends: Tensor | None = None  # rows in which an end would be the model's choice
+        self._global_draws: GlobalDraws | None = None
         self._scores: Tensor | None = None
         self._trips: Tensor | None = None
         self._late: LateFlag | None = None  # where asking would wait
-        self._unsorted: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._unsorted: _Unsorted | None = None
 
     @property
     def pads_after_end(self) -> bool:
         """Say whether a row that has ended goes on with pads."""
         return self._rows.pads_after_end
+
+    @property
+    def has_bare_ended(self) -> bool:
+        """Say whether bare `generate` would have ended by now."""
+        return self._rows.bare_end is not None
+
+    def ahead(self, row: int, n: int) -> tuple[int, ...]:
+        """Return the first `n` unseen ids behind a row's response."""
+        if not n or self.generation is None:
+            return ()
+        sequences: Tensor = getattr(self.generation, "sequences", self.generation)
+        first = self._prompt_tokens + self.ends[row].content
+        return tuple(sequences[row, first : first + n].tolist())
+
+    @property
+    def bare_steps(self) -> int | None:
+        """Count the tokens after which bare `generate` ends; None: it was left before."""
+        return self._rows.bare_end
 
     def __call__(
         self,
@@ -103,22 +156,30 @@ class GuardedLoop:
         """
         from safe_decode.processor import SafetyLogitsProcessor
 
-        self._prepare(input_ids, stopping_criteria, generation_config)
         self._own = OwnForwards(model, input_ids, generation_config, model_kwargs)
-        processors = WatchedProcessors(logits_processor, SafetyLogitsProcessor(self))
-        self.generation = type(model)._sample(
-            model,
-            input_ids,
-            logits_processor=processors,
-            stopping_criteria=WatchedCriteria(stopping_criteria, self),
-            generation_config=generation_config,
-            **model_kwargs,
+        self._prepare(input_ids, generation_config)
+        self._begin(model, input_ids, stopping_criteria)
+        processors = WatchedProcessors(
+            logits_processor,
+            SafetyLogitsProcessor(self),
+            on_bare=self._end_watch(input_ids, logits_processor),
         )
-        sequences: Tensor = getattr(self.generation, "sequences", self.generation)
-        self._close(sequences)
+        try:
+            self.generation = type(model)._sample(
+                model,
+                input_ids,
+                logits_processor=processors,
+                stopping_criteria=WatchedCriteria(stopping_criteria, self),
+                generation_config=generation_config,
+                **model_kwargs,
+            )
+            sequences: Tensor = getattr(self.generation, "sequences", self.generation)
+            self._close(sequences)
+        finally:
+            self._take_back()
         self._settle(sequences)
         if self._follower is not None:
-            self._follower.on_end(self.session.trips)
+            self._follower.on_end(self._rows.wanted, self.session.trips)
         return self.generation
 
     def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -145,25 +206,25 @@ class GuardedLoop:
                 ),
             )
         if self._is_calm(input_ids, done):
-            done = self._rows.and_parked(done)
-            self._tell(input_ids, done)
-            return done
+            self._tell(input_ids, None)
+            return self._rows.is_over(done)
         trips = self._suspects(input_ids)
         flags = done if trips is None else done | trips
         if self._late is not None:
             self._late.send(flags)
-            self._unsorted = (input_ids, done, trips)
-            return self._rows.and_parked(flags)
+            self._unsorted = _Unsorted(input_ids, done, trips, self._own_ends)
+            over = self._rows.over(input_ids[:, -1], done, self._said, self._own_ends)
+            return over if trips is None else over | trips
         # The step's one wait for the host, just before the loop's own.
+        turns = None
         if not self._rows.are_even or bool(flags.any()):
-            self._sort_rows(input_ids, done, trips)
-        done = self._rows.and_parked(done)
-        self._tell(input_ids, done)
-        return done
+            turns = self._sort_rows(_Unsorted(input_ids, done, trips, self._own_ends))
+        self._tell(input_ids, turns)
+        return self._rows.is_over(done)
 
-    def _tell(self, input_ids: Tensor, done: Tensor) -> None:
+    def _tell(self, input_ids: Tensor, turns: Turns | None) -> None:
         if self._follower is not None:
-            self._follower.on_choice(input_ids[:, -1].tolist(), done.tolist(), self.session.trips)
+            self._follower.on_choice(input_ids[:, -1].tolist(), turns, self.session.trips)
 
     def _sort_late(self) -> None:
         """Do what `on_done` left, before the next forward is judged: nothing came between."""
@@ -171,14 +232,12 @@ class GuardedLoop:
             return
         unsorted, self._unsorted = self._unsorted, None
         if not self._rows.are_even or self._late.read():
-            self._sort_rows(*unsorted)
+            self._sort_rows(unsorted)
 
-    def _prepare(self, input_ids: Tensor, criteria: Any, config: Any) -> None:  # noqa: ANN401
+    def _prepare(self, input_ids: Tensor, config: Any) -> None:  # noqa: ANN401
         self.settings = settings = settings_of(config, input_ids.shape[1])
         if self._require is not None:
             self._require(settings)
-        pads_after_end = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self._rows.begin(input_ids, settings.end_ids, pads_after_end=pads_after_end)
         self._prompt_tokens = input_ids.shape[1]
         self._do_sample = settings.do_sample
         self._pad_id = settings.pad_id or 0
@@ -188,6 +247,45 @@ class GuardedLoop:
         if self._draws is not None:
             # Processors are built by now, the warpers of sampling included; the draw is ours.
             config.do_sample = False
+        elif settings.do_sample:
+            self._global_draws = GlobalDraws(input_ids.device)
+
+    def _begin(self, model: Any, input_ids: Tensor, criteria: Any) -> None:  # noqa: ANN401
+        assert self.settings is not None and self._own is not None
+        ends, models = self.settings.end_ids, models_ends(model)
+        self._rows.begin(
+            input_ids,
+            EndIds(ends, tuple(i for i in ends if i in models) if models else ends),
+            pads_after_end=any(hasattr(criterion, "eos_token_id") for criterion in criteria),
+            room=self._own.room,
+        )
+
+    def _end_watch(
+        self,
+        input_ids: Tensor,
+        processors: Any,  # noqa: ANN401
+    ) -> Callable[[Tensor], None] | None:
+        """Return what watches whether an end would be the model's own choice; None: it is."""
+        assert self.settings is not None
+        rows = self._reweighed
+        if rows is None:
+            rows = [reweighs(processors)] * self.session.batch
+        if not self.settings.end_ids or not any(rows):
+            return None
+        ends = self.settings.end_ids
+        spared = torch.tensor([not row for row in rows], device=input_ids.device)
+
+        def watch(scores: Tensor) -> None:
+            self._own_ends = chooses_end(scores, ends) | spared
+
+        return watch
+
+    def _take_back(self) -> None:
+        """Leave the generator and a cache that outlives the call as bare `generate` does."""
+        if self._global_draws is not None:
+            self._global_draws.restore()
+        if self._rows.bare_end is not None and self._own is not None:
+            self._own.forget_ahead(self._rows.bare_end)
 
     def _prefilled(self, input_ids: Tensor) -> tuple[int, ...]:
         assert self._own is not None
@@ -279,8 +377,9 @@ class GuardedLoop:
             trips = trips & self.session.protected
         return None if trips is None else self._rows.counted(trips)
 
-    def _sort_rows(self, input_ids: Tensor, done: Tensor, trips: Tensor | None) -> None:
+    def _sort_rows(self, step: _Unsorted) -> Turns:
         """Park what tripped and see who goes on. Not on the path while all rows go on."""
+        input_ids, done, trips, own_ends = step
         if trips is not None:
             judged = [] if self._trips is None else self._trips.tolist()
             for row in trips.nonzero()[:, 0].tolist():
@@ -290,7 +389,18 @@ class GuardedLoop:
                         self._rows.park(row, said=self._n_judged)
                 else:
                     self._park_nonfinite([row])
-        self._rows.go_on(input_ids[:, -1], done, self._said)
+        had_ended = self.has_bare_ended
+        turns = self._rows.go_on(input_ids[:, -1], done, self._said, own_ends)
+        if self.has_bare_ended and not had_ended and not all(turns.is_last):
+            self._begin_ahead()
+        return turns
+
+    def _begin_ahead(self) -> None:
+        """What is chosen from here on nobody sees."""
+        assert self._own is not None
+        self._own.look_ahead()
+        if self._global_draws is not None:
+            self._global_draws.mark()
 
     def _is_cleared(self, row: int, judged_ids: Tensor) -> bool:
         if self._checker is None or not bool(self.session.state.finite[row]):
@@ -320,20 +430,20 @@ class GuardedLoop:
     def _settle(self, sequences: Tensor) -> None:
         """Bring the ends of rows to the host and compare beats with tokens, row by row."""
         assert self.settings is not None
-        self.ended_at = self._rows.ends(sequences.shape[1] - self._prompt_tokens)
+        n_said = sequences.shape[1] - self._prompt_tokens
+        self.ends = self._rows.ends(n_said)
         if self._is_blind:
             return
         try:
             self.session.require_quiet()
         except BeatError as error:
-            self._rows.active = None
+            self._rows.reopen()
             self._fail(error)
-        new = sequences[:, self._prompt_tokens :].tolist()
-        for row, n_ids in enumerate(self.ended_at):
-            closed = self.pads_after_end and new[row][n_ids - 1] in self.settings.end_ids
-            content, judged = n_ids - closed, self.session.judged(row)
-            if row not in self.session.trips and content != judged:
-                self._mismatch(row, content, judged)
+        for row, said in enumerate(self._rows.said(n_said)):
+            judged = self.session.judged(row)
+            if row not in self.session.trips and said != judged:
+                self._mismatch(row, said, judged)
+        self.ends = self._rows.ends(n_said)  # of rows that are closed by now too
 
     def _mismatch(self, row: int, content: int, judged: int) -> None:
         error = BeatError(f"row {row} has {content} tokens and {judged} scores, wanted one each.")

@@ -56,6 +56,8 @@ class Outcome:
         bare: How it ended in a foreign loop, or None.
         pruned_beams: Beams of the same prompt that tripped and gave way to others.
         cancelled_after: Tokens that were released when its reader wanted no more, or None.
+        ahead: Unseen ids that were decoded behind the response.
+        withheld: Last tokens of `said` that do not stand, since too few follow them.
     """
 
     record: RowRecord
@@ -67,6 +69,8 @@ class Outcome:
     bare: BareEnd | None = None
     cancelled_after: int | None = None
     pruned_beams: int = 0
+    ahead: tuple[int, ...] = ()
+    withheld: int = 0
 
     @property
     def error(self) -> GuardError | None:
@@ -84,6 +88,7 @@ def outcome_of(
     prefill_tokens: int,
     said: Sequence[int],
     rewinder: Rewinder,
+    withheld: int = 0,
     reader: RowRelease | None = None,
 ) -> Outcome:
     """Redirect a row if it tripped, and say what stands.
@@ -95,13 +100,17 @@ def outcome_of(
         prefill_tokens: Trailing ids of the prompt that are supplied prefill.
         said: Its generated ids, up to its end.
         rewinder: Of the call.
+        withheld: Last tokens of `said` that may not stand.
         reader: Who reads the row while it runs; None: nobody.
 
     Raises:
         Cancelled: The reader wants no more.
     """
     if record.trip is None:
-        return Outcome(record, tuple(prompt), prefill_tokens, tuple(said), tuple(said))
+        ids = tuple(said)
+        if withheld:
+            ids = ids[: record.judged - withheld]
+        return Outcome(record, tuple(prompt), prefill_tokens, tuple(said), ids, withheld=withheld)
     own = tuple(said[: record.trip.cut.kept + record.trip.cut.dropped])
     redirected = rewinder.redirect(
         record.trip, row=row, prompt=prompt, prefill_tokens=prefill_tokens, said=own, reader=reader
@@ -176,7 +185,8 @@ class Judgement:
         return SafetyTrace(header, tuple(steps), self._end(outcome))
 
     def _own_steps(self, outcome: Outcome) -> Iterator[TraceStep]:
-        record, turn = outcome.record, outcome.prompt + outcome.said
+        record = outcome.record
+        turn = outcome.prompt + outcome.said[: record.judged] + outcome.ahead
         first = len(outcome.prompt) - record.scanned
         looks = {look.score: look.logit for look in record.looks}
         is_chat = record.scanned == outcome.prefill_tokens + 1
@@ -201,7 +211,8 @@ class Judgement:
         if record.trip is not None and record.trip.error is not None and is_newest:
             return "close", _reason_of(record.trip.error)
         if record.alarm is None or index < record.alarm:
-            return ("scan" if index < record.scanned else "pass"), "below_threshold"
+            own: Action = "ahead" if index >= record.scanned + record.judged else "pass"
+            return ("scan" if index < record.scanned else own), "below_threshold"
         if record.looks:
             tripped = record.trip is not None and is_newest
             return ("trip", "above_threshold") if tripped else ("alarm", "cleared")
@@ -214,7 +225,9 @@ class Judgement:
     def _try_steps(
         self, outcome: Outcome, attempt: Try, number: int, *, is_last: bool
     ) -> Iterator[TraceStep]:
-        record, tokens = attempt.record, attempt.opener + attempt.ids
+        record = attempt.record
+        own = attempt.ids[: record.judged - attempt.withheld]
+        tokens = attempt.opener + own + attempt.behind
         dropped = outcome.redirected is not None and outcome.redirected.drops_prefill
         before = attempt.start + (0 if dropped else outcome.prefill_tokens) + 1
         for index, statistic in enumerate(record.statistic):
@@ -238,6 +251,7 @@ class Judgement:
         record, trip = outcome.record, outcome.record.trip
         tries = outcome.redirected.tries if outcome.redirected else ()
         released, dropped = self._counts(outcome)
+        ahead = sum(one.ahead for one in (record, *(attempt.record for attempt in tries)))
         tripped_at = record.trip_score
         error, bare = outcome.error, outcome.bare
         return TraceEnd(
@@ -248,6 +262,8 @@ class Judgement:
             trip_step=tripped_at,
             clear_point=self._clear_point(record, tripped_at),
             tries=len(tries),
+            lookahead_tokens=ahead,
+            withheld_tokens=outcome.withheld + sum(attempt.withheld for attempt in tries),
             unscored_tail=bare.unscored_tail if bare else 0,
             refusal_truncated=bare.is_truncated if bare else False,
             pruned_beams=outcome.pruned_beams,
@@ -274,12 +290,13 @@ class Judgement:
             return outcome.cancelled_after, max(0, len(outcome.said) - outcome.cancelled_after)
         if trip is None:
             unscored = outcome.bare.unscored_tail if outcome.bare else 0
-            return outcome.record.judged + unscored, 0
+            return outcome.record.judged + unscored - outcome.withheld, 0
         if outcome.bare is not None:
             return trip.cut.kept + trip.cut.dropped, 0
         tries = outcome.redirected.tries if outcome.redirected else ()
         kept = sum(min(attempt.kept, attempt.record.judged) for attempt in tries)
-        lost = sum(attempt.record.judged for attempt in tries) - kept
+        held = sum(attempt.withheld for attempt in tries)
+        lost = sum(attempt.record.judged for attempt in tries) - kept - held
         return trip.cut.kept + kept, trip.cut.dropped + lost
 
     def _clear_point(self, record: RowRecord, before: int | None) -> int | None:

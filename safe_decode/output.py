@@ -19,6 +19,9 @@ from safe_decode.trace import SafetyTrace
 __all__ = ["GuardedOutput", "Standing", "matched_generation", "padded"]
 
 
+_RECORDED = ("scores", "logits", "attentions", "hidden_states")
+
+
 @dataclass
 class GuardedOutput:
     """What a guarded call returns.
@@ -78,23 +81,32 @@ def padded(prompts: Tensor, answers: Sequence[Sequence[int]], pad_id: int) -> Te
     return whole
 
 
-def matched_generation(generation: Any, sequences: Tensor, rows: Sequence[Standing]) -> Any:  # noqa: ANN401
+def matched_generation(
+    generation: Any,  # noqa: ANN401
+    sequences: Tensor,
+    rows: Sequence[Standing],
+    n_steps: int | None = None,
+) -> Any:  # noqa: ANN401
     """Make the recorded steps those of the tokens that stand, see `GuardedOutput`.
 
     Args:
         generation: Output object of `generate`; not changed.
         sequences: What stands.
         rows: Each row.
+        n_steps: Steps after which bare `generate` ends; later ones were unseen. None: all.
     """
     matched = copy.copy(generation)
     matched.sequences = sequences
+    for name in _RECORDED if n_steps is not None else ():
+        if matched.get(name) is not None:
+            matched[name] = matched[name][:n_steps]
     if generation.get("beam_indices") is not None:
         _match_beams(matched, generation, rows)
     cut = [standing for standing in rows if standing.own is not None]
     if not cut:
         return matched
-    for name in ("scores", "logits", "attentions", "hidden_states"):
-        recorded = generation.get(name)
+    for name in _RECORDED:
+        recorded = matched.get(name)
         if recorded is not None and generation.get("beam_indices") is None:
             matched[name] = tuple(
                 _step(value, step, cut, is_scores=name == "scores")

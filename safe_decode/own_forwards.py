@@ -6,14 +6,33 @@ tripped, or what is read meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from safe_decode.decoding import PrefillSpan, tail_inputs, whole_inputs
+from safe_decode.decoding import PrefillSpan, forget, tail_inputs, whole_inputs
 
-__all__ = ["OwnForwards"]
+__all__ = ["OwnForwards", "continued"]
+
+
+def continued(model: Any, ids: Tensor, n_tokens: int, ends: Collection[int]) -> list[int]:  # noqa: ANN401
+    """Continue one row greedily, with a cache of its own.
+
+    Args:
+        model: Duck-typed.
+        ids: [1, seq] without padding.
+        n_tokens: At most so many ids.
+        ends: End ids; the one that is reached is the last.
+    """
+    said: list[int] = []
+    cache, step = None, ids
+    while len(said) < n_tokens and not (said and said[-1] in ends):
+        output = model(input_ids=step, past_key_values=cache, use_cache=True, return_dict=True)
+        cache, step = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        said.append(int(step))
+    return said
 
 
 class OwnForwards:
@@ -27,6 +46,7 @@ class OwnForwards:
 
     Attributes:
         positions: How many positions the prompt's own forward reads.
+        room: New tokens for which the cache has places; None: it grows.
     """
 
     def __init__(
@@ -39,7 +59,25 @@ class OwnForwards:
         self._model, self._kwargs = model, model_kwargs
         self._prompt_tokens = input_ids.shape[1]
         self._span = PrefillSpan.of(input_ids, config, model_kwargs)
-        self.positions = self._span.positions
+        self.positions, self.room = self._span.positions, self._span.room
+
+    def look_ahead(self) -> None:
+        """Get ready to read tokens that a cache which outlives the call must forget again."""
+        cache = self._kwargs.get("past_key_values")
+        if cache is not None and self._span.keeps_cache and cache.is_croppable:
+            cache.activate_past_recording()
+
+    def forget_ahead(self, n_said: int) -> None:
+        """Take a cache that outlives the call back to what `n_said` new tokens have left in it.
+
+        A cache that cannot be cropped is emptied, see `forget`.
+        """
+        cache = self._kwargs.get("past_key_values")
+        if cache is None or not self._span.keeps_cache:
+            return
+        left = self._prompt_tokens + n_said - 1
+        if int(cache.get_seq_length()) > left:
+            forget(cache, left)
 
     def hides(self, n_positions: int) -> bool:
         """Say whether some of the prompt's last positions are cached, so that none reads them.

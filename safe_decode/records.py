@@ -46,6 +46,7 @@ class RowRecord:
         error: What failed for this row, tripped or allowed to go on; or None.
         looks: Self-checks of its alarms.
         inside: [n] whether each score lies in a marked span; empty where none are followed.
+        ahead: Trailing scores that judged tokens decoded unseen behind the response's end.
     """
 
     scanned: int
@@ -58,6 +59,7 @@ class RowRecord:
     error: GuardError | None
     looks: tuple[Look, ...] = ()
     inside: tuple[bool, ...] = ()
+    ahead: int = 0
 
     @property
     def trip_score(self) -> int | None:
@@ -69,5 +71,5 @@ class RowRecord:
 
     @property
     def judged(self) -> int:
-        """Count the generated tokens that have a score."""
-        return len(self.statistic) - self.scanned
+        """Count the generated tokens of the response that have a score."""
+        return len(self.statistic) - self.scanned - self.ahead

@@ -33,7 +33,15 @@ class Cut:
     dropped: int
 
 
-def cut_of(redirect: Redirect, *, said: int, judged: int, clear: int, holdback_tokens: int) -> Cut:
+def cut_of(
+    redirect: Redirect,
+    *,
+    said: int,
+    judged: int,
+    clear: int,
+    holdback_tokens: int,
+    content: int | None = None,
+) -> Cut:
     """Cut a row that has tripped.
 
     Args:
@@ -43,13 +51,16 @@ def cut_of(redirect: Redirect, *, said: int, judged: int, clear: int, holdback_t
         judged: Leading generated tokens that were judged and did not trip.
         clear: Leading generated tokens judged by the clear point; 0 if there is none.
         holdback_tokens: k.
+        content: Leading tokens of `said` that belong to the response, where unseen tokens were
+            decoded behind its end; None: all.
     """
-    released = released_tokens(judged, holdback_tokens)
-    kept = said if redirect == "flag" else released
+    content = said if content is None else min(said, content)
+    released = min(released_tokens(judged, holdback_tokens), content)
+    kept = content if redirect == "flag" else released
     if redirect == "rewind":
         # The clear point judged tokens before the trip, so it never lies beyond `judged`.
-        kept = max(released, min(clear, judged))
-    return Cut(kept=kept, released=min(released, kept), dropped=said - kept)
+        kept = max(released, min(clear, judged, content))
+    return Cut(kept=kept, released=min(released, kept), dropped=content - kept)
 
 
 def forced_scores(scores: Tensor, rows: Mapping[int, int]) -> Tensor:

@@ -17,6 +17,7 @@ from safe_decode.holdback import HoldBack
 from safe_decode.redirect import Cut
 from safe_decode.trace import SafetyTrace
 from safe_decode.transcript import StopWatch, Transcript
+from safe_decode.turns import Turns
 
 __all__ = ["Cancelled", "ReleaseRules", "Releaser", "RowRelease", "TripNotice"]
 
@@ -44,17 +45,13 @@ class ReleaseRules:
     """How the rows of one call are released.
 
     Attributes:
-        end_ids: End ids; they carry no text.
         stop_strings: As given to `generate`.
         includes_stop: Whether the text keeps the stop string that ended it, as `generate` has
             it.
-        ends_rows: Whether rows end one by one; else all end with the batch.
     """
 
-    end_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     includes_stop: bool = True
-    ends_rows: bool = True
 
 
 class RowRelease:
@@ -101,6 +98,11 @@ class RowRelease:
         return self._hold.phase != "open"
 
     @property
+    def withheld_tokens(self) -> int:
+        """Count the tokens of the response that are not shown, since too few follow them."""
+        return self._hold.withheld
+
+    @property
     def said_ids(self) -> tuple[int, ...]:
         """All ids chosen in this attempt, its end id included."""
         end = () if self.end_id is None else (self.end_id,)
@@ -127,19 +129,56 @@ class RowRelease:
         if self.rules.stop_strings:
             self._release(self._hold.pin(self._watch.held_from()))
 
+    def take(self, token: int, index: int, turns: Turns) -> None:
+        """Take a choice, what was said before it being judged.
+
+        Args:
+            token: Its id.
+            index: Of the row in `turns`.
+            turns: What the choice is to each row.
+        """
+        turn, wanted = turns.turns[index], turns.wanted[index]
+        if self.is_closing:
+            self.end(wanted)
+        elif turn in ("ends", "stops"):
+            if not self._is_cut:
+                self.end_id = token
+            self.end(wanted if turn == "stops" else 0)
+        elif turn == "looks":
+            self.cut()
+            self.look()
+        else:
+            self.say(token)
+            if turn == "cut":
+                self.cut()
+        self.is_closing = turns.is_last[index]
+
     def judge(self) -> None:
         """All that was said before the newest choice has been judged and passed."""
         waiting = self._hold.said - self._hold.judged
         if waiting:
             self._release(self._hold.judge(waiting))
 
-    def end(self) -> None:
-        """The row has ended and its tail was judged."""
+    def cut(self) -> None:
+        """The response is complete, though the model has not ended it: what follows is unseen."""
+        self._hold.close()
+        self._is_cut = True
+
+    def look(self) -> None:
+        """Take note of an unseen token behind the response; nobody has judged it yet."""
+        self._hold.say()
+
+    def end(self, wanted: int = 0) -> None:
+        """The row has ended and its tail was judged.
+
+        Args:
+            wanted: Unseen tokens that were to be judged behind it, see `HoldBack.end`.
+        """
         found = self._watch.found() if self.rules.stop_strings and self._said.ids else None
         if found is not None:
             self.stop_string, place = found
             self._stop_at = None if self.rules.includes_stop else place
-        self._release(self._hold.end(), is_last=True)
+        self._release(self._hold.end(wanted=wanted), is_last=True)
 
     def trip(self, trip: TripNotice) -> None:
         """The row has tripped: release what the cut keeps, and say so."""
@@ -185,7 +224,7 @@ class RowRelease:
         self._said = Transcript(self._tokenizer, [*self.token_ids, *self._opener])
         self._watch = StopWatch(self._said, self.rules.stop_strings)
         self._shown_tokens = self._shown_chars = 0
-        self.is_closing, self.end_id = False, None
+        self.is_closing, self.end_id, self._is_cut = False, None, False
 
     def _release(self, new: int, *, is_last: bool = False) -> None:
         if self._opener and (new or is_last):
@@ -196,11 +235,12 @@ class RowRelease:
 
     def _show(self, new: int, *, is_last: bool = False) -> None:
         said, first, last = self._said, self._shown_tokens, self._shown_tokens + new
-        if is_last:
+        is_whole = is_last and last == len(said.ids)  # else a tail is withheld
+        if is_whole:
             said.flush()
         ids = said.ids[first:last]
-        stop = len(said.text) if is_last else said.end_of(last)
-        if is_last and self._stop_at is not None:
+        stop = len(said.text) if is_whole else said.end_of(last) if last else 0
+        if is_last and self._stop_at is not None and stop > self._stop_at:
             stop = self._stop_at
             ends = said.ends[first:last]
             ids = [token for token, end in zip(ids, ends, strict=True) if end <= stop]
@@ -222,17 +262,11 @@ class Releaser:
 
     def __init__(self, rows: Sequence[RowRelease]) -> None:
         self.rows = tuple(rows)
-        self._rules = self.rows[0].rules
 
     def on_choice(
-        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, TripNotice]
+        self, newest: Sequence[int], turns: Turns | None, trips: Mapping[int, TripNotice]
     ) -> None:
-        """Take note of one choice in each row.
-
-        Args:
-            newest: [batch] the chosen ids; pads in rows that have ended.
-            done: [batch] rows that end with this choice or ended before.
-            trips: Rows that have tripped.
+        """Take note of one choice in each row, see `Follower`.
 
         Raises:
             Cancelled: The reader wants no more.
@@ -245,22 +279,13 @@ class Releaser:
                 row.trip(trips[index])
                 continue
             row.judge()
-            if row.is_closing:
-                row.end()
-            elif done[index] and newest[index] in self._rules.end_ids and self._rules.ends_rows:
-                row.end_id = newest[index]
-                row.end()
-            else:
+            if turns is None:
                 row.say(newest[index])
-                # Without an end id the tail is judged by the next forward.
-                row.is_closing = done[index] and self._rules.ends_rows
+            else:
+                row.take(newest[index], index, turns)
 
-    def on_end(self, trips: Mapping[int, TripNotice]) -> None:
-        """All rows have ended and their tails were judged.
-
-        Args:
-            trips: Rows that have tripped, by the closing forward included.
-        """
+    def on_end(self, wanted: Sequence[int], trips: Mapping[int, TripNotice]) -> None:
+        """All rows have ended and their tails were judged, see `Follower`."""
         for index, row in enumerate(self.rows):
             if row.is_over:
                 continue
@@ -268,4 +293,4 @@ class Releaser:
                 row.trip(trips[index])
             else:
                 row.judge()
-                row.end()
+                row.end(wanted[index])

@@ -106,14 +106,13 @@ def standing_steps(trace: SafetyTrace) -> list[tuple[TraceStep, bool]]:
         following = groups[index + 1][0].position if index + 1 < len(groups) else None
         if following is not None:
             stands = [step.position < following for step in steps]
-        elif trace.end.outcome in ("released", "flagged", "rewound"):
-            stands = [True] * len(steps)
         else:
-            ahead = [_is_given(trace, step) for step in steps]
-            own = [n - sum(ahead[: n + 1]) for n in range(len(steps))]
+            given = [_is_given(trace, step) for step in steps]
+            own = [n - sum(given[: n + 1]) for n in range(len(steps))]
+            keeps_given = not index or left > 0 or trace.end.outcome == "rewound"
             stands = [
-                (given and (not index or left > 0)) or (not given and n < left)
-                for given, n in zip(ahead, own, strict=True)
+                keeps_given if is_given else n < left
+                for is_given, n in zip(given, own, strict=True)
             ]
         left -= sum(
             stand and not _is_given(trace, step) for step, stand in zip(steps, stands, strict=True)

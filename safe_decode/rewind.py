@@ -11,7 +11,7 @@ scores up to there are settled, every position from the opener on is judged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,6 +59,8 @@ class Try:
         ids: Ids the model then said, EOS included.
         start: Generated ids that stood before the opener.
         kept: How many of `ids` stand.
+        withheld: Tokens behind `ids` that do not stand, since too few follow them.
+        behind: All ids that were judged behind `ids`: those, and unseen ones.
     """
 
     record: RowRecord
@@ -66,6 +68,8 @@ class Try:
     ids: tuple[int, ...]
     kept: int
     start: int
+    withheld: int = 0
+    behind: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ class Rewinder:
         seed: Of the row's draws; None: the row's index and the global generator's seed.
         marks: Of reasoning, where it has a threshold of its own; or None.
         shift: By how much that threshold exceeds the other.
+        stops: Says of the ids of a continuation [n] whether a stop string of the request ends it;
+            None: `options` hold all that does.
     """
 
     model: Any
@@ -119,6 +125,7 @@ class Rewinder:
     seed: int | None = None
     marks: SpanMarks | None = None
     shift: float = 0.0
+    stops: Callable[[Tensor], bool] | None = None
 
     def redirect(
         self,
@@ -224,8 +231,10 @@ class Rewinder:
     ) -> tuple[Try, Trip | None]:
         device = self.model.device
         # A greedy try from the same context would only repeat itself.
-        options = {"do_sample": True, "temperature": 1.0} if repeats else {}
+        options: dict[str, Any] = {"do_sample": True, "temperature": 1.0} if repeats else {}
         ids = torch.tensor([base + kept + opener], device=device)
+        if self.stops is not None:
+            options["stopping_criteria"] = [_StopCriterion(self.stops, ids.shape[1])]
         spans = None
         if self.marks is not None:
             spans = SpanReader(self.marks, starts=[turn_start], shifts=[self.shift], device=device)
@@ -241,7 +250,14 @@ class Rewinder:
                 spans=spans,
             )
             follower = None if reader is None else Releaser([reader])
-            loop = GuardedLoop(session, draws=RowDraws([seed], device), follower=follower)
+            # Behind the cap there may be no position left to look at.
+            limit = self.context_tokens
+            loop = GuardedLoop(
+                session,
+                draws=RowDraws([seed], device),
+                follower=follower,
+                room=None if limit is None else [limit - ids.shape[1]],
+            )
             sequences: Tensor = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -250,7 +266,20 @@ class Rewinder:
             )
         record = session.records()[0]
         trip = session.trips.get(0)
-        said = tuple(sequences[0, ids.shape[1] :].tolist())
-        said = said[: record.judged] if trip else said[: loop.ended_at[0]]
-        attempt = Try(record, opener, said, trip.cut.kept if trip else len(said), len(kept))
-        return attempt, trip
+        new = tuple(sequences[0, ids.shape[1] :].tolist())
+        end = loop.ends[0]
+        said = new[: record.judged] if trip else new[: end.n_ids]
+        stands = trip.cut.kept if trip else len(said)
+        behind = new[end.content - end.withheld : end.content] + loop.ahead(0, record.ahead)
+        return Try(record, opener, said, stands, len(kept), end.withheld, behind), trip
+
+
+class _StopCriterion:
+    """Ends a continuation where a stop string of its request does. Duck-typed, as criteria are."""
+
+    def __init__(self, stops: Callable[[Tensor], bool], start: int) -> None:
+        self._stops, self._start = stops, start
+
+    def __call__(self, input_ids: Tensor, _scores: object, **_: object) -> Tensor:
+        found = self._stops(input_ids[0, self._start :])
+        return torch.tensor([found], device=input_ids.device)

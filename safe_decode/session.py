@@ -68,6 +68,7 @@ class Session:
         self.trips: dict[int, Trip] = {}
         self.errors: dict[int, GuardError] = {}
         self.looks: Mapping[int, Sequence[Look]] = {}
+        self._content: dict[int, int] = {}
         self._probe, self._monitor, self._beats = probe, monitor, beats
         start = fresh if resume is None else resume
         self._before = start.step.tolist()
@@ -106,8 +107,12 @@ class Session:
         return self._is_prefilled
 
     def judged(self, row: int) -> int:
-        """Count the generated tokens of a row that have a score."""
+        """Count the generated tokens of a row that have a score, unseen ones included."""
         return self._watch.consumed(row) - self.scanned[row]
+
+    def close(self, row: int, content: int) -> None:
+        """Complete a row's response: what is judged behind so many tokens is never shown."""
+        self._content.setdefault(row, content)
 
     def judge(self, positions: Sequence[int], active: Tensor | None = None) -> Tensor:
         """Judge the one forward since the last call.
@@ -242,6 +247,7 @@ class Session:
             judged=judged,
             clear=clear,
             holdback_tokens=policy.holdback_tokens,
+            content=self._content.get(row),
         )
         snapshot = self._watch.snapshot(row, before + scanned + cut.kept) if cut.kept else None
         self.trips[row] = Trip(cut, snapshot, error)
@@ -288,7 +294,12 @@ class Session:
             error=self.errors.get(row),
             looks=tuple(self.looks.get(row, ())),
             inside=self._inside(row, len(statistic)),
+            ahead=self._ahead(row, len(statistic)),
         )
+
+    def _ahead(self, row: int, n_scores: int) -> int:
+        content = self._content.get(row)
+        return 0 if content is None else max(0, n_scores - self.scanned[row] - content)
 
     def _inside(self, row: int, n_scores: int) -> tuple[bool, ...]:
         if self._spans is None:

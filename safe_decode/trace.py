@@ -23,11 +23,16 @@ from safe_decode.errors import DataError
 
 __all__ = ["TRACE_VERSION", "SafetyTrace", "TraceEnd", "TraceHeader", "TraceStep", "read_traces"]
 
-TRACE_VERSION = 3
-_READ_VERSIONS = (1, 2, 3)
-"""1: without `pruned_beams` and `check`; 2: without `reasoning` and its threshold. What a
-version lacks has its default."""
-_SINCE_VERSION_2 = frozenset({"pruned_beams", "check", "reasoning", "reasoning_threshold"})
+TRACE_VERSION = 4
+_READ_VERSIONS = (1, 2, 3, 4)
+"""1: without `pruned_beams` and `check`; 2: without `reasoning` and its threshold; 3: without
+`lookahead_tokens` and `withheld_tokens`. What a version lacks has its default."""
+_SINCE_VERSION_2 = frozenset(
+    {
+        *("pruned_beams", "check", "reasoning", "reasoning_threshold"),
+        *("lookahead_tokens", "withheld_tokens"),
+    }
+)
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -99,6 +104,10 @@ class TraceEnd:
         trip_step: Position of the first trip, or None.
         clear_point: Last position that lay clearly below the threshold before the trip.
         tries: Continuations after a rewind.
+        lookahead_tokens: Unseen tokens that were decoded and judged behind a response which the
+            model did not end itself, so that its last words were judged like any others.
+        withheld_tokens: Last tokens of such a response that are not shown, since too few tokens
+            could be judged behind them.
         unscored_tail: Released tokens that no score judged; above 0 only where an engine
             cannot run a closing forward.
         refusal_truncated: The refusal or opener did not fit.
@@ -114,6 +123,8 @@ class TraceEnd:
     trip_step: int | None = None
     clear_point: int | None = None
     tries: int = 0
+    lookahead_tokens: int = 0
+    withheld_tokens: int = 0
     unscored_tail: int = 0
     refusal_truncated: bool = False
     pruned_beams: int = 0

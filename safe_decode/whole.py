@@ -6,19 +6,32 @@ among beams. Does not know redirects, texts or traces.
 These methods run as they are, unheard; then one forward over the finished responses gives
 each of their tokens its one score, in order, and nothing is shown before. So a row that does
 not trip is bare, whatever the cache does meanwhile. What it costs: one forward over the
-whole batch, and a response that trips is written to its end before it is redirected.
+whole batch, and a response that trips is written to its end before it is redirected. A response
+that the model does not end itself is continued unseen, greedily, and judged with what follows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from safe_decode.decoding import CallSettings, settings_of, whole_inputs
+from safe_decode.decoding import (
+    CallSettings,
+    chooses_end,
+    models_ends,
+    reweighs,
+    settings_of,
+    whole_inputs,
+)
+from safe_decode.output import padded
+from safe_decode.own_forwards import continued
 from safe_decode.session import Session
 from safe_decode.taps import internal
+from safe_decode.turns import RowEnd
 
 __all__ = ["Method", "WholeLoop", "method_of", "picked_beams", "pruned_beams"]
 
@@ -47,8 +60,10 @@ class WholeLoop:
         method: Which method runs.
         require: Called with the settings before the first forward; may raise.
         assistant: Keyword arguments of the method about its assistant.
+        room: New tokens for which each row has positions in the model's context; None: no limit.
 
     Attributes:
+        ends: How each row has ended; filled when the call has.
         fill_id: What stands behind a response that is shorter than its neighbours.
     """
 
@@ -59,11 +74,14 @@ class WholeLoop:
         *,
         require: Callable[[CallSettings], None] | None = None,
         assistant: Mapping[str, Any] | None = None,
+        room: Sequence[int] | None = None,
     ) -> None:
         self.session = session
         self.settings: CallSettings | None = None
-        self.ended_at: list[int] = []
-        self.pads_after_end = True
+        self.ends: list[RowEnd] = []
+        self.bare_steps: int | None = None
+        self._room = room
+        self._ahead: list[list[int]] = [[] for _ in range(session.batch)]
         self.generation: Any = None
         self.fill_id = 0
         self._method, self._require = method, require
@@ -99,41 +117,113 @@ class WholeLoop:
                 **given,
             )
         sequences: Tensor = getattr(self.generation, "sequences", self.generation)
-        self._judge(model, input_ids, sequences, kept)
+        fill = self.fill_id if self._method == "beams" else None
+        rows = [
+            _Row.of(ids, settings.end_ids, fill)
+            for ids in sequences[:, input_ids.shape[1] :].tolist()
+        ]
+        try:
+            self._judge(model, sequences[:, : input_ids.shape[1]], rows, kept)
+            self._end(model, rows, reweighs(logits_processor))
+        except Exception as error:  # nothing may be released that was not judged
+            from safe_decode.processor import as_guard_error
+
+            self._fail(as_guard_error(error), rows)
         return self.generation
+
+    def ahead(self, row: int, n: int) -> tuple[int, ...]:
+        """Return the first `n` unseen ids behind a row's response."""
+        return tuple(self._ahead[row][:n])
 
     def _judge(
         self,
         model: Any,  # noqa: ANN401
-        input_ids: Tensor,
-        sequences: Tensor,
-        kept: dict[str, Any],  # noqa: ANN401
+        prompts: Tensor,
+        rows: Sequence[_Row],
+        kept: dict[str, Any],
     ) -> None:
         assert self.settings is not None
-        prompt_tokens, ends = input_ids.shape[1], self.settings.end_ids
-        new = sequences[:, prompt_tokens:].tolist()
-        fill = self.fill_id if self._method == "beams" else None
-        self.ended_at = [_length(row, ends, fill) for row in new]
-        content = [
-            n - (n > 0 and row[n - 1] in ends) for n, row in zip(self.ended_at, new, strict=True)
-        ]
-        try:
-            inputs = whole_inputs(model, sequences, kept, prompt_tokens)
-            self.session.expect_whole(sequences.shape[1] - prompt_tokens)
-            model(**inputs, return_dict=True)
-            self.session.note(sequences, sequences.shape[1] - prompt_tokens)
-            self.session.judge_whole(sequences.shape[1], content)
-        except Exception as error:  # nothing may be released that was not judged
-            from safe_decode.processor import as_guard_error
+        mask = kept["attention_mask"]
+        own_ends = models_ends(model) or frozenset(self.settings.end_ids)
+        wanted = self._wanted()
+        with internal():
+            for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+                room = 2**40 if self._room is None else self._room[number] - len(row.content)
+                n_ahead = min(wanted[number], max(0, room))
+                # An end id that is none of the model's own is read on over like any token.
+                first = [] if row.end is None or row.end in own_ends else [row.end][:n_ahead]
+                n_ahead = 0 if row.end in own_ends else n_ahead - len(first)
+                own = prompt if mask is None else prompt[mask[number].bool()]
+                whole = torch.cat([own, own.new_tensor(row.content + first)])[None]
+                ahead = continued(model, whole, n_ahead, own_ends)
+                row.reaches_end = bool(ahead) and ahead[-1] in own_ends
+                self._ahead[number] = first + (ahead[:-1] if row.reaches_end else ahead)
+                self.session.close(number, len(row.content))
+        answers = [row.content + own for row, own in zip(rows, self._ahead, strict=True)]
+        sequences = padded(prompts, answers, self.fill_id)
+        width, n_prompt = sequences.shape[1], prompts.shape[1]
+        inputs = whole_inputs(model, sequences, kept, n_prompt)
+        self.session.expect_whole(width - n_prompt)
+        logits = model(**inputs, return_dict=True).logits
+        for row, scores in zip(rows, logits, strict=True):
+            last = scores[None, n_prompt + len(row.content) - 1]
+            row.is_own = row.end is None or bool(chooses_end(last.float(), [row.end]))
+        self.session.note(sequences, width - n_prompt)
+        self.session.judge_whole(width, [len(answer) for answer in answers])
 
-            self._fail(as_guard_error(error), content)
+    def _wanted(self) -> list[int]:
+        return [own.holdback_tokens if own.protects else 0 for own in self.session.policies]
 
-    def _fail(self, error: Any, content: Sequence[int]) -> None:  # noqa: ANN401
+    def _end(self, model: Any, rows: Sequence[_Row], is_reweighed: bool) -> None:  # noqa: ANN401
+        """Say how each row has ended, its whole response and what follows being judged."""
+        assert self.settings is not None
+        own_ends = models_ends(model) or frozenset(self.settings.end_ids)
+        for number, (row, wanted) in enumerate(zip(rows, self._wanted(), strict=True)):
+            is_own = row.end in own_ends and (row.is_own or not is_reweighed)
+            is_own = is_own or row.reaches_end
+            n, looked = len(row.content), len(self._ahead[number])
+            withheld = 0 if is_own else min(n, max(0, wanted - looked))
+            if number in self.session.trips:
+                withheld = 0
+            n_ids = n - withheld + (row.end is not None and not withheld)
+            self.ends.append(RowEnd(n_ids, n, looked, withheld))
+
+    def _fail(self, error: Any, rows: Sequence[_Row]) -> None:  # noqa: ANN401
         session = self.session
-        for row, n in enumerate(content):
-            if session.policies[row].protects and session.policy.on_error == "close":
-                session.park(row, said=n, error=error)
-            session.errors.setdefault(row, error)
+        for number, row in enumerate(rows):
+            n = len(row.content)
+            if session.policies[number].protects and session.policy.on_error == "close":
+                session.park(number, said=n, error=error)
+            session.errors.setdefault(number, error)
+        self.ends = [RowEnd(row.n_ids, len(row.content), 0, 0) for row in rows]
+
+
+@dataclass
+class _Row:
+    """One finished response.
+
+    Attributes:
+        content: Its ids, without an end id.
+        end: Its end id, or None.
+        reaches_end: Whether the model ends its turn within what it says unseen.
+        is_own: Whether its end is the model's own choice.
+    """
+
+    content: list[int]
+    end: int | None
+    reaches_end: bool = False
+    is_own: bool = True
+
+    @property
+    def n_ids(self) -> int:
+        return len(self.content) + (self.end is not None)
+
+    @classmethod
+    def of(cls, ids: list[int], ends: Sequence[int], fill: int | None) -> _Row:
+        """Read it from what a method returns; `fill` stands behind shorter responses."""
+        n = _length(ids, ends, fill)
+        end = ids[n - 1] if n and ids[n - 1] in ends else None
+        return cls(ids[: n - (end is not None)], end)
 
 
 def picked_beams(tripped: Sequence[bool], is_empty: Sequence[bool], n: int) -> list[int]:

@@ -91,7 +91,7 @@ def test_untripped_rows_are_bare_with_num_return_sequences_and_many_ends(tokeniz
     }
     theirs, width, _ = bare(model, tokenizer, PROMPTS[:2], **options)
     torch.manual_seed(0)
-    tops = peaks(decoder_for(model, tokenizer, redirect="flag").generate(PROMPTS[:2], **options))
+    tops = peaks(decoder_for(model, tokenizer).generate(PROMPTS[:2], **options))
     torch.manual_seed(0)
     output = decoder_for(
         model, tokenizer, redirect="refuse", threshold=threshold_between(tops)
@@ -118,7 +118,7 @@ def test_supported_options_leave_untripped_rows_bare(llama, tokenizer, options):
     if "eos_token_id" in options:
         llama.generation_config.eos_token_id = llama.generation_config.pad_token_id = None
     theirs, _, _ = bare(llama, tokenizer, **call, **extra)
-    tops = peaks(decoder_for(llama, tokenizer, redirect="flag").generate(PROMPTS, **call))
+    tops = peaks(decoder_for(llama, tokenizer).generate(PROMPTS, **call))
     output = decoder_for(
         llama, tokenizer, redirect="refuse", threshold=threshold_between(tops)
     ).generate(PROMPTS, **call)

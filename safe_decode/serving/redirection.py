@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from safe_decode.compose import context_tokens
 from safe_decode.decision import Outcome
@@ -106,6 +107,7 @@ class Redirection:
                 dropped_tokens=self._dropped,
                 trip_step=self._trip_step,
                 void=self._release.void,
+                stop=self._release.stop,
                 error=None if failed is None else f"{type(failed).__name__}: {failed}",
             )
         )
@@ -133,6 +135,7 @@ class Redirection:
             options=options,
             context_tokens=context_tokens(decoder.model),
             seed=sampling.seed,
+            stops=self._stops if sampling.stop else None,
         )
         return rewinder.redirect(
             self._trip,
@@ -142,8 +145,19 @@ class Redirection:
             said=self._release.said_ids,
         )
 
+    def _stops(self, ids: Tensor) -> bool:
+        """Say whether the words of a continuation [n] hold a stop string; its newest ids decide."""
+        stops = self._release.row.request.sampling.stop
+        # A character may be split over four ids of bytes.
+        newest = ids[-4 * max(map(len, stops)) - 16 :].tolist()
+        text = self._guard.decoder.tokenizer.decode(newest, skip_special_tokens=True)
+        return any(stop in text for stop in stops)
+
     def _speak(self, redirected: Redirected) -> None:
         kept = tuple(self._release.said_ids[: self._trip.cut.kept])
         after = redirected.ids[len(kept) :]
-        shown = tuple(token for token in after if token not in self._settings.end_ids)
-        self._release.speak(shown, kept)
+        ends = self._settings.end_ids
+        shown = tuple(token for token in after if token not in ends)
+        last = redirected.tries[-1].ids if redirected.how == "rewind" else ()
+        n_models = sum(token not in ends for token in last)
+        self._release.speak(shown, kept, n_models=n_models)

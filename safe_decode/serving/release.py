@@ -71,6 +71,7 @@ class RowRelease:
         self.row, self.void = row, void
         self.said_ids: list[int] = []
         self.is_closing = False
+        self.is_cut = False
         self.is_over = False
         self.ends_by: FinishReason = "length"
         self.shown_tokens = 0
@@ -79,14 +80,14 @@ class RowRelease:
         self._notes: list[TokenNote] = []
         self._ends: list[int] = []  # length of the text behind each token
         self._fresh = 0
-        self._stop: str | None = None
+        self.stop: str | None = None
         self._stop_at: int | None = None
         self._shown_chars = 0
 
     @property
     def goes_on(self) -> bool:
-        """Say whether the next chosen id belongs to it."""
-        return not self.is_over and not self.is_closing
+        """Say whether the next chosen id belongs to its response."""
+        return not self.is_over and not self.is_cut
 
     @property
     def scores(self) -> int:
@@ -112,7 +113,7 @@ class RowRelease:
         if found is None:
             self._emit(self._hold.pin(self._held_from(stops)))
             return False
-        self._stop_at, self._stop = found
+        self._stop_at, self.stop = found
         self._hold.pin(self._id_at(self._stop_at))
         return True
 
@@ -126,22 +127,30 @@ class RowRelease:
         self._fresh = 0
         if waiting:
             last = self._hold.judged + waiting - 1
-            self._notes[last] = replace(self._notes[last], statistic=statistic)
+            if last < len(self._notes):
+                self._notes[last] = replace(self._notes[last], statistic=statistic)
             self._emit(self._hold.judge(waiting))
 
-    def close(self, reason: FinishReason) -> None:
-        """The row has ended without an end id; its tail is not judged yet."""
-        self.is_closing = True
-        self.ends_by = "stop" if self._stop is not None else reason
+    def cut(self, reason: FinishReason) -> None:
+        """The response is complete, though the model has not ended it: what follows is unseen."""
+        if not self.is_cut:
+            self.is_cut = True
+            self._hold.close()
+            self.ends_by = "stop" if self.stop is not None else reason
+
+    def look(self) -> None:
+        """Take note of an unseen token behind the response; nobody has judged it yet."""
+        self._hold.say()
 
     def tail_is_judged(self) -> None:
         """The closing forward has judged the newest choice too."""
         self._fresh = 0
 
-    def end(self, *, is_flagged: bool = False) -> None:
+    def end(self, wanted: int = 0, *, is_flagged: bool = False) -> None:
         """The row has ended and its tail was judged.
 
         Args:
+            wanted: Unseen tokens that were to be judged behind it, see `HoldBack.end`.
             is_flagged: It crossed the threshold, and its redirect changes nothing.
         """
         self.is_over = True
@@ -149,8 +158,10 @@ class RowRelease:
         if rest:
             self._notes[-1] = replace(self._notes[-1], text=self._notes[-1].text + rest)
             self._ends[-1] = len(self._pieces.text)
-        self._emit(self._hold.end())
-        self.finish(self.ends_by, is_flagged=is_flagged)
+        self._emit(self._hold.end(wanted=wanted))
+        # What is withheld is missing, as behind a cap.
+        reason = "length" if self._hold.withheld else self.ends_by
+        self.finish(reason, is_flagged=is_flagged)
 
     def trip(self, kept: int, statistic: float | None) -> tuple[TokenNote, ...]:
         """The row has tripped: show what stands.
@@ -172,12 +183,14 @@ class RowRelease:
             self._show(released, kept)
         return tuple(self._notes[max(kept, released) :])
 
-    def speak(self, ids: Sequence[int], before: Sequence[int]) -> None:
+    def speak(self, ids: Sequence[int], before: Sequence[int], *, n_models: int = 0) -> None:
         """Show what follows a trip.
 
         Args:
             ids: Ids of the guard and of the continuation.
             before: Ids that stand, so that the text joins.
+            n_models: How many of the last ids are the model's own words, which a stop string
+                ends; the words of the guard are never cut.
         """
         if not ids:
             return
@@ -187,6 +200,9 @@ class RowRelease:
         notes = [TokenNote(token, pieces.push(token)) for token in ids]
         rest = pieces.flush()
         notes[-1] = replace(notes[-1], text=notes[-1].text + rest)
+        if n_models:
+            first = len(notes) - n_models
+            notes = notes[:first] + self._stopped(notes[first:])
         self.shown_tokens += len(notes)
         text = "".join(note.text for note in notes)
         self.row.emit(Said(text, tuple(notes), by="redirect"))
@@ -201,9 +217,23 @@ class RowRelease:
                 outcome=None if reason == "cancelled" else word,
                 shown_tokens=self.shown_tokens,
                 void=self.void,
-                stop=self._stop,
+                stop=self.stop,
             )
         )
+
+    def _stopped(self, notes: Sequence[TokenNote]) -> list[TokenNote]:
+        """Cut the words of a continuation at the first stop string in them."""
+        text = "".join(note.text for note in notes)
+        places = [(text.find(stop), stop) for stop in self.row.request.sampling.stop]
+        place, self.stop = min((p for p in places if p[0] >= 0), default=(len(text), None))
+        if self.stop is None:
+            return list(notes)
+        kept, end = [], 0
+        for note in notes:
+            if end < place:
+                kept.append(replace(note, text=note.text[: place - end]))
+            end += len(note.text)
+        return kept
 
     def _emit(self, new: int) -> None:
         if new:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from safe_decode import chat
 from safe_decode.certificate import Certificate
+from safe_decode.compose import context_tokens
 from safe_decode.decoding import CallSettings
 from safe_decode.monitor import RiskMonitor
 from safe_decode.outcome import Judgement, Outcome, void_reason
@@ -23,10 +24,11 @@ from safe_decode.policy import Policy
 from safe_decode.rewind import Redirected
 from safe_decode.serving.redirection import Redirection, RunGuard
 from safe_decode.serving.release import RowRelease
-from safe_decode.serving.rows import Row, TokenNote, Tripped
+from safe_decode.serving.rows import Row, Sampling, TokenNote, Tripped
 from safe_decode.serving.sampler import RowSampler
 from safe_decode.serving.timing import StepTimes, TimedLoop
 from safe_decode.session import RowRecord, Session, Trip
+from safe_decode.turns import Turns
 
 __all__ = ["Run"]
 
@@ -54,11 +56,13 @@ class Run:
             [row.request.sampling for row in rows],
             int(decoder.model.config.get_text_config().vocab_size),
             decoder.model.device,
+            n_ahead=max(policy.holdback_tokens for policy in self._policies),
         )
         self._reported = {row: i for i, row in enumerate(self._sampler.reported)}
         self._redirected: dict[int, Future[Redirected]] = {}
         self._records: list[RowRecord] = []
         self._session: Session | None = None
+        self._loop: TimedLoop | None = None
         self._said = 0
 
     def go(self) -> StepTimes:
@@ -75,7 +79,14 @@ class Run:
                 scanned=[row.request.prompt.scanned for row in self._rows],
                 device=device,
             )
-            loop = TimedLoop(session, follower=self)
+            limit = context_tokens(self._decoder.model)
+            lengths = [len(row.request.prompt.ids) for row in self._rows]
+            self._loop = loop = TimedLoop(
+                session,
+                follower=self,
+                room=None if limit is None else [limit - n for n in lengths],
+                reweighed=[_is_reweighed(row.request.sampling) for row in self._rows],
+            )
             self._decoder.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -92,9 +103,10 @@ class Run:
         return loop.times
 
     def on_choice(
-        self, newest: Sequence[int], done: Sequence[bool], trips: Mapping[int, Trip]
+        self, newest: Sequence[int], turns: Turns | None, trips: Mapping[int, Trip]
     ) -> None:
         """Take note of one choice, and of what the newest score says of the choice before."""
+        del newest  # the stopping criterion has taken them
         self._said += 1
         statistics = self._statistics()
         for index, release in enumerate(self._releases):
@@ -105,15 +117,28 @@ class Run:
                 self._redirect(index, trips[index])
                 continue
             release.judge(statistic)
-            if release.is_closing:
-                release.end(is_flagged=self._is_flagged(index))
-            elif done[index] and newest[index] in self._ends:
-                release.ends_by = "stop"
-                release.end(is_flagged=self._is_flagged(index))
-            elif done[index]:
-                release.close("length")
+            if turns is not None:
+                self._take(index, turns)
 
-    def on_end(self, trips: Mapping[int, Trip]) -> None:
+    def _take(self, index: int, turns: Turns) -> None:
+        """Take a choice of a row, what was said before it being judged."""
+        release = self._releases[index]
+        turn, wanted = turns.turns[index], turns.wanted[index]
+        if release.is_closing:
+            release.end(wanted, is_flagged=self._is_flagged(index))
+        elif turn in ("ends", "stops"):
+            if not release.is_cut:
+                release.ends_by = "stop"
+            own = wanted if turn == "stops" else 0
+            release.end(own, is_flagged=self._is_flagged(index))
+        elif turn == "looks":
+            release.cut("stop")
+            release.look()
+        elif turn == "cut":
+            release.cut("length")
+        release.is_closing = turns.is_last[index]
+
+    def on_end(self, wanted: Sequence[int], trips: Mapping[int, Trip]) -> None:
         """Take note that the tails of all rows were judged."""
         statistics = self._statistics()
         for index, release in enumerate(self._releases):
@@ -124,11 +149,12 @@ class Run:
                 continue
             release.tail_is_judged()
             release.judge(None if statistics is None else statistics[index])
-            release.end(is_flagged=self._is_flagged(index))
+            release.end(wanted[index], is_flagged=self._is_flagged(index))
 
     def write_traces(self) -> None:
         """Fill the rows' traces."""
         bundle = self._decoder.bundle
+        assert self._loop is not None
         for index, (row, record) in enumerate(zip(self._rows, self._records, strict=True)):
             release, prompt = self._releases[index], row.request.prompt
             said = tuple(release.said_ids)
@@ -137,13 +163,16 @@ class Run:
             redirected = None if future is None or failed else future.result()
             if record.trip is not None:
                 said = said[: record.trip.cut.kept + record.trip.cut.dropped]
+            withheld = self._loop.ends[index].withheld
             outcome = Outcome(
                 record,
                 prompt.ids,
                 prompt.prefill_tokens,
                 said,
-                said if redirected is None else redirected.ids,
+                said[: len(said) - withheld] if redirected is None else redirected.ids,
                 redirected,
+                ahead=self._loop.ahead(index, record.ahead),
+                withheld=withheld,
             )
             judgement = Judgement(
                 bundle=bundle.digest,
@@ -158,10 +187,10 @@ class Run:
         """The stopping criterion of the batch: caps, stop strings, readers who left."""
         ends = []
         for index, token in enumerate(input_ids[:, -1].tolist()):
-            ends.append(self._take(index, token))
+            ends.append(self._hear(index, token))
         return torch.tensor(ends, device=input_ids.device)
 
-    def _take(self, index: int, token: int) -> bool:
+    def _hear(self, index: int, token: int) -> bool:
         release = self._releases[index]
         if release.row.is_cancelled and not release.is_over:
             release.finish("cancelled")
@@ -174,7 +203,10 @@ class Run:
             top = release.row.request.sampling.top_logprobs or 0
             logprob, others = self._sampler.chosen.of(self._reported[index], token, top)
             note = TokenNote(token, "", logprob=logprob, top=others)
-        return release.say(note) or is_last
+        if not release.say(note) and not is_last:
+            return False
+        release.cut("length")
+        return True
 
     def _statistics(self) -> list[float] | None:
         """Read every row's statistic, if it is told; the guard itself looks less often."""
@@ -253,3 +285,8 @@ class Run:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._decoder.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _is_reweighed(sampling: Sampling) -> bool:
+    """Say whether a request could make an end likely that the model finds unlikely."""
+    return bool(sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty)

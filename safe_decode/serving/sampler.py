@@ -45,9 +45,12 @@ class RowSampler:
         samplings: One a row.
         vocab: Width of the scores.
         device: Where they are.
+        n_ahead: Unseen tokens that may be drawn behind the longest row's cap.
     """
 
-    def __init__(self, samplings: Sequence[Sampling], vocab: int, device: torch.device) -> None:
+    def __init__(
+        self, samplings: Sequence[Sampling], vocab: int, device: torch.device, *, n_ahead: int = 0
+    ) -> None:
         self._step = 0
         self.chosen: Chosen | None = None
         self.reported = [i for i, s in enumerate(samplings) if s.top_logprobs is not None]
@@ -69,7 +72,7 @@ class RowSampler:
         penalised = any(s.presence_penalty or s.frequency_penalty for s in samplings)
         self._counts = torch.zeros(len(samplings), vocab, device=device) if penalised else None
         self._bias = _bias(samplings, vocab, device)
-        longest = max(s.max_tokens for s in samplings)
+        longest = max(s.max_tokens for s in samplings) + n_ahead
         # Drawn once: no step does anything row by row.
         self._uniform = torch.stack([_draws(s.seed, longest) for s in samplings]).to(device)
 

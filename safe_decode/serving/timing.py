@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from safe_decode.loop import GuardedLoop
+from safe_decode.turns import Turns
 
 __all__ = ["StepTimes", "TimedLoop"]
 
@@ -61,9 +62,9 @@ class TimedLoop(GuardedLoop):
         self._began, self._own_seconds = now, 0.0
         return ends
 
-    def _tell(self, newest: Tensor, done: Tensor) -> None:
+    def _tell(self, input_ids: Tensor, turns: Turns | None) -> None:
         began = time.perf_counter()
-        super()._tell(newest, done)
+        super()._tell(input_ids, turns)
         self._told = time.perf_counter() - began
 
     def _close(self, *arguments: Any) -> None:  # noqa: ANN401 - handed on
