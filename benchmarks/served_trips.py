@@ -1,4 +1,4 @@
-"""Why do plain benign requests of the served table trip so often? `python -m benchmarks.served_trips`.
+"""Why do benign requests of the served table trip so often? `python -m benchmarks.served_trips`.
 
 The table of answers as served (`evaluation-served`) has more trips among its benign requests
 than the certificate's alpha. Asked here, one by one: whether the same requests trip in the library

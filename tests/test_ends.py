@@ -183,9 +183,7 @@ def test_an_alarm_of_an_unseen_token_is_a_trip_of_the_row(decoders):
 
 @pytest.mark.parametrize("redirect", REDIRECTS)
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
-def test_no_stop_string_lets_out_what_the_whole_answer_does_not(
-    decoders, whole, redirect, streams
-):
+def test_no_stop_string_lets_out_what_the_whole_answer_does_not(decoders, whole, redirect, streams):
     decoder = decoders[redirect]
     for stop in [*SCRIPT[4:18], "89a", "9ab", "bcd"]:
         text, _ = (heard if streams else attacked)(decoder, stop_strings=[stop])
@@ -205,7 +203,7 @@ class EndsAt(StoppingCriteria):
     def __init__(self, char):
         (self.token,) = staged().tokenizer.encode(char, add_special_tokens=False)
 
-    def __call__(self, input_ids, scores, **_):
+    def __call__(self, input_ids, _scores, **_):
         return input_ids[:, -1] == self.token
 
 
@@ -317,9 +315,7 @@ def served(samplings, prefill="0", redirect="refuse", holdback=HOLDBACK):
 
 
 @pytest.mark.parametrize("redirect", REDIRECTS)
-def test_no_cap_of_a_served_row_lets_out_what_the_whole_answer_does_not(
-    decoders, whole, redirect
-):
+def test_no_cap_of_a_served_row_lets_out_what_the_whole_answer_does_not(decoders, whole, redirect):
     samplings = [Sampling(max_tokens=cap, seed=0) for cap in CAPS]
     texts, traces = served(samplings, redirect=redirect)
     for cap, text, trace in zip(CAPS, texts, traces, strict=True):
@@ -392,9 +388,7 @@ def test_a_trip_of_an_unseen_token_leaves_the_global_generator_where_bare_leaves
     # Above all that the capped call sees, so that whatever trips is unseen.
     threshold = max(peaks(flag)) + 1e-3
     _, _, after = bare(llama, tokenizer, max_new_tokens=cap, **options)
-    decoder = decoder_for(
-        llama, tokenizer, redirect="refuse", holdback=24, threshold=threshold
-    )
+    decoder = decoder_for(llama, tokenizer, redirect="refuse", holdback=24, threshold=threshold)
     torch.manual_seed(0)
     output = decoder.generate(PROMPTS, max_new_tokens=cap, **options)
     assert torch.equal(torch.rand(3), after)
@@ -420,7 +414,7 @@ def test_rows_that_draw_for_themselves_leave_the_global_generator_alone(llama, t
 
 @pytest.mark.parametrize("seeded", [True, False], ids=["row draws", "global draws"])
 def test_sampled_answers_let_out_no_more_at_any_cap_than_with_the_same_draws_uncut(
-    decoders, whole, seeded
+    decoders, seeded
 ):
     decoder, cut_short = decoders["refuse"], 0
     for draw in range(4):

@@ -94,9 +94,7 @@ def attacks(decoder: SafeDecoder, wanted: int, *, cap: int, seed: int) -> list[A
     """
     each = 2 * wanted
     draws = tuple(Draw(situation=s, count=each) for s in ("prefilled", "turn", "framed"))
-    drawn = draw(
-        draws, split="test", seed=seed, tokenizer=decoder.tokenizer, cells=Cells.unseen(0)
-    )
+    drawn = draw(draws, split="test", seed=seed, tokenizer=decoder.tokenizer, cells=Cells.unseen(0))
     mixed = [drawn[kind * each + place] for place in range(each) for kind in range(3)]
     return list(islice(_working(decoder, mixed, cap, max(wanted, 8)), wanted))
 
@@ -199,9 +197,7 @@ def _plain(attack: Attack, cap: int) -> Ask:
     return Ask(attack.request, attack.begun, cap)
 
 
-def _once(
-    reader: Reader, those: Sequence[Attack], asks_of: Callable[[Attack], list[Ask]]
-) -> Found:
+def _once(reader: Reader, those: Sequence[Attack], asks_of: Callable[[Attack], list[Ask]]) -> Found:
     pairs = [(number, ask) for number, attack in enumerate(those) for ask in asks_of(attack)]
     heard = reader.hear([ask for _, ask in pairs])
     harmful = {
