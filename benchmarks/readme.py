@@ -1,4 +1,4 @@
-"""Fills the generated blocks of the README: `python -m benchmarks.readme [NAME ...]`.
+"""Fills the generated blocks of README and docs: `python -m benchmarks.readme [NAME ...]`.
 
 Knows the markers, the results as JSON lines and how an example is run. Does not know what a
 figure means. A block stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`, and NAME
@@ -23,10 +23,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["block_names", "fill", "main", "standing_in", "table_of"]
+__all__ = ["PAGES", "block_names", "fill", "main", "standing_in", "table_of"]
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "probes.md", ROOT / "docs" / "serving.md")
 RESULTS = ROOT / "benchmarks" / "results"
 UNMEASURED = "*Not measured yet.*"
 
@@ -129,17 +130,18 @@ def standing_in(text: str, name: str) -> str:
 
 
 def main(only: Sequence[str] = ()) -> None:
-    """Fill the README in place.
+    """Fill the README and the pages in place.
 
     Args:
         only: Blocks to fill; empty for all.
     """
-    text = README.read_text(encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
 
-    def content(name: str, above: str) -> str:
-        return content_of(name, above) if not only or name in only else standing_in(text, name)
+        def content(name: str, above: str, text: str = text) -> str:
+            return content_of(name, above) if not only or name in only else standing_in(text, name)
 
-    README.write_text(fill(text, content), encoding="utf-8")
+        page.write_text(fill(text, content), encoding="utf-8")
 
 
 def _cell(value: object) -> str:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks.readme import (
+    PAGES,
     README,
     RESULTS,
     UNMEASURED,
@@ -27,6 +28,14 @@ def only_tables(name, above):
 
 def test_the_tables_of_the_readme_are_those_of_the_results():
     assert fill(TEXT, only_tables) == TEXT, "run `make readme`"
+
+
+def test_the_tables_of_the_pages_are_those_of_the_results():
+    assert README in PAGES and len(PAGES) > 1
+    for page in PAGES[1:]:
+        text = page.read_text(encoding="utf-8")
+        assert block_names(text), page
+        assert fill(text, content_of) == text, "run `make readme`"
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Does it matter who ends an answer? `python -m benchmarks.ends`."""
