@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safe_decode.coverage import given_options, recorded
 from safe_decode.decoding import CallSettings, forget
 from safe_decode.draws import RowDraws
 from safe_decode.errors import CertificateError
@@ -63,6 +64,7 @@ class GuardedCall:
         self._protected, self._inputs, self._rows = protected, inputs, rows
         self.mode = mode
         self._rules, self._options = tuple(rules), dict(options)
+        self._given = given_options(options)  # before the call runs: it fills a cache
 
     @property
     def batch(self) -> int:
@@ -84,6 +86,7 @@ class GuardedCall:
             What stands of each row. After a cancellation, `sequences` is the prompt alone.
         """
         protected = self._protected
+        self._given |= _autocast(protected.model.device)  # of the thread that runs the model
         with protected.tap.listening() as beats, torch.no_grad():
             session = Session(
                 probe=protected.probe,
@@ -162,8 +165,15 @@ class GuardedCall:
         return RowDraws(seeds, self._protected.model.device) if seeds else None
 
     def _voids(self, settings: CallSettings) -> list[str | None]:
+        settings = replace(settings, options={**settings.options, **self._given})
         return [
-            void_reason(rule.certificate, settings, is_chat=is_chat, prefill_tokens=given)
+            void_reason(
+                rule.certificate,
+                settings,
+                is_chat=is_chat,
+                prefill_tokens=given,
+                own_ends=self._protected.own_ends,
+            )
             for rule, is_chat, given in zip(
                 self._rules, self._rows.is_chat, self._rows.prefill_tokens, strict=True
             )
@@ -342,6 +352,13 @@ class GuardedCall:
         # An end id is no content: nobody judged it, so its text, if it has any, is not shown.
         ids = ids[:-1] if ids and ids[-1] in end_ids else ids
         return str(self._protected.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _autocast(device: torch.device) -> dict[str, str]:
+    """Read a state of torch that makes the forward compute in another dtype."""
+    if not torch.is_autocast_enabled(device.type):
+        return {}
+    return {"torch.autocast": recorded(str(torch.get_autocast_dtype(device.type)))}
 
 
 def _standing(row: int, outcome: Outcome) -> Standing:
