@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_decode.coverage import given_options, recorded
+from safe_decode.coverage import given_options
 from safe_decode.decoding import CallSettings, forget
 from safe_decode.draws import RowDraws
 from safe_decode.errors import CertificateError
@@ -86,7 +86,6 @@ class GuardedCall:
             What stands of each row. After a cancellation, `sequences` is the prompt alone.
         """
         protected = self._protected
-        self._given |= _autocast(protected.model.device)  # of the thread that runs the model
         with protected.tap.listening() as beats, torch.no_grad():
             session = Session(
                 probe=protected.probe,
@@ -352,13 +351,6 @@ class GuardedCall:
         # An end id is no content: nobody judged it, so its text, if it has any, is not shown.
         ids = ids[:-1] if ids and ids[-1] in end_ids else ids
         return str(self._protected.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def _autocast(device: torch.device) -> dict[str, str]:
-    """Read a state of torch that makes the forward compute in another dtype."""
-    if not torch.is_autocast_enabled(device.type):
-        return {}
-    return {"torch.autocast": recorded(str(torch.get_autocast_dtype(device.type)))}
 
 
 def _standing(row: int, outcome: Outcome) -> Standing:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
+import torch
+
 from safe_decode.capability_table import EFFECTS, TABLE, Capability, Status
 from safe_decode.compiled import compiled_part
 from safe_decode.errors import UnsupportedError
@@ -67,13 +69,14 @@ def require_supported_model(model: Any, *, is_installed: bool = False) -> None: 
     """Refuse a model in a state that cannot be guarded.
 
     Raises:
-        UnsupportedError: Encoder-decoder, stateful, in training mode, or compiled without
-            installed taps.
+        UnsupportedError: Encoder-decoder, stateful, in training mode, under torch.autocast, or
+            compiled without installed taps.
     """
     config = getattr(model, "config", None)
     _require("is_encoder_decoder", getattr(config, "is_encoder_decoder", False))
     _require("is_stateful", getattr(model, "_is_stateful", False))
     _require("training", getattr(model, "training", False))
+    _require("torch.autocast", torch.is_autocast_enabled(_device_type(model)))
     _require("torch.compile", compiled_part(model), is_installed=is_installed)
 
 
@@ -120,7 +123,11 @@ def _require(
 
 
 def _is_on_cuda(model: Any) -> bool:  # noqa: ANN401 - duck-typed
-    return bool(getattr(getattr(model, "device", None), "type", None) == "cuda")
+    return _device_type(model) == "cuda"
+
+
+def _device_type(model: Any) -> str:  # noqa: ANN401 - duck-typed
+    return str(getattr(getattr(model, "device", None), "type", "cpu"))
 
 
 def _same(value: object, default: object) -> bool:

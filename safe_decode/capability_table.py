@@ -167,7 +167,6 @@ TABLE: tuple[Capability, ...] = (
     *_rows("same", "one row; gets what may be shown, when it may be", "streamer"),
     *_rows("same", "", "max_cache_len"),
     *_rows("certified", "of quantized caches", "cache_config"),
-    *_moves("voids", "computes in another dtype than was certified", **{"torch.autocast": _NO}),
     *_installed(
         "a compiled graph skips hooks that come with a call",
         "torch.compile",
@@ -269,6 +268,11 @@ TABLE: tuple[Capability, ...] = (
         "a recurrent state cannot be judged again for the tail",
         "use an attention model",
         is_stateful=_NO,
+    ),
+    *_refused(
+        "the forward would compute in another dtype than was certified",
+        "generate outside of it; load the model in that dtype and make a bundle for it",
+        **{"torch.autocast": _NO},
     ),
     *_refused(
         "padding after the prompt would be scored as text",

@@ -54,7 +54,7 @@ def options_in_force(config: Any, *, samples: bool = True) -> dict[str, str]:  #
         and row.feature != ENDS
         and row.departs_with(getattr(config, row.feature, None))
     }
-    if "min_new_tokens" in found:
+    if getattr(config, "min_new_tokens", None) is not None:
         found.pop("min_length", None)  # generate derives it, from the prompt's length
     return found
 

@@ -379,6 +379,7 @@ class SafeDecoder:
             FingerprintMismatchError: As for `require_unchanged`.
         """
         self.require_unchanged()
+        require_supported_model(self.model, is_installed=self._tap.is_built_in)
         scores = []
         for messages in conversations:
             if not messages or messages[-1].get("role") != "assistant":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,8 @@ __all__ = ["ModelSeal"]
 SAMPLED_VALUES = 8
 """Values of each parameter that are compared at every call, evenly spaced, both ends included."""
 
-_META = ("meta",)
-"""Stands for a parameter that accelerate keeps elsewhere, in a new object after each forward."""
+_PLAIN = (nn.Parameter, Tensor)
+"""No tensors of somebody's own kind, as quantised and sharded ones are."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,6 @@ class ModelSeal:
             return
         with self._lock:
             self._signs = None  # lets go of what is no longer the model's
-            _require_eval(self._model)
             found = Fingerprint.of(self._model, self._tokenizer)
             differing = self._fingerprint.differences(found)
             differing += _state_differences(self._state, _state_of(self._model))
@@ -87,6 +86,7 @@ class ModelSeal:
                     f"the model has changed since it was wrapped: {'; '.join(differing)}; take the "
                     "change back, or make a bundle for the changed model and wrap it anew."
                 )
+            _require_eval(self._model)
             self._signs = _Signs.of(self._model, self._tokenizer)
 
 
@@ -110,18 +110,18 @@ class _Signs:
     def of(cls, model: nn.Module, tokenizer: Any) -> _Signs:  # noqa: ANN401
         groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for parameter in model.parameters():
-            if _is_plain(parameter) and not parameter.is_meta and parameter.numel():
+            if type(parameter) in _PLAIN and not parameter.is_meta and parameter.numel():
                 group = groups.setdefault((parameter.dtype, parameter.device), [])
                 group.append(_few(parameter))
         views = list(groups.values())
         words = copy.deepcopy(_words_of(model, tokenizer))
-        return cls(list(_tensor_signs(model)), views, [_bytes(v) for v in views], words)
+        return cls(_tensor_signs(model), views, [_bytes(v) for v in views], words)
 
     def stand(self, model: nn.Module, tokenizer: Any) -> bool:  # noqa: ANN401
         """Say whether all signs are as they were."""
         return (
             self.words == _words_of(model, tokenizer)
-            and self.tensors == list(_tensor_signs(model))
+            and self.tensors == _tensor_signs(model)
             and all(
                 torch.equal(_bytes(views), values)
                 for views, values in zip(self.views, self.values, strict=True)
@@ -129,38 +129,34 @@ class _Signs:
         )
 
 
-def _tensor_signs(model: nn.Module) -> Iterator[object]:
-    # At every call, over hundreds of modules: `model.modules()` takes several times as long.
+def _tensor_signs(model: nn.Module) -> list[object]:
+    # At every call, over hundreds of modules and tensors: `model.modules()` and a function a
+    # tensor take several times as long.
+    signs: list[object] = []
     stack = [model]
     while stack:
         module = stack.pop()
         parts = module.__dict__
-        yield id(module)
-        yield parts["training"]
-        for parameter in parts["_parameters"].values():
-            if parameter is not None:
-                yield from _signs_of(parameter)
-        for name, buffer in parts["_buffers"].items():
+        tensors = list(parts["_parameters"].values())
+        if parts["_buffers"]:
             # What is not saved is computed, as rotary tables are, anew where a text is long.
-            if buffer is not None and name not in parts["_non_persistent_buffers_set"]:
-                yield from _signs_of(buffer)
+            passing = parts["_non_persistent_buffers_set"]
+            tensors += [b for name, b in parts["_buffers"].items() if name not in passing]
+        signs += (id(module), parts["training"])
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            if tensor.is_meta:
+                signs.append("meta")  # accelerate puts a new one there after each forward
+                continue
+            signs += (id(tensor), -1 if tensor.is_inference() else tensor._version)
+            if type(tensor) in _PLAIN:
+                # The views of _Signs keep the old memory: no other tensor comes to its address.
+                signs.append(tensor.data_ptr())
         if hasattr(type(module), "_active_adapter"):
-            yield _adapter_state(module)
-        stack.extend(child for child in parts["_modules"].values() if child is not None)
-
-
-def _signs_of(tensor: Tensor) -> tuple[object, ...]:
-    if tensor.is_meta:
-        return _META
-    # Tensors made in inference mode count no writes.
-    writes = -1 if tensor.is_inference() else tensor._version
-    # The views of _Signs keep the old memory, so that no other tensor comes to its address.
-    return id(tensor), tensor.data_ptr() if _is_plain(tensor) else None, writes
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Say whether it is no tensor of somebody's own kind, as quantised and sharded ones are."""
-    return type(tensor) is nn.Parameter or type(tensor) is Tensor
+            signs.append(_adapter_state(module))
+        stack += [child for child in parts["_modules"].values() if child is not None]
+    return signs
 
 
 def _adapter_state(layer: Any) -> tuple[object, ...]:  # noqa: ANN401 - a tuner layer of peft
