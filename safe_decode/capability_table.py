@@ -109,7 +109,12 @@ TABLE: tuple[Capability, ...] = (
     *_rows("certified", "a lower cap stays valid", "max_new_tokens", "max_length"),
     *_moves("certified", "", min_new_tokens=(0,), min_length=(0,)),
     *_rows("shortens", "the tail is judged by a closing forward", "max_time", "stop_strings"),
-    *_rows("shortens", "the tail is judged by a closing forward", "stopping_criteria"),
+    *_rows(
+        "shortens",
+        "the tail is judged by a closing forward; MaxLengthCriteria and EosTokenCriteria take the "
+        "place of the cap and the end that were certified, and void",
+        "stopping_criteria",
+    ),
     *_rows("voids", "runs before the guard", "logits_processor", "prefix_allowed_tokens_fn"),
     *_moves(
         "certified",

@@ -31,6 +31,8 @@ ENDS = "eos_token_id"
 _ROWS: Mapping[str, Capability] = {row.feature: row for row in TABLE}
 _NAMED = frozenset({"do_sample", "temperature", "top_p", "top_k", "max_new_tokens", "max_length"})
 """Fields of their own in an envelope."""
+_OWN_CRITERIA = frozenset({"MaxLengthCriteria", "EosTokenCriteria"})
+"""generate drops its own of such a type, cap or end, where a user passes one."""
 _SHOWN_ITEMS = 4
 
 
@@ -68,6 +70,8 @@ def given_options(options: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for name, value in options.items():
         row = _ROWS.get(name)
+        if name == "stopping_criteria":
+            found |= {name: recorded(kind) for kind in _replacing(value)}
         if row is None or row.effect != "voids" or not row.departs_with(value):
             continue
         kept = _cache_shown(value) if name == "past_key_values" else value
@@ -121,7 +125,7 @@ def departure(certified: Envelope, call: Envelope, own_ends: Sequence[int] = ())
     got = {ENDS: wanted[ENDS], **call.options}
     for row in TABLE:
         name = row.feature
-        if row.effect == "voids" and name in got:
+        if row.effect in ("voids", "shortens") and name in got:
             return f"{name}={_shown(got[name])} is not covered: {row.reason or row.status}"
         matters = row.effect == "certified" or (row.effect == "sampled" and certified.do_sample)
         neutral = recorded(row.neutral[0] if row.neutral else None)
@@ -129,6 +133,12 @@ def departure(certified: Envelope, call: Envelope, own_ends: Sequence[int] = ())
         if matters and name not in _NAMED and json.loads(value) != json.loads(due):
             return f"{name}={_shown(value)} is not {_shown(due)}"
     return None
+
+
+def _replacing(criteria: Any) -> list[str]:  # noqa: ANN401 - a list of StoppingCriteria, or None
+    """Name the criteria that take the place of those that `generate` makes itself."""
+    kinds = [{base.__name__ for base in type(one).__mro__} for one in criteria or ()]
+    return [f"<{kind}>" for kinds_of_one in kinds for kind in kinds_of_one & _OWN_CRITERIA]
 
 
 def _cache_shown(cache: Any) -> str | None:  # noqa: ANN401 - a Cache

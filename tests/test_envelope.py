@@ -1,4 +1,4 @@
-"""A certificate covers what the table says it covers, and nothing else; library and server alike."""
+"""A certificate covers what the table says it covers, in the library and on the server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    EosTokenCriteria,
     MaxLengthCriteria,
+    MaxTimeCriteria,
     QuantizedCache,
     StoppingCriteriaList,
     TextStreamer,
@@ -71,7 +73,7 @@ COVERED: Mapping[str, Any] = {
     "num_return_sequences": 2,
     "max_time": 1e-9,
     "stop_strings": ["a", "b"],
-    "stopping_criteria": lambda: StoppingCriteriaList([MaxLengthCriteria(30)]),
+    "stopping_criteria": lambda: StoppingCriteriaList([MaxTimeCriteria(1e-9)]),
     "renormalize_logits": True,
     "generation_config": lambda: GenerationConfig(repetition_penalty=1.0, max_new_tokens=4),
     "input_ids": None,
@@ -328,6 +330,15 @@ def test_a_cache_of_a_kind_that_rounds_and_a_filled_one_void() -> None:
     empty = object.__new__(QuantizedCache)
     empty.layers = []
     assert given_options({"past_key_values": empty}) == {"past_key_values": '"<QuantizedCache>"'}
+
+
+@pytest.mark.parametrize("criterion", [MaxLengthCriteria(40), EosTokenCriteria(70)], ids=str)
+def test_a_criterion_in_the_place_of_the_cap_or_the_end_voids(criterion: Any) -> None:
+    options = {"stopping_criteria": lambda: StoppingCriteriaList([criterion])}
+    (said,) = run(certified(GREEDY), options)
+    assert said.startswith(f"void(stopping_criteria=<{type(criterion).__name__}> is not covered")
+    with pytest.raises(CertificateError, match="stopping_criteria=<"):
+        run(certified(GREEDY, strict=True), options)
 
 
 def test_a_strict_decoder_refuses_a_foreign_generate() -> None:

@@ -1,4 +1,4 @@
-"""A model that has changed since it was wrapped is refused by name at the next call, whatever way in."""
+"""A model that has changed since it was wrapped is refused by name, whatever the way in."""
 
 from __future__ import annotations
 
