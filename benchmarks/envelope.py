@@ -79,7 +79,7 @@ class Configuration:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    batch: int = 64
+    batch: int = 192
     answer: Answer | None = None
     is_sampled: bool = False
 
@@ -158,9 +158,9 @@ _RECORDED = {"return_dict_in_generate": True, "output_scores": True, "output_log
 _SAMPLED = {"do_sample": True, "temperature": _TEMPERATURE, "top_p": 1.0, "top_k": 0}
 
 INSIDE: tuple[Configuration, ...] = (
-    Configuration("plain", batch=128),
+    Configuration("plain"),
     Configuration("batch of 16", batch=16),
-    Configuration("batch of 200", batch=200),
+    Configuration("batch of 64", batch=64),
     Configuration("cap of 24", {"max_new_tokens": 24}),
     Configuration("cap of 80", {"max_new_tokens": 80}),
     Configuration("48 columns of padding more", answer=padded),
@@ -344,7 +344,7 @@ def measured(work: Path, n: int) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write `results/envelope.jsonl`, print the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=1_100)
+    parser.add_argument("--requests", type=int, default=1_120)
     parser.add_argument("--work", type=Path, default=Path(".work/envelope.jsonl"))
     parser.add_argument("--name", default="envelope")
     arguments = parser.parse_args(argv)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import (
     DynamicCache,
+    EosTokenCriteria,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    EosTokenCriteria,
     MaxLengthCriteria,
     MaxTimeCriteria,
     QuantizedCache,
