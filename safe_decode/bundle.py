@@ -308,7 +308,10 @@ def _reasoning(
 
 
 def _certificate_record(certificate: Certificate, sets: list[tuple[float, ...]]) -> dict[str, Any]:
-    return {**asdict(certificate), "maxima": f"maxima_{sets.index(certificate.maxima)}"}
+    record = {**asdict(certificate), "maxima": f"maxima_{sets.index(certificate.maxima)}"}
+    if not certificate.envelope.options:
+        del record["envelope"]["options"]  # so that older readers still read it
+    return record
 
 
 def _header_record(check: HeaderCheck, sets: list[tuple[float, ...]]) -> dict[str, Any]:

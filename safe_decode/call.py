@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safe_decode.coverage import given_options
 from safe_decode.decoding import CallSettings, forget
 from safe_decode.draws import RowDraws
 from safe_decode.errors import CertificateError
@@ -63,6 +64,7 @@ class GuardedCall:
         self._protected, self._inputs, self._rows = protected, inputs, rows
         self.mode = mode
         self._rules, self._options = tuple(rules), dict(options)
+        self._given = given_options(options)  # before the call runs: it fills a cache
 
     @property
     def batch(self) -> int:
@@ -172,8 +174,16 @@ class GuardedCall:
         return RowDraws(seeds, self._protected.model.device) if seeds else None
 
     def _voids(self, settings: CallSettings) -> list[str | None]:
+        settings = replace(settings, options={**settings.options, **self._given})
         return [
-            void_reason(rule.certificate, settings, is_chat=is_chat, prefill_tokens=given)
+            void_reason(
+                rule.certificate,
+                settings,
+                is_chat=is_chat,
+                prefill_tokens=given,
+                unseen_tokens=rule.policy.unseen_tokens,
+                own_ends=self._protected.own_ends,
+            )
             for rule, is_chat, given in zip(
                 self._rules, self._rows.is_chat, self._rows.prefill_tokens, strict=True
             )

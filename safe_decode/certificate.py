@@ -12,8 +12,8 @@ Knows numbers. Does not know models, tensors or how a maximum came about.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from safe_decode.errors import CertificateError, ConfigurationError
 
@@ -90,6 +90,8 @@ class Envelope:
         temperature: Of the sampling; without meaning if greedy.
         top_p: Likewise.
         top_k: Likewise; 0 for none.
+        options: Every further option that was in force and moves responses, as JSON by its name;
+            see `coverage.record_of`. One that is not there had its neutral value.
     """
 
     max_new_tokens: int
@@ -97,17 +99,7 @@ class Envelope:
     temperature: float
     top_p: float
     top_k: int
-
-    def departure(self, other: Envelope) -> str | None:
-        """Say in what another call departs from this envelope; None if in nothing."""
-        if other.max_new_tokens > self.max_new_tokens:
-            return f"max_new_tokens={other.max_new_tokens} exceeds {self.max_new_tokens}"
-        if other.do_sample != self.do_sample:
-            return f"do_sample={other.do_sample} is not {self.do_sample}"
-        for name in ("temperature", "top_p", "top_k") if self.do_sample else ():
-            if getattr(other, name) != getattr(self, name):
-                return f"{name}={getattr(other, name)} is not {getattr(self, name)}"
-        return None
+    options: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

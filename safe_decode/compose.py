@@ -19,6 +19,7 @@ from safe_decode.certificate import Certificate
 from safe_decode.decision import Redirect
 from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
 from safe_decode.inputs import GuardInputs, Prompts, from_embeds, from_ids, from_prompts
+from safe_decode.option_types import require_seed
 from safe_decode.policy import Policy, RequestPolicy
 from safe_decode.rewind import Texts
 from safe_decode.terms import CallMode, Protected, RowRules
@@ -76,6 +77,7 @@ class Composer:
         """Check and encode everything before anything runs."""
         options, policy, seed = asked.options, asked.policy, asked.seed
         is_installed = self.protected.tap.is_built_in
+        require_seed(seed)
         require_supported(self.protected.model, options, is_installed=is_installed)
         inputs = self.inputs(asked)
         mode = self._mode(options, inputs, seed)
@@ -83,6 +85,12 @@ class Composer:
         if asked.redirect is not None:
             base = replace(base, redirect=asked.redirect)
         requests = _one_each("policy", policy, len(inputs.scanned))
+        for request in requests:
+            if request is not None and not isinstance(request, RequestPolicy):
+                raise ConfigurationError(
+                    f"policy holds a {type(request).__name__}, wanted a RequestPolicy or None; "
+                    "pass RequestPolicy(...)."
+                )
         seeds = _one_each("seed", seed, len(inputs.scanned))
         # Looks are taken while a row is written, and from ids.
         looks = mode.method == "step" and inputs.embeds is None and self.uses_header_check
@@ -103,7 +111,7 @@ class Composer:
         rows = inputs.repeated(mode.n_candidates)
         given = self._options(options)
         if "static" in (self.option("cache_implementation", options) or ""):
-            n_ahead = max(r.policy.holdback_tokens if r.policy.protects else 0 for r in rules)
+            n_ahead = max(rule.policy.unseen_tokens for rule in rules)
             if n_ahead:
                 given["max_cache_len"] = self._places(options, inputs) + n_ahead
         if mode.method == "beams":

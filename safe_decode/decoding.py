@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from safe_decode.coverage import options_in_force
 from safe_decode.turns import Turns
 
 __all__ = [
@@ -46,6 +47,7 @@ class CallSettings:
         top_k: 0 where unset.
         end_ids: EOS ids, ascending; empty where the model has none.
         pad_id: Fills ended rows; None where neither pad nor EOS is set.
+        options: What else moves the responses, see `coverage.options_in_force`.
     """
 
     max_new_tokens: int
@@ -55,6 +57,7 @@ class CallSettings:
     top_k: int
     end_ids: tuple[int, ...]
     pad_id: int | None
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 class Follower(Protocol):
@@ -220,6 +223,7 @@ def settings_of(config: Any, prompt_tokens: int) -> CallSettings:  # noqa: ANN40
         top_k=0 if config.top_k is None else int(config.top_k),
         end_ids=() if ends is None else tuple(sorted(ends.tolist())),
         pad_id=None if pad is None else int(pad),
+        options=options_in_force(config),
     )
 
 

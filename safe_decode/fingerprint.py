@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from safe_decode.errors import FingerprintMismatchError, UnsupportedError
 
-__all__ = ["Fingerprint"]
+__all__ = ["CONFIG_KEYS", "Fingerprint"]
 
 SAMPLED_VALUES = 256
 """Values read from each parameter, evenly spaced."""
 
 # Keys that change what is computed; the rest (dropout, caching, output options, names) does
 # not, and new versions of transformers add to it.
-_CONFIG_KEYS = (
+CONFIG_KEYS = (
     "model_type",
     "vocab_size",
     "hidden_size",
@@ -73,7 +73,7 @@ class Fingerprint:
         tokenizer: Digest of the vocabulary, merges and added tokens.
         template: Digest of the chat template; "none" without one.
         weights: Digest of sampled values a decoder block, and one for the rest.
-        adapters: Names of the adapters on the model.
+        adapters: Names of the adapters on the model; those that do not compute say so.
         quantisation: Its configuration as JSON; "none" without.
         dtype: Of the parameters, several joined by a comma.
     """
@@ -103,20 +103,29 @@ class Fingerprint:
         if hasattr(quantisation, "to_dict"):
             quantisation = quantisation.to_dict()
         template = getattr(tokenizer, "chat_template", None)
-        adapters: Any = getattr(model, "peft_config", None) or {}
         return cls(
             architecture={
                 key: _json(getattr(text_config, key))
-                for key in _CONFIG_KEYS
+                for key in CONFIG_KEYS
                 if getattr(text_config, key, None) is not None
             },
             tokenizer=_tokenizer_digest(tokenizer),
             template="none" if template is None else _digest(_json(template).encode()),
             weights=_weight_digests(model),
-            adapters=tuple(sorted(adapters)),
+            adapters=_adapter_names(model),
             quantisation="none" if quantisation is None else _json(quantisation),
             dtype=",".join(sorted({str(p.dtype) for p in model.parameters()})),
         )
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Name everything in which the model at hand, `other`, is not this one."""
+        return [
+            line
+            for field in fields(self)
+            for line in _differences(
+                field.name, getattr(self, field.name), getattr(other, field.name)
+            )
+        ]
 
     def require(self, other: Fingerprint) -> None:
         """Check that a model is the one this fingerprint was taken of.
@@ -127,13 +136,7 @@ class Fingerprint:
         Raises:
             FingerprintMismatchError: Any field differs; all that do are named.
         """
-        differing = [
-            line
-            for field in fields(self)
-            for line in _differences(
-                field.name, getattr(self, field.name), getattr(other, field.name)
-            )
-        ]
+        differing = self.differences(other)
         if differing:
             raise FingerprintMismatchError(
                 f"the bundle was made for another model: {'; '.join(differing)}; load the model, "
@@ -166,6 +169,16 @@ def _tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401
     added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
     vocab = sorted(tokenizer.get_vocab().items())
     return _digest(_json([vocab, merges, added]).encode())
+
+
+def _adapter_names(model: nn.Module) -> tuple[str, ...]:
+    names: Any = getattr(model, "peft_config", None) or {}
+    layers: list[Any] = [m for m in model.modules() if hasattr(type(m), "_active_adapter")]
+    active = {
+        name for layer in layers if not layer.disable_adapters for name in layer.active_adapters
+    }
+    is_silent = {name: bool(layers) and name not in active for name in names}
+    return tuple(sorted(f"{n} (not active)" if is_silent[n] else n for n in names))
 
 
 def _weight_digests(model: nn.Module) -> dict[str, str]:

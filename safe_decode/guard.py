@@ -24,7 +24,12 @@ from safe_decode.certificate import Certificate
 from safe_decode.compiled import uncompiled
 from safe_decode.compose import Asked, Composer, context_tokens, texts_of
 from safe_decode.decision import Redirect
-from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
+from safe_decode.errors import (
+    CertificateError,
+    ConfigurationError,
+    PromptError,
+    UnsupportedError,
+)
 from safe_decode.events import StreamEvent
 from safe_decode.fingerprint import Fingerprint
 from safe_decode.foreign import GuardHandle, guarded
@@ -32,6 +37,7 @@ from safe_decode.inputs import GuardInputs, Prompts, from_ids
 from safe_decode.outcome import Judgement
 from safe_decode.output import GuardedOutput
 from safe_decode.policy import OnError, Policy, RequestPolicy
+from safe_decode.seal import ModelSeal
 from safe_decode.selfcheck import SelfCheck
 from safe_decode.stream import AsyncGuardedStream, GuardedStream, Producer
 from safe_decode.streamer import Streamer, feeder
@@ -90,6 +96,9 @@ class SafeDecoder:
         model = uncompiled(model)
         require_supported_model(model, is_installed=True)  # calls see whether they are
         bundle.fingerprint.require(Fingerprint.of(model, tokenizer))
+        self._seal = ModelSeal(model, tokenizer, bundle.fingerprint)
+        # As wrapped: what a certificate without a record of its end ids is compared with.
+        self.own_ends = _as_ids(getattr(model.generation_config, "eos_token_id", None))
         self.model, self.tokenizer, self.bundle, self.strict = model, tokenizer, bundle, strict
         self.policy = Policy(
             redirect=redirect,
@@ -144,6 +153,7 @@ class SafeDecoder:
             UnsupportedError: An option that would skip the guard, before the first token.
             PromptError: A prompt that is empty, too long or cannot be encoded.
             CertificateError: With `strict`, a call outside the certified envelope.
+            FingerprintMismatchError: As for `require_unchanged`.
         """
         call = self._call(
             prompts,
@@ -209,6 +219,7 @@ class SafeDecoder:
             UnsupportedError: As for `generate`.
             PromptError: As for `generate`.
             ConfigurationError: As for `generate`.
+            FingerprintMismatchError: As for `generate`.
         """
         producer = self._producer(
             prompts,
@@ -307,6 +318,8 @@ class SafeDecoder:
             The handle; its traces are filled when the context ends.
 
         Raises:
+            CertificateError: The decoder is strict, and nothing certifies a foreign generate.
+            FingerprintMismatchError: As for `require_unchanged`.
             UnsupportedError: redirect="rewind", a model that cannot be guarded, or one whose
                 own generation configuration holds a refused option.
             BeatError: At the end: forwards passed that the processor never judged.
@@ -316,6 +329,13 @@ class SafeDecoder:
                 "redirect='rewind' is refused: a processor cannot take tokens back; use "
                 "decoder.generate, or pass redirect='refuse', 'stop' or 'flag'."
             )
+        if self.strict:
+            raise CertificateError(
+                "strict=True is refused with processor(): the options of a foreign generate are "
+                "not seen, so no certificate covers them; use decoder.generate, or pass "
+                "strict=False."
+            )
+        self.require_unchanged()
         require_supported(self.model, {}, is_installed=self._tap.is_built_in)
         inputs = from_ids(self.tokenizer, input_ids, attention_mask)
         policy = replace(self.policy, redirect=redirect)
@@ -331,6 +351,20 @@ class SafeDecoder:
         ) as handle:
             yield handle
 
+    def require_unchanged(self) -> None:
+        """Check that the model is still the one its bundle was made for; each call does so.
+
+        Compares cheap signs (which tensors stand where, how often they were written to, a few
+        values of each, adapters, configuration, template, vocabulary), and takes the fingerprint
+        anew where one has moved. What that does not see, such as hooks, the canary does.
+
+        Raises:
+            FingerprintMismatchError: Weights, adapters, dtype, device, configuration, template or
+                vocabulary have changed since the model was wrapped; all that have are named.
+            UnsupportedError: A module is in training mode.
+        """
+        self._seal.require()
+
     def score(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[Tensor]:
         """Score finished responses, teacher-forced, at the positions used while generating.
 
@@ -342,7 +376,10 @@ class SafeDecoder:
 
         Raises:
             PromptError: The last message is not the assistant's.
+            FingerprintMismatchError: As for `require_unchanged`.
         """
+        self.require_unchanged()
+        require_supported_model(self.model, is_installed=self._tap.is_built_in)
         scores = []
         for messages in conversations:
             if not messages or messages[-1].get("role") != "assistant":
@@ -371,6 +408,7 @@ class SafeDecoder:
         return self._composer().inputs(asked)
 
     def _call(self, prompts: Prompts | None, **asked: Any) -> GuardedCall:  # noqa: ANN401
+        self.require_unchanged()
         return self._composer().call(Asked(prompts, **asked))
 
     def _producer(
@@ -381,7 +419,7 @@ class SafeDecoder:
         **given: Any,  # noqa: ANN401
     ) -> Producer:
         composer = self._composer()
-        call = composer.call(Asked(prompts, **given))
+        call = self._call(prompts, **given)
         if call.mode.method != "step":
             raise UnsupportedError(
                 "stream is refused with beams and assistants: their answers are judged when they "
@@ -406,6 +444,7 @@ class SafeDecoder:
             context_tokens=context_tokens(self.model),
             self_check=self._self_check,
             marks=self._marks,
+            own_ends=self.own_ends,
         )
         return Composer(
             protected,
@@ -475,4 +514,4 @@ def _own_check(bundle: ProbeBundle, alpha: float) -> SelfCheck:
 def _as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
     if value is None:
         return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    return (value,) if isinstance(value, int) else tuple(sorted(int(one) for one in value))

@@ -124,7 +124,7 @@ class OpenRows:
         self._own_ends = torch.tensor(ends.own, dtype=torch.int64, device=device)
         limits = [2**40] * session.batch if self._room is None else self._room
         limits = [n if room is None else min(n, room) for n in limits]
-        wanted = [own.holdback_tokens if own.protects else 0 for own in session.policies]
+        wanted = [own.unseen_tokens for own in session.policies]
         self._limit = torch.tensor(limits, device=device)
         self._wanted = torch.tensor(wanted, device=device)
 

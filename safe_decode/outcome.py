@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import overload
 
 from safe_decode.certificate import Certificate, Envelope
+from safe_decode.coverage import ENDS, departure, recorded
 from safe_decode.decision import Action, Reason
 from safe_decode.decision import Outcome as OutcomeWord
 from safe_decode.decoding import CallSettings
@@ -119,30 +120,44 @@ def outcome_of(
 
 
 def void_reason(
-    certificate: Certificate, settings: CallSettings, *, is_chat: bool, prefill_tokens: int = 0
+    certificate: Certificate,
+    settings: CallSettings,
+    *,
+    is_chat: bool,
+    prefill_tokens: int = 0,
+    unseen_tokens: int = 0,
+    own_ends: Sequence[int] = (),
 ) -> str | None:
     """Say why a call lies outside what was certified; None if it does not.
 
-    What was begun for the model is judged too, and a response trips by its largest score: it is
-    the length of both together that was certified.
+    A response trips by its largest score. What was begun for the model is judged too, and so is
+    what is decoded unseen behind its cap: it is the length of all together that was certified.
+
+    Args:
+        certificate: In force.
+        settings: Of the call.
+        is_chat: Whether the prompt has an open assistant turn.
+        prefill_tokens: Of that turn, supplied.
+        unseen_tokens: Decoded behind a response that its cap ends.
+        own_ends: End ids of the model as it was wrapped.
     """
     if not is_chat:
         return "a raw completion has no assistant turn, and responses of chats were certified"
     certified = certificate.envelope.max_new_tokens
-    if prefill_tokens and prefill_tokens + settings.max_new_tokens > certified:
-        return (
-            f"a prefill of {prefill_tokens} tokens and max_new_tokens={settings.max_new_tokens} "
-            f"exceed {certified} together"
-        )
-    return certificate.envelope.departure(
-        Envelope(
-            max_new_tokens=settings.max_new_tokens,
-            do_sample=settings.do_sample,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-        )
+    cap = settings.max_new_tokens
+    if (prefill_tokens or unseen_tokens) and prefill_tokens + cap + unseen_tokens > certified:
+        begun = f"a prefill of {prefill_tokens} tokens, " if prefill_tokens else ""
+        behind = f" and {unseen_tokens} unseen ones behind it" if unseen_tokens else ""
+        return f"{begun}max_new_tokens={cap}{behind} exceed {certified} together"
+    call = Envelope(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=settings.do_sample,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        options={**settings.options, ENDS: recorded(settings.end_ids)},
     )
+    return departure(certificate.envelope, call, own_ends)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,11 @@ class Policy:
         """Say whether a trip changes what the reader gets."""
         return self.redirect != "flag"
 
+    @property
+    def unseen_tokens(self) -> int:
+        """Count the tokens that are to be judged behind a response which others end."""
+        return self.holdback_tokens if self.protects else 0
+
     def trips(self, alarm: Tensor, finite: Tensor) -> Tensor:
         """Turn alarms into trips.
 

@@ -38,6 +38,7 @@ class Protected:
         context_tokens: Positions the model has, or None if it does not say.
         self_check: Looks again at alarms, with its tap and the ids of the header; or None.
         marks: Of reasoning, where the bundle has thresholds for it; or None.
+        own_ends: End ids of the model's generation configuration when it was wrapped, ascending.
     """
 
     model: Any
@@ -49,6 +50,7 @@ class Protected:
     context_tokens: int | None
     self_check: tuple[SelfCheck, ActivationTap, tuple[int, ...]] | None = None
     marks: SpanMarks | None = None
+    own_ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

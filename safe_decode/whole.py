@@ -172,7 +172,7 @@ class WholeLoop:
         self.session.judge_whole(width, [len(answer) for answer in answers])
 
     def _wanted(self) -> list[int]:
-        return [own.holdback_tokens if own.protects else 0 for own in self.session.policies]
+        return [own.unseen_tokens for own in self.session.policies]
 
     def _end(self, model: Any, rows: Sequence[_Row], is_reweighed: bool) -> None:  # noqa: ANN401
         """Say how each row has ended, its whole response and what follows being judged."""

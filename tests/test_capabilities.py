@@ -126,7 +126,7 @@ def test_no_feature_stands_twice_and_refusals_have_reason_and_remedy():
 def test_the_rendered_table_names_every_feature():
     text = as_markdown()
     assert all(f"`{row.feature}`" in text for row in TABLE)
-    assert {line.count("|") for line in text.splitlines()} == {5}
+    assert {line.count("|") for line in text.splitlines()} == {6}
 
 
 def test_what_needs_installed_taps_is_refused_without_them_alone(model):

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -312,6 +313,7 @@ def refused_states(llama, tokenizer):
         "is_encoder_decoder": (encoder, lambda: decoder_for(encoder, tokenizer)),
         "is_stateful": (stateful, lambda: decoder_for(stateful, tokenizer)),
         "training": (llama, lambda: decoder_for(llama.train(), tokenizer)),
+        "torch.autocast": (llama, lambda: under_autocast(decoder)),
         "right_padding": (
             llama,
             lambda: decoder.generate(
@@ -322,10 +324,30 @@ def refused_states(llama, tokenizer):
             llama,
             lambda: decoder.generate("hello", cache_implementation="offloaded_static"),
         ),
+        **{
+            name: (llama, partial(decoder.generate, "hello", **{name: value}))
+            for name, value in SERVED.items()
+        },
     }
 
 
-STATES = ("is_encoder_decoder", "is_stateful", "training", "right_padding", "cache_offloading")
+SERVED = {"logit_bias": {70: 1.0}, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+
+
+def under_autocast(decoder):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoder.generate("hello", max_new_tokens=2)
+
+
+STATES = (
+    "is_encoder_decoder",
+    "is_stateful",
+    "training",
+    "torch.autocast",
+    "right_padding",
+    "cache_offloading",
+    *SERVED,
+)
 
 
 @pytest.mark.parametrize("feature", STATES)
@@ -400,11 +422,12 @@ def check_offloaded(case, model, tokenizer):
 def test_every_row_of_the_table_has_a_test_that_names_it():
     rows = {
         status: {row.feature for row in TABLE if row.status == status}
-        for status in ("supported", "ignored", "refused", "installed")
+        for status in ("supported", "ignored", "refused", "installed", "served")
     }
     assert rows["supported"] | rows["ignored"] == set(SUPPORTED) | set(NAMED)
     # What is read inside decoder.installed() is refused outside.
-    assert rows["refused"] | rows["installed"] == set(REFUSED) | set(STATES) | {"torch.compile"}
+    refused = rows["refused"] | rows["installed"] | rows["served"]
+    assert refused == set(REFUSED) | set(STATES) | {"torch.compile"}
     refused_outside = inspect.getsource(
         tests.test_compiled.test_hooks_of_a_call_on_a_compiled_model_are_refused_by_name
     )

@@ -106,17 +106,3 @@ def test_a_certificate_recomputes_and_a_changed_one_does_not() -> None:
     for change in ({"threshold": 0.0}, {"j": 5}, {"n": 999}, {"maxima": certificate.maxima[1:]}):
         with pytest.raises(CertificateError, match="maxima yield; calibrate again"):
             replace(certificate, **change).verify()
-
-
-def test_an_envelope_names_the_first_departure() -> None:
-    assert ENVELOPE.departure(ENVELOPE) is None
-    assert ENVELOPE.departure(replace(ENVELOPE, max_new_tokens=8)) is None
-    assert "max_new_tokens=257 exceeds 256" in str(
-        ENVELOPE.departure(replace(ENVELOPE, max_new_tokens=257))
-    )
-    assert "temperature=1.3 is not 0.7" in str(
-        ENVELOPE.departure(replace(ENVELOPE, temperature=1.3))
-    )
-    greedy = replace(ENVELOPE, do_sample=False)
-    assert "do_sample=False is not True" in str(ENVELOPE.departure(greedy))
-    assert greedy.departure(replace(greedy, temperature=1.0)) is None

@@ -23,6 +23,8 @@ from probes.organism.templates import CANNED_REFUSAL
 from probes.recipe import Recipe, RecipeConfig, make_bundle
 from probes.rollouts import Request, RolloutConfig, rollout
 from safe_decode.certificate import Envelope
+from safe_decode.chat import stop_ids
+from safe_decode.coverage import record_of
 from safe_decode.sites import Site
 
 if TYPE_CHECKING:
@@ -97,7 +99,12 @@ def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
     streams = {f"resid-{i}": (Site(i, "resid", tuple(range(width))),) for i in range(2, layers)}
     envelope = Envelope(
-        max_new_tokens=amounts.max_new_tokens, do_sample=False, temperature=1.0, top_p=1.0, top_k=0
+        max_new_tokens=amounts.max_new_tokens,
+        do_sample=False,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        options=record_of(model.generation_config, stop_ids(model, None)),
     )
     long = replace(envelope, max_new_tokens=LONG_TOKENS + _LONG_ADDED)
     return RecipeConfig(

@@ -66,6 +66,8 @@ def calibrate(
     """Certify a bundle's thresholds anew on harmless responses that nothing was chosen on."""
     require_place(out.parent / "file")
     from safe_decode.bundle import Fingerprint, ProbeBundle
+    from safe_decode.chat import stop_ids
+    from safe_decode.coverage import record_of
     from safe_decode.demo.load import artefact
 
     old = ProbeBundle.load(bundle or artefact("bundle"))
@@ -77,6 +79,8 @@ def calibrate(
     alphas = tuple(alpha or sorted({one.alpha for one in old.certificates}, reverse=True))
     default = alpha[0] if alpha else old.default_alpha
     envelope = _envelope(old.certificate().envelope, max_new_tokens, temperature, top_p, top_k)
+    ends = stop_ids(own.model, own.tokenizer)
+    envelope = replace(envelope, options=record_of(own.model.generation_config, ends))
     found = _certified(own, old, harmless, alphas=alphas, delta=delta, envelope=envelope)
     new = replace(
         old,

@@ -169,6 +169,8 @@ def _config(
     from probes.recipe import RecipeConfig
     from probes.teacher import encode_response
     from safe_decode.certificate import Envelope
+    from safe_decode.chat import stop_ids
+    from safe_decode.coverage import record_of
 
     cap = max_new_tokens or max(encode_response(own.tokenizer, row).n_scores - 1 for row in rows)
     temperature, top_p, top_k = sampling
@@ -178,6 +180,7 @@ def _config(
         temperature=temperature or 1.0,
         top_p=top_p,
         top_k=top_k,
+        options=record_of(own.model.generation_config, stop_ids(own.model, own.tokenizer)),
     )
     extra = (
         {} if residual is None else {f"residual-{residual}": residual_sites(own.model, residual)}

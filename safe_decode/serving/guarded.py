@@ -25,6 +25,7 @@ from safe_decode.serving.rows import Row, RowPrompt
 from safe_decode.serving.run import Run
 from safe_decode.serving.timing import StepTimes
 from safe_decode.taps import ActivationTap
+from safe_decode.whole import method_of
 
 __all__ = ["GuardedEngine"]
 
@@ -53,6 +54,12 @@ class GuardedEngine:
     ) -> None:
         bundle, model = decoder.bundle, decoder.model
         require_supported(model, {})
+        method = method_of(lambda name: getattr(model.generation_config, name, None))
+        if method != "step":
+            raise UnsupportedError(
+                f"the model's own generation_config asks for {method} decoding, and the server "
+                "judges while it writes; unset num_beams and prompt_lookup_num_tokens there."
+            )
         if bundle.reasoning is not None:
             raise UnsupportedError(
                 f"reasoning={bundle.reasoning.opens!r}..{bundle.reasoning.closes!r} of the bundle "
@@ -67,6 +74,7 @@ class GuardedEngine:
             ActivationTap(model, bundle.probe.sites),
             texts_of(decoder.tokenizer, decoder.refusal, decoder.opener),
             tells_scores=tells_scores,
+            own_ends=tuple(sorted(chat.stop_ids(model, decoder.tokenizer))),
         )
         self._pool = ThreadPoolExecutor(continuations, thread_name_prefix="safe-decode-redirect")
         self._facts = GuardFacts(
@@ -123,6 +131,7 @@ class GuardedEngine:
 
     def check(self) -> float:
         """See `Engine.check`."""
+        self._decoder.require_unchanged()
         canary = self._decoder.bundle.canary
         if canary is None:
             raise CanaryError(
@@ -142,8 +151,9 @@ class GuardedEngine:
 
     def run(self, rows: Sequence[Row]) -> StepTimes | None:
         """See `Engine.run`."""
-        run = Run(self._guard, self._pool, rows)
         try:
+            self._decoder.require_unchanged()
+            run = Run(self._guard, self._pool, rows)
             times = run.go()
         except Exception as error:  # whatever fails, every reader gets a proper end
             _LOG.exception("a run of %d rows failed", len(rows))

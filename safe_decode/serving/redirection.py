@@ -48,6 +48,7 @@ class RunGuard:
         tap: On the probe's sites.
         texts: Canned ids.
         tells_scores: Whether each token's statistic is said.
+        own_ends: Ids that ended rows when the model was wrapped, ascending.
     """
 
     decoder: SafeDecoder
@@ -55,6 +56,7 @@ class RunGuard:
     tap: ActivationTap
     texts: Texts
     tells_scores: bool = field(kw_only=True)
+    own_ends: tuple[int, ...] = field(default=(), kw_only=True)
 
 
 class Redirection:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from safe_decode import chat
-from safe_decode.certificate import Certificate
 from safe_decode.compose import context_tokens
+from safe_decode.coverage import options_in_force, request_options
 from safe_decode.decoding import CallSettings
 from safe_decode.monitor import RiskMonitor
 from safe_decode.outcome import Judgement, Outcome, void_reason
@@ -48,6 +48,8 @@ class Run:
             for row in rows
         ]
         self._ends = frozenset(chat.stop_ids(decoder.model, decoder.tokenizer))
+        # The model's own configuration acts here too; sampling is the row sampler's alone.
+        self._own_options = options_in_force(decoder.model.generation_config, samples=False)
         self._settings = [self._settings_of(row) for row in rows]
         self._releases = [
             RowRelease(row, self._decode, void=self._void(i)) for i, row in enumerate(rows)
@@ -267,20 +269,18 @@ class Run:
             top_k=sampling.top_k,
             end_ids=tuple(sorted(self._ends)),
             pad_id=self._decoder.tokenizer.pad_token_id,
+            options={**self._own_options, **request_options(sampling)},
         )
 
     def _void(self, index: int) -> str | None:
-        request = self._rows[index].request
-        sampling = request.sampling
-        if sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty:
-            return "a bias or penalty changes the responses that were certified"
-        certificate: Certificate = self._certificates[index]
-        prompt = request.prompt
+        prompt = self._rows[index].request.prompt
         return void_reason(
-            certificate,
+            self._certificates[index],
             self._settings[index],
             is_chat=prompt.is_chat,
             prefill_tokens=prompt.prefill_tokens,
+            unseen_tokens=self._policies[index].unseen_tokens,
+            own_ends=self._guard.own_ends,
         )
 
     def _decode(self, ids: Sequence[int]) -> str:
