@@ -29,6 +29,7 @@ from safe_decode.replay import replay
 from safe_decode.selfcheck import SelfCheck, looks_due
 from tests.guarding import bundle_for, decoder_for, random_probe
 from tests.models import byte_tokenizer, tiny_model
+from tests.own_rows import as_own
 from tests.planted import planted_bundle, planted_rows
 
 CONFIG = HeaderConfig(first_share=0.4, every_tokens=5, max_looks=6, cuts=2, alphas=(0.05,))
@@ -39,6 +40,7 @@ def made():
     model, tokenizer = tiny_model(), byte_tokenizer()
     rows = planted_rows(540)
     plain = planted_bundle(model, tokenizer, by_split(rows))
+    rows = as_own(model, tokenizer, rows, cap=48)
     rows = [row for row in rows if row.split != "fit"] + by_split(rows)["fit"][:60]
     return model, tokenizer, rows, fit_header_check(model, tokenizer, rows, plain, CONFIG)
 

@@ -10,6 +10,7 @@ from safe_decode.bundle import ProbeBundle
 from safe_decode.cli import app
 from safe_decode.guard import SafeDecoder
 from tests.models import byte_tokenizer, tiny_model
+from tests.own_rows import as_own
 from tests.test_recipe import corpus
 
 
@@ -36,7 +37,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("workbench")
     tiny_model("llama").save_pretrained(root / "model")
     byte_tokenizer().save_pretrained(root / "model")
-    write_jsonl(root / "rows.jsonl", corpus(900))
+    write_jsonl(root / "foreign.jsonl", corpus(900))
+    own = as_own(tiny_model("llama"), byte_tokenizer(), corpus(900), cap=48)
+    write_jsonl(root / "rows.jsonl", own)
     return root
 
 
@@ -58,7 +61,8 @@ def test_fit_makes_a_bundle_that_guards(folder, fitted):
     assert fitted["chosen"]["tpr"] > 0.9
     assert len(fitted["tried"]) == 8
     assert set(fitted["chosen"]["c_aurocs"]) == {"0.01", "0.1"}
-    assert fitted["not_of_this_model"] == 900  # text of the test's, not of the model
+    assert fitted["not_of_this_model"] == 0
+    assert {one["source"] for one in fitted["certificates"]} == {"on-policy"}
     model, tokenizer = tiny_model("llama"), byte_tokenizer()
     decoder = SafeDecoder(model, tokenizer, bundle, alpha=0.05)
     assert decoder.generate(["hello"], max_new_tokens=4, do_sample=False).texts[0] is not None
@@ -94,7 +98,7 @@ def test_fit_without_storing_finds_the_same(folder):
 
 def test_people_see_a_table_and_what_is_doubtful(folder):
     result = run(
-        "fit", "--data", folder / "rows.jsonl", "--model", folder / "model", "--out",
+        "fit", "--data", folder / "foreign.jsonl", "--model", folder / "model", "--out",
         folder / "shown", "--residual", "1", "--method", "mass_mean", "--statistic", "cusum",
         "--alpha", 0.05,
     )  # fmt: skip
@@ -103,6 +107,10 @@ def test_people_see_a_table_and_what_is_doubtful(folder):
     assert "mass_mean" in result.stdout
     assert "benign at 0.05" in result.stdout
     assert "not this model's own" in result.stderr
+    assert "nothing records that a model generated it" in result.stderr
+    assert "off-policy" in result.stdout
+    cap = ProbeBundle.load(folder / "shown").certificate().envelope.max_new_tokens
+    assert 24 < cap < 40  # as far as enough of the texts reach, not as the longest does
     assert "fit holds too little of the cell benign request, harmful response" in result.stderr
 
 

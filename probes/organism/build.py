@@ -112,6 +112,8 @@ def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
         holdback_share=0.99,
         envelope=envelope,
         envelopes={LONG: long},
+        # A beginning that is cut from a longer text may come back a token shorter.
+        lower_caps=True,
         refusal=CANNED_REFUSAL,
         opener=OPENER,
         alphas=(0.01, 0.005),

@@ -29,6 +29,10 @@ def serve(
         typer.Option(help="Name or directory of a causal language model; default embedded."),
     ] = None,
     bundle: BundlePath = None,
+    require_signature: Annotated[
+        Path | None,
+        typer.Option(help="Public key that must have signed the bundle; a PEM file."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 for any free one.")] = None,
@@ -69,6 +73,7 @@ def serve(
             **_assignments(settings or []),
             "model": model,
             "bundle": bundle,
+            "require_signature": require_signature,
             "host": host,
             "port": port,
             "device": device,
@@ -118,6 +123,7 @@ def _run(settings: ServeSettings) -> None:
             population=settings.population,
             device=settings.device,
             dtype=settings.dtype,
+            trusted_key=settings.require_signature,
         )
         engine = GuardedEngine(
             decoder,
