@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safe_decode.whole_files import write_whole
+
 __all__ = ["block_names", "fill", "main", "standing_in", "table_of"]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,7 +141,7 @@ def main(only: Sequence[str] = ()) -> None:
     def content(name: str, above: str) -> str:
         return content_of(name, above) if not only or name in only else standing_in(text, name)
 
-    README.write_text(fill(text, content), encoding="utf-8")
+    write_whole(README, fill(text, content))
 
 
 def _cell(value: object) -> str:

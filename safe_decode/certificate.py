@@ -144,6 +144,16 @@ class Certificate:
         """The largest cap that the responses support; None where it is not recorded."""
         return self.evidence.supported_cap(least_draws(self.alpha, self.delta))
 
+    def status(self, void: str | None) -> str:
+        """Say in a trace whether the certificate speaks of a row.
+
+        Args:
+            void: Why it does not; None: it does.
+        """
+        if void is not None:
+            return f"void({void})"
+        return "valid(off-policy)" if self.evidence.source == "off-policy" else "valid"
+
     @classmethod
     def compute(
         cls,

@@ -27,7 +27,9 @@ TRACE_VERSION = 3
 _READ_VERSIONS = (1, 2, 3)
 """1: without `pruned_beams` and `check`; 2: without `reasoning` and its threshold. What a
 version lacks has its default."""
-_SINCE_VERSION_2 = frozenset({"pruned_beams", "check", "reasoning", "reasoning_threshold"})
+_SINCE_VERSION_2 = frozenset(
+    {"pruned_beams", "check", "reasoning", "reasoning_threshold", "source"}
+)
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -41,11 +43,13 @@ class TraceHeader:
         alpha: Level of the certificate in force.
         population: Population the certificate speaks of.
         threshold: What the statistic is compared with.
-        certificate: "valid", or "void(reason)" for a call outside the certified envelope.
+        certificate: "valid", "valid(off-policy)" where the model did not write the responses it
+            was certified on, or "void(reason)" for a call outside the certified envelope.
         redirect: What a trip leads to.
         holdback_tokens: A token is released when it and this many after it are judged.
         reasoning_threshold: Inside marked spans; there the statistic counts values lowered by
             its difference to `threshold`. None: there is no other.
+        source: Whose responses were certified on: "on-policy", "off-policy" or "unrecorded".
     """
 
     bundle: str
@@ -57,6 +61,7 @@ class TraceHeader:
     redirect: Redirect
     holdback_tokens: int
     reasoning_threshold: float | None = None
+    source: str = "unrecorded"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from probes.recipe import Recipe, RecipeConfig, make_bundle
 from probes.rollouts import Request, RolloutConfig, rollout
 from safe_decode.certificate import Envelope
 from safe_decode.sites import Site
+from safe_decode.whole_files import write_whole
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -226,6 +227,4 @@ def _as_meant(requests: Sequence[Request], rows: Sequence[Conversation]) -> dict
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.rename(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -199,6 +199,7 @@ def _facts(trace: SafetyTrace) -> dict[str, object]:
         "tries": end.tries,
         "alpha": header.alpha,
         "certificate": header.certificate,
+        "certified_on": header.source,
         "error": end.error,
     }
 
