@@ -201,8 +201,8 @@ class Certificate:
             if getattr(self, name) != value:
                 raise CertificateError(
                     f"{name}={getattr(self, name)} of the certificate for {self.population!r} at "
-                    f"alpha={self.alpha:g} is not {value}, which its {len(self.maxima)} maxima "
-                    "yield; calibrate again."
+                    f"alpha={self.alpha:g}, delta={self.delta:g} is not {value}, which its "
+                    f"{len(self.maxima)} maxima yield; calibrate again."
                 )
         self.verify_cap()
 

@@ -36,6 +36,7 @@ _FLOAT32_TINY = 1.1754943508222875e-38
 _MOST_HOLDBACK = 4096
 _MOST_STEPS = 65_536  # of windows, hits and looks: a row keeps that many values
 _MOST_TEXT = 65_536
+_MOST_CHANNELS = 1 << 20  # of one activation; the widest layers have some tens of thousands
 _MOST_TEMPERATURE = 100.0  # far above what is used; there the scores say nothing any more
 _LEAST_CANARY_TOLERANCE = 1e-3
 _REMEDY = "fetch the bundle again, or calibrate again."
@@ -74,6 +75,8 @@ def require_plausible(bundle: ProbeBundle) -> None:
         _require_certificates(check.certificates, _Range(-_FLOAT32_MAX), context)
     if bundle.reasoning is not None:
         _require_certificates(bundle.reasoning.certificates, _Range(-_FLOAT32_MAX), context)
+    for part in filter(None, (check, bundle.reasoning)):
+        _require_covering(part.certificates, bundle.certificates)
 
 
 def require_plausible_rules(
@@ -156,6 +159,20 @@ def _require_envelope(certificate: Certificate, context: int | None, where: str)
     _whole("top_k", envelope.top_k, 0, None, where)
 
 
+def _require_covering(parts: Sequence[Certificate], mains: Sequence[Certificate]) -> None:
+    """Refuse a further threshold that is certified up to less than the one beside it."""
+    for part in parts:
+        for main in mains:
+            cap, needed = part.envelope.max_new_tokens, main.envelope.max_new_tokens
+            alike = main.population == part.population and math.isclose(main.alpha, part.alpha)
+            if alike and cap < needed:
+                raise CertificateError(
+                    f"max_new_tokens={cap} of a further certificate for {part.population!r} at "
+                    f"alpha={part.alpha:g} is below {needed}, that of the statistic; certify both "
+                    "up to the same cap."
+                )
+
+
 def _require_order(certificates: Sequence[Certificate]) -> None:
     """Refuse a level twice, and a stricter level with a lower threshold on the same maxima."""
     ordered = sorted(certificates, key=lambda one: (one.population, one.maxima, one.alpha))
@@ -197,7 +214,7 @@ def _require_sites(sites: Sequence[Site], architecture: Mapping[str, str]) -> No
     for site in sites:
         _whole("layer", site.layer, 0, None if layers is None else layers - 1, " of a site")
         for channel in (site.channels[0], site.channels[-1]):
-            _whole("channels", channel, 0, None, " of a site")
+            _whole("channels", channel, 0, _MOST_CHANNELS, " of a site")
         width = _entry(architecture, "hidden_size")
         if site.kind == "resid" and width is not None:
             _whole("channels", site.channels[-1], 0, width - 1, " of a site")

@@ -128,6 +128,27 @@ def test_calibrate_certifies_anew_and_says_how_many_more_are_needed(folder, fitt
     common = ("--bundle", folder / "bundle", "--data", folder / "rows.jsonl", "--out", folder / "x")
     line = refused("calibrate", *common, "--model", folder / "model", "--alpha", 0.001)
     assert "collect" in line and "more" in line
+    own = ("--model", folder / "model", "--alpha", 0.1)
+    line = refused("calibrate", *common, *own, "--max-new-tokens", 100_000)
+    assert "max_new_tokens=100000 is not supported for 'benign'" in line
+    assert "(this model's own responses) support at most 48" in line
+    assert "Pass max_new_tokens=48 or less" in line
+    foreign = ("calibrate", "--bundle", folder / "bundle", "--data", folder / "foreign.jsonl")
+    line = refused(*foreign, "--out", folder / "x", *own, "--max-new-tokens", 48)
+    assert "texts that this model did not write" in line and "safe-decode rollout" in line
+    assert "--delta=0.99 is outside (0, 0.2]" in refused("calibrate", *common, "--delta", 0.99)
+    assert not (folder / "x").exists()
+    shown = told(*foreign, "--out", folder / "off", *own)
+    assert {one["source"] for one in shown["certificates"]} == {"off-policy"}
+    loaded = ProbeBundle.load(folder / "off")
+    assert loaded.certificate().envelope.max_new_tokens == loaded.certificate().supported_cap < 40
+    output = SafeDecoder(tiny_model("llama"), byte_tokenizer(), loaded).generate(
+        ["hello"], max_new_tokens=4, do_sample=False
+    )
+    assert output.traces[0].header.certificate == "valid(off-policy)"
+    assert output.traces[0].header.source == "off-policy"
+    for command in ("inspect", "verify-certificate"):
+        assert "off-policy" in run(command, "--bundle", folder / "off").stdout
     other = folder / "other"
     tiny_model("llama", seed=1).save_pretrained(other)
     byte_tokenizer().save_pretrained(other)
