@@ -67,25 +67,24 @@ def serve(
         raise ConfigurationError(
             f"{error.name} is missing; install the server with: pip install 'safe-decode[serving]'"
         ) from error
-    given = load_settings(
-        config,
-        **{
-            **_assignments(settings or []),
-            "model": model,
-            "bundle": bundle,
-            "require_signature": require_signature,
-            "host": host,
-            "port": port,
-            "device": device,
-            "dtype": dtype,
-            "alpha": alpha,
-            "population": population,
-            "redirect": redirect,
-            "api_keys": tuple(api_key) if api_key else None,
-            "audit": audit,
-            "expose_scores": expose_scores,
-        },
-    )
+    flags = {
+        "model": model,
+        "bundle": bundle,
+        "require_signature": require_signature,
+        "host": host,
+        "port": port,
+        "device": device,
+        "dtype": dtype,
+        "alpha": alpha,
+        "population": population,
+        "redirect": redirect,
+        "api_keys": tuple(api_key) if api_key else None,
+        "audit": audit,
+        "expose_scores": expose_scores,
+    }
+    # A flag that was not given does not take back what --set says.
+    told = {name: value for name, value in flags.items() if value is not None}
+    given = load_settings(config, **{**_assignments(settings or []), **told})
     _run(_for_demo(given))
 
 
