@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Mapping
@@ -248,7 +249,10 @@ def _signed(payload: bytes) -> bytes:
 
 
 def _private_key(path: Path, password: bytes | None) -> EllipticCurvePrivateKey:
-    serialization, ec = _cryptography()
+    _require_cryptography()
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password)
     except (OSError, ValueError, TypeError) as error:
@@ -265,7 +269,10 @@ def _private_key(path: Path, password: bytes | None) -> EllipticCurvePrivateKey:
 
 
 def _public_key(path: Path) -> EllipticCurvePublicKey:
-    serialization, ec = _cryptography()
+    _require_cryptography()
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     try:
         key = serialization.load_pem_public_key(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -281,23 +288,23 @@ def _public_key(path: Path) -> EllipticCurvePublicKey:
     return key
 
 
-def _cryptography() -> tuple[Any, Any]:
-    try:
-        from cryptography.hazmat.primitives import serialization
-        from cryptography.hazmat.primitives.asymmetric import ec
-    except ModuleNotFoundError as error:
+def _require_cryptography() -> None:
+    if importlib.util.find_spec("cryptography") is None:
         raise ConfigurationError(
-            f"{error.name} is missing; install it with: pip install 'safe-decode[signing]'"
-        ) from error
-    return serialization, ec
+            "cryptography is missing; install it with: pip install 'safe-decode[signing]'"
+        )
 
 
 def _ecdsa(key: EllipticCurvePublicKey) -> ECDSA:
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    kinds = {256: hashes.SHA256, 384: hashes.SHA384, 521: hashes.SHA512}
-    return ec.ECDSA(kinds[key.curve.key_size]())
+    kinds: dict[int, hashes.HashAlgorithm] = {
+        256: hashes.SHA256(),
+        384: hashes.SHA384(),
+        521: hashes.SHA512(),
+    }
+    return ec.ECDSA(kinds[key.curve.key_size])
 
 
 def _hint(key: EllipticCurvePublicKey) -> str:
