@@ -73,10 +73,11 @@ def require_plausible(bundle: ProbeBundle) -> None:
         _whole("every_tokens", check.every_tokens, 1, _MOST_STEPS)
         _whole("max_looks", check.max_looks, 1, _MOST_STEPS)
         _require_certificates(check.certificates, _Range(-_FLOAT32_MAX), context)
+        _require_covering(check.certificates, bundle.certificates)
     if bundle.reasoning is not None:
-        _require_certificates(bundle.reasoning.certificates, _Range(-_FLOAT32_MAX), context)
-    for part in filter(None, (check, bundle.reasoning)):
-        _require_covering(part.certificates, bundle.certificates)
+        further = bundle.reasoning.certificates
+        _require_certificates(further, _Range(-_FLOAT32_MAX), context)
+        _require_covering(further, bundle.certificates)
 
 
 def require_plausible_rules(

@@ -8,29 +8,26 @@ is asked of the network, and no key is trusted but the one that is passed.
 All files of the directory are covered, below it too, but for the signature and what git keeps
 there. A file that is not covered is refused, although it would not be read.
 
-Knows files, keys and the format. Does not know what the files mean. Needs the extra `signing`.
+Knows files and the format. Does not know what the files mean, or kinds of keys. Needs the extra
+`signing`.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safe_decode.errors import ConfigurationError, SignatureError
+from safe_decode.errors import SignatureError
+from safe_decode.signing_keys import ecdsa_of, key_digest, private_key_of, public_key_of
 from safe_decode.whole_files import write_whole
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ec import (
-        ECDSA,
-        EllipticCurvePrivateKey,
-        EllipticCurvePublicKey,
-    )
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 __all__ = ["SIGNATURE", "is_signed", "require_signed", "sign_bundle"]
 
@@ -40,7 +37,6 @@ _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 _STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 _PREDICATE_TYPE = "https://model_signing/signature/v1.0"
-_CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _MOST_BYTES = 16 << 20
 
 
@@ -64,20 +60,20 @@ def sign_bundle(source: Path, private_key: Path, *, password: bytes | None = Non
         ConfigurationError: The key cannot be used.
         SignatureError: The directory cannot be read or written.
     """
-    key = _private_key(private_key, password)
+    key = private_key_of(private_key, password)
     try:
         payload = json.dumps(_statement(source.resolve().name, _digests(source))).encode()
         record = {
             "mediaType": _MEDIA_TYPE,
             "verificationMaterial": {
-                "publicKey": {"hint": _hint(key.public_key())},
+                "publicKey": {"hint": key_digest(key.public_key())},
                 "tlogEntries": [],
             },
             "dsseEnvelope": {
                 "payload": _base64(payload),
                 "payloadType": _PAYLOAD_TYPE,
                 "signatures": [
-                    {"sig": _base64(key.sign(_signed(payload), _ecdsa(key.public_key())))}
+                    {"sig": _base64(key.sign(_signed(payload), ecdsa_of(key.public_key())))}
                 ],
             },
         }
@@ -105,7 +101,7 @@ def require_signed(
         SignatureError: There is no signature, it is another key's, it is damaged, or a file
             was changed, is missing or is not covered.
     """
-    key = _public_key(Path(trusted_key))
+    key = public_key_of(Path(trusted_key))
     if not is_signed(source):
         raise SignatureError(
             f"bundle {source} is unsigned, wanted a signature by the key {trusted_key}; sign it "
@@ -127,7 +123,7 @@ def require_signed(
         name: hashlib.sha256(content).hexdigest() for name, content in (contents or {}).items()
     }
     _require_same(source, wanted, found)
-    return _hint(key)
+    return key_digest(key)
 
 
 def _require_same(source: Path, wanted: Mapping[str, str], found: Mapping[str, str]) -> None:
@@ -167,13 +163,13 @@ def _verified_payload(source: Path, key: EllipticCurvePublicKey, name: str | Pat
             f"bundle {source}: {SIGNATURE} cannot be read ({error}); it is damaged or was not made "
             "with a key of one's own. Fetch the bundle again."
         ) from error
-    if hint and hint != _hint(key):
+    if hint and hint != key_digest(key):
         raise SignatureError(
-            f"bundle {source} is signed by the key {str(hint)[:16]}, wanted {_hint(key)[:16]} "
+            f"bundle {source} is signed by the key {str(hint)[:16]}, wanted {key_digest(key)[:16]} "
             f"({name}); pass the key of whoever you trust, or fetch their bundle."
         )
     try:
-        key.verify(signature, _signed(payload), _ecdsa(key))
+        key.verify(signature, _signed(payload), ecdsa_of(key))
     except InvalidSignature as error:
         raise SignatureError(
             f"bundle {source}: {SIGNATURE} does not hold for the key {name}: it was changed, or "
@@ -246,75 +242,6 @@ def _root(digests: Mapping[str, str]) -> str:
 def _signed(payload: bytes) -> bytes:
     """Return what is signed: DSSE's encoding of a payload and its type."""
     return f"DSSEv1 {len(_PAYLOAD_TYPE)} {_PAYLOAD_TYPE} {len(payload)} ".encode() + payload
-
-
-def _private_key(path: Path, password: bytes | None) -> EllipticCurvePrivateKey:
-    _require_cryptography()
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    try:
-        key = serialization.load_pem_private_key(path.read_bytes(), password)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(
-            f"the private key {path} cannot be read: {error}; pass a PEM file, and its password "
-            "if it has one."
-        ) from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
-        raise ConfigurationError(
-            f"the private key {path} is of another kind, wanted an elliptic-curve key on one of "
-            f"{_CURVES}; make one with `openssl ecparam -name prime256v1 -genkey -noout`."
-        )
-    return key
-
-
-def _public_key(path: Path) -> EllipticCurvePublicKey:
-    _require_cryptography()
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    try:
-        key = serialization.load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"the public key {path} cannot be read: {error}; pass the PEM file that "
-            "`openssl ec -in private.pem -pubout` writes."
-        ) from error
-    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in _CURVES:
-        raise ConfigurationError(
-            f"the public key {path} is of another kind, wanted an elliptic-curve key on one of "
-            f"{_CURVES}."
-        )
-    return key
-
-
-def _require_cryptography() -> None:
-    if importlib.util.find_spec("cryptography") is None:
-        raise ConfigurationError(
-            "cryptography is missing; install it with: pip install 'safe-decode[signing]'"
-        )
-
-
-def _ecdsa(key: EllipticCurvePublicKey) -> ECDSA:
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    kinds: dict[int, hashes.HashAlgorithm] = {
-        256: hashes.SHA256(),
-        384: hashes.SHA384(),
-        521: hashes.SHA512(),
-    }
-    return ec.ECDSA(kinds[key.curve.key_size])
-
-
-def _hint(key: EllipticCurvePublicKey) -> str:
-    """Digest a public key as the format does."""
-    from cryptography.hazmat.primitives import serialization
-
-    pem = key.public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return hashlib.sha256(pem).hexdigest()
 
 
 def _base64(content: bytes) -> str:
