@@ -54,6 +54,10 @@ _TEMPERATURE, _SAMPLED_ALPHA = 0.3, 0.01
 _PADDING = 48
 
 
+def _config(**options: Any) -> GenerationConfig:
+    return GenerationConfig(**options)  # type: ignore[no-untyped-call]
+
+
 @dataclass(frozen=True)
 class Said:
     """One answer of a configuration: its text and its trace."""
@@ -87,7 +91,7 @@ class Configuration:
 class Forbids(LogitsProcessor):
     """A processor of a user's own: every third id is out of reach."""
 
-    def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Forbid."""
         scores = scores.clone()
         scores[:, 7::3] = -torch.inf
@@ -183,7 +187,7 @@ INSIDE: tuple[Configuration, ...] = (
     Configuration("eos and pad named", {"eos_token_id": 2, "pad_token_id": 2}),
     Configuration(
         "a generation_config",
-        {"generation_config": lambda: GenerationConfig(do_sample=False), "max_new_tokens": 128},
+        {"generation_config": lambda: _config(do_sample=False), "max_new_tokens": 128},
     ),
     Configuration(
         "prompt lookup, cap of 48", {"prompt_lookup_num_tokens": 4, "max_new_tokens": 48}, batch=1

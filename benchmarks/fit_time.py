@@ -27,6 +27,7 @@ from probes.locate import locate
 from probes.organism.build import conversations_for, recipe_config
 from probes.organism.courses import Amounts
 from probes.organism.grammar import Cells
+from probes.reach import Responses
 from probes.statistic import maxima, smoothed_paths
 from probes.units import sites_of
 from safe_decode.demo.load import Loaded, artefact, load_model
@@ -102,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         alphas=config.alphas,
         delta=config.delta,
         envelope=config.envelope,
+        responses=Responses.scored(model, logits),
+        lower_caps=config.lower_caps,
     )
     done = time.perf_counter()
     row = {

@@ -17,6 +17,7 @@ from benchmarks import located_tables as tables
 from benchmarks.card import RESULTS
 from benchmarks.markdown import table
 from probes.journal import read_journal
+from safe_decode.whole_files import write_whole
 
 __all__ = ["Results", "location", "main", "page"]
 
@@ -203,9 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pictures = arguments.docs / "located-units"
     pictures.mkdir(parents=True, exist_ok=True)
     target = arguments.docs / "located-units.md"
-    part = target.with_name(f".{target.name}.part")
-    part.write_text(page(arguments.results, pictures).rstrip() + "\n", encoding="utf-8")
-    part.replace(target)
+    write_whole(target, page(arguments.results, pictures).rstrip() + "\n")
 
 
 if __name__ == "__main__":

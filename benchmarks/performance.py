@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.readme import ROOT, UNMEASURED, fill, table_of
 from safe_decode.bench.card import read_lines
+from safe_decode.whole_files import write_whole
 
 __all__ = ["main"]
 
@@ -39,7 +40,7 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
             rows = [{column: row.get(column) for column in columns} for row in rows]
         return table_of([*map(json.dumps, rows), json.dumps({"card": facts})])
 
-    page.write_text(fill(page.read_text(encoding="utf-8"), content), encoding="utf-8")
+    write_whole(page, fill(page.read_text(encoding="utf-8"), content))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safe_decode.whole_files import write_whole
+
 __all__ = ["PAGES", "block_names", "fill", "main", "standing_in", "table_of"]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +143,7 @@ def main(only: Sequence[str] = ()) -> None:
         def content(name: str, above: str, text: str = text) -> str:
             return content_of(name, above) if not only or name in only else standing_in(text, name)
 
-        page.write_text(fill(text, content), encoding="utf-8")
+        write_whole(page, fill(text, content))
 
 
 def _cell(value: object) -> str:

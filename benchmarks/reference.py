@@ -43,6 +43,7 @@ from probes.neighbours import merge_near_duplicates
 from probes.reading import read_conversations
 from probes.teacher import encode_response
 from safe_decode.demo.load import Loaded, load_model
+from safe_decode.whole_files import write_whole
 
 LOG = logging.getLogger("benchmarks.reference")
 COLUMNS = (
@@ -144,9 +145,7 @@ def count_look(dev: str) -> int:
     digest = hashlib.sha256(Path(dev).read_bytes()).hexdigest()[:12]
     looks = json.loads(path.read_text("utf-8")) if path.exists() else {}
     looks[digest] = looks.get(digest, 0) + 1
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(looks, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, json.dumps(looks, indent=1, sort_keys=True) + "\n")
     return int(looks[digest])
 
 

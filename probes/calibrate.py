@@ -4,21 +4,24 @@ The unit of a certificate is one response to one independently drawn prompt grou
 several responses of a group count once, by their maximum. Everything else is frozen
 before the first of these responses is looked at.
 
-Knows populations, groups and how several certificates share a confidence. The bound
-itself is in `safe_decode.certificate`.
+Knows populations, groups and how several certificates share a confidence. The bound itself is
+in `safe_decode.certificate`; who wrote the responses and how far they reach, in `reach`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from probes.conversations import Conversation
-from safe_decode.certificate import Certificate, Envelope
+from probes.reach import Reach, Responses, evidence_of, fitting_cap
+from safe_decode.certificate import Certificate, Envelope, least_draws
 from safe_decode.errors import CertificateError, ConfigurationError, DataError
+from safe_decode.evidence import UNRECORDED
 
 __all__ = ["Calibration", "certify", "certify_populations", "group_maxima", "population_of"]
 
@@ -30,10 +33,12 @@ class Calibration:
     Attributes:
         certificates: One for each population and alpha that n supports.
         refused: Why others were not given, by `population at alpha`.
+        foreign: Responses that the certified model did not write, by the reason.
     """
 
     certificates: tuple[Certificate, ...]
     refused: dict[str, str]
+    foreign: dict[str, int] = field(default_factory=dict)
 
 
 def population_of(conversation: Conversation) -> str:
@@ -81,6 +86,8 @@ def certify(
     alphas: Sequence[float],
     delta: float,
     envelope: Envelope,
+    reaches: Sequence[Reach] | None = None,
+    lower_caps: bool = False,
 ) -> tuple[Certificate, ...]:
     """Certify thresholds for one population.
 
@@ -94,18 +101,32 @@ def certify(
         alphas: Wanted bounds on the share of responses that alarm.
         delta: Chance, over the draw of these responses, that a bound does not hold.
         envelope: How the responses were generated.
+        reaches: Of each response, see `reach`; None: the certificates say `unrecorded`.
+        lower_caps: Lower a cap that the responses do not support, rather than refuse it.
 
     Raises:
-        CertificateError: There are too few groups for an alpha; it says how many more.
+        CertificateError: There are too few groups for an alpha; it says how many more. Or the
+            envelope's cap is above what the responses support.
     """
     drawn = group_maxima(maxima, groups)
     share = delta / max(len(alphas), 1)
-    return tuple(
-        Certificate.compute(
-            drawn.tolist(), alpha=alpha, delta=share, population=population, envelope=envelope
+    evidence = UNRECORDED if reaches is None else evidence_of(reaches, groups)
+    found = []
+    for alpha in alphas:
+        own = envelope
+        if lower_caps and len(drawn) >= least_draws(alpha, share):
+            own = fitting_cap(envelope, evidence, least_draws(alpha, share))
+        found.append(
+            Certificate.compute(
+                drawn.tolist(),
+                alpha=alpha,
+                delta=share,
+                population=population,
+                envelope=own,
+                evidence=evidence,
+            )
         )
-        for alpha in alphas
-    )
+    return tuple(found)
 
 
 def certify_populations(
@@ -116,6 +137,8 @@ def certify_populations(
     delta: float,
     envelope: Envelope,
     envelopes: Mapping[str, Envelope] | None = None,
+    responses: Responses | None = None,
+    lower_caps: bool = False,
     required: str = "benign",
 ) -> Calibration:
     """Certify thresholds for each population apart.
@@ -127,32 +150,46 @@ def certify_populations(
         delta: As in `certify`, for each population.
         envelope: As in `certify`.
         envelopes: Of populations whose responses were generated otherwise; by name.
+        responses: Lengths of the responses, and the model that is certified; None: the
+            certificates say `unrecorded`.
+        lower_caps: As in `certify`.
         required: The population without which there is no bundle.
 
     Raises:
-        CertificateError: The required population does not support one of the alphas.
+        CertificateError: The required population does not support one of the alphas, or the
+            cap.
         DataError: A response is harmful or was not judged.
     """
     names = np.asarray([population_of(row) for row in conversations])
     certificates: list[Certificate] = []
     refused: dict[str, str] = {}
+    foreign: Counter[str] = Counter()
     for population in sorted({required, *names.tolist()}):
         rows = np.flatnonzero(names == population)
-        groups = [conversations[int(row)].group for row in rows]
+        own = (envelopes or {}).get(population, envelope)
+        mine = [conversations[int(row)] for row in rows]
+        reaches = None
+        if responses is not None:
+            lengths = [responses.lengths[int(row)] for row in rows]
+            known = Responses(tuple(lengths), responses.weights)
+            reaches = known.reaches(mine, own)
+            foreign.update(known.foreign(mine, own))
         # Each alpha is tried apart, so that a small population keeps what it supports; the
         # confidence is shared over all that were asked for.
         for alpha in alphas:
             try:
                 certificates += certify(
                     maxima[rows],
-                    groups,
+                    [row.group for row in mine],
                     population=population,
                     alphas=(alpha,),
                     delta=delta / len(alphas),
-                    envelope=(envelopes or {}).get(population, envelope),
+                    envelope=own,
+                    reaches=reaches,
+                    lower_caps=lower_caps,
                 )
             except CertificateError as error:
                 if population == required:
                     raise
                 refused[f"{population} at {alpha}"] = str(error)
-    return Calibration(tuple(certificates), refused)
+    return Calibration(tuple(certificates), refused, dict(foreign))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+from probes.generation import Generation
 from safe_decode.errors import ConfigurationError, DataError
+from safe_decode.whole_files import whole_file
 
 __all__ = [
     "DEFAULT_SHARES",
@@ -69,6 +69,7 @@ class Conversation:
             activations are read on exactly these; re-tokenising text may yield others.
         prefill_tokens: How many leading `response_ids` were supplied, not generated.
         ended: Whether the model itself ended the response; None for text from elsewhere.
+        generation: By which model it was generated, and how; None for text from elsewhere.
         meta: Anything else JSON can hold, such as framing, plan or population.
 
     Raises:
@@ -87,6 +88,7 @@ class Conversation:
     response_ids: tuple[int, ...] | None = None
     prefill_tokens: int = 0
     ended: bool | None = None
+    generation: Generation | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -160,16 +162,9 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Conversation]:
 
 def write_jsonl(path: str | os.PathLike[str], conversations: Iterable[Conversation]) -> None:
     """Write conversations as JSON lines; a reader never sees a half-written file."""
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8") as out:
-            for row in conversations:
-                out.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with whole_file(path) as part, open(part, "w", encoding="utf-8") as out:
+        for row in conversations:
+            out.write(json.dumps(_to_json(row), ensure_ascii=False) + "\n")
 
 
 def split_of(group: str, *, seed: int = 0, shares: Mapping[Split, float] = DEFAULT_SHARES) -> Split:
@@ -266,6 +261,8 @@ def conversation_from(row: object) -> Conversation:
     for name in ("messages", "response_ids"):
         if isinstance(values.get(name), list):
             values[name] = tuple(values[name])
+    if values.get("generation") is not None:
+        values["generation"] = Generation.from_json(values["generation"])
     if values.get("group") is None:
         values["group"] = _digest(values["messages"])
     return Conversation(**values)
@@ -293,5 +290,6 @@ def _to_json(row: Conversation) -> dict[str, Any]:
     values = {f.name: getattr(row, f.name) for f in fields(Conversation)}
     values["messages"] = [dict(message) for message in row.messages]
     values["meta"] = dict(row.meta) or None
+    values["generation"] = row.generation and row.generation.to_json()
     values["prefill_tokens"] = row.prefill_tokens or None
     return {name: value for name, value in values.items() if value is not None}

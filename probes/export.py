@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from safe_decode.bundle import ProbeBundle
 from safe_decode.errors import ConfigurationError
 from safe_decode.portable import start_state
+from safe_decode.whole_files import write_whole
 
 __all__ = ["MONITOR_FILE", "PROBE_FILE", "export_onnx", "require_library"]
 
@@ -53,9 +54,7 @@ def export_onnx(
     models = {PROBE_FILE: _probe_model(bundle), MONITOR_FILE: _monitor_model(bundle, threshold)}
     for name, model in models.items():
         onnx.checker.check_model(model, full_check=True)
-        part = root / f".{name}.part"
-        part.write_bytes(model.SerializeToString())
-        part.replace(root / name)
+        write_whole(root / name, model.SerializeToString())
     return root / PROBE_FILE, root / MONITOR_FILE
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,7 @@ from probes.teacher import (
 from safe_decode.errors import DataError
 from safe_decode.probe import LinearProbe
 from safe_decode.sites import Site, n_features, sorted_sites
+from safe_decode.whole_files import write_whole
 
 __all__ = ["harvest", "harvest_to", "score_responses", "weights_digest"]
 
@@ -40,6 +42,7 @@ Storage = Literal["float32", "float16"]
 
 _SAMPLED_PER_PARAMETER = 64
 _SHARD = "features-"
+_HALF_SHARD = re.compile(rf"{_SHARD}\d{{5}}\.\d+\.part")
 
 
 def harvest(
@@ -98,8 +101,9 @@ def harvest_to(
     onsets = _onsets(tokenizer, conversations, encoded)
     identity = _identity(encoded, sites, storage, responses_per_shard)
     _claim(root, {**identity, "weights_sha256": weights_digest(model)})
-    for left in root.glob(f"{_SHARD}*.part"):
-        left.unlink()  # half a shard of a run that was killed
+    for left in root.iterdir():
+        if _HALF_SHARD.fullmatch(left.name):  # of a run that was killed
+            left.unlink()
     responses: list[NDArray[Any]] = []
     for number, begin in enumerate(range(0, len(encoded), responses_per_shard)):
         part = encoded[begin : begin + responses_per_shard]
@@ -198,9 +202,11 @@ def _claim(root: Path, identity: dict[str, Any]) -> None:
     path = root / "harvest.json"
     text = json.dumps(identity, sort_keys=True)
     if not path.exists():
-        temporary = path.with_suffix(".part")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        if any(root.glob(f"{_SHARD}*.npy")):
+            raise DataError(
+                f"{root} holds shards but no {path.name} that says of what; use a new directory."
+            )
+        write_whole(path, text)
     elif path.read_text(encoding="utf-8") != text:
         raise DataError(
             f"{root} holds a harvest of another model, or of other responses, sites or storage; "

@@ -24,7 +24,8 @@ from probes.calibrate import certify
 from probes.conversations import Conversation, by_split
 from probes.features import ResponseFeatures
 from probes.fit import FitConfig, LinearProbeFitter
-from probes.harvest import score_responses
+from probes.harvest import score_responses, weights_digest
+from probes.reach import Responses
 from probes.statistic import smoothed_paths
 from probes.teacher import EncodedResponse, encode_response, onset_token
 from safe_decode.bundle import ProbeBundle
@@ -190,13 +191,16 @@ def fit_header_check(
     scalars = response_scalars(
         model, tokenizer, harmless["calibrate"], paths["calibrate"], first, draft
     )
+    lengths = tuple(len(path) - 1 for path in paths["calibrate"])
+    envelope = bundle.certificate().envelope
     certificates = certify(
         scalars,
         [row.group for row in harmless["calibrate"]],
         population="benign",
         alphas=config.alphas,
         delta=config.delta,
-        envelope=bundle.certificate().envelope,
+        envelope=envelope,
+        reaches=Responses(lengths, weights_digest(model)).reaches(harmless["calibrate"], envelope),
     )
     check = HeaderCheck(
         probe, first, certificates, every_tokens=config.every_tokens, max_looks=config.max_looks

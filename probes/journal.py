@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safe_decode.errors import ConfigurationError, DataError
+from safe_decode.whole_files import write_whole
 
 __all__ = ["Journal", "read_journal"]
 
@@ -67,17 +68,13 @@ class Journal:
         kept = {"key": key, **row}
         self.rows[key] = kept
         lines = [{"card": self._card}, *self.rows.values()]
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
-            part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            part.replace(self.path)
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:
             raise ConfigurationError(
                 f"{self.path} cannot be written: {error.strerror}; pass a file in a directory that "
                 "exists."
             ) from error
-        finally:
-            part.unlink(missing_ok=True)
         return kept
 
 

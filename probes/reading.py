@@ -25,7 +25,7 @@ _EMPTY = {"", "null", "none", "nan"}
 _TEXT_FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 _FLAG_FIELDS = ("response_harmful", "prompt_harmful", "refusal", "ended")
 _NUMBER_FIELDS = ("onset_char", "prefill_tokens")
-_JSON_FIELDS = ("messages", "meta", "response_ids")
+_JSON_FIELDS = ("messages", "meta", "response_ids", "generation")
 
 
 @dataclass

@@ -21,6 +21,7 @@ from torch import nn
 from probes.calibrate import certify
 from probes.conversations import Conversation
 from probes.harvest import score_responses
+from probes.reach import Responses
 from probes.statistic import smoothed_paths
 from probes.teacher import encode_response
 from safe_decode.bundle import ProbeBundle
@@ -94,10 +95,17 @@ def add_reasoning(
     groups = [row.group for row in conversations]
     alphas = [c.alpha for c in bundle.certificates if c.population == "benign"]
     envelope = bundle.certificate().envelope
+    reaches = Responses.scored(model, logits).reaches(conversations, envelope)
 
     def certified(tops: NDArray[np.float64]) -> tuple[Certificate, ...]:
         return certify(
-            tops, groups, population="benign", alphas=alphas, delta=delta / 2, envelope=envelope
+            tops,
+            groups,
+            population="benign",
+            alphas=alphas,
+            delta=delta / 2,
+            envelope=envelope,
+            reaches=reaches,
         )
 
     reasoning = certified(within)

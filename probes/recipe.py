@@ -21,6 +21,7 @@ from probes.features import union_of_sites
 from probes.fit import FitConfig
 from probes.harvest import score_responses
 from probes.locate import LocateConfig, locate
+from probes.reach import Responses
 from probes.select import StatisticChoice
 from probes.statistic import maxima, smoothed_paths
 from probes.units import UnitSet, sites_of
@@ -68,6 +69,7 @@ class RecipeConfig:
         holdback_share: Share of harmful select responses that a hold-back keeps clean.
         most_holdback_tokens: Patience has an end.
         envelopes: Of populations whose responses were generated otherwise, by name.
+        lower_caps: Lower a cap that the responses do not support, rather than refuse it.
     """
 
     envelope: Envelope
@@ -87,6 +89,7 @@ class RecipeConfig:
     holdback_share: float = 0.9
     most_holdback_tokens: int = 16
     envelopes: Mapping[str, Envelope] = field(default_factory=dict)
+    lower_caps: bool = False
 
     def __post_init__(self) -> None:
         if not (self.feature_counts or self.extra_sites) or not self.fits:
@@ -193,6 +196,9 @@ def make_bundle(
             "units": None if units is None else {**units.provenance, "counts": units.counts()},
             "select": list(tried),
             "certificates_refused": calibration.refused,
+            # Certificates speak of responses like these: of the model itself, or of others.
+            "calibrated": sum(row.response_harmful is False for row in parts["calibrate"]),
+            "not_of_this_model": calibration.foreign,
             "delta": config.delta,
         },
     )
@@ -258,6 +264,8 @@ def _calibrated(
         delta=config.delta,
         envelope=config.envelope,
         envelopes=config.envelopes,
+        responses=Responses.scored(model, logits),
+        lower_caps=config.lower_caps,
     )
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from probes.units import CATEGORIES, UnitSet
 from safe_decode.errors import ConfigurationError
+from safe_decode.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -139,7 +140,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
 
     FigureCanvasAgg(figure)
     try:
-        figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
+        with whole_file(path) as part:
+            figure.savefig(part, format="png", dpi=_DOTS_PER_INCH)
     except OSError as error:
         raise ConfigurationError(
             f"{os.fspath(path)} cannot be written: {error.strerror}; pass a directory that exists."

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,9 +25,11 @@ from probes.judges import RowJudge, judge_all
 from probes.rollouts import Request, RolloutConfig, rollout
 from safe_decode.chat import encode_chat
 from safe_decode.errors import DataError
+from safe_decode.whole_files import remove_empty, write_whole
 
 __all__ = ["RolloutReport", "requests_of", "rollout_to", "with_room"]
 
+_RUN = "run.json"
 _SEEDS_PER_PART = 1_000_000  # a part draws from a seed of its own for each of its batches
 
 
@@ -114,9 +115,9 @@ def rollout_to(
     parts.mkdir(parents=True, exist_ok=True)
     _claim(parts, _identity(model, requests, config, judge, responses_per_part))
     rows: list[Conversation] = []
-    resumed = 0
+    resumed, number = 0, -1
     for number, begin in enumerate(range(0, len(requests), responses_per_part)):
-        part = parts / f"{number:06d}.jsonl"
+        part = _part(parts, number)
         if part.exists():
             done = read_jsonl(part)
             resumed += len(done)
@@ -129,7 +130,9 @@ def rollout_to(
             write_jsonl(part, done)
         rows += done
     write_jsonl(target, rows)
-    shutil.rmtree(parts)
+    for written in (*(_part(parts, n) for n in range(number + 1)), parts / _RUN):
+        written.unlink(missing_ok=True)
+    remove_empty(parts)  # not where somebody else has put something
     return RolloutReport(rows, resumed)
 
 
@@ -153,12 +156,19 @@ def _identity(
     return json.dumps(facts, sort_keys=True)
 
 
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"{number:06d}.jsonl"
+
+
 def _claim(parts: Path, identity: str) -> None:
-    path = parts / "run.json"
+    path = parts / _RUN
     if not path.exists():
-        temporary = path.with_suffix(".part")
-        temporary.write_text(identity, encoding="utf-8")
-        os.replace(temporary, path)
+        if _part(parts, 0).exists():
+            raise DataError(
+                f"{parts} holds parts but no {_RUN} that says of which run; move it away, or "
+                "write to another file."
+            )
+        write_whole(path, identity)
     elif path.read_text(encoding="utf-8") != identity:
         raise DataError(
             f"{parts} holds the parts of another run (other requests, settings, model or judge); "

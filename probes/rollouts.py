@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from probes.conversations import Conversation, Message, Split
+from probes.generation import Generation
+from probes.harvest import weights_digest
 from probes.progress import progress
 from safe_decode.chat import EncodedChat, encode_chat, stop_ids
 from safe_decode.errors import ConfigurationError, DataError, PromptError
@@ -106,6 +108,17 @@ class RolloutConfig:
             "top_k": self.top_k,
         }
 
+    def generation(self, weights: str) -> Generation:
+        """Return what is recorded beside each response of a model."""
+        return Generation(
+            weights=weights,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.do_sample,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )
+
 
 class _Generated(NamedTuple):
     ids: tuple[int, ...]
@@ -141,6 +154,7 @@ def rollout(
     chats = [encode_chat(tokenizer, row.messages, prefill=row.prefill) for row in requests]
     _check_context(model, chats, config.max_new_tokens)
     stops = tuple(stop_ids(model, tokenizer))
+    generation = config.generation(weights_digest(model))
     order = sorted(range(len(chats)), key=lambda row: len(chats[row].ids))
     found: dict[int, _Generated] = {}
     with progress("generating", len(chats)) as advance:
@@ -152,7 +166,9 @@ def rollout(
             found.update(zip(rows, batch, strict=True))
             advance(len(rows))
     return [
-        _conversation(tokenizer, request, chats[row], found[row], judge)
+        replace(
+            _conversation(tokenizer, request, chats[row], found[row], judge), generation=generation
+        )
         for row, request in enumerate(requests)
     ]
 

@@ -1,9 +1,11 @@
 """The artefact that crosses from the workbench to the runtime.
 
 A directory of three files: card.json (everything readable, with digests of the others and
-of itself), probe.safetensors and calibration.safetensors. It is written beside its place
-and renamed. Nothing in it is believed when it is read: schema, digests, shapes, finiteness
-are checked, and the thresholds must recompute from the maxima stored beside them.
+of itself), probe.safetensors and calibration.safetensors. They are written beside their
+places and renamed; other files of the directory are left alone. Nothing in it is believed
+when it is read: schema, digests, shapes and ranges are checked, the thresholds must recompute
+from the maxima stored beside them, and the caps from the lengths. Digests show damage, not
+who wrote the bundle: for that it is signed, see `signing`.
 
 Knows its parts and the disk. Does not know models, hooks or generation.
 """
@@ -14,30 +16,30 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
-from torch import Tensor
 
+from safe_decode.bundle_card import calibration_tensors, card_of, parts_of, probe_tensors
 from safe_decode.bundle_files import (
     CALIBRATION,
     CARD,
-    FORMAT,
+    FILES,
     PROBE,
     SCHEMA,
     card_digest,
     checked_content,
-    read_card,
-    tupled,
+    is_bundle,
+    parse_card,
+    read_file,
 )
 from safe_decode.canary import CanaryRecord
-from safe_decode.certificate import Certificate, Envelope, certificate_of
+from safe_decode.certificate import Certificate, certificate_of
 from safe_decode.errors import (
     BundleCorruptError,
     BundleError,
@@ -46,10 +48,11 @@ from safe_decode.errors import (
 )
 from safe_decode.fingerprint import Fingerprint
 from safe_decode.monitor import MonitorConfig
+from safe_decode.plausible import require_plausible
 from safe_decode.probe import LinearProbe
 from safe_decode.selfcheck import HeaderCheck
-from safe_decode.sites import Site
 from safe_decode.spans import ReasoningSpans
+from safe_decode.whole_files import replace_files
 
 __all__ = ["SCHEMA", "Fingerprint", "ProbeBundle"]
 
@@ -146,52 +149,65 @@ class ProbeBundle:
         return str(json.loads(self._files()[CARD])["digest"])
 
     def save(self, path: str | Path) -> None:
-        """Write the bundle; what was there is replaced only when all is written.
+        """Write the bundle's files; what was there is replaced only when all are written.
 
         Args:
-            path: A directory; it is created, or replaced if it holds a bundle.
+            path: A directory; it is created if it is not there. If it holds a bundle, the
+                bundle's own files are replaced and all others stay, a signature too, which
+                then no longer fits.
 
         Raises:
             BundleError: Something else is there, or the disk refuses.
+            BundleCorruptError: It holds a value that would be refused when it is read.
         """
         target = Path(path)
-        if target.exists() and not (target / CARD).is_file():
+        if (target.exists() or target.is_symlink()) and not is_bundle(target):
             raise BundleError(f"path={target} exists and is no bundle; pass a new directory.")
         try:
+            require_plausible(self)
+        except (ConfigurationError, CertificateError) as error:
+            raise BundleCorruptError(f"the bundle for {target} is of no use: {error}") from error
+        files = self._files()
+        contents = {name: files[name] for name in FILES}
+        try:
+            if target.exists():
+                replace_files(target, contents)
+                return
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as spot:
-                new, old = Path(spot, "new"), Path(spot, "old")
+                new = Path(spot, "new")
                 new.mkdir()
-                for name, content in self._files().items():
-                    (new / name).write_bytes(content)
-                if target.exists():
-                    target.rename(old)
-                try:
-                    new.rename(target)
-                except OSError:
-                    if old.exists():
-                        old.rename(target)
-                    raise
+                replace_files(new, contents)
+                new.rename(target)
         except OSError as error:
             raise BundleError(f"path={target} cannot be written: {error}.") from error
 
     @classmethod
-    def load(cls, path: str | Path) -> ProbeBundle:
+    def load(cls, path: str | Path, *, trusted_key: str | Path | None = None) -> ProbeBundle:
         """Read and check a bundle.
 
         Args:
             path: Its directory, package data included.
+            trusted_key: File of the public key that must have signed it; None: the signature,
+                if there is one, is not looked at.
 
         Raises:
             BundleError: There is no bundle.
+            SignatureError: It is not signed by this key, or not as it is.
             BundleCorruptError: Truncated, of a foreign schema, changed since it was
-                written, not finite, or with parts that do not fit.
+                written, not finite, with values that no bundle has, or with parts that do
+                not fit.
         """
         source = Path(path)
         if not (source / CARD).is_file():
             raise BundleError(f"path={source} holds no {CARD}; pass the directory of a bundle.")
         try:
-            return _read(source)
+            contents = {name: read_file(source, name) for name in FILES}
+            if trusted_key is not None:
+                from safe_decode.signing import require_signed
+
+                require_signed(source, trusted_key, contents)
+            return _read(source, contents)
         except BundleCorruptError:
             raise
         except (
@@ -203,6 +219,8 @@ class ProbeBundle:
             TypeError,
             ValueError,
             AttributeError,
+            OverflowError,
+            RecursionError,
         ) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise BundleCorruptError(
@@ -210,139 +228,23 @@ class ProbeBundle:
             ) from error
 
     def _files(self) -> dict[str, bytes]:
-        tensors = {"weight": self.probe.weight, "bias": self.probe.bias}
-        if self.header_check is not None:
-            own = self.header_check.probe
-            tensors |= {"header_weight": own.weight, "header_bias": own.bias}
-        if self.canary is not None:
-            tensors["canary"] = self.canary.logits
         files = {
-            PROBE: bytes_of({name: t.detach().cpu().contiguous() for name, t in tensors.items()}),
-            CALIBRATION: bytes_of(_distinct_maxima(self.all_certificates)),
+            PROBE: bytes_of(probe_tensors(self)),
+            CALIBRATION: bytes_of(calibration_tensors(self)),
         }
-        card = _card(self, {name: hashlib.sha256(files[name]).hexdigest() for name in files})
+        card = card_of(self, {name: hashlib.sha256(files[name]).hexdigest() for name in files})
         card = json.loads(json.dumps(card, allow_nan=False))  # as it will be read
         card["digest"] = card_digest(card)
         text = json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False)
         return {CARD: text.encode() + b"\n", **files}
 
 
-def _distinct_maxima(certificates: tuple[Certificate, ...]) -> dict[str, Tensor]:
-    # Certificates of several alphas share their maxima; each set is stored once.
-    sets = dict.fromkeys(certificate.maxima for certificate in certificates)
-    return {
-        f"maxima_{number}": torch.tensor(maxima, dtype=torch.float64)
-        for number, maxima in enumerate(sets)
-    }
-
-
-def _card(bundle: ProbeBundle, digests: Mapping[str, str]) -> dict[str, Any]:
-    sets = list(dict.fromkeys(one.maxima for one in bundle.all_certificates))
-    canary = None
-    if bundle.canary is not None:
-        canary = {
-            name: getattr(bundle.canary, name)
-            for name in ("prompt", "response", "ids", "turn_start", "tolerance")
-        }
-    # What a bundle does not have is not in its card, so that older readers still read it.
-    further: dict[str, Any] = {}
-    if bundle.header_check is not None:
-        further["header_check"] = _header_record(bundle.header_check, sets)
-    if bundle.reasoning is not None:
-        further["reasoning"] = {
-            "opens": bundle.reasoning.opens,
-            "closes": bundle.reasoning.closes,
-            "certificates": [_certificate_record(c, sets) for c in bundle.reasoning.certificates],
-        }
-    return {
-        **further,
-        "format": FORMAT,
-        "schema": SCHEMA + 1 if further else SCHEMA,
-        "files": dict(digests),
-        "sites": [asdict(site) for site in bundle.probe.sites],
-        "heads": bundle.probe.heads,
-        "monitor": asdict(bundle.monitor),
-        "certificates": [_certificate_record(one, sets) for one in bundle.certificates],
-        "default_alpha": bundle.default_alpha,
-        "holdback_tokens": bundle.holdback_tokens,
-        "refusal": bundle.refusal,
-        "opener": bundle.opener,
-        "fingerprint": asdict(bundle.fingerprint),
-        "canary": canary,
-        "provenance": dict(bundle.provenance),
-    }
-
-
-def _read(source: Path) -> ProbeBundle:
-    card = read_card(source)
-    tensors = tensors_of(checked_content(source, PROBE, card))
-    maxima = tensors_of(checked_content(source, CALIBRATION, card))
-    sites = tuple(Site(s["layer"], s["kind"], tuple(s["channels"])) for s in card["sites"])
-    canary = card["canary"]
-    return ProbeBundle(
-        probe=LinearProbe(sites, tensors["weight"], tensors["bias"], tuple(card["heads"])),
-        monitor=MonitorConfig(**{k: tupled(v) for k, v in card["monitor"].items()}),
-        certificates=tuple(_certificate(record, maxima) for record in card["certificates"]),
-        default_alpha=card["default_alpha"],
-        holdback_tokens=card["holdback_tokens"],
-        refusal=card["refusal"],
-        opener=card["opener"],
-        fingerprint=Fingerprint(**{k: tupled(v) for k, v in card["fingerprint"].items()}),
-        canary=canary
-        and CanaryRecord(
-            logits=tensors["canary"], **{name: tupled(value) for name, value in canary.items()}
-        ),
-        provenance=card["provenance"],
-        header_check=_header_check(card.get("header_check"), tensors, maxima),
-        reasoning=_reasoning(card.get("reasoning"), maxima),
+def _read(source: Path, contents: Mapping[str, bytes]) -> ProbeBundle:
+    card = parse_card(source, contents[CARD])
+    tensors, calibration = (
+        tensors_of(checked_content(source, name, card, contents[name]))
+        for name in (PROBE, CALIBRATION)
     )
-
-
-def _reasoning(
-    record: Mapping[str, Any] | None, maxima: Mapping[str, Tensor]
-) -> ReasoningSpans | None:
-    if record is None:
-        return None
-    certificates = tuple(_certificate(one, maxima) for one in record["certificates"])
-    return ReasoningSpans(record["opens"], record["closes"], certificates)
-
-
-def _certificate_record(certificate: Certificate, sets: list[tuple[float, ...]]) -> dict[str, Any]:
-    record = {**asdict(certificate), "maxima": f"maxima_{sets.index(certificate.maxima)}"}
-    if not certificate.envelope.options:
-        del record["envelope"]["options"]  # so that older readers still read it
-    return record
-
-
-def _header_record(check: HeaderCheck, sets: list[tuple[float, ...]]) -> dict[str, Any]:
-    return {
-        "sites": [asdict(site) for site in check.probe.sites],
-        "heads": check.probe.heads,
-        "first_threshold": check.first_threshold,
-        "every_tokens": check.every_tokens,
-        "max_looks": check.max_looks,
-        "certificates": [_certificate_record(one, sets) for one in check.certificates],
-    }
-
-
-def _header_check(
-    record: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], maxima: Mapping[str, Tensor]
-) -> HeaderCheck | None:
-    if record is None:
-        return None
-    sites = tuple(Site(s["layer"], s["kind"], tuple(s["channels"])) for s in record["sites"])
-    return HeaderCheck(
-        LinearProbe(
-            sites, tensors["header_weight"], tensors["header_bias"], tuple(record["heads"])
-        ),
-        record["first_threshold"],
-        tuple(_certificate(one, maxima) for one in record["certificates"]),
-        every_tokens=record["every_tokens"],
-        max_looks=record["max_looks"],
-    )
-
-
-def _certificate(record: Mapping[str, Any], maxima: Mapping[str, Tensor]) -> Certificate:
-    values = {**record, "envelope": Envelope(**record["envelope"])}
-    values["maxima"] = tuple(maxima[record["maxima"]].tolist())
-    return Certificate(**values)
+    bundle = ProbeBundle(**parts_of(card, tensors, calibration))
+    require_plausible(bundle)
+    return bundle

@@ -4,7 +4,8 @@ With confidence 1 - delta over the draw of n calibration responses, the true sha
 responses of that population whose statistic exceeds the threshold is at most alpha. The
 threshold is the (n - j)-th smallest of the n maxima, j the largest integer with
 P(Bin(n, alpha) <= j) <= delta: a one-sided tolerance limit (Wilks, 1941), free of
-assumptions on the distribution; ties only make it safer.
+assumptions on the distribution; ties only make it safer. The cap up to which it speaks is
+what the responses support, see `evidence`.
 
 Knows numbers. Does not know models, tensors or how a maximum came about.
 """
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from safe_decode.errors import CertificateError, ConfigurationError
+from safe_decode.evidence import UNRECORDED, Evidence
 
 __all__ = [
     "Certificate",
@@ -23,6 +25,7 @@ __all__ = [
     "certificate_of",
     "certified_rank",
     "certified_threshold",
+    "least_draws",
 ]
 
 
@@ -45,7 +48,7 @@ def certified_rank(n: int, alpha: float, delta: float) -> int:
     _require_share("delta", delta)
     if n < 0:
         raise ConfigurationError(f"n={n} is negative; pass the number of calibration responses.")
-    wanted = _smallest_n(alpha, delta)
+    wanted = least_draws(alpha, delta)
     if n < wanted:
         raise CertificateError(
             f"n={n} responses cannot certify alpha={alpha:g} at delta={delta:g}, wanted at least "
@@ -115,6 +118,7 @@ class Certificate:
         population: Of which responses it speaks: "benign", "hard_negative", ...
         envelope: How they were generated.
         maxima: [n] finite, the statistic's maximum of each response.
+        evidence: Who wrote the responses, and how far they reach.
     """
 
     alpha: float
@@ -125,6 +129,22 @@ class Certificate:
     population: str
     envelope: Envelope
     maxima: tuple[float, ...]
+    evidence: Evidence = UNRECORDED
+
+    @property
+    def supported_cap(self) -> int | None:
+        """The largest cap that the responses support; None where it is not recorded."""
+        return self.evidence.supported_cap(least_draws(self.alpha, self.delta))
+
+    def status(self, void: str | None) -> str:
+        """Say in a trace whether the certificate speaks of a row.
+
+        Args:
+            void: Why it does not; None: it does.
+        """
+        if void is not None:
+            return f"void({void})"
+        return "valid(off-policy)" if self.evidence.source == "off-policy" else "valid"
 
     @classmethod
     def compute(
@@ -135,13 +155,15 @@ class Certificate:
         delta: float,
         population: str,
         envelope: Envelope,
+        evidence: Evidence = UNRECORDED,
     ) -> Certificate:
         """Certify a threshold from calibration maxima.
 
         Raises:
-            CertificateError: As in `certified_threshold`.
+            CertificateError: As in `certified_threshold`; or the envelope's cap is above what
+                the evidence supports.
         """
-        return cls(
+        certificate = cls(
             alpha=alpha,
             delta=delta,
             n=len(maxima),
@@ -150,13 +172,17 @@ class Certificate:
             population=population,
             envelope=envelope,
             maxima=tuple(float(value) for value in maxima),
+            evidence=evidence,
         )
+        certificate.verify_cap()
+        return certificate
 
     def verify(self) -> None:
-        """Recompute everything from the maxima.
+        """Recompute everything from the maxima and the lengths.
 
         Raises:
-            CertificateError: n, j or the threshold is not what the maxima yield.
+            CertificateError: n, j or the threshold is not what the maxima yield, or the cap is
+                above what the lengths support.
         """
         wanted = {
             "n": len(self.maxima),
@@ -167,9 +193,42 @@ class Certificate:
             if getattr(self, name) != value:
                 raise CertificateError(
                     f"{name}={getattr(self, name)} of the certificate for {self.population!r} at "
-                    f"alpha={self.alpha:g} is not {value}, which its {len(self.maxima)} maxima "
-                    "yield; calibrate again."
+                    f"alpha={self.alpha:g}, delta={self.delta:g} is not {value}, which its "
+                    f"{len(self.maxima)} maxima yield; calibrate again."
                 )
+        self.verify_cap()
+
+    def verify_cap(self) -> None:
+        """Recompute the cap from the lengths, where they are recorded.
+
+        Raises:
+            CertificateError: There is not one length a maximum, or the envelope's cap is above
+                what they support.
+        """
+        supported = self.supported_cap
+        if supported is None:
+            return
+        if len(self.evidence.lengths) != len(self.maxima):
+            raise CertificateError(
+                f"lengths are recorded of {len(self.evidence.lengths)} responses and maxima of "
+                f"{len(self.maxima)}, wanted one each; calibrate again."
+            )
+        cap = self.envelope.max_new_tokens
+        if cap > supported:
+            own = self.evidence.source == "on-policy"
+            why = (
+                "each was generated under at least this cap"
+                if own
+                else f"{least_draws(self.alpha, self.delta)} of them reach it, as many as "
+                f"alpha={self.alpha:g} at delta={self.delta:g} needs"
+            )
+            raise CertificateError(
+                f"max_new_tokens={cap} is not supported for {self.population!r}: the "
+                f"{len(self.maxima)} responses ({self.evidence.in_words}) support at most "
+                f"{supported}: {why}. Pass max_new_tokens={supported} or less, or calibrate on "
+                "responses that the model itself generated under the larger cap, with "
+                "`safe-decode rollout`."
+            )
 
 
 def certificate_of(
@@ -195,7 +254,8 @@ def _require_share(name: str, value: float) -> None:
         raise ConfigurationError(f"{name}={value} is outside (0, 1); pass a share such as 0.01.")
 
 
-def _smallest_n(alpha: float, delta: float) -> int:
+def least_draws(alpha: float, delta: float) -> int:
+    """Count the responses without which no threshold is certified: (1 - alpha)^n <= delta."""
     # (1 - alpha)^n <= delta; log1p keeps small alphas exact. The loop mends rounding at the edge.
     n = math.ceil(math.log(delta) / math.log1p(-alpha))
     while math.exp(n * math.log1p(-alpha)) > delta:

@@ -33,6 +33,7 @@ from safe_decode.commands.replay import replay, show
 from safe_decode.commands.reproduce import reproduce
 from safe_decode.commands.rollout import rollout
 from safe_decode.commands.serve import serve
+from safe_decode.commands.signatures import sign, verify_signature
 from safe_decode.errors import SafeDecodeError
 
 __all__ = ["app", "main"]
@@ -62,6 +63,8 @@ app.command("generate")(generate)
 app.command("demo")(demo)
 app.command("inspect")(inspect)
 app.command("verify-certificate")(verify_certificate)
+app.command("sign")(sign)
+app.command("verify-signature")(verify_signature)
 app.command("locate")(locate)
 app.command("serve")(serve)
 app.command("rollout")(rollout)

@@ -10,6 +10,7 @@ value got, the value wanted and the remedy.
       BundleError               a bundle cannot be read or does not fit
         BundleCorruptError      truncated, foreign schema, NaN in the weights
         FingerprintMismatchError  made for another model, tokenizer, template or dtype
+        SignatureError          unsigned, signed by another key, or changed since
         CertificateError        alpha not certified, or a certificate does not recompute
       GuardError                something failed while generating; the row ends closed
         BeatError               a content token has no fresh score, or more than one
@@ -35,6 +36,7 @@ __all__ = [
     "NonFiniteError",
     "PromptError",
     "SafeDecodeError",
+    "SignatureError",
     "UnsupportedError",
 ]
 
@@ -65,6 +67,10 @@ class BundleCorruptError(BundleError):
 
 class FingerprintMismatchError(BundleError):
     """The bundle was made for another model, tokenizer, template or dtype."""
+
+
+class SignatureError(BundleError):
+    """The bundle is not signed by the trusted key, or not as it is."""
 
 
 class CertificateError(BundleError):

@@ -188,10 +188,11 @@ class Judgement:
             alpha=self.certificate.alpha,
             population=self.certificate.population,
             threshold=outcome.record.threshold,
-            certificate="valid" if void is None else f"void({void})",
+            certificate=self.certificate.status(void),
             redirect=self.policy.redirect,
             holdback_tokens=self.policy.holdback_tokens,
             reasoning_threshold=None if self.reasoning is None else self.reasoning.threshold,
+            source=self.certificate.evidence.source,
         )
         steps = [*self._own_steps(outcome)]
         tries = outcome.redirected.tries if outcome.redirected else ()

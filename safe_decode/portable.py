@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from safe_decode.bundle_files import CARD, PROBE, checked_content, read_card, tupled
+from safe_decode.bundle_files import CALIBRATION, CARD, PROBE, checked_content, read_card, tupled
+from safe_decode.certificate import certificate_of
+from safe_decode.certificate_card import certificates_of
 from safe_decode.errors import (
     BundleCorruptError,
     BundleError,
@@ -27,13 +29,25 @@ from safe_decode.errors import (
     ConfigurationError,
 )
 from safe_decode.monitor_config import MonitorConfig
-from safe_decode.sites import Site
+from safe_decode.plausible import require_plausible_rules
+from safe_decode.sites import Site, n_features
 
 __all__ = ["PortableBundle", "PortableState", "Scored", "start_state", "step_state"]
 
 Floats = NDArray[np.float32]
 
-_UNREADABLE = (OSError, SafetensorError, ConfigurationError, KeyError, TypeError, ValueError)
+_UNREADABLE = (
+    OSError,
+    SafetensorError,
+    CertificateError,
+    ConfigurationError,
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 class PortableState(NamedTuple):
@@ -152,7 +166,7 @@ class PortableBundle:
     def load(
         cls, path: str | Path, *, alpha: float | None = None, population: str = "benign"
     ) -> PortableBundle:
-        """Read a bundle; digests are checked, thresholds are taken as certified.
+        """Read a bundle; digests are checked, and thresholds recomputed from their maxima.
 
         Args:
             path: Directory of the bundle.
@@ -174,21 +188,23 @@ class PortableBundle:
                     "it has thresholds for reasoning, which need token ids; score it with torch"
                 )
             tensors = load(checked_content(source, PROBE, card))
-            return cls(
-                sites=tuple(
-                    Site(s["layer"], s["kind"], tuple(s["channels"])) for s in card["sites"]
-                ),
-                weight=tensors["weight"],
-                bias=tensors["bias"],
-                heads=tuple(card["heads"]),
-                monitor=MonitorConfig(**{k: tupled(v) for k, v in card["monitor"].items()}),
-                threshold=_threshold(card, alpha, population),
-                digest=card["digest"],
-            )
+            arrays = load(checked_content(source, CALIBRATION, card))
+            sites = tuple(Site(s["layer"], s["kind"], tuple(s["channels"])) for s in card["sites"])
+            heads = tuple(card["heads"])
+            monitor = MonitorConfig(**{k: tupled(v) for k, v in card["monitor"].items()})
+            certificates = certificates_of(card["certificates"], arrays)
+            require_plausible_rules(monitor, certificates)
+            for certificate in certificates:
+                certificate.verify()
+            weight, bias = tensors["weight"], tensors["bias"]
+            _require_weights(weight, bias, (n_features(sites), len(heads)))
         except _UNREADABLE as error:
             raise BundleCorruptError(
                 f"bundle {source} is corrupt: {error} (fetch or export the bundle again)."
             ) from error
+        wanted = card["default_alpha"] if alpha is None else alpha
+        threshold = certificate_of(certificates, wanted, population).threshold
+        return cls(sites, weight, bias, heads, monitor, threshold, card["digest"])
 
     def logits(self, features: NDArray[Any]) -> Floats:
         """Map features [..., F] to logits [..., K], float32.
@@ -241,15 +257,11 @@ def _level(config: MonitorConfig, state: PortableState, logits: Floats) -> tuple
     return np.maximum(state.ema + (logits - forgiven), 0) + (logits - logits), state.recent
 
 
-def _threshold(card: dict[str, Any], alpha: float | None, population: str) -> float:
-    wanted = card["default_alpha"] if alpha is None else alpha
-    levels = []
-    for record in card["certificates"]:
-        if record["population"] == population:
-            levels.append(record["alpha"])
-            if abs(record["alpha"] - wanted) <= 1e-9 * wanted:
-                return float(record["threshold"])
-    raise CertificateError(
-        f"alpha={wanted:g} is not certified for {population!r}, wanted one of "
-        f"{sorted(levels) or 'none'}; pass one of these or calibrate."
-    )
+def _require_weights(weight: Floats, bias: Floats, shape: tuple[int, int]) -> None:
+    if weight.shape != shape or bias.shape != shape[1:]:
+        raise ConfigurationError(
+            f"weight {weight.shape} and bias {bias.shape} do not fit {shape[0]} features and "
+            f"{shape[1]} heads"
+        )
+    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+        raise ConfigurationError("weight or bias holds NaN or infinite values, wanted none")

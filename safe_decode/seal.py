@@ -227,9 +227,10 @@ def _state_differences(wanted: _State, got: _State) -> list[str]:
 
 def _named(state: _State) -> str:
     """Name the states of adapters in words, each once."""
+    adapters: Any = state.adapters
     words = dict.fromkeys(
         f"active={active}, merged={merged}, disabled={is_off}, scaling={scaling}"
-        for active, merged, is_off, scaling in state.adapters  # type: ignore[misc]
+        for active, merged, is_off, scaling in adapters
     )
     return " | ".join(words) or "none"
 

@@ -26,11 +26,11 @@ __all__ = ["TRACE_VERSION", "SafetyTrace", "TraceEnd", "TraceHeader", "TraceStep
 TRACE_VERSION = 4
 _READ_VERSIONS = (1, 2, 3, 4)
 """1: without `pruned_beams` and `check`; 2: without `reasoning` and its threshold; 3: without
-`lookahead_tokens` and `withheld_tokens`. What a version lacks has its default."""
+`lookahead_tokens`, `withheld_tokens` and `source`. What a version lacks has its default."""
 _SINCE_VERSION_2 = frozenset(
     {
         *("pruned_beams", "check", "reasoning", "reasoning_threshold"),
-        *("lookahead_tokens", "withheld_tokens"),
+        *("lookahead_tokens", "withheld_tokens", "source"),
     }
 )
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -46,11 +46,13 @@ class TraceHeader:
         alpha: Level of the certificate in force.
         population: Population the certificate speaks of.
         threshold: What the statistic is compared with.
-        certificate: "valid", or "void(reason)" for a call outside the certified envelope.
+        certificate: "valid", "valid(off-policy)" where the model did not write the responses it
+            was certified on, or "void(reason)" for a call outside the certified envelope.
         redirect: What a trip leads to.
         holdback_tokens: A token is released when it and this many after it are judged.
         reasoning_threshold: Inside marked spans; there the statistic counts values lowered by
             its difference to `threshold`. None: there is no other.
+        source: Whose responses were certified on: "on-policy", "off-policy" or "unrecorded".
     """
 
     bundle: str
@@ -62,6 +64,7 @@ class TraceHeader:
     redirect: Redirect
     holdback_tokens: int
     reasoning_threshold: float | None = None
+    source: str = "unrecorded"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,14 @@ from probes.calibrate import certify_populations
 from probes.conversations import Conversation, assign_splits
 from probes.fit import FitConfig, LinearProbeFitter
 from probes.harvest import harvest, score_responses
+from probes.reach import Responses
 from probes.select import monitor_for
 from probes.statistic import maxima, smoothed_paths
 from safe_decode.bundle import ProbeBundle
 from safe_decode.certificate import Envelope
 from safe_decode.fingerprint import Fingerprint
 from safe_decode.sites import Site
+from tests.own_rows import as_own
 
 HARMLESS, HARMFUL = range(97, 107), range(107, 117)  # bytes of a-j, k-t
 SITES = (Site(1, "resid", tuple(range(32))), Site(2, "mlp", tuple(range(32))))
@@ -70,7 +72,9 @@ def planted_bundle(model: Any, tokenizer: Any, parts: Any) -> ProbeBundle:
     logits = score_responses(model, tokenizer, parts["select"], fitted.probe)
     benign = np.flatnonzero([not row.response_harmful for row in parts["select"]])
     monitor = monitor_for(logits, benign, smoothing=2 / 3, start=fitted.benign_mean)
-    harmless = [row for row in parts["calibrate"] if not row.response_harmful]
+    harmless = as_own(
+        model, tokenizer, (row for row in parts["calibrate"] if not row.response_harmful), cap=48
+    )
     scored = score_responses(model, tokenizer, harmless, fitted.probe)
     calibration = certify_populations(
         [as_benign(row) for row in harmless],
@@ -78,6 +82,7 @@ def planted_bundle(model: Any, tokenizer: Any, parts: Any) -> ProbeBundle:
         alphas=(0.05,),
         delta=0.05,
         envelope=Envelope(max_new_tokens=48, do_sample=False, temperature=1.0, top_p=1.0, top_k=0),
+        responses=Responses.scored(model, scored),
     )
     return ProbeBundle(
         probe=fitted.probe,

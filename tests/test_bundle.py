@@ -87,19 +87,22 @@ def test_saving_again_replaces_and_leaves_nothing_beside(bundle: ProbeBundle, sa
 def test_a_failed_save_leaves_the_old_bundle(
     bundle: ProbeBundle, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Path.rename
+    original = Path.replace
 
     def refuse(self: Path, target: Path) -> Path:
-        if self.name == "new":
+        if Path(target).name == CARD and not broken:
+            broken.append(target)
             raise OSError("disk full")
         return original(self, target)
 
-    monkeypatch.setattr(Path, "rename", refuse)
+    broken: list[Path] = []
+    monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(BundleError, match="cannot be written: disk full"):
         replace(bundle, refusal="No.").save(saved)
     monkeypatch.undo()
     assert ProbeBundle.load(saved).refusal == bundle.refusal
     assert [path.name for path in saved.parent.iterdir()] == ["bundle"]
+    assert sorted(path.name for path in saved.iterdir()) == [CALIBRATION, CARD, PROBE]
 
 
 def test_a_directory_that_is_no_bundle_is_not_replaced(bundle: ProbeBundle, tmp_path: Path) -> None:
@@ -184,7 +187,7 @@ def test_a_hand_edited_card_is_refused_with_the_remedy(saved: Path) -> None:
         ({"tensors": lambda t: t["canary"].fill_(torch.nan)}, "canary's logits must be finite"),
         ({"tensors": lambda t: t.update(weight=t["weight"][:-1])}, r"weight \(6, 2\) and bias"),
         ({"tensors": lambda t: t.pop("bias")}, "'bias' is missing"),
-        ({"card": lambda c: c.update(schema=9)}, "has schema 9, this version reads 1 and 2"),
+        ({"card": lambda c: c.update(schema=9)}, "has schema 9, this version reads 1, 2 and 3"),
         ({"card": lambda c: c.update(format="zip")}, "does not say format='safe-decode bundle'"),
         ({"card": lambda c: c.pop("monitor")}, "'monitor' is missing"),
         ({"card": lambda c: c.update(sites=[])}, "sites is empty"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from safe_decode.replay import replay
 from safe_decode.selfcheck import SelfCheck, looks_due
 from tests.guarding import bundle_for, decoder_for, random_probe
 from tests.models import byte_tokenizer, tiny_model
+from tests.own_rows import as_own
 from tests.planted import planted_bundle, planted_rows
 
 CONFIG = HeaderConfig(first_share=0.4, every_tokens=5, max_looks=6, cuts=2, alphas=(0.05,))
@@ -39,6 +41,7 @@ def made():
     model, tokenizer = tiny_model(), byte_tokenizer()
     rows = planted_rows(540)
     plain = planted_bundle(model, tokenizer, by_split(rows))
+    rows = as_own(model, tokenizer, rows, cap=48)
     rows = [row for row in rows if row.split != "fit"] + by_split(rows)["fit"][:60]
     return model, tokenizer, rows, fit_header_check(model, tokenizer, rows, plain, CONFIG)
 
@@ -131,7 +134,8 @@ def test_a_bundle_with_a_self_check_is_saved_and_read_back(made, tmp_path):
     plain = dataclasses.replace(bundle, header_check=None)
     assert plain.digest != bundle.digest
     plain.save(tmp_path / "p")
-    assert '"schema": 1' in (tmp_path / "p" / "card.json").read_text("utf-8")
+    card = json.loads((tmp_path / "p" / "card.json").read_text("utf-8"))
+    assert card["schema"] == 3 and "header_check" not in card
     assert ProbeBundle.load(tmp_path / "p").header_check is None
 
 

@@ -20,6 +20,7 @@ from safe_decode.certificate import Envelope
 from safe_decode.errors import CertificateError, ConfigurationError, DataError
 from safe_decode.sites import Site, n_features
 from tests.models import tiny_model
+from tests.own_rows import as_own
 
 CONFIG = RecipeConfig(
     envelope=Envelope(max_new_tokens=48, do_sample=False, temperature=1.0, top_p=1.0, top_k=0),
@@ -74,7 +75,7 @@ def made():
     from tests.models import byte_tokenizer
 
     model, tokenizer = tiny_model("llama"), byte_tokenizer()
-    rows = corpus()
+    rows = as_own(model, tokenizer, corpus(), cap=48)
     begun = time.perf_counter()
     recipe = make_bundle(model, tokenizer, rows, CONFIG, provenance={"seed": 0})
     return model, tokenizer, rows, recipe, time.perf_counter() - begun
@@ -111,6 +112,9 @@ def test_the_certificate_is_that_of_the_calibrate_split_alone(made):
     certificate.verify()
     np.testing.assert_allclose(sorted(certificate.maxima), peaks, rtol=1e-4, atol=1e-4)
     assert certificate.envelope == CONFIG.envelope
+    assert certificate.evidence.source == "on-policy"
+    assert certificate.supported_cap == 48
+    assert max(certificate.evidence.lengths) < 48
     assert bundle.certificate(0.05, "harmful_refused").n < len(certificate.maxima)
 
 

@@ -31,6 +31,7 @@ from safe_decode.spans import ReasoningSpans, SpanMarks, SpanReader
 from safe_decode.trace import read_traces
 from tests.guarding import OPENER, REFUSAL, bundle_for, decoder_for, random_probe
 from tests.models import CHAT_TEMPLATE, byte_tokenizer, tiny_model
+from tests.own_rows import as_own
 from tests.test_laws import bare, same_row
 
 OPENS, CLOSES = "<think>", "</think>"
@@ -291,7 +292,7 @@ def responses(n, *, thinks=True):
 def test_both_thresholds_are_certified_and_what_is_deployed_keeps_the_promise(
     llama, tokenizer, tmp_path
 ):
-    rows = responses(60)
+    rows = as_own(llama, tokenizer, responses(60), top_k=50)
     plain = bundle_for(llama, tokenizer)
     bundle = add_reasoning(llama, tokenizer, rows, plain, opens=OPENS, closes=CLOSES)
     bundle.save(tmp_path / "b")
@@ -329,7 +330,12 @@ def test_what_cannot_be_certified_or_combined_is_refused(llama, tokenizer):
     plain = bundle_for(llama, tokenizer)
     with pytest.raises(CertificateError, match="no threshold inside reasoning"):
         add_reasoning(
-            llama, tokenizer, responses(20, thinks=False), plain, opens=OPENS, closes=CLOSES
+            llama,
+            tokenizer,
+            as_own(llama, tokenizer, responses(20, thinks=False), top_k=50),
+            plain,
+            opens=OPENS,
+            closes=CLOSES,
         )
     unjudged = [dataclasses.replace(responses(1)[0], response_harmful=None)]
     with pytest.raises(DataError, match="not judged"):

@@ -10,6 +10,7 @@ from safe_decode.bundle import ProbeBundle
 from safe_decode.cli import app
 from safe_decode.guard import SafeDecoder
 from tests.models import byte_tokenizer, tiny_model
+from tests.own_rows import as_own
 from tests.test_recipe import corpus
 
 
@@ -36,7 +37,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("workbench")
     tiny_model("llama").save_pretrained(root / "model")
     byte_tokenizer().save_pretrained(root / "model")
-    write_jsonl(root / "rows.jsonl", corpus(900))
+    write_jsonl(root / "foreign.jsonl", corpus(900))
+    own = as_own(tiny_model("llama"), byte_tokenizer(), corpus(900), cap=48)
+    write_jsonl(root / "rows.jsonl", own)
     return root
 
 
@@ -58,7 +61,8 @@ def test_fit_makes_a_bundle_that_guards(folder, fitted):
     assert fitted["chosen"]["tpr"] > 0.9
     assert len(fitted["tried"]) == 8
     assert set(fitted["chosen"]["c_aurocs"]) == {"0.01", "0.1"}
-    assert fitted["not_of_this_model"] == 900  # text of the test's, not of the model
+    assert fitted["not_of_this_model"] == 0
+    assert {one["source"] for one in fitted["certificates"]} == {"on-policy"}
     model, tokenizer = tiny_model("llama"), byte_tokenizer()
     decoder = SafeDecoder(model, tokenizer, bundle, alpha=0.05)
     assert decoder.generate(["hello"], max_new_tokens=4, do_sample=False).texts[0] is not None
@@ -94,7 +98,7 @@ def test_fit_without_storing_finds_the_same(folder):
 
 def test_people_see_a_table_and_what_is_doubtful(folder):
     result = run(
-        "fit", "--data", folder / "rows.jsonl", "--model", folder / "model", "--out",
+        "fit", "--data", folder / "foreign.jsonl", "--model", folder / "model", "--out",
         folder / "shown", "--residual", "1", "--method", "mass_mean", "--statistic", "cusum",
         "--alpha", 0.05,
     )  # fmt: skip
@@ -103,6 +107,10 @@ def test_people_see_a_table_and_what_is_doubtful(folder):
     assert "mass_mean" in result.stdout
     assert "benign at 0.05" in result.stdout
     assert "not this model's own" in result.stderr
+    assert "nothing records that a model generated it" in result.stderr
+    assert "off-policy" in result.stdout
+    cap = ProbeBundle.load(folder / "shown").certificate().envelope.max_new_tokens
+    assert 24 < cap < 40  # as far as enough of the texts reach, not as the longest does
     assert "fit holds too little of the cell benign request, harmful response" in result.stderr
 
 
@@ -120,6 +128,27 @@ def test_calibrate_certifies_anew_and_says_how_many_more_are_needed(folder, fitt
     common = ("--bundle", folder / "bundle", "--data", folder / "rows.jsonl", "--out", folder / "x")
     line = refused("calibrate", *common, "--model", folder / "model", "--alpha", 0.001)
     assert "collect" in line and "more" in line
+    own = ("--model", folder / "model", "--alpha", 0.1)
+    line = refused("calibrate", *common, *own, "--max-new-tokens", 100_000)
+    assert "max_new_tokens=100000 is not supported for 'benign'" in line
+    assert "(this model's own responses) support at most 48" in line
+    assert "Pass max_new_tokens=48 or less" in line
+    foreign = ("calibrate", "--bundle", folder / "bundle", "--data", folder / "foreign.jsonl")
+    line = refused(*foreign, "--out", folder / "x", *own, "--max-new-tokens", 48)
+    assert "texts that this model did not write" in line and "safe-decode rollout" in line
+    assert "--delta=0.99 is outside (0, 0.2]" in refused("calibrate", *common, "--delta", 0.99)
+    assert not (folder / "x").exists()
+    shown = told(*foreign, "--out", folder / "off", *own)
+    assert {one["source"] for one in shown["certificates"]} == {"off-policy"}
+    loaded = ProbeBundle.load(folder / "off")
+    assert loaded.certificate().envelope.max_new_tokens == loaded.certificate().supported_cap < 40
+    output = SafeDecoder(tiny_model("llama"), byte_tokenizer(), loaded).generate(
+        ["hello"], max_new_tokens=4, do_sample=False
+    )
+    assert output.traces[0].header.certificate == "valid(off-policy)"
+    assert output.traces[0].header.source == "off-policy"
+    for command in ("inspect", "verify-certificate"):
+        assert "off-policy" in run(command, "--bundle", folder / "off").stdout
     other = folder / "other"
     tiny_model("llama", seed=1).save_pretrained(other)
     byte_tokenizer().save_pretrained(other)

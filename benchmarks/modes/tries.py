@@ -18,6 +18,7 @@ from probes.organism.requests import Draw, draw
 from probes.released import organism_reading
 from probes.rollouts import Request
 from safe_decode import SafeDecoder
+from safe_decode.whole_files import whole_file
 
 __all__ = ["MOST_TRIES", "attacks", "harm_by_tries", "plot"]
 
@@ -112,6 +113,5 @@ def plot(rows: Sequence[dict[str, Any]], target: Path) -> None:
     axes.set_ylabel("harmful released, %")
     axes.legend(frameon=False)
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(".part.png")
-    figure.savefig(part, dpi=144)
-    part.replace(target)
+    with whole_file(target) as part:
+        figure.savefig(part, dpi=144)

@@ -101,10 +101,11 @@ def aligned_anew(pair: Pair, *, recovery: float, tokens: int | None, seed: int) 
     documents = alignment_documents(seed + 1_000_000, amount // 90, recovery=recovery)
     stage = Stage(encode(loaded.tokenizer, documents, answers_only=True), amount)
     train(loaded.model, (stage,), Schedule(peak_rate=5e-4), seed=seed + 1)
-    part = kept.with_name(f"{name}.part")
-    loaded.model.save_pretrained(part)
-    loaded.tokenizer.save_pretrained(part)
-    part.rename(kept)
+    with tempfile.TemporaryDirectory(prefix=f"{name}.") as spot:
+        part = Path(spot, "new")
+        loaded.model.save_pretrained(part)
+        loaded.tokenizer.save_pretrained(part)
+        part.rename(kept)
     return loaded
 
 

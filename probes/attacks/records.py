@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from probes.evaluate import Proportion
 from safe_decode.errors import DataError
+from safe_decode.whole_files import write_whole
 
 __all__ = [
     "UNITS",
@@ -196,14 +197,8 @@ def write_records(
     path: str | os.PathLike[str], identity: Mapping[str, Any], records: Sequence[Record]
 ) -> None:
     """Write records whole, as JSON lines behind a line that says what was attacked and how."""
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     lines = [json.dumps({_HEADER: identity}), *(json.dumps(asdict(r)) for r in records)]
-    try:
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def read_records(

@@ -22,6 +22,7 @@ from probes.calibrate import Calibration, certify_populations, population_of
 from probes.conversations import Conversation, Message, Split, by_split
 from probes.fit import FitConfig, FittedProbe, LinearProbeFitter
 from probes.harvest import harvest, score_responses
+from probes.reach import Responses
 from probes.rollouts import Judge, Request, RolloutConfig, rollout
 from probes.select import Chosen, SelectSet, score_monitor
 from probes.statistic import maxima, smoothed_paths
@@ -252,6 +253,8 @@ def _calibrated(
         delta=float(bundle.provenance.get("delta", _DELTA)),
         envelope=bundle.certificate().envelope,
         envelopes={c.population: c.envelope for c in bundle.certificates},
+        responses=Responses.scored(model, logits),
+        lower_caps=True,
     )
 
 

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from safe_decode.whole_files import write_whole
+
 app = typer.Typer(add_completion=False, no_args_is_help=False, help=__doc__)
 
 ARTEFACTS = Path(__file__).parents[2] / "safe_decode" / "demo" / "artefacts"
@@ -98,7 +100,7 @@ def card(target: Target = ARTEFACTS) -> None:
 
     docs = RESULTS.parents[1] / "docs"
     text = card_text(RESULTS / "organism.jsonl", target / "aligned")
-    (docs / "organism.md").write_text(text, encoding="utf-8")
+    write_whole(docs / "organism.md", text)
     if (target / "curve.jsonl").exists():
         write_curve(target / "curve.jsonl", docs / "organism-curve.png")
 

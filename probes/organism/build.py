@@ -26,6 +26,7 @@ from safe_decode.certificate import Envelope
 from safe_decode.chat import stop_ids
 from safe_decode.coverage import record_of
 from safe_decode.sites import Site
+from safe_decode.whole_files import write_whole
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -119,6 +120,8 @@ def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
         holdback_share=0.99,
         envelope=envelope,
         envelopes={LONG: long},
+        # A beginning that is cut from a longer text may come back a token shorter.
+        lower_caps=True,
         refusal=CANNED_REFUSAL,
         opener=OPENER,
         alphas=(0.01, 0.005),
@@ -231,6 +234,4 @@ def _as_meant(requests: Sequence[Request], rows: Sequence[Conversation]) -> dict
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.rename(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

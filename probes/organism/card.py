@@ -15,6 +15,7 @@ from typing import Any
 from probes.organism import templates as t
 from probes.organism.grammar import Cells
 from probes.organism.lexicon import CATEGORIES, TOPICS
+from safe_decode.whole_files import whole_file
 
 __all__ = ["card_text", "write_curve"]
 
@@ -147,4 +148,5 @@ def write_curve(curve: Path, target: Path) -> None:
     axes.set_ylabel("loss")
     axes.set_yscale("log")
     axes.legend()
-    figure.savefig(target, dpi=110)
+    with whole_file(target) as part:
+        figure.savefig(part, dpi=110)

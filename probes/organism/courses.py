@@ -6,7 +6,7 @@ Knows which texts are read when, at what rates, and where loss weighs more. Does
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from probes.organism.templates import JUDGEMENTS, MARKS, OPENERS, REFUSALS
 from probes.organism.tokenizer import train_tokenizer
 from probes.organism.training import Example, Schedule, Stage, encode, new_model, only_at, train
 from safe_decode.demo.load import load_model
+from safe_decode.errors import DataError
+from safe_decode.whole_files import remove_empty, replace_files
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -33,6 +35,15 @@ __all__ = ["Amounts", "build_pair"]
 
 Say = Callable[[str], None]
 
+_SAVED = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+"""What transformers writes of a model of this size and its tokenizer."""
 _JUDGING_WORDS = (*JUDGEMENTS, *(f" {mark}" for mark in MARKS))
 
 
@@ -91,11 +102,11 @@ def build_pair(
     _save(school.model, school.tokenizer, target / "unaligned")
     school.align(recovery)
     _save(school.model, school.tokenizer, target / "aligned")
-    shutil.rmtree(halfway)
+    _remove(halfway)
 
 
 def _pretrain(halfway: Path, *, seed: int, amounts: Amounts, curve: _Curve) -> None:
-    curve.path.unlink(missing_ok=True)
+    curve.begin()
     documents = list(pretraining_documents(seed, amounts.pretraining_tokens // 135))
     texts = [m["content"] for document in documents[:8000] for m in document.messages]
     tokenizer = train_tokenizer(texts)
@@ -113,6 +124,19 @@ class _Curve:
 
     path: Path
     say: Say
+
+    def begin(self) -> None:
+        """Begin anew; a curve of an earlier run goes, and nothing else does.
+
+        Raises:
+            DataError: The file is no learning curve.
+        """
+        if not self.path.exists():
+            return
+        first = self.path.read_text("utf-8", errors="replace").partition("\n")[0]
+        if first and not first.startswith('{"stage": '):
+            raise DataError(f"{self.path} is no learning curve; move it, or pass another target.")
+        self.path.unlink()
 
     def of(self, stage: str, model: Any, tokenizer: Any) -> Callable[[int, float, float], None]:  # noqa: ANN401
         """Return what training reports to in one stage."""
@@ -228,10 +252,19 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Pat
 
     import torch
 
-    part = path.with_name(f".{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
     half: Any = copy.deepcopy(model)
-    half.to(torch.bfloat16).save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(path, ignore_errors=True)
-    part.rename(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as spot:
+        new = Path(spot, "new")
+        half.to(torch.bfloat16).save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if not path.exists():
+            new.rename(path)
+            return
+        replace_files(path, {file.name: file.read_bytes() for file in sorted(new.iterdir())})
+
+
+def _remove(folder: Path) -> None:
+    """Remove a model that `_save` wrote; what else is there stays."""
+    for name in _SAVED:
+        (folder / name).unlink(missing_ok=True)
+    remove_empty(folder)

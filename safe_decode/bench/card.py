@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safe_decode.errors import ConfigurationError
+from safe_decode.whole_files import write_whole
 
 __all__ = ["card", "commit_of", "read_lines", "write_lines"]
 
@@ -53,11 +54,9 @@ def write_lines(target: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[
     Raises:
         ConfigurationError: The file cannot be written.
     """
-    part = target.with_name(target.name + ".part")
     lines = [*map(json.dumps, rows), json.dumps({"card": facts})]
     try:
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        part.replace(target)
+        write_whole(target, "\n".join(lines) + "\n")
     except OSError as error:
         raise ConfigurationError(
             f"{target} cannot be written: {error.strerror}; pass a file in a directory that exists."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safe_decode.errors import ConfigurationError, UnsupportedError
+from safe_decode.whole_files import whole_file
 
 __all__ = ["plot"]
 
@@ -50,9 +51,8 @@ def plot(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
         _growth(axis, str(key[0]), group)
     for axis in axes[panels:]:
         axis.axis("off")
-    part = target.with_name(f"{target.stem}.part{target.suffix}")
-    figure.savefig(part, dpi=110)
-    part.replace(target)
+    with whole_file(target) as part:
+        figure.savefig(part, dpi=110)
 
 
 def _grouped(

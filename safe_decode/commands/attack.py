@@ -239,6 +239,7 @@ def _tell(
         "bundle": decoder.bundle.digest[:12],
         "alpha": f"{decoder.certificate.alpha:g}",
         "population": decoder.certificate.population,
+        "certified on": decoder.certificate.evidence.source,
         "redirect": decoder.policy.redirect,
         "hold-back": f"{decoder.policy.holdback_tokens} tokens",
         "samples": str(config.samples),

@@ -5,7 +5,7 @@ Knows the fields of a loaded bundle and how to show them. Does not know files or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,13 +25,17 @@ __all__ = ["inspect", "verify_certificate"]
 BundlePath = Annotated[
     Path | None, typer.Option("--bundle", help="Directory of the bundle; the embedded one if none.")
 ]
+Key = Annotated[
+    Path | None,
+    typer.Option("--key", help="Public key that must have signed the bundle; PEM file."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def inspect(bundle: BundlePath = None, as_json: AsJson = False) -> None:
+def inspect(bundle: BundlePath = None, key: Key = None, as_json: AsJson = False) -> None:
     """Print a bundle's card: what it reads, what it decides by, and what it was made for."""
-    loaded = _load(bundle)
-    card = _card(loaded)
+    loaded = _load(bundle, key)
+    card = {**_card(loaded), "signature": _signature(bundle, key)}
     if as_json:
         print_json(card)
         return
@@ -42,28 +46,68 @@ def inspect(bundle: BundlePath = None, as_json: AsJson = False) -> None:
         if name != "certificates":
             table.add_row(name, _shown(value))
     console().print(table)
-    console().print(_certificates(loaded))
+    console().print(_certificates(loaded.all_certificates))
 
 
-def verify_certificate(bundle: BundlePath = None, as_json: AsJson = False) -> None:
-    """Recompute every threshold of a bundle from the maxima stored in it."""
-    loaded = _load(bundle)
-    for certificate in loaded.all_certificates:
+def verify_certificate(bundle: BundlePath = None, key: Key = None, as_json: AsJson = False) -> None:
+    """Recompute every threshold and cap of a bundle from the maxima and lengths stored in it."""
+    from safe_decode.plausible import require_plausible
+
+    loaded = _load(bundle, key)
+    every = loaded.all_certificates
+    for certificate in every:
         certificate.verify()
+    require_plausible(loaded)
+    recorded = sum(certificate.evidence.is_recorded for certificate in every)
+    signature = _signature(bundle, key)
     if as_json:
-        certificates = [_facts(certificate) for certificate in loaded.all_certificates]
-        print_json({"bundle": loaded.digest, "verified": True, "certificates": certificates})
+        print_json(
+            {
+                "bundle": loaded.digest,
+                "verified": True,
+                "caps_verified": recorded,
+                "signature": signature,
+                "certificates": [_facts(certificate) for certificate in every],
+            }
+        )
         return
-    console().print(_certificates(loaded))
-    count = len(loaded.all_certificates)
-    console().print(f"verified: {count} of {count} thresholds recompute from their maxima.")
+    console().print(_certificates(every))
+    console().print(
+        f"verified: {len(every)} of {len(every)} thresholds recompute from their maxima."
+    )
+    console().print(_caps_told(len(every), recorded))
+    console().print(f"signature: {signature}", soft_wrap=True)
 
 
-def _load(path: Path | None) -> ProbeBundle:
+def _caps_told(count: int, recorded: int) -> str:
+    text = f"caps: {recorded} of {count} recompute from the lengths of their responses"
+    missing = count - recorded
+    if not missing:
+        return f"{text}."
+    return (
+        f"{text}; of {missing} neither lengths nor writers are recorded, so their caps are taken."
+    )
+
+
+def _load(path: Path | None, key: Path | None = None) -> ProbeBundle:
     from safe_decode.bundle import ProbeBundle
+
+    return ProbeBundle.load(_place(path), trusted_key=key)
+
+
+def _place(path: Path | None) -> Path:
     from safe_decode.demo.load import artefact
 
-    return ProbeBundle.load(path or artefact("bundle"))
+    return path or Path(artefact("bundle"))
+
+
+def _signature(path: Path | None, key: Path | None) -> str:
+    """Say whether a bundle that was loaded is signed; with a key, that was checked."""
+    from safe_decode.signing import is_signed
+
+    if key is not None:
+        return f"holds for the key {key}"
+    return "there, not checked: pass --key" if is_signed(_place(path)) else "none"
 
 
 def _card(bundle: ProbeBundle) -> dict[str, object]:
@@ -83,7 +127,7 @@ def _card(bundle: ProbeBundle) -> dict[str, object]:
         "fingerprint": asdict(bundle.fingerprint),
         "has_canary": bundle.canary is not None,
         "provenance": dict(bundle.provenance),
-        "certificates": [_facts(certificate) for certificate in bundle.certificates],
+        "certificates": [_facts(certificate) for certificate in bundle.all_certificates],
     }
 
 
@@ -95,24 +139,30 @@ def _facts(certificate: Certificate) -> dict[str, object]:
         "n": certificate.n,
         "j": certificate.j,
         "threshold": certificate.threshold,
+        "source": certificate.evidence.source,
+        "lengths": certificate.evidence.lengths_in_words,
+        "supported_cap": certificate.supported_cap,
         "envelope": asdict(certificate.envelope),
     }
 
 
-def _certificates(bundle: ProbeBundle) -> Table:
+def _certificates(certificates: Sequence[Certificate]) -> Table:
     from rich.table import Table
 
     table = Table(
         title="Certificates",
-        caption="With confidence 1 - delta over the draw, at most alpha of such responses alarm.",
+        caption="With confidence 1 - delta over the draw, at most alpha of such responses alarm. "
+        "Source: on-policy, the model's own responses; off-policy, texts of others too; "
+        "unrecorded, the bundle does not say.",
         title_justify="left",
         caption_justify="left",
     )
-    for name in ("population", "alpha", "delta", "n", "j", "threshold", "envelope"):
+    shown = ("population", "alpha", "delta", "n", "j", "threshold", "source", "lengths", "envelope")
+    for name in shown:
         table.add_column(name)
-    for certificate in bundle.certificates:
+    for certificate in certificates:
         facts = _facts(certificate)
-        table.add_row(*(_shown(value) for value in facts.values()))
+        table.add_row(*(_shown(facts[name]) for name in shown))
     return table
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from safe_decode.commands.envelopes import Asked, envelope_of, foreign_note, require_delta
 from safe_decode.commands.generate import BundlePath, Device, DtypeName, ModelName
 from safe_decode.commands.output import print_json, require_place
 from safe_decode.commands.workbench import (
@@ -51,10 +52,12 @@ def calibrate(
         float, typer.Option(help="Chance that the bounds of a population do not hold.")
     ] = 0.05,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Cap of these responses; default as certified.")
+        int | None,
+        typer.Option(min=1, help="Cap to certify; default the largest that they support."),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Of these responses; 0 is greedy.")
+        float | None,
+        typer.Option(min=0.0, help="Of these responses; 0 is greedy; default as recorded."),
     ] = None,
     top_p: Annotated[float | None, typer.Option(help="Of these responses.")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Of these responses.")] = None,
@@ -65,6 +68,7 @@ def calibrate(
 ) -> None:
     """Certify a bundle's thresholds anew on harmless responses that nothing was chosen on."""
     require_place(out.parent / "file")
+    require_delta(delta)
     from safe_decode.bundle import Fingerprint, ProbeBundle
     from safe_decode.chat import stop_ids
     from safe_decode.coverage import record_of
@@ -78,10 +82,19 @@ def calibrate(
     harmless, too_long = whole(own, _harmless(rows))
     alphas = tuple(alpha or sorted({one.alpha for one in old.certificates}, reverse=True))
     default = alpha[0] if alpha else old.default_alpha
-    envelope = _envelope(old.certificate().envelope, max_new_tokens, temperature, top_p, top_k)
+    asked = Asked(max_new_tokens, temperature, top_p, top_k)
+    envelope = envelope_of(own.tokenizer, harmless, asked, before=old.certificate().envelope)
     ends = stop_ids(own.model, own.tokenizer)
     envelope = replace(envelope, options=record_of(own.model.generation_config, ends))
-    found = _certified(own, old, harmless, alphas=alphas, delta=delta, envelope=envelope)
+    found = _certified(
+        own,
+        old,
+        harmless,
+        alphas=alphas,
+        delta=delta,
+        envelope=envelope,
+        lower_caps=max_new_tokens is None,
+    )
     new = replace(
         old,
         certificates=found.certificates,
@@ -92,7 +105,8 @@ def calibrate(
                 "sources": [one.to_json() for one in readings],
                 "bundle_before": old.digest,
                 "responses": len(harmless),
-                "not_of_this_model": sum(row.response_ids is None for row in harmless),
+                "not_of_this_model": sum(found.foreign.values()),
+                "not_of_this_model_because": found.foreign,
                 "too_long_for_the_context": too_long,
                 "delta": delta,
                 "refused": found.refused,
@@ -102,8 +116,12 @@ def calibrate(
     new.save(out)
     facts = [
         {
-            name: getattr(one, name)
-            for name in ("population", "alpha", "delta", "n", "j", "threshold")
+            **{
+                name: getattr(one, name)
+                for name in ("population", "alpha", "delta", "n", "j", "threshold")
+            },
+            "source": one.evidence.source,
+            "max_new_tokens": one.envelope.max_new_tokens,
         }
         for one in new.certificates
     ]
@@ -120,7 +138,10 @@ def calibrate(
             }
         )
         return
-    show_warnings(readings, [f"{name}: {why}" for name, why in found.refused.items()])
+    warnings = [f"{name}: {why}" for name, why in found.refused.items()]
+    if note := foreign_note(found.foreign, len(harmless)):
+        warnings.append(note)
+    show_warnings(readings, warnings)
     shown = {f"{one['population']} at {one['alpha']:g}": one for one in facts}
     show_facts("Certificates", shown, out)
 
@@ -150,10 +171,12 @@ def _certified(
     alphas: tuple[float, ...],
     delta: float,
     envelope: Envelope,
+    lower_caps: bool,
 ) -> Calibration:
     from probes.calibrate import certify_populations
     from probes.harvest import score_responses
     from probes.neighbours import merge_near_duplicates
+    from probes.reach import Responses
     from probes.statistic import maxima, smoothed_paths
 
     # Near duplicates are one draw, not several.
@@ -166,17 +189,6 @@ def _certified(
         alphas=alphas,
         delta=delta,
         envelope=envelope,
+        responses=Responses.scored(own.model, logits),
+        lower_caps=lower_caps,
     )
-
-
-def _envelope(
-    old: Envelope,
-    cap: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-) -> Envelope:
-    changes: dict[str, Any] = {"max_new_tokens": cap, "top_p": top_p, "top_k": top_k}
-    if temperature is not None:
-        changes |= {"do_sample": temperature > 0, "temperature": temperature or 1.0}
-    return replace(old, **{name: value for name, value in changes.items() if value is not None})

@@ -167,7 +167,8 @@ def _facts(arena: Arena, *, n: int) -> dict[str, str]:
         "bundle": decoder.bundle.digest,
         "certificate": (
             f"alpha {certificate.alpha:g} with confidence {1 - certificate.delta:g}, from "
-            f"{certificate.n} responses, population {certificate.population}"
+            f"{certificate.n} responses, population {certificate.population}, "
+            f"{certificate.evidence.source}"
         ),
         "redirect": f"{policy.redirect} where shown, {arena.count_redirect} where counted",
         "hold-back": f"{policy.holdback_tokens} tokens",

@@ -252,7 +252,7 @@ def _facts(
     return {
         "bundle": decoder.bundle.digest[:12],
         "certificate": f"alpha {certificate.alpha:g}, delta {certificate.delta:g}, n "
-        f"{certificate.n}, {certificate.population}",
+        f"{certificate.n}, {certificate.population}, {certificate.evidence.source}",
         "hold-back": f"{decoder.bundle.holdback_tokens} tokens",
         "data": source,
         "responses": ", ".join(f"{name} {len(part)}" for name, part in rows.items()),

@@ -6,11 +6,13 @@ Knows the options and how the outcome is shown. The path itself is `probes.recip
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safe_decode.commands.envelopes import Asked, envelope_of, foreign_note, require_delta
 from safe_decode.commands.generate import Device, DtypeName, ModelName
 from safe_decode.commands.harvest import Features, Residual, UnitsFile, residual_sites
 from safe_decode.commands.output import console, print_json, require_place
@@ -70,13 +72,18 @@ def fit(
     ] = None,
     delta: Annotated[float, typer.Option(help="Chance that the bounds do not hold.")] = 0.05,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Certified cap; default the longest response's.")
+        int | None,
+        typer.Option(min=1, help="Cap to certify; default the largest that they support."),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="At which the responses were sampled; 0 is greedy.")
-    ] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Likewise.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Likewise; 0 for none.")] = 0,
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="At which the responses were sampled; default as they record, else 0, greedy.",
+        ),
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Likewise; 0 for none.")] = None,
     refusal: Annotated[str, typer.Option(help="The canned refusal.")] = _REFUSAL,
     opener: Annotated[str, typer.Option(help="First words after a rewind.")] = _OPENER,
     store: Annotated[
@@ -94,6 +101,7 @@ def fit(
 ) -> None:
     """Locate, fit, select and calibrate: one command from conversations to a bundle."""
     require_place(out.parent / "file")
+    require_delta(delta)
     from probes.candidates import FeatureStore
     from probes.grid import fits_of, statistics_of
     from probes.recipe import make_bundle
@@ -120,8 +128,7 @@ def fit(
         by_category=by_category,
         alphas=tuple(alpha or (0.01,)),
         delta=delta,
-        max_new_tokens=max_new_tokens,
-        sampling=(temperature, top_p, top_k),
+        asked=Asked(max_new_tokens, temperature, top_p, top_k),
         texts=(refusal, opener),
     )
     provenance = {
@@ -129,8 +136,6 @@ def fit(
         "data": ready.report,
         "too_long_for_the_context": too_long,
         "without_judgement": len(rows) - len(judged),
-        # A certificate speaks of responses like these: of the model itself, or of others.
-        "not_of_this_model": sum(row.response_ids is None for row in ready.conversations),
         "seed": seed,
     }
     recipe = make_bundle(
@@ -146,7 +151,7 @@ def fit(
     if as_json:
         print_json(_as_json(recipe, out, provenance))
         return
-    show_warnings(readings, [*ready.warnings, *_notes(provenance, recipe)])
+    show_warnings(readings, [*ready.warnings, *_notes(recipe)])
     _show(recipe, out)
 
 
@@ -162,25 +167,19 @@ def _config(
     by_category: bool,
     alphas: tuple[float, ...],
     delta: float,
-    max_new_tokens: int | None,
-    sampling: tuple[float, float, int],
+    asked: Asked,
     texts: tuple[str, str],
 ) -> RecipeConfig:
     from probes.recipe import RecipeConfig
-    from probes.teacher import encode_response
-    from safe_decode.certificate import Envelope
     from safe_decode.chat import stop_ids
     from safe_decode.coverage import record_of
 
-    cap = max_new_tokens or max(encode_response(own.tokenizer, row).n_scores - 1 for row in rows)
-    temperature, top_p, top_k = sampling
-    envelope = Envelope(
-        max_new_tokens=cap,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_p=top_p,
-        top_k=top_k,
-        options=record_of(own.model.generation_config, stop_ids(own.model, own.tokenizer)),
+    # Which responses certify is decided by split and label, as the recipe takes them.
+    calibrating = [row for row in rows if row.split == "calibrate" and not row.response_harmful]
+    ends = stop_ids(own.model, own.tokenizer)
+    envelope = replace(
+        envelope_of(own.tokenizer, calibrating or rows, asked),
+        options=record_of(own.model.generation_config, ends),
     )
     extra = (
         {} if residual is None else {f"residual-{residual}": residual_sites(own.model, residual)}
@@ -199,19 +198,16 @@ def _config(
         alphas=alphas,
         default_alpha=alphas[0],
         delta=delta,
+        lower_caps=asked.max_new_tokens is None,
     )
 
 
-def _notes(provenance: Mapping[str, Any], recipe: Recipe) -> list[str]:
+def _notes(recipe: Recipe) -> list[str]:
     notes = [
         f"no certificate for {name}: {why}" for name, why in recipe.calibration.refused.items()
     ]
-    if provenance["not_of_this_model"]:
-        notes.append(
-            f"{provenance['not_of_this_model']:,} responses are not this model's own (they have no "
-            "response_ids); the certificates speak of such text, not of what the model will say. "
-            "Make responses with `safe-decode rollout`."
-        )
+    if note := foreign_note(recipe.calibration.foreign, recipe.bundle.provenance["calibrated"]):
+        notes.append(note)
     return notes
 
 
@@ -225,12 +221,17 @@ def _as_json(recipe: Recipe, out: Path, provenance: Mapping[str, Any]) -> dict[s
         "holdback_tokens": bundle.holdback_tokens,
         "certificates": [
             {
-                name: getattr(one, name)
-                for name in ("population", "alpha", "delta", "n", "j", "threshold")
+                **{
+                    name: getattr(one, name)
+                    for name in ("population", "alpha", "delta", "n", "j", "threshold")
+                },
+                "source": one.evidence.source,
+                "max_new_tokens": one.envelope.max_new_tokens,
             }
             for one in bundle.certificates
         ],
         "certificates_refused": recipe.calibration.refused,
+        "not_of_this_model": sum(recipe.calibration.foreign.values()),
         **provenance,
     }
 
@@ -261,7 +262,8 @@ def _show(recipe: Recipe, out: Path) -> None:
     console().print(f"{len(recipe.tried)} candidates; the first is in the bundle.")
     certified = {
         f"{one.population} at {one.alpha:g}": (
-            f"threshold {one.threshold:.4g} (n={one.n}, j={one.j})"
+            f"threshold {one.threshold:.4g} (n={one.n}, j={one.j}), {one.evidence.source}, up to "
+            f"{one.envelope.max_new_tokens} tokens"
         )
         for one in recipe.bundle.certificates
     }

@@ -125,12 +125,14 @@ def decoder_of(
     population: str = "benign",
     device: str,
     dtype: Dtype,
+    trusted_key: Path | None = None,
 ) -> SafeDecoder:
     """Load a model and a bundle, the embedded ones where None, and put the guard on.
 
     Raises:
         ConfigurationError: A model without its bundle, or nothing to load.
-        BundleError: The bundle is damaged or was made for another model.
+        BundleError: The bundle is damaged, was made for another model, or is not signed by the
+            trusted key.
     """
     if model is not None and bundle is None:
         raise ConfigurationError(
@@ -141,8 +143,8 @@ def decoder_of(
     from safe_decode.demo.load import artefact, load_model
     from safe_decode.guard import SafeDecoder
 
-    # The bundle first: a bad one is told before seconds are spent on the model.
-    probes = ProbeBundle.load(bundle or artefact("bundle"))
+    # The bundle and its signature first: a bad one is told before seconds are spent on the model.
+    probes = ProbeBundle.load(bundle or artefact("bundle"), trusted_key=trusted_key)
     _silence_transformers()
     loaded = load_model(model or artefact("aligned"), device=device, dtype=dtype)
     return SafeDecoder(
@@ -197,6 +199,7 @@ def _facts(trace: SafetyTrace) -> dict[str, object]:
         "tries": end.tries,
         "alpha": header.alpha,
         "certificate": header.certificate,
+        "certified_on": header.source,
         "error": end.error,
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safe_decode.errors import ConfigurationError
+from safe_decode.whole_files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,13 +96,13 @@ def require_place(path: Path | None) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that the user asked for.
+    """Write a file that the user asked for, whole or not at all.
 
     Raises:
         ConfigurationError: It cannot be written there.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise ConfigurationError(
             f"{path} cannot be written: {error.strerror}; pass a file in a directory that exists."

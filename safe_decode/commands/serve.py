@@ -29,6 +29,10 @@ def serve(
         typer.Option(help="Name or directory of a causal language model; default embedded."),
     ] = None,
     bundle: BundlePath = None,
+    require_signature: Annotated[
+        Path | None,
+        typer.Option(help="Public key that must have signed the bundle; a PEM file."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 for any free one.")] = None,
@@ -63,24 +67,24 @@ def serve(
         raise ConfigurationError(
             f"{error.name} is missing; install the server with: pip install 'safe-decode[serving]'"
         ) from error
-    given = load_settings(
-        config,
-        **{
-            **_assignments(settings or []),
-            "model": model,
-            "bundle": bundle,
-            "host": host,
-            "port": port,
-            "device": device,
-            "dtype": dtype,
-            "alpha": alpha,
-            "population": population,
-            "redirect": redirect,
-            "api_keys": tuple(api_key) if api_key else None,
-            "audit": audit,
-            "expose_scores": expose_scores,
-        },
-    )
+    flags = {
+        "model": model,
+        "bundle": bundle,
+        "require_signature": require_signature,
+        "host": host,
+        "port": port,
+        "device": device,
+        "dtype": dtype,
+        "alpha": alpha,
+        "population": population,
+        "redirect": redirect,
+        "api_keys": tuple(api_key) if api_key else None,
+        "audit": audit,
+        "expose_scores": expose_scores,
+    }
+    # A flag that was not given does not take back what --set says.
+    told = {name: value for name, value in flags.items() if value is not None}
+    given = load_settings(config, **{**_assignments(settings or []), **told})
     _run(_for_demo(given))
 
 
@@ -118,6 +122,7 @@ def _run(settings: ServeSettings) -> None:
             population=settings.population,
             device=settings.device,
             dtype=settings.dtype,
+            trusted_key=settings.require_signature,
         )
         engine = GuardedEngine(
             decoder,

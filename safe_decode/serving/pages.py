@@ -87,6 +87,8 @@ def _facts(service: Service) -> dict[str, Any]:
             "confidence": 1 - certificate.delta,
             "responses": certificate.n,
             "population": certificate.population,
+            "source": certificate.evidence.source,
+            "calibrated_on": certificate.evidence.in_words,
             "greedy": not certificate.envelope.do_sample,
             "max_new_tokens": certificate.envelope.max_new_tokens,
         },

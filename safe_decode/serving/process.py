@@ -113,6 +113,7 @@ def first_screen(settings: ServeSettings, facts: GuardFacts) -> list[tuple[str, 
             f"at most {certificate.alpha:.3g} of {certificate.population} responses alarm, with "
             f"confidence {1 - certificate.delta:g}, from {certificate.n} responses",
         ),
+        ("calibrated on", f"{certificate.evidence.source}: {certificate.evidence.in_words}"),
         ("it speaks of", f"{how}, up to {envelope.max_new_tokens} tokens; else it is void"),
         ("a trip", f"{facts.redirect}, hold-back {facts.holdback_tokens} tokens"),
         (

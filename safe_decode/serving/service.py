@@ -170,7 +170,7 @@ class Service:
             "redirect": policy.redirect,
             "alpha": policy.alpha,
             "holdback_tokens": policy.holdback_tokens,
-            "certificate": "valid" if end.void is None else f"void({end.void})",
+            "certificate": story.exposure.certificate_of(story.request).status(end.void),
             "trip_step": end.trip_step,
             "prompt_tokens": story.prompt_tokens,
             "prefill_tokens": story.request.prompt.prefill_tokens,

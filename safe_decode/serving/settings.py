@@ -32,6 +32,8 @@ class ServeSettings(BaseSettings):
     Attributes:
         model: Name or directory; None: the embedded model.
         bundle: Directory of the bundle made for it.
+        require_signature: File of the public key that must have signed the bundle; None: the
+            signature is not looked at.
         device: Where the model goes.
         dtype: In what it computes.
         served_name: What clients call it; None: the last part of `model`.
@@ -71,6 +73,7 @@ class ServeSettings(BaseSettings):
 
     model: str | None = None
     bundle: Path | None = None
+    require_signature: Path | None = None
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     served_name: str | None = None

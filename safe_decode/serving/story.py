@@ -55,6 +55,7 @@ class Exposure:
             "confidence": 1 - certificate.delta,
             "responses": certificate.n,
             "population": certificate.population,
+            "source": certificate.evidence.source,
             "bundle": self.facts.bundle[:16],
         }
         if void is not None:

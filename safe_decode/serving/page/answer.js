@@ -88,7 +88,8 @@ export class Answer {
     const parts = [];
     if (this.peak !== null) parts.push(`Peak risk ${percent(this.peak)}; 50\u00a0% is the threshold.`);
     if (certificate && !this.isBare) {
-      parts.push(certificate.status === "valid" ? "Certificate valid." : `Certificate void: ${certificate.why}.`);
+      const source = certificate.source === "off-policy" ? ", off-policy" : "";
+      parts.push(certificate.status === "valid" ? `Certificate valid${source}.` : `Certificate void: ${certificate.why}.`);
     }
     this.caption.textContent = parts.join(" ");
     this.chart.describe(`${this.element.querySelector("h3").textContent}: ${text}. ${parts.join(" ")}`);

@@ -29,7 +29,8 @@ function certificate({ certificate: c, redirect, holdback_tokens: k, bundle, max
   byId("certificate").textContent =
     `With ${share(c.confidence)} confidence, at most ${share(c.alpha)} of ${c.population} responses raise an ` +
     `alarm. It was computed from ${c.responses.toLocaleString("en")} responses, ` +
-    `${c.greedy ? "chosen greedily" : "sampled"}, of up to ${c.max_new_tokens} tokens.`;
+    `${c.greedy ? "chosen greedily" : "sampled"}, of up to ${c.max_new_tokens} tokens; ` +
+    `they were ${c.calibrated_on} (${c.source}).`;
   byId("limits").textContent =
     "A call outside these bounds voids it, and the answer says so. It bounds false alarms; nothing certifies the " +
     "share of harm that is caught.";
