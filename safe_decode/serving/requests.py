@@ -54,6 +54,9 @@ class Desk:
                 param="top_logprobs",
                 code="invalid_value",
             )
+        top = (ask.top_logprobs or 0) if ask.logprobs else None
+        self._require_judged(ask, top, "top_logprobs", remedy="leave it out or pass 0")
+        self._require_choices(ask.n or 1, 1)
         prompt = self._encoded(
             [
                 {
@@ -64,7 +67,6 @@ class Desk:
             ]
         )
         cap = ask.max_completion_tokens or ask.max_tokens
-        top = (ask.top_logprobs or 0) if ask.logprobs else None
         policy = self.policy(ask.safety, is_structured=structured)
         return self._rows(ask, [prompt], cap=cap, top=top, policy=policy)
 
@@ -84,6 +86,8 @@ class Desk:
         given: Any = ask.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
+        self._require_judged(ask, ask.logprobs, "logprobs", remedy="pass 0 for the chosen tokens'")
+        self._require_choices(ask.n or 1, len(given))
         with _refusing_prompts("prompt"):
             prompts = [self.engine.completion(prompt) for prompt in given]
         policy = self.policy(ask.safety)
@@ -139,14 +143,6 @@ class Desk:
         policy: RowPolicy,
     ) -> list[RowRequest]:
         n = ask.n or 1
-        if n * len(prompts) > self.settings.max_choices:
-            raise ApiError(
-                400,
-                f"n={n} for {len(prompts)} prompts asks for {n * len(prompts)} answers, at most "
-                f"{self.settings.max_choices} are given; ask for fewer.",
-                param="n",
-                code="invalid_value",
-            )
         seed = secrets.randbits(62) if ask.seed is None else ask.seed
         stop = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
         bias = self._bias(ask.logit_bias or {})
@@ -169,6 +165,39 @@ class Desk:
             for number, prompt in enumerate(prompts)
             for choice in range(n)
         ]
+
+    def _require_judged(
+        self, ask: CommonAsk, top: int | None, param: str, *, remedy: str
+    ) -> None:
+        """Refuse log-probabilities that speak of tokens which nobody judged.
+
+        Alternatives are such tokens. So is what a bias or penalty keeps from being chosen: forced
+        token by token, the chosen ones spell the whole distribution behind a trip.
+        """
+        if top is None or self.settings.expose_alternatives:
+            return
+        if top:
+            raise _unsupported(
+                param, f"alternatives are tokens that were not judged; {remedy}."
+            )
+        steers = ("logit_bias", "presence_penalty", "frequency_penalty")
+        found = next((name for name in steers if _is_set(getattr(ask, name))), None)
+        if found is not None:
+            raise _unsupported(
+                "logprobs",
+                f"with {found} they would tell of tokens that were not judged; pass one of them.",
+            )
+
+    def _require_choices(self, n: int, n_prompts: int) -> None:
+        """Refuse too many answers, before anything is encoded."""
+        if n * n_prompts > self.settings.max_choices:
+            raise ApiError(
+                400,
+                f"n={n} for {n_prompts} prompts asks for {n * n_prompts} answers, at most "
+                f"{self.settings.max_choices} are given; ask for fewer.",
+                param="n",
+                code="invalid_value",
+            )
 
     def _require_model(self, name: str) -> None:
         if name != self.settings.name:
@@ -253,6 +282,10 @@ def _refuse_chat_extras(ask: ChatAsk) -> None:
         value = getattr(ask, name)
         if value is not None and value not in values:
             raise _unsupported(name, "only text is generated and guarded; leave it out.")
+
+
+def _is_set(given: float | Mapping[str, float] | None) -> bool:
+    return any(given.values()) if isinstance(given, Mapping) else bool(given)
 
 
 def _checked_stops(stops: Sequence[str], param: str, *, limit: int) -> Sequence[str]:
