@@ -159,9 +159,7 @@ HOSTILE = {
         ChatAsk,
         {
             "model": "m",
-            "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "a"}] * 256}
-            ] * 100,
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 256}] * 100,
         },
     ),
     "lists": (CompletionAsk, {"model": "m", "prompt": [[]] * 300_000}),

@@ -132,9 +132,10 @@ def test_where_it_tripped_is_not_told_beyond_the_text_that_was_released(path, ex
 def test_where_it_tripped_is_not_told_in_anthropic_s_shape(stream):
     told = []
     for threshold in (0.3, 1.2):
-        with tripping_at(threshold) as engine, TestClient(
-            create_app(engine, settings_of())
-        ) as opened:
+        with (
+            tripping_at(threshold) as engine,
+            TestClient(create_app(engine, settings_of())) as opened,
+        ):
             objects = objects_of(opened.post(MESSAGES, json=body_of(MESSAGES, stream=stream)))
         text = json.dumps(objects).replace(engine.facts.bundle[:16], "*")
         mine = objects[0].get("id") or objects[0]["message"]["id"]
@@ -196,8 +197,10 @@ def test_answers_hold_these_fields_and_no_others(client, path, extra, messages, 
     allowed = {"content-type", "content-length", "cache-control", "x-request-id", "date"}
     allowed |= {"x-safe-decode-bundle", "x-accel-buffering", "connection", "transfer-encoding"}
     named = {name for name in response.headers if name not in allowed}
-    assert all(name.startswith(("x-content-type", "x-frame", "referrer", "cross", "content-sec"))
-               for name in named), named
+    assert all(
+        name.startswith(("x-content-type", "x-frame", "referrer", "cross", "content-sec"))
+        for name in named
+    ), named
 
 
 def test_dropped_words_reach_the_page_alone_whatever_is_exposed():

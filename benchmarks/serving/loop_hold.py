@@ -78,9 +78,7 @@ def _tokenizer() -> Any:  # noqa: ANN401 - any tokenizer of transformers
 
     tokenizer = AutoTokenizer.from_pretrained(artefact("unaligned"))
     tokenizer.model_max_length = 10**9  # its warning is no part of what is measured
-    tokenizer.add_tokens(
-        [f"<|extra_{i}|>" for i in range(_CONTROL_TOKENS)], special_tokens=True
-    )
+    tokenizer.add_tokens([f"<|extra_{i}|>" for i in range(_CONTROL_TOKENS)], special_tokens=True)
     return tokenizer
 
 

@@ -78,8 +78,8 @@ class PromptReader:
     def _require_short(self, n_chars: int) -> None:
         if self._most_chars is not None and n_chars > self._most_chars:
             raise PromptError(
-                f"the prompt has {n_chars} characters, more than {self._context_tokens} tokens, the "
-                f"model's context, can spell ({self._most_chars}); shorten the prompt."
+                f"the prompt has {n_chars} characters; the {self._context_tokens} tokens of the "
+                f"model's context spell at most {self._most_chars}. Shorten the prompt."
             )
 
 
