@@ -213,12 +213,11 @@ def _rendered_ids(tokenizer: Any, turns: Sequence[Message]) -> list[int]:  # noq
             "the tokenizer has no chat template; set tokenizer.chat_template, or pass input_ids."
         )
     render = tokenizer.apply_chat_template
-    options: dict[str, Any] = {
-        "add_generation_prompt": True,
-        "return_dict": False,
-        "tokenizer_kwargs": {"return_attention_mask": False},
-    }
-    can_sanitize = "sanitize_control_tokens" in inspect.signature(render).parameters
+    options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False}
+    known = inspect.signature(render).parameters
+    if "tokenizer_kwargs" in known:
+        options["tokenizer_kwargs"] = {"return_attention_mask": False}
+    can_sanitize = "sanitize_control_tokens" in known
     if _spells_controls(tokenizer, turns, can_sanitize=can_sanitize):
         options["sanitize_control_tokens"] = True
     try:
