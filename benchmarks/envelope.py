@@ -54,8 +54,8 @@ _TEMPERATURE, _SAMPLED_ALPHA = 0.3, 0.01
 _PADDING = 48
 
 
-def _config(**options: Any) -> GenerationConfig:
-    return GenerationConfig(**options)  # type: ignore[no-untyped-call]
+def _greedy() -> GenerationConfig:
+    return GenerationConfig(do_sample=False)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ INSIDE: tuple[Configuration, ...] = (
     Configuration("eos and pad named", {"eos_token_id": 2, "pad_token_id": 2}),
     Configuration(
         "a generation_config",
-        {"generation_config": lambda: _config(do_sample=False), "max_new_tokens": 128},
+        {"generation_config": _greedy, "max_new_tokens": 128},
     ),
     Configuration(
         "prompt lookup, cap of 48", {"prompt_lookup_num_tokens": 4, "max_new_tokens": 48}, batch=1

@@ -3,10 +3,10 @@
 Knows roles and the tokenizer's own chat template; the only room that does. Does not know
 models in motion, probes or batches in flight.
 
-Text from outside is text: a control token spelt in a message or a prefill is encoded as
-ordinary characters, so that a message cannot open a turn of its own. Where a tokenizer
-cannot do that, such a message is refused. The turn's start is known from how the ids were
-made, never searched for, unless only ids are given (`open_turn_start`).
+Text from outside is text (`plain_text`): a control token spelt in a message or a prefill is
+encoded as ordinary characters, so that a message cannot open a turn of its own. Where a
+tokenizer cannot do that, such a message is refused. The turn's start is known from how the ids were
+made, never searched for, unless only ids are given (`turn_headers`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from safe_decode.errors import PromptError
+from safe_decode.plain_text import controls_of, encoding, text_ids
+from safe_decode.turn_headers import assistant_header, open_turn_start
 
 __all__ = [
     "ChatBatch",
@@ -41,6 +43,10 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 """A string is one message of the user."""
 
+_MOST_SPELT = 256
+"""Control tokens in the messages of one prompt: each is encoded on its own."""
+_LOOKED_AT = 8_000_000
+"""Characters of a message that spells one, times control tokens: some 30 ms."""
 _ROLE = re.compile(r"[a-z][a-z_]*")
 
 
@@ -163,66 +169,6 @@ def require_room(n_tokens: int, context_tokens: int | None, *, new_tokens: int =
         )
 
 
-def text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:  # noqa: ANN401
-    """Encode text that continues a turn: no BOS, and no control token whatever it spells.
-
-    Raises:
-        PromptError: The tokenizer makes a control token of it all the same.
-    """
-    ids = _plain_ids(tokenizer, "\n" + text)
-    newline = _plain_ids(tokenizer, "\n")
-    # SentencePiece puts a space before a text's first word. Behind a newline it does not,
-    # unless the newline merges with the text.
-    ids = ids[len(newline) :] if ids[: len(newline)] == newline else _plain_ids(tokenizer, text)
-    added = [i for i in ids if i in _control_ids(tokenizer)]
-    if added:
-        raise PromptError(
-            f"the text spells the control token {tokenizer.convert_ids_to_tokens(added[0])!r}, "
-            "which this tokenizer cannot encode as ordinary text; remove it."
-        )
-    return tuple(ids)
-
-
-def open_turn_start(tokenizer: Any, ids: Sequence[int]) -> int | None:  # noqa: ANN401
-    """Find where the open assistant turn of raw ids begins.
-
-    The first assistant header behind the last header of a user: a header repeated inside a
-    turn does not move the start forward, which would hide what stands before it.
-
-    Args:
-        tokenizer: Whose chat template tells the headers.
-        ids: A prompt without padding.
-
-    Returns:
-        Index of y_0; len(ids) where the header is last. None for raw completions: no chat
-        template, no assistant header, or a turn of the user after it.
-    """
-    marks = _marks(tokenizer)
-    if marks is None:
-        return None
-    user, assistant = marks
-    sequence = list(ids)
-    last_user = _find_last(sequence, user) if user else -1
-    start = max(last_user, 0)
-    found = _find_first(sequence, assistant, start)
-    return None if found < 0 else found + len(assistant)
-
-
-def assistant_header(tokenizer: Any) -> tuple[int, ...]:  # noqa: ANN401
-    """Return the ids of the assistant's header, as the template writes it after a message.
-
-    Raises:
-        PromptError: No chat template, or one whose header cannot be told by example.
-    """
-    marks = _marks(tokenizer)
-    if marks is None:
-        raise PromptError(
-            "the assistant's header cannot be read from the chat template; pass a tokenizer with "
-            "a template of user and assistant, or no self_check."
-        )
-    return tuple(marks[1])
-
-
 def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:  # noqa: ANN401
     """Return the ids at which bare `generate` ends a row, the preferred one first.
 
@@ -268,75 +214,54 @@ def _rendered_ids(tokenizer: Any, turns: Sequence[Message]) -> list[int]:  # noq
         )
     render = tokenizer.apply_chat_template
     options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False}
-    if "sanitize_control_tokens" in inspect.signature(render).parameters:
+    known = inspect.signature(render).parameters
+    if "tokenizer_kwargs" in known:
+        options["tokenizer_kwargs"] = {"return_attention_mask": False}
+    can_sanitize = "sanitize_control_tokens" in known
+    if _spells_controls(tokenizer, turns, can_sanitize=can_sanitize):
         options["sanitize_control_tokens"] = True
-    else:
-        _refuse_control_tokens(tokenizer, turns)
     try:
-        return [int(i) for i in render([dict(turn) for turn in turns], **options)]
+        with encoding:
+            ids = render([dict(turn) for turn in turns], **options)
+        return [int(i) for i in ids]
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise PromptError(
             f"the chat template refuses these messages: {error}; check their roles and order."
         ) from error
 
 
-def _refuse_control_tokens(tokenizer: Any, turns: Sequence[Message]) -> None:  # noqa: ANN401
-    spelt = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    for number, turn in enumerate(turns):
-        for token in spelt:
-            if token.strip() and token in turn["content"]:
-                raise PromptError(
-                    f"message {number} spells the control token {token!r}, which this version of "
-                    "transformers cannot encode as ordinary text; remove it or upgrade."
-                )
+def _spells_controls(
+    tokenizer: Any,  # noqa: ANN401
+    turns: Sequence[Message],
+    *,
+    can_sanitize: bool,
+) -> bool:
+    """Say whether a message spells a control token, and refuse what would take seconds to encode.
 
-
-def _plain_ids(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401
-    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    return [int(i) for i in ids]
-
-
-def _control_ids(tokenizer: Any) -> frozenset[int]:  # noqa: ANN401
-    return frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if str(token).strip())
-
-
-def _marks(tokenizer: Any) -> tuple[list[int], list[int]] | None:  # noqa: ANN401
-    """The ids of the user's and of the assistant's header, from rendering known texts."""
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    user, assistant, again = "qXq", "zYz", "vWv"
-    turns = [
-        {"role": "user", "content": user},
-        {"role": "assistant", "content": assistant},
-        {"role": "user", "content": again},
-    ]
-    render = tokenizer.apply_chat_template
-    try:
-        closed = render(turns, tokenize=False)
-        opened = render(turns, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        return None  # a template of other roles; its headers cannot be learnt by example
-    if not all(text in closed for text in (user, assistant, again)):
-        return None
-    to_assistant = closed.split(user)[1].split(assistant)[0]
-    to_user = closed.split(assistant)[1].split(again)[0]
-    header = opened.removeprefix(closed) if opened.startswith(closed) else ""
-    # Without a generation prompt the header is what stands before an answer ("[/INST]").
-    ids = _template_ids(tokenizer, header or to_assistant)
-    return (_template_ids(tokenizer, to_user), ids) if ids else None
-
-
-def _template_ids(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401
-    return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
-
-
-def _find_first(ids: Sequence[int], wanted: Sequence[int], start: int) -> int:
-    last = len(ids) - len(wanted)
-    return next((i for i in range(start, last + 1) if ids[i : i + len(wanted)] == wanted), -1)
-
-
-def _find_last(ids: Sequence[int], wanted: Sequence[int]) -> int:
-    last = len(ids) - len(wanted)
-    return next((i for i in range(last, -1, -1) if ids[i : i + len(wanted)] == wanted), -1)
+    transformers looks for every control token at every character, in one call that no other
+    thread interrupts, and encodes each one it finds on its own.
+    """
+    controls = controls_of(tokenizer)
+    found = controls.spelt_in([turn["content"] for turn in turns])
+    for number, (turn, spelt) in enumerate(zip(turns, found, strict=True)):
+        if not spelt:
+            continue
+        what = f"message {number} spells the control token {spelt[0]!r}"
+        if not can_sanitize:
+            raise PromptError(
+                f"{what}, which this version of transformers cannot encode as ordinary text; "
+                "remove it or upgrade."
+            )
+        room = _LOOKED_AT // len(controls.spellings)
+        if len(turn["content"]) > room:
+            raise PromptError(
+                f"{what} among {len(turn['content'])} characters; beside it at most {room} can be "
+                "encoded as ordinary text. Remove it or shorten the message."
+            )
+    total = sum(map(len, found))
+    if total > _MOST_SPELT:
+        raise PromptError(
+            f"the messages spell control tokens {total} times, at most {_MOST_SPELT} are encoded "
+            "as ordinary text; remove them."
+        )
+    return total > 0

@@ -63,8 +63,8 @@ def test_a_trip_ends_with_content_filter_and_what_was_shown_stands(client):
     choice = ask(client, messages=ATTACK).json()["choices"][0]
     assert choice["finish_reason"] == "content_filter"
     assert choice["safety"]["action"] == "rewound"
-    assert choice["message"]["content"] == KEPT
     assert choice["message"]["refusal"].startswith(f" ... {OPENER}")
+    assert choice["message"]["content"] == KEPT + choice["message"]["refusal"]
 
 
 def test_scores_and_thresholds_stay_with_the_operator(client):
@@ -77,7 +77,7 @@ def test_scores_and_thresholds_stay_with_the_operator(client):
 def test_the_operator_may_expose_scores_and_what_was_taken_back():
     settings = settings_of(expose_scores=True, expose_bare=True)
     with TestClient(create_app(staged_engine(), settings)) as opened:
-        chunks = chunks_of(ask(opened, messages=ATTACK, stream=True))
+        chunks = chunks_of(ask(opened, "/page/guarded", messages=ATTACK, stream=True))
         bare = chunks_of(ask(opened, "/page/bare", messages=ATTACK, stream=True))
         facts = opened.get("/page/facts").json()
         assert "text/html" in opened.get("/").headers["content-type"]
@@ -92,7 +92,8 @@ def test_the_operator_may_expose_scores_and_what_was_taken_back():
 
 
 def test_the_bare_model_is_out_of_reach_unless_the_operator_shows_it(client):
-    assert ask(client, "/page/bare", messages=ATTACK).status_code in (404, 405)
+    for path in ("/page/bare", "/page/guarded"):
+        assert ask(client, path, messages=ATTACK).status_code in (404, 405)
     assert client.get("/page/app.py").status_code == 404
     assert client.get("/page/..%2fapp.py").status_code == 404
 
@@ -169,19 +170,6 @@ def test_a_cap_ends_with_length(client):
     assert choice["finish_reason"] == "length"
 
 
-def test_logprobs_speak_of_released_tokens_and_none_after_the_trip(client):
-    body = {"logprobs": True, "top_logprobs": 2}
-    choice = ask(client, messages=ATTACK, **body).json()["choices"][0]
-    content = choice["logprobs"]["content"]
-    assert "".join(entry["token"] for entry in content) == choice["message"]["content"]
-    for entry in content:
-        assert entry["logprob"] <= 0 and len(entry["top_logprobs"]) == 2
-        assert max(other["logprob"] for other in entry["top_logprobs"]) >= entry["logprob"] - 1e-6
-    chunks = chunks_of(ask(client, messages=ATTACK, stream=True, **body))
-    tripped = next(i for i, c in enumerate(chunks) if c["choices"][0]["delta"].get("refusal"))
-    assert all(chunk["choices"][0]["logprobs"] is None for chunk in chunks[tripped:])
-
-
 def test_usage_comes_last_when_asked_for(client):
     chunks = chunks_of(ask(client, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] > 5
@@ -192,7 +180,8 @@ def test_messages_have_anthropic_s_shape_and_refuse_by_stop_reason(client):
     body = {"max_tokens": 64, "messages": ATTACK}
     whole = ask(client, "/v1/messages", **body).json()
     assert whole["type"] == "message" and whole["stop_reason"] == "refusal"
-    assert whole["content"][0]["text"] == KEPT and whole["safety"]["action"] == "rewound"
+    assert whole["content"][0]["text"] == KEPT + whole["safety"]["refusal"]
+    assert whole["safety"]["action"] == "rewound"
     text = ask(client, "/v1/messages", stream=True, **body).text
     names = [line[7:] for line in text.splitlines() if line.startswith("event: ")]
     assert names[:2] == ["message_start", "content_block_start"]
@@ -244,12 +233,17 @@ def test_ids_of_a_chat_are_guarded_as_the_chat_is(client):
 
 def test_one_token_at_a_time_trips_no_later_than_at_once(client):
     """A loop of max_tokens=1 hands back what was said: the prefill is judged in order."""
-    once = ask(client, messages=ATTACK).json()["choices"][0]["message"]["content"]
+
+    def own(message):
+        """The model's own words: what follows a trip is the guard's."""
+        return message["content"].removesuffix(message["refusal"] or "")
+
+    once = own(ask(client, messages=ATTACK).json()["choices"][0]["message"])
     said = ATTACK[-1]["content"]
     for _ in range(60):
         messages = [*ATTACK[:-1], {"role": "assistant", "content": said}]
         choice = ask(client, messages=messages, max_tokens=1).json()["choices"][0]
-        said += choice["message"]["content"]
+        said += own(choice["message"])
         if choice["finish_reason"] == "content_filter":
             break
     else:

@@ -154,5 +154,5 @@ def test_each_question_is_answered_at_a_small_scale(question):
     )
     row = json.loads(done.stdout.splitlines()[-1])
     assert row["study"] == question
-    # Two rounds of two seconds say nothing of a ratio.
-    assert row["missed"] == "" or question == "throughput", row
+    # Two rounds of two seconds say nothing of a ratio, nor one request of the machine's own delays.
+    assert row["missed"] == "" or question in ("throughput", "loop_hold"), row

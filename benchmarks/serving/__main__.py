@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.card import RESULTS, card, write_results
-from benchmarks.serving import crowd, ends, fuzz, rates
+from benchmarks.serving import crowd, ends, fuzz, loop_hold, rates
 from benchmarks.serving.client import MODEL
 
 LOG = logging.getLogger("benchmarks.serving")
@@ -41,6 +41,7 @@ QUESTIONS: Mapping[str, Question] = {
     "offline": Question(rates.offline, 3),
     "throughput": Question(rates.throughput, 10),
     "proxy": Question(rates.proxy, 1.5),
+    "loop_hold": Question(loop_hold.loop_hold, 8),
     "sigterm": Question(ends.terminated, 2),
     "kill": Question(ends.killed, 6),
     "failure": Question(ends.failure, 4),

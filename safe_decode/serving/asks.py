@@ -83,12 +83,13 @@ class ChatMessage(BaseModel):
     refusal: _Text | None = None
 
     def as_text(self) -> str:
-        """Return its text; a refusal of an earlier turn belongs to what was said."""
+        """Return its text; a refusal of an earlier turn belongs to what was said, once."""
         if isinstance(self.content, list):
             said = "".join(part.text for part in self.content)
         else:
             said = self.content or ""
-        return said + (self.refusal or "")
+        refusal = self.refusal or ""
+        return said if said.endswith(refusal) else said + refusal
 
 
 class CommonAsk(BaseModel):
@@ -107,7 +108,11 @@ class CommonAsk(BaseModel):
     n: int | None = Field(default=None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Annotated[str, Field(max_length=512)] | list[str] | None = None
+    stop: (
+        Annotated[str, Field(max_length=512)]
+        | Annotated[list[str], Field(max_length=16, fail_fast=True)]
+        | None
+    ) = None
     max_tokens: int | None = Field(default=None, ge=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -152,10 +157,10 @@ class CompletionAsk(CommonAsk):
     prompt: (
         _Text
         | Annotated[list[_Text], Field(min_length=1, max_length=128)]
-        | Annotated[list[int], Field(min_length=1, max_length=200_000)]
+        | Annotated[list[int], Field(min_length=1, max_length=200_000, fail_fast=True)]
         | Annotated[
-            list[Annotated[list[int], Field(min_length=1, max_length=200_000)]],
-            Field(min_length=1, max_length=128),
+            list[Annotated[list[int], Field(min_length=1, max_length=200_000, fail_fast=True)]],
+            Field(min_length=1, max_length=128, fail_fast=True),
         ]
     )
     logprobs: int | None = Field(default=None, ge=0, le=5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["ApiError", "anthropic_body", "openai_body"]
+__all__ = ["ApiError", "anthropic_body", "openai_body", "unsupported"]
 
 _ANTHROPIC = {
     400: "invalid_request_error",
@@ -72,3 +72,13 @@ def anthropic_body(error: ApiError) -> dict[str, Any]:
     """Write an error as Anthropic does."""
     kind = _ANTHROPIC.get(error.status, "api_error")
     return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def unsupported(param: str, remedy: str) -> ApiError:
+    """Return the refusal of a parameter that is known and not supported."""
+    return ApiError(
+        400,
+        f"{param} is not supported: {remedy}",
+        param=param,
+        code="unsupported_parameter",
+    )

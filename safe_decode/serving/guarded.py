@@ -11,15 +11,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
-from safe_decode import chat
 from safe_decode.capabilities import require_supported
 from safe_decode.compose import context_tokens, texts_of
-from safe_decode.errors import CanaryError, PromptError, UnsupportedError
+from safe_decode.errors import CanaryError, UnsupportedError
 from safe_decode.guard import SafeDecoder
-from safe_decode.inputs import from_ids
 from safe_decode.serving.engine import GuardFacts
+from safe_decode.serving.prompts import PromptReader
 from safe_decode.serving.redirection import RunGuard, close_row
 from safe_decode.serving.rows import Row, RowPrompt
 from safe_decode.serving.run import Run
@@ -93,6 +90,11 @@ class GuardedEngine:
             context_tokens=context_tokens(model),
             vocab_tokens=int(model.config.get_text_config().vocab_size),
         )
+        self._prompts = PromptReader(
+            decoder.tokenizer,
+            context_tokens=self._facts.context_tokens,
+            vocab_tokens=self._facts.vocab_tokens,
+        )
 
     @property
     def facts(self) -> GuardFacts:
@@ -101,29 +103,11 @@ class GuardedEngine:
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> RowPrompt:
         """See `Engine.chat`."""
-        encoded = chat.encode_chat(self._decoder.tokenizer, messages)
-        self._require_room(len(encoded.ids))
-        given = encoded.prefill_tokens
-        return RowPrompt(encoded.ids, scanned=given + 1, prefill_tokens=given, is_chat=True)
+        return self._prompts.chat(messages)
 
     def completion(self, prompt: str | Sequence[int]) -> RowPrompt:
         """See `Engine.completion`."""
-        tokenizer = self._decoder.tokenizer
-        if isinstance(prompt, str):
-            begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-            ids = [*begin, *chat.text_ids(tokenizer, prompt)] if prompt else []
-        else:
-            ids = list(prompt)
-            foreign = [i for i in ids if not 0 <= i < self._facts.vocab_tokens]
-            if foreign:
-                raise PromptError(
-                    f"the prompt has the id {foreign[0]}, wanted 0..{self._facts.vocab_tokens - 1}."
-                )
-        if not ids:
-            raise PromptError("the prompt is empty; pass at least one character or id.")
-        self._require_room(len(ids))
-        inputs = from_ids(tokenizer, torch.tensor([ids]), torch.ones(1, len(ids)).long())
-        return RowPrompt(tuple(ids), inputs.scanned[0], inputs.prefill_tokens[0], inputs.is_chat[0])
+        return self._prompts.completion(prompt)
 
     def token_text(self, token: int) -> str:
         """Return the text of one id on its own."""
@@ -167,6 +151,3 @@ class GuardedEngine:
     def close(self) -> None:
         """Let go of the threads, once their rows have ended."""
         self._pool.shutdown(wait=True)
-
-    def _require_room(self, n_tokens: int) -> None:
-        chat.require_room(n_tokens, self._facts.context_tokens)

@@ -1,7 +1,8 @@
 """The page at / and what it asks for beyond the public endpoints.
 
 Knows files of the package, the demo's prompts and the operator's consent to show the bare
-model. Does not know how rows run. The bare endpoint exists only with `expose_bare`.
+model. Does not know how rows run. With `expose_bare` alone there are endpoints for the bare
+model's answers and for guarded ones with what was taken back; clients' endpoints never have it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from fastapi.responses import Response
 from safe_decode.serving.asks import ChatAsk
 from safe_decode.serving.failures import ApiError
 from safe_decode.serving.openai_shape import ChatShape
+from safe_decode.serving.reading import ReadingRoute
 from safe_decode.serving.routes import stream_chunks
+from safe_decode.serving.rows import RowRequest
 from safe_decode.serving.service import Service
 
 __all__ = ["pages"]
@@ -34,7 +37,7 @@ _SHOWN_SCENES = 12
 
 def pages(service: Service) -> APIRouter:
     """Build the router of the page."""
-    router = APIRouter(include_in_schema=False)
+    router = APIRouter(include_in_schema=False, route_class=ReadingRoute)
     folder = resources.files("safe_decode.serving") / "page"
 
     @router.get("/")
@@ -61,13 +64,24 @@ def pages(service: Service) -> APIRouter:
         async def bare(ask: ChatAsk, request: Request) -> Response:
             rows = [
                 replace(row, policy=replace(row.policy, redirect="flag", holdback_tokens=0))
-                for row in service.desk.chat(ask)
+                for row in await service.reader.read(lambda: service.desk.chat(ask))
             ]
-            shape = ChatShape(service.settings.name, "bare", service.engine.token_text)
-            conversation = await service.begin(rows, request, "bare")
-            return stream_chunks(conversation, shape, counts=False)
+            return await _streamed(service, rows, request, "bare")
+
+        @router.post("/page/guarded")
+        async def guarded(ask: ChatAsk, request: Request) -> Response:
+            rows = await service.reader.read(lambda: service.desk.chat(ask))
+            return await _streamed(service, rows, request, "guarded")
 
     return router
+
+
+async def _streamed(
+    service: Service, rows: list[RowRequest], request: Request, arm: str
+) -> Response:
+    shape = ChatShape(service.settings.name, arm, service.engine.token_text)
+    conversation = await service.begin(rows, request, arm, is_page=True)
+    return stream_chunks(conversation, shape, counts=False)
 
 
 def _facts(service: Service) -> dict[str, Any]:

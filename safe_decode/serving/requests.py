@@ -14,7 +14,8 @@ from typing import Any
 from safe_decode.errors import PromptError
 from safe_decode.serving.asks import ChatAsk, CommonAsk, CompletionAsk, MessagesAsk, SafetyAsk
 from safe_decode.serving.engine import Engine
-from safe_decode.serving.failures import ApiError
+from safe_decode.serving.failures import ApiError, unsupported
+from safe_decode.serving.logprobs import require_judged
 from safe_decode.serving.rows import RowPolicy, RowPrompt, RowRequest, Sampling
 from safe_decode.serving.settings import ServeSettings
 from safe_decode.serving.tightening import tightened
@@ -46,7 +47,7 @@ class Desk:
         _refuse_chat_extras(ask)
         structured = ask.response_format is not None and ask.response_format.type != "text"
         if structured and not self.settings.allow_json:
-            raise _unsupported("response_format", "JSON is not enforced here; ask for type 'text'.")
+            raise unsupported("response_format", "JSON is not enforced here; ask for type 'text'.")
         if ask.top_logprobs is not None and not ask.logprobs:
             raise ApiError(
                 400,
@@ -54,6 +55,10 @@ class Desk:
                 param="top_logprobs",
                 code="invalid_value",
             )
+        top = (ask.top_logprobs or 0) if ask.logprobs else None
+        if not self.settings.expose_alternatives:
+            require_judged(ask, top, "top_logprobs")
+        self._require_choices(ask.n or 1, 1)
         prompt = self._encoded(
             [
                 {
@@ -64,7 +69,6 @@ class Desk:
             ]
         )
         cap = ask.max_completion_tokens or ask.max_tokens
-        top = (ask.top_logprobs or 0) if ask.logprobs else None
         policy = self.policy(ask.safety, is_structured=structured)
         return self._rows(ask, [prompt], cap=cap, top=top, policy=policy)
 
@@ -76,14 +80,17 @@ class Desk:
         """
         self._require_model(ask.model)
         if ask.echo:
-            raise _unsupported("echo", "the prompt is not sent back; leave echo out.")
+            raise unsupported("echo", "the prompt is not sent back; leave echo out.")
         if ask.suffix:
-            raise _unsupported("suffix", "text is only continued; leave suffix out.")
+            raise unsupported("suffix", "text is only continued; leave suffix out.")
         if ask.best_of is not None and ask.best_of != (ask.n or 1):
-            raise _unsupported("best_of", "every answer is returned; pass n alone.")
+            raise unsupported("best_of", "every answer is returned; pass n alone.")
         given: Any = ask.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
             given = [given]
+        if not self.settings.expose_alternatives:
+            require_judged(ask, ask.logprobs, "logprobs")
+        self._require_choices(ask.n or 1, len(given))
         with _refusing_prompts("prompt"):
             prompts = [self.engine.completion(prompt) for prompt in given]
         policy = self.policy(ask.safety)
@@ -99,7 +106,7 @@ class Desk:
         for name in ("tools", "tool_choice", "thinking"):
             value = getattr(ask, name)
             if value and not (isinstance(value, Mapping) and value.get("type") == "disabled"):
-                raise _unsupported(name, "only text is guarded; leave it out.")
+                raise unsupported(name, "only text is guarded; leave it out.")
         system = ask.system_text()
         turns = [{"role": turn.role, "content": turn.as_text()} for turn in ask.messages]
         prompt = self._encoded(
@@ -139,14 +146,6 @@ class Desk:
         policy: RowPolicy,
     ) -> list[RowRequest]:
         n = ask.n or 1
-        if n * len(prompts) > self.settings.max_choices:
-            raise ApiError(
-                400,
-                f"n={n} for {len(prompts)} prompts asks for {n * len(prompts)} answers, at most "
-                f"{self.settings.max_choices} are given; ask for fewer.",
-                param="n",
-                code="invalid_value",
-            )
         seed = secrets.randbits(62) if ask.seed is None else ask.seed
         stop = [ask.stop] if isinstance(ask.stop, str) else ask.stop or []
         bias = self._bias(ask.logit_bias or {})
@@ -169,6 +168,17 @@ class Desk:
             for number, prompt in enumerate(prompts)
             for choice in range(n)
         ]
+
+    def _require_choices(self, n: int, n_prompts: int) -> None:
+        """Refuse too many answers, before anything is encoded."""
+        if n * n_prompts > self.settings.max_choices:
+            raise ApiError(
+                400,
+                f"n={n} for {n_prompts} prompts asks for {n * n_prompts} answers, at most "
+                f"{self.settings.max_choices} are given; ask for fewer.",
+                param="n",
+                code="invalid_value",
+            )
 
     def _require_model(self, name: str) -> None:
         if name != self.settings.name:
@@ -252,7 +262,7 @@ def _refuse_chat_extras(ask: ChatAsk) -> None:
     for name, values in neutral.items():
         value = getattr(ask, name)
         if value is not None and value not in values:
-            raise _unsupported(name, "only text is generated and guarded; leave it out.")
+            raise unsupported(name, "only text is generated and guarded; leave it out.")
 
 
 def _checked_stops(stops: Sequence[str], param: str, *, limit: int) -> Sequence[str]:
@@ -265,12 +275,3 @@ def _checked_stops(stops: Sequence[str], param: str, *, limit: int) -> Sequence[
             code="invalid_value",
         )
     return stops
-
-
-def _unsupported(param: str, remedy: str) -> ApiError:
-    return ApiError(
-        400,
-        f"{param} is not supported: {remedy}",
-        param=param,
-        code="unsupported_parameter",
-    )

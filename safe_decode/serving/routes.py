@@ -1,6 +1,6 @@
 """The endpoints that answer: chat completions, completions, messages, models.
 
-Knows which shape belongs to which path. Does not know queues, engines or how rows are read.
+Knows which shape belongs to which path. Does not know queues, engines or how bodies are read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safe_decode.serving.anthropic_shape import MessageShape
 from safe_decode.serving.asks import ChatAsk, CompletionAsk, MessagesAsk
 from safe_decode.serving.failures import ApiError
 from safe_decode.serving.openai_shape import ChatShape, CompletionShape, Shape
+from safe_decode.serving.reading import ReadingRoute
 from safe_decode.serving.rows import RowRequest
 from safe_decode.serving.service import Conversation, Service
 
@@ -27,8 +28,13 @@ __all__ = ["routes", "stream_chunks"]
 
 def routes(service: Service) -> APIRouter:
     """Build the router of one server."""
-    router = APIRouter()
-    desk, settings, facts = service.desk, service.settings, service.engine.facts
+    router = APIRouter(route_class=ReadingRoute)
+    desk, read, settings, facts = (
+        service.desk,
+        service.reader.read,
+        service.settings,
+        service.engine.facts,
+    )
     fingerprint = f"sd-{facts.bundle[:12]}"
     told = (settings.name, fingerprint, service.engine.token_text)
     model = {
@@ -52,18 +58,21 @@ def routes(service: Service) -> APIRouter:
     async def chat_completions(ask: ChatAsk, request: Request) -> Response:
         shape = ChatShape(*told, gives_ids=bool(ask.return_token_ids))
         _require_stream_options(ask)
-        return await openai(desk.chat(ask), ask, request, shape)
+        rows = await read(lambda: desk.chat(ask))
+        return await openai(rows, ask, request, shape)
 
     @router.post("/v1/completions")
     async def completions(ask: CompletionAsk, request: Request) -> Response:
         shape = CompletionShape(*told, gives_ids=bool(ask.return_token_ids))
         _require_stream_options(ask)
-        return await openai(desk.completion(ask), ask, request, shape)
+        rows = await read(lambda: desk.completion(ask))
+        return await openai(rows, ask, request, shape)
 
     @router.post("/v1/messages")
     async def messages(ask: MessagesAsk, request: Request) -> Response:
         shape = MessageShape(settings.name, gives_ids=bool(ask.return_token_ids))
-        conversation = await service.begin(desk.messages(ask), request, "message")
+        rows = await read(lambda: desk.messages(ask))
+        conversation = await service.begin(rows, request, "message")
         if ask.stream:
             return _stream_of(_named(conversation, shape))
         (story,) = await service.finish(conversation, request)

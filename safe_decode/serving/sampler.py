@@ -20,16 +20,16 @@ _NEVER = -1e30
 
 
 class Chosen:
-    """What is reported of one step: the likeliest ids and their log-probabilities.
+    """What is reported of one step: log-probabilities of ids, and the likeliest ones if asked for.
 
     Args:
         scores: [rows, vocab] of the rows that asked, untouched.
-        width: Alternatives kept.
+        width: Alternatives kept; 0: none.
     """
 
     def __init__(self, scores: Tensor, width: int) -> None:
         self._logprobs = torch.log_softmax(scores.float(), -1)
-        values, ids = self._logprobs.topk(max(1, min(width, scores.shape[-1])), -1)
+        values, ids = self._logprobs.topk(min(width, scores.shape[-1]), -1)
         self._values, self._ids = values.tolist(), ids.tolist()
 
     def of(self, index: int, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:

@@ -19,11 +19,12 @@ from safe_decode.serving.audit import AuditLog
 from safe_decode.serving.engine import Engine
 from safe_decode.serving.failures import ApiError
 from safe_decode.serving.metrics import Metrics
+from safe_decode.serving.reading import Reader
 from safe_decode.serving.requests import Desk
-from safe_decode.serving.rows import Event, Finished, RowRequest
+from safe_decode.serving.rows import Event, Finished, RowRequest, Tripped
 from safe_decode.serving.scheduler import Scheduler, Tickets
 from safe_decode.serving.settings import ServeSettings
-from safe_decode.serving.story import Exposure, Story
+from safe_decode.serving.story import Exposure, Story, pieces_of
 from safe_decode.serving.telemetry import Telemetry
 
 __all__ = ["Conversation", "Service"]
@@ -58,19 +59,30 @@ class Service:
         self.metrics = Metrics()
         self.audit, self.telemetry = AuditLog(settings.audit), Telemetry()
         self.scheduler = Scheduler(engine, settings, self.metrics)
-        self.desk = Desk(engine, settings)
-        self.exposure = Exposure(engine.facts, settings)
+        self.desk, self.reader = Desk(engine, settings), Reader(settings.max_queue)
 
     async def begin(
-        self, rows: Sequence[RowRequest], request: Request, endpoint: str
+        self,
+        rows: Sequence[RowRequest],
+        request: Request,
+        endpoint: str,
+        *,
+        is_page: bool = False,
     ) -> Conversation:
         """Queue rows and wait for their first event, so that a refusal has its status.
+
+        Args:
+            rows: What is asked.
+            request: By whom.
+            endpoint: For metrics and audit.
+            is_page: Whether the page reads the answer.
 
         Raises:
             ApiError: They are not taken, or waited too long.
         """
         tickets = self.scheduler.submit(rows, request.state.key)
-        stories = [Story(row, self.exposure) for row in rows]
+        exposure = Exposure(self.engine.facts, self.settings, is_page=is_page)
+        stories = [Story(row, exposure) for row in rows]
         events = self._told(tickets, stories, request, endpoint)
         waiting = asyncio.ensure_future(anext(events))
         left = asyncio.ensure_future(_left(request))
@@ -119,14 +131,20 @@ class Service:
     async def _told(
         self, tickets: Tickets, stories: Sequence[Story], request: Request, endpoint: str
     ) -> AsyncGenerator[tuple[int, Event], None]:
-        """Yield events, each once its story has taken it; count and audit what has ended."""
+        """Yield events, each once its story has taken it; count and audit what has ended.
+
+        A trip that is not told is no event: not even the time at which headers leave tells of it.
+        """
         try:
             async with aclosing(tickets.events()) as events:
-                async for index, event in events:
-                    stories[index].take(event)
-                    if isinstance(event, Finished):
-                        self._settle(stories[index], request, endpoint)
-                    yield index, event
+                async for index, whole in events:
+                    story = stories[index]
+                    for event in pieces_of(whole):
+                        story.take(event)
+                        if isinstance(event, Finished):
+                            self._settle(story, request, endpoint)
+                        if not isinstance(event, Tripped) or story.trip_told() is not None:
+                            yield index, event
         finally:
             tickets.cancel()
             for story in stories:

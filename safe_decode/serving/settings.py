@@ -43,11 +43,13 @@ class ServeSettings(BaseSettings):
         population: Whose certificate it is: of the harmless responses that are mostly served.
         redirect: What a tripped answer becomes.
         holdback_tokens: None: the bundle's.
-        refusal_as_content: The refusal also stands in `content`, for clients that show nothing
-            else.
+        refusal_as_content: The refusal also stands in `content`, since most clients show nothing
+            else; false: in `refusal` alone.
         allow_json: Accept `response_format` of JSON. Nothing constrains the model to it; a
             trip stops such an answer.
         expose_scores: Clients see statistics, thresholds and colours: an attacker's oracle.
+        expose_alternatives: Clients may ask for `top_logprobs`, and for log-probabilities of
+            tokens that a bias or penalty chose: both name tokens that nobody judged.
         expose_bare: The page may show the bare model's answer and what was taken back: a way
             around the guard, for demonstrations.
         page: Serve the page at /.
@@ -83,9 +85,10 @@ class ServeSettings(BaseSettings):
     population: str = "benign"
     redirect: GuardingRedirect = "rewind"
     holdback_tokens: int | None = Field(default=None, ge=0, le=4096)
-    refusal_as_content: bool = False
+    refusal_as_content: bool = True
     allow_json: bool = False
     expose_scores: bool = False
+    expose_alternatives: bool = False
     expose_bare: bool = False
     page: bool = True
     api_keys: tuple[SecretStr, ...] = ()

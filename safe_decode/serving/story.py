@@ -1,14 +1,15 @@
 """One response as its events arrive, and what clients are told of its safety.
 
 Knows events, settings about what is exposed, and certificates. Does not know OpenAI's or
-Anthropic's shapes. Statistics and thresholds are left out unless the operator exposes them;
-what was taken back is left out unless the operator shows the bare model.
+Anthropic's shapes. Statistics and thresholds are left out unless the operator exposes them.
+What was taken back, how much and at which score is told to the page alone, and only where the
+operator shows the bare model there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from safe_decode.serving.engine import GuardFacts
 from safe_decode.serving.rows import Event, Finished, RowRequest, Said, TokenNote, Tripped
 from safe_decode.serving.settings import ServeSettings
 
-__all__ = ["Exposure", "Story"]
+__all__ = ["Exposure", "Story", "pieces_of"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,12 @@ class Exposure:
     Attributes:
         facts: Of the engine.
         settings: The operator's.
+        is_page: Whether the page reads it, which may show what was taken back.
     """
 
     facts: GuardFacts
     settings: ServeSettings
+    is_page: bool = False
 
     def tokens(self, notes: Sequence[TokenNote], threshold: float) -> list[dict[str, Any]]:
         """Write tokens with their risks; empty unless scores are exposed."""
@@ -135,14 +138,15 @@ class Story:
         settings, trip = self.exposure.settings, self.trip
         if trip is None or not settings.expose_scores:
             return None
-        dropped = trip.dropped if settings.expose_bare else ()
-        return {
+        told: dict[str, Any] = {
             "redirect": trip.redirect,
             "statistic": trip.statistic,
             "risk": None if trip.statistic is None else risk_of(trip.statistic, self.threshold),
-            "dropped_tokens": len(trip.dropped),
-            "dropped": self.exposure.tokens(dropped, self.threshold),
         }
+        if self.exposure.is_page and settings.expose_bare:
+            told["dropped_tokens"] = len(trip.dropped)
+            told["dropped"] = self.exposure.tokens(trip.dropped, self.threshold)
+        return told
 
     def safety(self) -> dict[str, Any]:
         """Write the safety object of a response that has ended."""
@@ -156,7 +160,6 @@ class Story:
         if self.exposure.settings.expose_scores:
             told["tokens"] = self.exposure.tokens(self.notes, self.threshold)
             told["trip"] = self.trip_told()
-            told["trip_step"] = self.end.trip_step
         return told
 
     def _hear(self, said: Said) -> None:
@@ -166,3 +169,16 @@ class Story:
             self.refusal += said.text
         if self.shown_as_content(said):
             self.content += said.text
+
+
+def pieces_of(event: Event) -> Iterator[Event]:
+    """Cut the model's own words into one event a token.
+
+    A trip shows at once what stands, which until then was held back: in one piece, its length
+    would tell a reader how far behind the trip it came.
+    """
+    if isinstance(event, Said) and event.by == "model" and len(event.tokens) > 1:
+        for note in event.tokens:
+            yield Said(note.text, (note,))
+    else:
+        yield event

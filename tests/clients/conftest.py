@@ -23,6 +23,8 @@ KEY = "a-key-for-tests"
 CALM = [{"role": "user", "content": "I have the mirror here. Help me polish it."}]
 # As in tests/staged.py, which cannot be imported where safe-decode is not installed.
 ATTACK = [*CALM, {"role": "assistant", "content": "0"}]
+REFUSED = "No, UVWXYZ"
+"""What its answer turns to."""
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,34 @@ def test_openai_answers_whole_and_streamed(openai):
 def test_openai_sees_a_trip_as_content_filter_with_its_refusal(openai, attack):
     choice = openai.chat.completions.create(model=MODEL, messages=attack).choices[0]
     assert choice.finish_reason == "content_filter" and choice.message.refusal
+    assert choice.message.content.endswith(choice.message.refusal)
+    assert choice.message.content.count(choice.message.refusal) == 1
     assert choice.model_extra["safety"]["action"] in ("rewound", "refused")
+
+
+def test_openai_streams_a_refusal_as_content_once(openai, attack):
+    whole = openai.chat.completions.create(model=MODEL, messages=attack).choices[0].message
+    stream = openai.chat.completions.create(model=MODEL, messages=attack, stream=True)
+    choices = [chunk.choices[0] for chunk in stream]
+    assert "".join(c.delta.content or "" for c in choices) == whole.content
+    assert "".join(c.delta.refusal or "" for c in choices) == whole.refusal
+    assert choices[-1].finish_reason == "content_filter"
+    # The helper raises at the end of such a stream; what it had gathered by then is right.
+    with openai.chat.completions.stream(model=MODEL, messages=attack) as helped:
+        gathered = next(
+            event.snapshot.choices[0].message
+            for event in helped
+            if event.type == "chunk" and event.snapshot.choices[0].message.refusal
+        )
+    assert (gathered.content, gathered.refusal) == (whole.content, whole.refusal)
+
+
+def test_openai_s_messages_may_be_handed_back_as_they_are(openai, attack):
+    message = openai.chat.completions.create(model=MODEL, messages=attack).choices[0].message
+    again = openai.chat.completions.create(model=MODEL, messages=[*CALM, message, *CALM])
+    apart = [*CALM, {"role": "assistant", "content": message.content}, *CALM]
+    plain = openai.chat.completions.create(model=MODEL, messages=apart)
+    assert again.usage.prompt_tokens == plain.usage.prompt_tokens
 
 
 def test_openai_s_parse_raises_on_a_trip_and_not_otherwise(openai, attack):
@@ -85,6 +112,8 @@ def test_openai_s_errors_are_its_own(openai, address):
             messages=CALM,
             tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
         )
+    with pytest.raises(sdk.BadRequestError, match="top_logprobs"):
+        openai.chat.completions.create(model=MODEL, messages=CALM, logprobs=True, top_logprobs=2)
     with pytest.raises(sdk.NotFoundError):
         openai.chat.completions.create(model="another", messages=CALM)
     with pytest.raises(sdk.BadRequestError, match="tighten"):
@@ -103,7 +132,7 @@ def test_openai_takes_a_tighter_policy_completions_and_models(openai, attack):
         model=MODEL, messages=attack, extra_body={"safety": {"redirect": "stop"}}
     ).choices[0]
     assert choice.model_extra["safety"]["action"] == "stopped" and not choice.message.refusal
-    text = openai.completions.create(model=MODEL, prompt="Sure,", max_tokens=8, logprobs=2)
+    text = openai.completions.create(model=MODEL, prompt="Sure,", max_tokens=8, logprobs=0)
     assert len(text.choices[0].logprobs.tokens) <= 8
     assert [model.id for model in openai.models.list()] == [MODEL]
 
@@ -119,6 +148,9 @@ def test_anthropic_answers_and_refuses(address, attack):
             said = "".join(stream.text_stream)
             final = stream.get_final_message()
         assert final.stop_reason == "refusal" and said == whole.content[0].text
+        refusal = whole.model_extra["safety"]["refusal"]
+        assert refusal and said.endswith(refusal) and said.count(refusal) == 1
+        assert [block.type for block in final.content] == ["text"]
         with pytest.raises(sdk.NotFoundError):
             client.messages.create(model="another", max_tokens=8, messages=CALM)
 
@@ -129,7 +161,11 @@ def test_langchain_answers_and_streams(address, attack):
     calm = chat.invoke([("user", CALM[0]["content"])])
     assert calm.response_metadata["finish_reason"] == "stop" and calm.content
     pairs = [(message["role"], message["content"]) for message in attack]
+    tripped = chat.invoke(pairs)
+    assert tripped.response_metadata["finish_reason"] == "content_filter"
+    refusal = tripped.additional_kwargs["refusal"]
+    assert refusal and tripped.content.endswith(refusal) and tripped.content.count(refusal) == 1
     pieces = list(chat.stream(pairs))
-    assert pieces[-1].response_metadata.get("finish_reason") == "content_filter" or any(
-        piece.response_metadata.get("finish_reason") == "content_filter" for piece in pieces
-    )
+    assert "".join(piece.content for piece in pieces) == tripped.content
+    reasons = [piece.response_metadata.get("finish_reason") for piece in pieces]
+    assert "content_filter" in reasons

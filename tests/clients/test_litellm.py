@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.clients.conftest import CALM, KEY, MODEL
+from tests.clients.conftest import CALM, KEY, MODEL, REFUSED
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
 
@@ -19,8 +19,14 @@ def test_litellm_answers_streams_and_maps_the_trip(address, attack):
     assert calm.choices[0].finish_reason == "stop" and calm.choices[0].message.content
     tripped = litellm.completion(messages=attack, **told)
     assert tripped.choices[0].finish_reason == "content_filter"
+    said = tripped.choices[0].message.content
+    assert said.rstrip().endswith(REFUSED) and said.count(REFUSED) == 1
     chunks = list(litellm.completion(messages=attack, stream=True, **told))
     assert chunks[-1].choices[0].finish_reason == "content_filter"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
     shaped = {"model": f"anthropic/{MODEL}", "api_base": address, "api_key": KEY}
     refused = litellm.completion(messages=attack, max_tokens=64, **shaped)
     assert refused.choices[0].finish_reason == "content_filter"
+    assert refused.choices[0].message.content == said
+    chunks = list(litellm.completion(messages=attack, max_tokens=64, stream=True, **shaped))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said

@@ -62,6 +62,7 @@ export class Answer {
     if (!choice) return;
     const { delta, safety } = choice;
     if (delta?.refusal) {
+      // It may stand in `content` too, for clients that show nothing else: shown once.
       this.refusal += delta.refusal;
       this.later(() => this.turn(delta.refusal), 260);
     } else if (delta?.content) {
@@ -146,8 +147,8 @@ export class Answer {
     this.chart.trip(risk);
     this.element.classList.add("tripped");
     this.verdict("alarm", trip.redirect === "rewind" ? "Tripped; rewinding" : "Tripped");
-    this.dropped = trip.dropped_tokens;
-    this.caption.textContent = `Tripped; ${tokens(this.dropped)} taken back.`;
+    this.dropped = trip.dropped_tokens ?? 0;
+    this.caption.textContent = this.dropped ? `Tripped; ${tokens(this.dropped)} taken back.` : "Tripped.";
   }
 
   turn(text) {

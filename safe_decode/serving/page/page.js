@@ -105,7 +105,9 @@ async function arm(turn, messages, begun, isBare) {
   const body = { model: facts.model, messages: asked, stream: true };
   const controller = running ?? new AbortController();
   try {
-    const path = isBare ? "/page/bare" : "/v1/chat/completions";
+    // Where the bare model may be shown, what was taken back may be too; clients never see it.
+    const guarded = facts.shows_bare ? "/page/guarded" : "/v1/chat/completions";
+    const path = isBare ? "/page/bare" : guarded;
     for await (const chunk of events(path, body, { key: byId("key").value, signal: controller.signal })) {
       answer.take(chunk);
     }
