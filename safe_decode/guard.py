@@ -24,7 +24,7 @@ from safe_decode.certificate import Certificate
 from safe_decode.compiled import uncompiled
 from safe_decode.compose import Asked, Composer, context_tokens, texts_of
 from safe_decode.decision import Redirect
-from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
+from safe_decode.errors import CanaryError, ConfigurationError, PromptError, UnsupportedError
 from safe_decode.events import StreamEvent
 from safe_decode.fingerprint import Fingerprint
 from safe_decode.foreign import GuardHandle, guarded
@@ -358,6 +358,23 @@ class SafeDecoder:
                 self.model(input_ids=ids, use_cache=False)
                 scores.append(self._probe(beats.take())[0].cpu())
         return scores
+
+    def check(self) -> float:
+        """Run the bundle's canary: one forward, compared with what the bundle recorded.
+
+        Returns:
+            The largest absolute difference of a logit.
+
+        Raises:
+            CanaryError: The bundle has none, or this model does not yield what it says.
+        """
+        canary = self.bundle.canary
+        if canary is None:
+            raise CanaryError(
+                "the bundle has no canary, so nothing shows that this model is read as it was "
+                "certified; record one with CanaryRecord.of, or make the bundle anew."
+            )
+        return canary.run(self.model, self.tokenizer, self._probe)
 
     def _inputs(
         self,

@@ -7,6 +7,7 @@ know endpoints. Every setting can also be given by `--config`, the environment, 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +19,7 @@ from safe_decode.commands.output import console, working
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from safe_decode.serving.settings import ServeSettings
+    from safe_decode.serving.sources import SettingsGiven
 
 __all__ = ["serve"]
 
@@ -58,56 +59,36 @@ def serve(
 ) -> None:
     """Serve a guarded model behind OpenAI's and Anthropic's interfaces, and a page at /."""
     try:
-        from safe_decode.serving.settings import load_settings
+        from safe_decode.serving.sources import gather
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"{error.name} is missing; install the server with: pip install 'safe-decode[serving]'"
         ) from error
-    given = load_settings(
-        config,
-        **{
-            **_assignments(settings or []),
-            "model": model,
-            "bundle": bundle,
-            "host": host,
-            "port": port,
-            "device": device,
-            "dtype": dtype,
-            "alpha": alpha,
-            "population": population,
-            "redirect": redirect,
-            "api_keys": tuple(api_key) if api_key else None,
-            "audit": audit,
-            "expose_scores": expose_scores,
-        },
-    )
-    _run(_for_demo(given))
+    flags = {
+        "model": model,
+        "bundle": bundle,
+        "host": host,
+        "port": port,
+        "device": device,
+        "dtype": dtype,
+        "alpha": alpha,
+        "population": population,
+        "redirect": redirect,
+        "api_keys": api_key,
+        "audit": audit,
+        "expose_scores": expose_scores,
+    }
+    given = gather(config, flags=flags, assigned=settings or [], environ=os.environ)
+    _run(given.for_demo())
 
 
-def _assignments(texts: list[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigurationError(f"--set {text!r} is not NAME=VALUE; pass for example port=0.")
-        pairs[name.strip().replace("-", "_")] = value
-    return pairs
-
-
-def _for_demo(settings: ServeSettings) -> ServeSettings:
-    """With the embedded model, what is meant to be seen is shown, unless said otherwise."""
-    if not settings.is_demo:
-        return settings
-    shown = {"expose_scores": True, "expose_bare": True}
-    update = {name: on for name, on in shown.items() if name not in settings.model_fields_set}
-    return settings.model_copy(update=update)
-
-
-def _run(settings: ServeSettings) -> None:
+def _run(given: SettingsGiven) -> None:
     from safe_decode.serving.app import create_app
     from safe_decode.serving.guarded import GuardedEngine
-    from safe_decode.serving.process import first_screen, serve_app
+    from safe_decode.serving.process import serve_app
+    from safe_decode.serving.screen import first_screen
 
+    settings = given.settings
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     with working("Loading the model"):
         decoder = decoder_of(
@@ -128,9 +109,7 @@ def _run(settings: ServeSettings) -> None:
     # Refused before anything listens: what reads the model is not what was certified.
     engine.check()
     try:
-        serve_app(
-            app, settings, lambda address: _show(address, first_screen(settings, engine.facts))
-        )
+        serve_app(app, settings, lambda address: _show(address, first_screen(given, engine.facts)))
     finally:
         engine.close()
 

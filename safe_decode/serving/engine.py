@@ -95,8 +95,16 @@ class Engine(Protocol):
         """
         ...
 
+    def has_changed(self) -> bool:
+        """Say whether the model has changed since the last `check`; asked before every run.
+
+        The canary then runs before the next row does. An engine that cannot tell says no, and
+        a change is found by the canary's interval.
+        """
+        ...
+
     def check(self) -> float:
-        """Run the canary.
+        """Run the canary. Several threads may call it, beside runs.
 
         Returns:
             The largest difference of a logit.
