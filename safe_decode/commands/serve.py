@@ -1,7 +1,8 @@
 """`safe-decode serve`: the server and its page.
 
 Knows the flags, the first screen and the process: signals, ports, an orderly end. Does not
-know endpoints. Every setting can also be given by `--config`, the environment, or `--set`.
+know endpoints. Every setting can also be given by `--set`, the environment or `--config`; flags
+are texts where an empty one would turn into something else on its way.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safe_decode.commands.generate import Alpha, BundlePath, decoder_of
+from safe_decode.commands.generate import Alpha, decoder_of
 from safe_decode.commands.output import console, working
 from safe_decode.errors import ConfigurationError
 
@@ -29,7 +30,10 @@ def serve(
         str | None,
         typer.Option(help="Name or directory of a causal language model; default embedded."),
     ] = None,
-    bundle: BundlePath = None,
+    bundle: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Directory of the bundle; default embedded."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 for any free one.")] = None,
@@ -45,7 +49,9 @@ def serve(
     api_key: Annotated[
         list[str] | None, typer.Option(help="A key that is accepted; may be repeated.")
     ] = None,
-    audit: Annotated[Path | None, typer.Option(help="Append one line a response here.")] = None,
+    audit: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Append one line a response here.")
+    ] = None,
     expose_scores: Annotated[
         bool | None,
         typer.Option(
