@@ -45,7 +45,7 @@ def running(engine: Engine, settings: ServeSettings) -> Iterator[tuple[str, Any]
         began.set()
 
     server = GuardedServer(
-        BoundedConfig(app, settings),
+        BoundedConfig(app, settings, app.state.service.metrics),
         app.state.service.scheduler,
         grace_s=settings.shutdown_grace_s,
         on_start=on_start,

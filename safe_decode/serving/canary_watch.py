@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from safe_decode.errors import CanaryError
+from safe_decode.errors import SafeDecodeError
 from safe_decode.serving.engine import Engine
 from safe_decode.serving.metrics import Metrics
 from safe_decode.workers import release_workers
@@ -99,6 +99,6 @@ class CanaryWatch:
         self._metrics.canary_runs.labels("failed").inc()
         self._metrics.ready.set(0)
         self.is_sound = False
-        why = error if isinstance(error, CanaryError) else type(error).__name__
+        why = error if isinstance(error, SafeDecodeError) else type(error).__name__
         _LOG.error("the canary failed, nothing is served: %s", why)
         self._on_failure()

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import h11
 import uvicorn
-from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from safe_decode.errors import ConfigurationError
+from safe_decode.serving.gate import App
 from safe_decode.serving.metrics import Metrics
 from safe_decode.serving.settings import ServeSettings
 
@@ -99,12 +99,13 @@ class BoundedConfig(uvicorn.Config):
     """Uvicorn's configuration for connections that are bounded.
 
     Args:
-        app: From `create_app`.
+        app: The application.
         settings: Limits and times.
+        metrics: Counts.
     """
 
-    def __init__(self, app: FastAPI, settings: ServeSettings) -> None:
-        self.crowd = Crowd(settings, app.state.service.metrics)
+    def __init__(self, app: App, settings: ServeSettings, metrics: Metrics) -> None:
+        self.crowd = Crowd(settings, metrics)
         super().__init__(
             app,
             host=settings.host,

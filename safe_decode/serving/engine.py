@@ -96,10 +96,10 @@ class Engine(Protocol):
         ...
 
     def has_changed(self) -> bool:
-        """Say whether the model has changed since the last `check`; asked before every run.
+        """Say whether the model is another than the one that was wrapped.
 
-        The canary then runs before the next row does. An engine that cannot tell says no, and
-        a change is found by the canary's interval.
+        Asked before every run, so it is cheap. If it has, `check` runs before the row does. An
+        engine that cannot tell says no, and the canary's interval finds the change.
         """
         ...
 

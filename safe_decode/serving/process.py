@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from safe_decode.serving.connections import BoundedConfig, require_descriptors
 from safe_decode.serving.scheduler import Scheduler
+from safe_decode.serving.service import Service
 from safe_decode.serving.settings import ServeSettings
 
 __all__ = ["GuardedServer", "serve_app"]
@@ -81,10 +82,10 @@ def serve_app(app: FastAPI, settings: ServeSettings, on_start: Callable[[str], N
         ConfigurationError: More connections than this process may have open files.
     """
     require_descriptors(settings)
-    scheduler: Scheduler = app.state.service.scheduler
+    service: Service = app.state.service
     GuardedServer(
-        BoundedConfig(app, settings),
-        scheduler,
+        BoundedConfig(app, settings, service.metrics),
+        service.scheduler,
         grace_s=settings.shutdown_grace_s,
         on_start=on_start,
     ).run()

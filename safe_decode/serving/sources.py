@@ -31,6 +31,8 @@ OTHER_VARIABLES = frozenset(
     PREFIX + name for name in ("CHROMIUM", "FUZZ", "PYTHON", "REFERENCE_MODEL", "SCREENSHOTS")
 )
 """Variables with our prefix that are no settings: tests of this project read them."""
+_OF_OTHER_COMMANDS = (PREFIX + "PROXY_",)
+"""Beginnings of variables that other commands read, and check."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def _from_assignments(texts: Iterable[str]) -> dict[str, _Value]:
 def _from_environment(environ: Mapping[str, str]) -> dict[str, _Value]:
     found = {}
     for variable, value in environ.items():
-        if not variable.upper().startswith(PREFIX) or variable in OTHER_VARIABLES:
+        is_ours = variable.upper().startswith(PREFIX) and variable not in OTHER_VARIABLES
+        if not is_ours or variable.startswith(_OF_OTHER_COMMANDS):
             continue
         name = variable.removeprefix(PREFIX).lower()
         if variable != PREFIX + name.upper() or name not in ServeSettings.model_fields:
