@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -13,7 +14,8 @@ import pytest
 
 from safe_decode.errors import ConfigurationError
 from safe_decode.serving import connections
-from safe_decode.serving.connections import Crowd, _network, require_descriptors
+from safe_decode.serving.connections import _network, require_descriptors
+from safe_decode.serving.crowd import BURST, BURST_SECONDS, Crowd
 from safe_decode.serving.metrics import Metrics
 from tests.serving import MODEL, running, settings_of
 from tests.staged import CALM
@@ -204,8 +206,8 @@ def test_with_every_place_taken_by_slow_ones_an_honest_request_is_answered_at_on
             assert asked(address).status_code == 200
         assert time.monotonic() - began < 10
         assert dropped(address, "crowded_out") >= 90
-        gauge = app.state.service.metrics.connections._value
-        assert gauge.get() <= 30
+        time.sleep(3 * BURST_SECONDS)
+        assert app.state.service.metrics.connections._value.get() <= 31
         for one in slow:
             one.close()
 
@@ -273,13 +275,45 @@ class Standing:
 
 def test_who_never_asked_makes_room_before_who_rests_between_requests():
     metrics = Metrics()
-    crowd = Crowd(settings_of(max_connections=3), metrics)
-    rests, works, asks_never = Standing("a", cycle=1), Standing("b", 1, False), Standing("c")
-    for one in (rests, works, asks_never):
-        assert crowd.enter(one)
-    assert crowd.enter(Standing("d")) and asks_never.why == "crowded_out" and rests.why is None
-    crowd.leave(asks_never)  # its socket closes only now: it has left already
-    assert metrics.connections._value.get() == 3
+
+    async def come():
+        crowd = Crowd(settings_of(max_connections=3), metrics)
+        rests, works, asks_never = Standing("a", 1), Standing("b", 1, False), Standing("c")
+        for one in (rests, works, asks_never, Standing("d")):
+            assert crowd.enter(one)
+        assert asks_never.why is None  # its request may be on its way
+        await asyncio.sleep(3 * BURST_SECONDS)
+        assert asks_never.why == "crowded_out" and rests.why is works.why is None
+        crowd.leave(asks_never)  # its socket closes only now: it has left already
+        assert metrics.connections._value.get() == 3
+
+    asyncio.run(come())
+
+
+def test_who_has_asked_in_the_moment_of_a_burst_stays():
+    async def come():
+        crowd = Crowd(settings_of(max_connections=10), Metrics())
+        honest = Standing("a")
+        slow = [Standing("b") for _ in range(200)]
+        for one in (honest, *slow):
+            assert crowd.enter(one)
+        honest.cycle, honest.keeps_us_waiting = 1, False
+        await asyncio.sleep(3 * BURST_SECONDS)
+        assert honest.why is None and len(crowd._all) == 10
+        assert [one.why for one in slow] == ["crowded_out"] * 191 + [None] * 9
+
+    asyncio.run(come())
+
+
+def test_a_burst_has_a_limit_of_its_own():
+    async def come():
+        crowd = Crowd(settings_of(max_connections=10, max_connections_per_address=10), Metrics())
+        many = [Standing("b") for _ in range(1000)]
+        for one in many:
+            assert crowd.enter(one)
+            assert len(crowd._all) <= 10 + BURST
+
+    asyncio.run(come())
 
 
 def test_a_refused_connection_is_not_counted_in():
@@ -312,11 +346,11 @@ def test_open_files_are_made_to_suffice_or_the_start_is_refused(monkeypatch):
     import resource
 
     made = []
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 1024))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (512, 1024))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: made.append(limits))
     require_descriptors(settings_of(max_connections=100))
     assert made == []
     require_descriptors(settings_of(max_connections=512))
     assert made == [(512 + connections._SPARE_DESCRIPTORS, 1024)]
-    with pytest.raises(ConfigurationError, match="max_connections=2000 wants 2128 open files"):
+    with pytest.raises(ConfigurationError, match="max_connections=2000 wants 2384 open files"):
         require_descriptors(settings_of(max_connections=2000))

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections import defaultdict
-from collections.abc import Collection
 from ipaddress import IPv6Address, ip_address
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from safe_decode.errors import ConfigurationError
+from safe_decode.serving.crowd import BURST, Crowd, Dropped
 from safe_decode.serving.gate import App
 from safe_decode.serving.metrics import Metrics
 from safe_decode.serving.settings import ServeSettings
@@ -26,73 +25,10 @@ from safe_decode.serving.settings import ServeSettings
 if TYPE_CHECKING:
     from uvicorn.server import ServerState
 
-__all__ = ["BoundedConfig", "BoundedProtocol", "Crowd", "require_descriptors"]
+__all__ = ["BoundedConfig", "BoundedProtocol", "require_descriptors"]
 
-Dropped = Literal["slow_headers", "slow_reader", "crowded_out", "refused"]
-"""slow_headers: did not send them in time. slow_reader: took nothing for too long. crowded_out:
-kept the server waiting while others came. refused: came when nobody's place could be taken."""
-
-_SPARE_DESCRIPTORS = 128
-"""For files, libraries, and connections that are accepted only to be refused."""
-
-
-class Crowd:
-    """The open connections of one server, within their limits.
-
-    Args:
-        settings: The limits.
-        metrics: Counts.
-    """
-
-    def __init__(self, settings: ServeSettings, metrics: Metrics) -> None:
-        self.settings, self._metrics = settings, metrics
-        # In the order of their coming.
-        self._all: dict[BoundedProtocol, None] = {}
-        self._of: dict[str, dict[BoundedProtocol, None]] = defaultdict(dict)
-
-    def enter(self, connection: BoundedProtocol) -> bool:
-        """Let a connection in, in the place of one that keeps us waiting where it is full.
-
-        Returns:
-            Whether there is a place for it.
-        """
-        own = self._of[connection.address]
-        per_address = self.settings.max_connections_per_address
-        for limit, among in ((per_address, own), (self.settings.max_connections, self._all)):
-            if len(among) >= limit and not self._make_room(among):
-                self.count("refused")
-                if not own:
-                    del self._of[connection.address]
-                return False
-        self._all[connection] = own[connection] = None
-        self._of[connection.address] = own
-        self._metrics.connections.set(len(self._all))
-        return True
-
-    def leave(self, connection: BoundedProtocol) -> None:
-        """Forget a connection; nothing if it never entered or has left."""
-        if self._all.pop(connection, 0) is not None:
-            return
-        own = self._of[connection.address]
-        own.pop(connection)
-        if not own:
-            del self._of[connection.address]
-        self._metrics.connections.set(len(self._all))
-
-    def count(self, why: Dropped) -> None:
-        """Count a connection that the server ended."""
-        self._metrics.dropped_connections.labels(why).inc()
-
-    def _make_room(self, among: Collection[BoundedProtocol]) -> bool:
-        """End who has waited longest without a whole request, those that never had one first."""
-        waiting = [one for one in among if one.keeps_us_waiting]
-        if not waiting:
-            return False
-        # `min` takes the first of equals: the oldest.
-        victim = min(waiting, key=lambda one: one.cycle is not None)
-        self.leave(victim)
-        victim.drop("crowded_out")
-        return True
+_SPARE_DESCRIPTORS = 128 + BURST
+"""For files, libraries, bursts, and connections that are accepted only to be refused."""
 
 
 class BoundedConfig(uvicorn.Config):
@@ -177,11 +113,9 @@ class BoundedProtocol(H11Protocol):
         self._time_headers()
 
     def pause_writing(self) -> None:
-        """Wait for the reader, so long and no longer."""
+        """Wait for the reader, as long as it takes something now and then."""
         super().pause_writing()
-        if self._write_timer is None:
-            wait_s = self._crowd.settings.write_timeout_s
-            self._write_timer = self.loop.call_later(wait_s, self._end, "slow_reader")
+        self._time_reader()
 
     def resume_writing(self) -> None:
         """Write on."""
@@ -204,6 +138,15 @@ class BoundedProtocol(H11Protocol):
         elif not is_open and self._headers_timer is not None:
             self._headers_timer.cancel()
             self._headers_timer = None
+
+    def _time_reader(self, before: int | None = None) -> None:
+        """End a reader that has taken nothing of what waits for it since the last look."""
+        left = self.transport.get_write_buffer_size()
+        if left == before:
+            self._end("slow_reader")
+            return
+        wait_s = self._crowd.settings.write_timeout_s
+        self._write_timer = self.loop.call_later(wait_s, self._time_reader, left)
 
     def _end(self, why: Dropped) -> None:
         if why == "slow_headers" and not self.transport.is_closing():
