@@ -25,6 +25,7 @@ from safe_decode.compiled import uncompiled
 from safe_decode.compose import Asked, Composer, context_tokens, texts_of
 from safe_decode.decision import Redirect
 from safe_decode.errors import (
+    CanaryError,
     CertificateError,
     ConfigurationError,
     PromptError,
@@ -395,6 +396,25 @@ class SafeDecoder:
                 self.model(input_ids=ids, use_cache=False)
                 scores.append(self._probe(beats.take())[0].cpu())
         return scores
+
+    def check(self) -> float:
+        """Run the bundle's canary: one forward, compared with what the bundle recorded.
+
+        Returns:
+            The largest absolute difference of a logit.
+
+        Raises:
+            CanaryError: The bundle has none, or this model does not yield what it says.
+            FingerprintMismatchError: As for `require_unchanged`.
+        """
+        self.require_unchanged()
+        canary = self.bundle.canary
+        if canary is None:
+            raise CanaryError(
+                "the bundle has no canary, so nothing shows that this model is read as it was "
+                "certified; record one with CanaryRecord.of, or make the bundle anew."
+            )
+        return canary.run(self.model, self.tokenizer, self._probe)
 
     def _inputs(
         self,

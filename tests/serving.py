@@ -10,9 +10,10 @@ from typing import Any
 
 from safe_decode.guard import SafeDecoder
 from safe_decode.serving.app import create_app
+from safe_decode.serving.connections import BoundedConfig
 from safe_decode.serving.engine import Engine
 from safe_decode.serving.guarded import GuardedEngine
-from safe_decode.serving.process import GuardedServer, config_of
+from safe_decode.serving.process import GuardedServer
 from safe_decode.serving.settings import ServeSettings
 from tests.staged import staged
 
@@ -28,8 +29,9 @@ def staged_engine(redirect: str = "rewind") -> GuardedEngine:
 
 
 def settings_of(**changes: Any) -> ServeSettings:
-    """Settings that no environment of the machine changes."""
-    given = {"port": 0, "shutdown_grace_s": 5, "served_name": MODEL, **changes}
+    """Settings for a server on a free port, which may be called by any name."""
+    own = {"port": 0, "shutdown_grace_s": 5, "served_name": MODEL, "allowed_hosts": ("*",)}
+    given = {**own, **changes}
     return ServeSettings.model_validate(given)
 
 
@@ -43,7 +45,7 @@ def running(engine: Engine, settings: ServeSettings) -> Iterator[tuple[str, Any]
         began.set()
 
     server = GuardedServer(
-        config_of(app, settings),
+        BoundedConfig(app, settings, app.state.service.metrics),
         app.state.service.scheduler,
         grace_s=settings.shutdown_grace_s,
         on_start=on_start,

@@ -15,9 +15,9 @@ import pytest
 import typer
 
 from safe_decode.cli import app as command
-from safe_decode.commands.serve import _assignments
 from safe_decode.serving.app import create_app
-from safe_decode.serving.settings import ServeSettings, load_settings
+from safe_decode.serving.settings import ServeSettings
+from safe_decode.serving.sources import gather
 from tests.serving import settings_of, staged_engine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,23 +65,22 @@ def test_its_python_is_one_of_ours_in_both_stages():
     assert PROJECT["requires-python"] == f">={version}"
 
 
-def test_its_command_is_one_of_ours_and_hides_what_a_public_server_hides(monkeypatch):
+def test_its_command_is_one_of_ours_and_hides_what_a_public_server_hides():
     program, *words = json.loads(values("ENTRYPOINT")[0])
     assert program in PROJECT["scripts"]
     given = json.loads(values("CMD")[0])
     parser = typer.main.get_command(command)
     serve = parser.get_command(None, words[0])
-    context = serve.make_context("serve", list(given))
-    for name, value in environment().items():
-        if name.startswith("SAFE_DECODE_"):
-            monkeypatch.setenv(name, value)
-    settings = load_settings(
-        expose_scores=context.params["expose_scores"], **_assignments(context.params["settings"])
+    params = serve.make_context("serve", list(given)).params
+    found = gather(
+        flags={"expose_scores": params["expose_scores"]},
+        assigned=params["settings"],
+        environ=environment(),
     )
-    assert settings.host == "0.0.0.0"
+    # The embedded model, which would show them unless it is told not to.
+    settings = found.for_demo().settings
+    assert settings.host == "0.0.0.0" and settings.is_demo
     assert not settings.expose_scores and not settings.expose_bare
-    # Said, so that the embedded model does not show them after all.
-    assert {"expose_scores", "expose_bare"} <= settings.model_fields_set
 
 
 def test_every_setting_it_makes_is_a_setting():

@@ -15,7 +15,6 @@ from safe_decode.monitor import RiskMonitor
 from safe_decode.serving.app import create_app
 from safe_decode.serving.audit import AuditLog
 from safe_decode.serving.rows import Finished, Row, RowRequest, Said, Sampling, TokenNote
-from safe_decode.serving.settings import load_settings
 from safe_decode.serving.timing import TimedLoop
 from safe_decode.session import Session
 from tests.serving import MODEL, settings_of, staged_engine
@@ -44,6 +43,9 @@ class SlowEngine:
 
     def admits(self, _rows, _row):
         return True
+
+    def has_changed(self):
+        return False
 
     def check(self):
         return 0.0
@@ -249,32 +251,6 @@ def test_the_audit_log_has_a_line_a_response_and_no_text(tmp_path):
 def test_an_audit_log_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="cannot be written"):
         AuditLog(tmp_path / "nowhere" / "log")
-
-
-def test_settings_come_from_flags_environment_and_yaml_in_this_order(tmp_path, monkeypatch):
-    file = tmp_path / "serve.yaml"
-    file.write_text("port: 1\nhost: yaml\nmax_batch: 3\n")
-    monkeypatch.setenv("SAFE_DECODE_PORT", "2")
-    monkeypatch.setenv("SAFE_DECODE_HOST", "environment")
-    settings = load_settings(file, port=3)
-    assert (settings.port, settings.host, settings.max_batch) == (3, "environment", 3)
-
-
-@pytest.mark.parametrize(
-    ("text", "flags", "told"),
-    [
-        ("redirect: flag", {}, "redirect"),
-        ("on_error: allow", {}, "on_error"),
-        ("- a", {}, "mapping"),
-        ("port: [", {}, "cannot be read"),
-        ("", {"alpha": 2.0}, "alpha"),
-    ],
-)
-def test_wrong_settings_are_named(tmp_path, text, flags, told):
-    file = tmp_path / "serve.yaml"
-    file.write_text(text)
-    with pytest.raises(ConfigurationError, match=told):
-        load_settings(file, **flags)
 
 
 def sample(text, name):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.card import RESULTS, card, write_results
-from benchmarks.serving import crowd, ends, fuzz, loop_hold, rates
+from benchmarks.serving import crowd, ends, fuzz, loop_hold, rates, slow
 from benchmarks.serving.client import MODEL
 
 LOG = logging.getLogger("benchmarks.serving")
@@ -38,6 +38,7 @@ class Question(NamedTuple):
 QUESTIONS: Mapping[str, Question] = {
     "crowd": Question(crowd.crowd, 7),
     "overload": Question(crowd.overload, 2.5),
+    "slow": Question(slow.slow, 2.5),
     "offline": Question(rates.offline, 3),
     "throughput": Question(rates.throughput, 10),
     "proxy": Question(rates.proxy, 1.5),

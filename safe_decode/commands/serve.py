@@ -1,24 +1,26 @@
 """`safe-decode serve`: the server and its page.
 
 Knows the flags, the first screen and the process: signals, ports, an orderly end. Does not
-know endpoints. Every setting can also be given by `--config`, the environment, or `--set`.
+know endpoints. Every setting can also be given by `--set`, the environment or `--config`; flags
+are texts where an empty one would turn into something else on its way.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safe_decode.commands.generate import Alpha, BundlePath, decoder_of
+from safe_decode.commands.generate import Alpha, decoder_of
 from safe_decode.commands.output import console, working
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from safe_decode.serving.settings import ServeSettings
+    from safe_decode.serving.sources import SettingsGiven
 
 __all__ = ["serve"]
 
@@ -28,10 +30,15 @@ def serve(
         str | None,
         typer.Option(help="Name or directory of a causal language model; default embedded."),
     ] = None,
-    bundle: BundlePath = None,
+    bundle: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Directory of the bundle; default embedded."),
+    ] = None,
     require_signature: Annotated[
-        Path | None,
-        typer.Option(help="Public key that must have signed the bundle; a PEM file."),
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Public key that must have signed the bundle; a PEM file."
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
@@ -48,7 +55,9 @@ def serve(
     api_key: Annotated[
         list[str] | None, typer.Option(help="A key that is accepted; may be repeated.")
     ] = None,
-    audit: Annotated[Path | None, typer.Option(help="Append one line a response here.")] = None,
+    audit: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Append one line a response here.")
+    ] = None,
     expose_scores: Annotated[
         bool | None,
         typer.Option(
@@ -62,7 +71,7 @@ def serve(
 ) -> None:
     """Serve a guarded model behind OpenAI's and Anthropic's interfaces, and a page at /."""
     try:
-        from safe_decode.serving.settings import load_settings
+        from safe_decode.serving.sources import gather
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             f"{error.name} is missing; install the server with: pip install 'safe-decode[serving]'"
@@ -78,40 +87,21 @@ def serve(
         "alpha": alpha,
         "population": population,
         "redirect": redirect,
-        "api_keys": tuple(api_key) if api_key else None,
+        "api_keys": api_key,
         "audit": audit,
         "expose_scores": expose_scores,
     }
-    # A flag that was not given does not take back what --set says.
-    told = {name: value for name, value in flags.items() if value is not None}
-    given = load_settings(config, **{**_assignments(settings or []), **told})
-    _run(_for_demo(given))
+    given = gather(config, flags=flags, assigned=settings or [], environ=os.environ)
+    _run(given.for_demo())
 
 
-def _assignments(texts: list[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigurationError(f"--set {text!r} is not NAME=VALUE; pass for example port=0.")
-        pairs[name.strip().replace("-", "_")] = value
-    return pairs
-
-
-def _for_demo(settings: ServeSettings) -> ServeSettings:
-    """With the embedded model, what is meant to be seen is shown, unless said otherwise."""
-    if not settings.is_demo:
-        return settings
-    shown = {"expose_scores": True, "expose_bare": True}
-    update = {name: on for name, on in shown.items() if name not in settings.model_fields_set}
-    return settings.model_copy(update=update)
-
-
-def _run(settings: ServeSettings) -> None:
+def _run(given: SettingsGiven) -> None:
     from safe_decode.serving.app import create_app
     from safe_decode.serving.guarded import GuardedEngine
-    from safe_decode.serving.process import first_screen, serve_app
+    from safe_decode.serving.process import serve_app
+    from safe_decode.serving.screen import first_screen
 
+    settings = given.settings
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     with working("Loading the model"):
         decoder = decoder_of(
@@ -133,9 +123,7 @@ def _run(settings: ServeSettings) -> None:
     # Refused before anything listens: what reads the model is not what was certified.
     engine.check()
     try:
-        serve_app(
-            app, settings, lambda address: _show(address, first_screen(settings, engine.facts))
-        )
+        serve_app(app, settings, lambda address: _show(address, first_screen(given, engine.facts)))
     finally:
         engine.close()
 

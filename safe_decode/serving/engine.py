@@ -95,8 +95,16 @@ class Engine(Protocol):
         """
         ...
 
+    def has_changed(self) -> bool:
+        """Say whether the model is another than the one that was wrapped.
+
+        Asked before every run, so it is cheap. If it has, `check` runs before the row does. An
+        engine that cannot tell says no, and the canary's interval finds the change.
+        """
+        ...
+
     def check(self) -> float:
-        """Run the canary.
+        """Run the canary. Several threads may call it, beside runs.
 
         Returns:
             The largest difference of a logit.

@@ -1,7 +1,9 @@
-"""What stands before every endpoint: sizes, keys, headers, counts. Plain ASGI.
+"""What stands before every endpoint: hosts, keys, sizes, headers, counts. Plain ASGI.
 
-Knows bodies as bytes, keys and headers. Does not know what is asked. A body is read here as a
-whole, within its limit and time, so that nothing behind this door waits for a slow sender.
+Knows bodies as bytes, keys and headers. Does not know what is asked. Every path that is not named
+here as open wants a key, whether it exists or not, and what is not HTTP is refused. A body is
+read here as a whole, within its limit and time, so that nothing behind this door waits for a slow
+sender.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 from uuid import uuid4
 
 from safe_decode.serving.failures import ApiError, anthropic_body, openai_body
+from safe_decode.serving.hosts import AllowedHosts
 from safe_decode.serving.metrics import Metrics
 from safe_decode.serving.settings import ServeSettings
 
@@ -29,7 +32,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_BODY_SECONDS = 30.0
+_OPEN = frozenset({"/", "/healthz", "/readyz", "/openapi.json"})
+"""Paths that tell nobody's texts and start no work; so do the page's files."""
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -53,12 +57,16 @@ class Gate:
 
     def __init__(self, app: App, settings: ServeSettings, metrics: Metrics, marker: str) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
+        self._hosts = AllowedHosts(settings.host, settings.allowed_hosts)
         self._marker = (MARKER.encode(), marker.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request pass, or answer it."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
             return
         request_id = uuid4().hex
         path = scope["path"]
@@ -72,6 +80,7 @@ class Gate:
             await send(message)
 
         try:
+            self._require_host(scope)
             scope.setdefault("state", {})["key"] = self._key(scope)
             scope["state"]["request_id"] = request_id
             body = await self._body(scope, receive)
@@ -82,15 +91,24 @@ class Gate:
             return
         await self._app(scope, _replayed(body, receive), answer)
 
+    def _require_host(self, scope: Scope) -> None:
+        if not self._hosts.admits(dict(scope["headers"]).get(b"host")):
+            raise ApiError(
+                421,
+                "this server is not called by that Host; its operator names hosts in "
+                "allowed_hosts.",
+                code="host_not_allowed",
+            )
+
     def _key(self, scope: Scope) -> str:
-        path = scope["path"]
-        if path == "/metrics":
-            wanted = self._settings.operator_keys
-        elif path.startswith("/v1/") or (path.startswith("/page/") and scope["method"] != "GET"):
-            wanted = self._settings.api_keys
-        else:
+        path, settings = scope["path"], self._settings
+        is_read = scope["method"] in ("GET", "HEAD")
+        if path in _OPEN or (path.startswith("/page/") and is_read):
             return "nobody"
-        if not wanted:
+        wanted, is_open = settings.api_keys, not settings.api_keys
+        if path.rstrip("/") == "/metrics":
+            wanted, is_open = settings.operator_keys, is_open and not settings.operator_keys
+        if is_open:
             return "anybody"
         given = _given_key(scope)
         # Every key is compared, so that the time tells nothing.
@@ -115,11 +133,11 @@ class Gate:
             raise too_large
         body = bytearray()
         try:
-            async with asyncio.timeout(_BODY_SECONDS):
+            async with asyncio.timeout(self._settings.body_timeout_s):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        break
+                        raise ApiError(499, "the client has left.", code="client_left")
                     body += message.get("body", b"")
                     if len(body) > limit:
                         raise too_large

@@ -46,8 +46,18 @@ class Metrics:
         self.refused = Counter("safe_decode_refused", "Requests not taken.", ["why"], registry=own)
         self.queue = Gauge("safe_decode_queue_rows", "Rows that wait.", registry=own)
         self.running = Gauge("safe_decode_running_rows", "Rows that run.", registry=own)
-        self.ready = Gauge("safe_decode_ready", "1 once the canary has passed.", registry=own)
+        self.ready = Gauge("safe_decode_ready", "1 while the last canary has passed.", registry=own)
         self.canary = Gauge("safe_decode_canary_difference", "Largest difference.", registry=own)
+        self.canary_runs = Counter(
+            "safe_decode_canary_runs", "Canaries run.", ["result"], registry=own
+        )
+        self.connections = Gauge("safe_decode_connections", "Open connections.", registry=own)
+        self.dropped_connections = Counter(
+            "safe_decode_connections_dropped",
+            "Connections that the server ended: headers or a reader too slow, or no room.",
+            ["why"],
+            registry=own,
+        )
         self.ttft = Histogram(
             "safe_decode_ttft_seconds", "To the first shown token.", buckets=_SECONDS, registry=own
         )

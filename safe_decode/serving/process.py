@@ -1,6 +1,6 @@
-"""The server as a process: where it listens, what it says at start, how it ends.
+"""The server as a process: where it listens and how it ends.
 
-Knows uvicorn, signals and the first screen. Does not know endpoints. On SIGTERM or SIGINT
+Knows uvicorn and signals. Does not know endpoints. On SIGTERM or SIGINT
 nothing new is taken, rows in flight have their grace, and then every stream gets its end.
 """
 
@@ -14,11 +14,12 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from safe_decode.serving.engine import GuardFacts
+from safe_decode.serving.connections import BoundedConfig, require_descriptors
 from safe_decode.serving.scheduler import Scheduler
+from safe_decode.serving.service import Service
 from safe_decode.serving.settings import ServeSettings
 
-__all__ = ["GuardedServer", "config_of", "first_screen", "serve_app"]
+__all__ = ["GuardedServer", "serve_app"]
 
 
 class GuardedServer(uvicorn.Server):
@@ -69,20 +70,6 @@ class GuardedServer(uvicorn.Server):
         self._draining = asyncio.ensure_future(self._scheduler.drain(self._grace_s))
 
 
-def config_of(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
-    """Return uvicorn's configuration: no access log, since it would hold no more than metrics."""
-    return uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(settings.shutdown_grace_s) + 15,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
-
-
 def serve_app(app: FastAPI, settings: ServeSettings, on_start: Callable[[str], None]) -> None:
     """Serve until told to end.
 
@@ -90,42 +77,15 @@ def serve_app(app: FastAPI, settings: ServeSettings, on_start: Callable[[str], N
         app: From `create_app`.
         settings: Where to listen, and the grace.
         on_start: Called with the address once it listens.
+
+    Raises:
+        ConfigurationError: More connections than this process may have open files.
     """
-    scheduler: Scheduler = app.state.service.scheduler
+    require_descriptors(settings)
+    service: Service = app.state.service
     GuardedServer(
-        config_of(app, settings),
-        scheduler,
+        BoundedConfig(app, settings, service.metrics),
+        service.scheduler,
         grace_s=settings.shutdown_grace_s,
         on_start=on_start,
     ).run()
-
-
-def first_screen(settings: ServeSettings, facts: GuardFacts) -> list[tuple[str, str]]:
-    """Say what is guarded, by which certificate, and what is refused, as names and texts."""
-    certificate, envelope = facts.certificate, facts.certificate.envelope
-    how = f"temperature {envelope.temperature:g}" if envelope.do_sample else "greedy"
-    rows = [
-        ("model", settings.name),
-        ("bundle", facts.bundle[:16]),
-        ("probe reads for", ", ".join(facts.heads)),
-        (
-            "certificate",
-            f"at most {certificate.alpha:.3g} of {certificate.population} responses alarm, with "
-            f"confidence {1 - certificate.delta:g}, from {certificate.n} responses",
-        ),
-        ("calibrated on", f"{certificate.evidence.source}: {certificate.evidence.in_words}"),
-        ("it speaks of", f"{how}, up to {envelope.max_new_tokens} tokens; else it is void"),
-        ("a trip", f"{facts.redirect}, hold-back {facts.holdback_tokens} tokens"),
-        (
-            "refused",
-            "tools, audio, echo, suffix, best_of, unknown parameters"
-            + ("" if settings.allow_json else ", JSON formats"),
-        ),
-        ("keys", f"{len(settings.api_keys)}" if settings.api_keys else "none: anybody may ask"),
-        ("audit", str(settings.audit or "none")),
-    ]
-    if settings.expose_scores:
-        rows.append(("exposed", "statistics and threshold: an oracle for attackers"))
-    if settings.expose_bare:
-        rows.append(("exposed", "the bare model, unguarded, on the page"))
-    return rows

@@ -1,10 +1,10 @@
-"""Who runs when: a bounded queue in front of the engine, and events on their way back.
+"""Who runs when: a bounded queue in front of the engine.
 
 Rows join the next run, not a running one: a run is one call of the guarded loop, which holds
 the engine's laws, and rows cannot enter it without copying that loop. Each worker takes the
 oldest rows that admit each other as soon as it is free; a row's end is told at once.
 
-Knows queues, threads, limits and the event loop. Does not know models or HTTP.
+Knows queues, threads and limits. Does not know models or HTTP.
 """
 
 from __future__ import annotations
@@ -15,114 +15,24 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from safe_decode.errors import CanaryError
+from safe_decode.serving.canary_watch import CanaryWatch
 from safe_decode.serving.engine import Engine
 from safe_decode.serving.failures import ApiError
 from safe_decode.serving.metrics import Metrics
-from safe_decode.serving.rows import Event, Finished, Row, RowRequest
+from safe_decode.serving.rows import Finished, RowRequest
 from safe_decode.serving.settings import ServeSettings
+from safe_decode.serving.tickets import Post, Ticket, Tickets
 from safe_decode.workers import release_workers
 
-__all__ = ["Scheduler", "Ticket", "Tickets"]
+__all__ = ["Scheduler"]
 
 _LOG = logging.getLogger("safe_decode.serving")
 
-
-class Ticket:
-    """A row in the queue or running.
-
-    Attributes:
-        row: The row.
-        key: Whose it is.
-        queued_at: When it was queued, in seconds of a monotonic clock.
-    """
-
-    def __init__(self, request: RowRequest, key: str, post: _Post, inbox: Inbox) -> None:
-        self.key, self.queued_at = key, time.monotonic()
-        self.row = Row(request, lambda event: post.send(inbox, (self, event)))
-
-
-class Tickets:
-    """The rows of one request, seen from the event loop.
-
-    Args:
-        requests: The rows.
-        key: Whose they are.
-        post: Brings their events.
-        timeout_s: After which they are ended.
-    """
-
-    def __init__(
-        self, requests: Sequence[RowRequest], key: str, post: _Post, timeout_s: float
-    ) -> None:
-        self._inbox: Inbox = asyncio.Queue()
-        self._timeout_s = timeout_s
-        self.tickets = [Ticket(request, key, post, self._inbox) for request in requests]
-
-    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
-        """Yield the rows' events with their indices, until all have ended.
-
-        A reader who leaves cancels what is left.
-        """
-        left = dict(zip(self.tickets, range(len(self.tickets)), strict=True))
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
-        try:
-            while left:
-                try:
-                    ticket, event = await self._next(deadline)
-                except TimeoutError:
-                    for index in left.values():
-                        yield index, Finished("cancelled", error="timeout")
-                    return
-                if ticket in left:
-                    yield left[ticket], event
-                    if isinstance(event, Finished):
-                        del left[ticket]
-        finally:
-            self.cancel()
-
-    async def _next(self, deadline: float) -> tuple[Ticket, Event]:
-        """Wait for an event, in no task of its own: this is on the way of every token."""
-        if self._inbox.empty():
-            async with asyncio.timeout_at(deadline):
-                return await self._inbox.get()
-        return self._inbox.get_nowait()
-
-    def cancel(self) -> None:
-        """Let every row end at its next token."""
-        for ticket in self.tickets:
-            ticket.row.cancel()
-
-
-Inbox = asyncio.Queue[tuple[Ticket, Event]]
-
-
-class _Post:
-    """Brings events from any thread to the event loop, many with one wake."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._waiting: deque[tuple[Inbox, tuple[Ticket, Event]]] = deque()
-        self._is_called = False
-
-    def send(self, inbox: Inbox, mail: tuple[Ticket, Event]) -> None:
-        self._waiting.append((inbox, mail))
-        if self._is_called:
-            return
-        self._is_called = True
-        try:
-            self._loop.call_soon_threadsafe(self._deliver)
-        except RuntimeError:  # the loop is closed: there is no reader any more
-            self._waiting.clear()
-
-    def _deliver(self) -> None:
-        # Before the queue is emptied: what is appended from here on calls again.
-        self._is_called = False
-        while self._waiting:
-            inbox, mail = self._waiting.popleft()
-            inbox.put_nowait(mail)
+_GAP_SECONDS = 1.0
+"""So long the canary waits for a gap between runs; in longer runs it goes beside them."""
 
 
 class Scheduler:
@@ -136,21 +46,25 @@ class Scheduler:
 
     def __init__(self, engine: Engine, settings: ServeSettings, metrics: Metrics) -> None:
         self.engine, self.metrics = engine, metrics
-        self.is_ready = False
-        self.why_not_ready = "the canary has not run yet"
         self._settings = settings
         self._queue: deque[Ticket] = deque()
         self._running: set[Ticket] = set()
         self._changed = threading.Condition()
-        self._is_draining = self._is_stopped = False
-        self._threads: list[threading.Thread] = []
-        self._post: _Post | None = None
+        self._is_draining = self._is_stopped = self._is_paused = False
+        self._post: Post | None = None
         self._run_seconds = 1.0
+        self.canary = CanaryWatch(
+            engine,
+            metrics,
+            every_s=settings.canary_every_s,
+            pause=self._pause,
+            on_failure=self._close_all,
+        )
 
     @property
     def is_serving(self) -> bool:
         """Say whether rows are taken."""
-        return self.is_ready and not self._is_draining
+        return self.canary.is_sound and not self._is_draining
 
     @property
     def in_flight(self) -> int:
@@ -159,22 +73,14 @@ class Scheduler:
 
     def start(self) -> None:
         """Begin; on the event loop. The canary decides whether anything is served."""
-        self._post = _Post(asyncio.get_running_loop())
-        try:
-            self.metrics.canary.set(self.engine.check())
-        except CanaryError as error:
-            self.why_not_ready = str(error)
-            _LOG.error("the canary failed, nothing is served: %s", error)
-            return
+        self._post = Post(asyncio.get_running_loop())
+        self.canary.check()
         release_workers()  # of the event loop, which computes no more
-        self.is_ready = True
-        self.metrics.ready.set(1)
         for number in range(self._settings.workers):
-            thread = threading.Thread(
+            threading.Thread(
                 target=self._work, name=f"safe-decode-run-{number}", daemon=True
-            )
-            thread.start()
-            self._threads.append(thread)
+            ).start()
+        self.canary.start()
 
     def submit(self, requests: Sequence[RowRequest], key: str) -> Tickets:
         """Queue the rows of one request, all or none.
@@ -187,7 +93,7 @@ class Scheduler:
             ApiError: 503 while starting, refused by the canary or ending; 429 with a full
                 queue, or too many rows of one key.
         """
-        if not self.is_ready or self._is_draining or self._post is None:
+        if not self.is_serving or self._post is None:
             self.metrics.refused.labels("not_ready").inc()
             raise ApiError(
                 503,
@@ -205,7 +111,7 @@ class Scheduler:
             tickets = Tickets(requests, key, self._post, self._settings.request_timeout_s)
             self._queue.extend(tickets.tickets)
             self.metrics.queue.set(len(self._queue))
-            self._changed.notify()
+            self._changed.notify_all()
         return tickets
 
     async def drain(self, grace_s: float) -> None:
@@ -222,6 +128,7 @@ class Scheduler:
             ticket.row.cancel()
         while self.in_flight and time.monotonic() < deadline + 10:
             await asyncio.sleep(0.05)
+        self.canary.stop()
         with self._changed:
             self._is_stopped = True
             left = (*self._queue, *self._running)
@@ -243,14 +150,41 @@ class Scheduler:
             retry_after_s=runs * self._run_seconds / self._settings.workers,
         )
 
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Begin no run inside; wait for those that run, but not for long ones."""
+        with self._changed:
+            self._is_paused = True
+            self._changed.wait_for(lambda: not self._running or self._is_stopped, _GAP_SECONDS)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_paused = False
+                self._changed.notify_all()
+
+    def _close_all(self) -> None:
+        """End every row: those that run are shown no further, those that wait are not begun."""
+        with self._changed:
+            queued, running = tuple(self._queue), tuple(self._running)
+            self._queue.clear()
+            self.metrics.queue.set(0)
+        for ticket in queued:
+            ticket.row.emit(Finished("cancelled", error="not_ready"))
+        for ticket in running:
+            ticket.row.emit(Finished("content_filter", outcome="closed", error="canary"))
+            ticket.row.cancel()
+
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._queue and not self._is_stopped:
+                while (not self._queue or self._is_paused) and not self._is_stopped:
                     self._changed.wait()
                 if self._is_stopped:
                     return
-                tickets = self._next_run()
+            self.canary.look()
+            with self._changed:
+                tickets = [] if self._is_paused else self._next_run()
             if tickets:
                 self._run(tickets)
 
@@ -263,6 +197,8 @@ class Scheduler:
             ticket = self._queue.popleft()
             if ticket.row.is_cancelled:
                 ticket.row.emit(Finished("cancelled"))
+            elif not self.canary.is_sound:
+                ticket.row.emit(Finished("cancelled", error="not_ready"))
             elif now - ticket.queued_at > self._settings.queue_timeout_s:
                 ticket.row.emit(Finished("cancelled", error="queue_timeout"))
                 self.metrics.refused.labels("queue_timeout").inc()
@@ -293,4 +229,5 @@ class Scheduler:
             with self._changed:
                 self._running.difference_update(tickets)
                 self.metrics.running.set(len(self._running))
+                self._changed.notify_all()
             self._run_seconds += 0.2 * (time.monotonic() - began - self._run_seconds)

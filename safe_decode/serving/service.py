@@ -22,10 +22,11 @@ from safe_decode.serving.metrics import Metrics
 from safe_decode.serving.reading import Reader
 from safe_decode.serving.requests import Desk
 from safe_decode.serving.rows import Event, Finished, RowRequest, Tripped
-from safe_decode.serving.scheduler import Scheduler, Tickets
+from safe_decode.serving.scheduler import Scheduler
 from safe_decode.serving.settings import ServeSettings
 from safe_decode.serving.story import Exposure, Story, pieces_of
 from safe_decode.serving.telemetry import Telemetry
+from safe_decode.serving.tickets import Tickets
 
 __all__ = ["Conversation", "Service"]
 
@@ -96,6 +97,13 @@ class Service:
             if not waiting.done():
                 waiting.cancel()
                 tickets.cancel()
+        if isinstance(first[1], Finished) and first[1].error == "not_ready":
+            raise ApiError(
+                503,
+                "the guard is not ready.",
+                code="not_ready",
+                retry_after_s=self.settings.canary_every_s,
+            )
         if isinstance(first[1], Finished) and first[1].error in ("queue_timeout", "timeout"):
             raise ApiError(
                 503,

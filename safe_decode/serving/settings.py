@@ -1,32 +1,36 @@
-"""How the server is run: one schema for flags, environment and YAML.
+"""How the server is run: one schema for every way of giving a setting.
 
-Knows names, values and their limits. Does not know engines or HTTP. Precedence: flags, then
-`SAFE_DECODE_...` in the environment, then the YAML file, then the defaults.
+Knows names, values and their limits. Does not know engines, HTTP or where a value comes from;
+`sources` gathers them.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
-import yaml
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
 )
 
-from safe_decode.errors import ConfigurationError
+from safe_decode.serving.hosts import host_pattern
 
-__all__ = ["GuardingRedirect", "ServeSettings", "load_settings"]
+__all__ = ["GuardingRedirect", "ServeSettings"]
 
 GuardingRedirect = Literal["refuse", "rewind", "stop"]
 """Redirects a server may use; `flag` protects nobody and is not among them."""
 
+_KEY = re.compile(r"[\x21-\x7e]+")
+"""What a header carries unchanged."""
 
-class ServeSettings(BaseSettings):
+
+class ServeSettings(BaseModel):
     """Every setting of `safe-decode serve`.
 
     Attributes:
@@ -39,6 +43,8 @@ class ServeSettings(BaseSettings):
         served_name: What clients call it; None: the last part of `model`.
         host: Address to listen on.
         port: Port to listen on; 0: any free one.
+        allowed_hosts: Names by which clients may call the server, without a port; "*.name" for
+            those below a name, "*" for any. None: what it listens on, see `hosts`.
         alpha: A certified level; None: the bundle's default.
         population: Whose certificate it is: of the harmless responses that are mostly served.
         redirect: What a tripped answer becomes.
@@ -54,7 +60,15 @@ class ServeSettings(BaseSettings):
             around the guard, for demonstrations.
         page: Serve the page at /.
         api_keys: Accepted keys; none: anybody.
-        operator_keys: Keys for /metrics; none: anybody.
+        operator_keys: Keys for /metrics; none: anybody where there are no `api_keys` either,
+            and nobody where there are.
+        max_connections: Open at the same time. A further one takes the place of the one that
+            has kept us waiting longest, and is refused if none does.
+        max_connections_per_address: Of them from one address, or one IPv6 network of 64 bits.
+        header_timeout_s: A connection that has not sent its headers by then is closed.
+        keep_alive_timeout_s: A connection between requests is closed after so long.
+        body_timeout_s: A body that has not arrived by then is refused.
+        write_timeout_s: A reader that takes nothing for so long is cut off.
         max_body_bytes: Larger bodies are refused.
         max_choices: Largest `n`, and prompts times `n`.
         max_new_tokens: Cap of an answer; None: the certified one.
@@ -65,12 +79,14 @@ class ServeSettings(BaseSettings):
         queue_timeout_s: A row that waited longer is refused with 503.
         request_timeout_s: A request that takes longer is ended.
         shutdown_grace_s: Time that streams get after SIGTERM.
+        canary_every_s: The canary runs again after so long; one that fails ends the service
+            until a later one passes.
         audit: File of JSON lines, one a response; None: none.
         audit_text: Write prompts and texts into it too.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix="SAFE_DECODE_", extra="forbid", validate_default=True, allow_inf_nan=False
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
     )
 
     model: str | None = None
@@ -81,6 +97,7 @@ class ServeSettings(BaseSettings):
     served_name: str | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    allowed_hosts: tuple[str, ...] | None = None
     alpha: float | None = Field(default=None, gt=0, lt=1)
     population: str = "benign"
     redirect: GuardingRedirect = "rewind"
@@ -93,6 +110,12 @@ class ServeSettings(BaseSettings):
     page: bool = True
     api_keys: tuple[SecretStr, ...] = ()
     operator_keys: tuple[SecretStr, ...] = ()
+    max_connections: int = Field(default=512, ge=1)
+    max_connections_per_address: int = Field(default=256, ge=1)
+    header_timeout_s: float = Field(default=10.0, gt=0)
+    keep_alive_timeout_s: int = Field(default=5, ge=1)
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    write_timeout_s: float = Field(default=30.0, gt=0)
     max_body_bytes: int = Field(default=1_000_000, ge=1024)
     max_choices: int = Field(default=8, ge=1, le=128)
     max_new_tokens: int | None = Field(default=None, ge=1)
@@ -103,8 +126,40 @@ class ServeSettings(BaseSettings):
     queue_timeout_s: float = Field(default=60.0, gt=0)
     request_timeout_s: float = Field(default=300.0, gt=0)
     shutdown_grace_s: float = Field(default=30.0, ge=0)
+    canary_every_s: float = Field(default=30.0, gt=0)
     audit: Path | None = None
     audit_text: bool = False
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _means_something(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse what pydantic would read as something else: blank texts, true for a number."""
+        assert info.field_name is not None
+        wanted = cls.model_fields[info.field_name].annotation
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("is blank; give a value, or leave it out")
+        if isinstance(value, bool) and bool not in (wanted, *get_args(wanted)):
+            raise ValueError("is true or false; give a value of its own")
+        return value
+
+    @field_validator("api_keys", "operator_keys")
+    @classmethod
+    def _can_be_sent(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        """Refuse keys that anybody has, or that nobody can send."""
+        for number, key in enumerate(keys, 1):
+            if not _KEY.fullmatch(key.get_secret_value()):
+                raise ValueError(
+                    f"key {number} of {len(keys)} is empty, or holds blanks or letters that a "
+                    "header does not carry; make one with `openssl rand -hex 32`"
+                )
+        return keys
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_names(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and not names:
+            raise ValueError("names nobody; name a host, or leave it out")
+        return None if names is None else tuple(map(host_pattern, names))
 
     @property
     def is_demo(self) -> bool:
@@ -117,69 +172,3 @@ class ServeSettings(BaseSettings):
         if self.served_name is not None:
             return self.served_name
         return "safe-decode-embedded" if self.model is None else Path(self.model).name
-
-
-class _Sources(ServeSettings):
-    """Adds the YAML file below the environment."""
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Order the sources; the first one wins."""
-        del dotenv_settings, file_secret_settings
-        assert isinstance(init_settings, InitSettingsSource)
-        given = dict(init_settings.init_kwargs)
-        below = given.pop("from_file", {})
-        return (
-            InitSettingsSource(settings_cls, given),
-            env_settings,
-            InitSettingsSource(settings_cls, below),
-        )
-
-
-def load_settings(config: Path | None = None, **flags: Any) -> ServeSettings:  # noqa: ANN401
-    """Gather the settings.
-
-    Args:
-        config: A YAML file.
-        **flags: What the command line says; None: not given.
-
-    Raises:
-        ConfigurationError: A name that is no setting, a value outside its choices, or a file
-            that cannot be read.
-    """
-    given = {name: value for name, value in flags.items() if value is not None}
-    try:
-        return _Sources(**{"from_file": _from_yaml(config), **given})
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()
-        )
-        raise ConfigurationError(
-            f"the settings are wrong: {problems}; mend the flag, the SAFE_DECODE_ variable or "
-            "the entry of --config."
-        ) from error
-
-
-def _from_yaml(config: Path | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigurationError(
-            f"--config={config} cannot be read: {error}; pass a YAML file of settings."
-        ) from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise ConfigurationError(
-            f"--config={config} holds a {type(content).__name__}, wanted a mapping of settings."
-        )
-    return dict(content)
