@@ -102,8 +102,10 @@ async def socket_upstream(*pieces: bytes, then: str = "close") -> AsyncIterator[
         then: What follows: `close` the connection, `hang`, or `drip` comments for ever.
     """
     left = asyncio.Event()
+    serving = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.add(asyncio.current_task())
         line = await reader.readline()
         head = f"HTTP/1.1 200 OK\r\nx-safe-decode-bundle: {MARK}\r\n".encode()
         if b"/readyz" in line:
@@ -118,13 +120,16 @@ async def socket_upstream(*pieces: bytes, then: str = "close") -> AsyncIterator[
                     writer.write(b": still here\n")
                 await asyncio.sleep(0.01)
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     try:
-        yield "http://127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
         left.set()
         server.close()
+        await asyncio.gather(*serving)
 
 
 async def _nothing(*_: Any) -> None:
@@ -156,7 +161,7 @@ def through(
         own = proxy_settings(**settings)
         parts = ProxyParts.of(own, inner)
         transport = httpx2.ASGITransport(app=SafetyMiddleware(_nothing, own, parts=parts))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://proxy") as outer:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as outer:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
             for _ in range(times):
                 answer = await outer.post(path, content=content, headers=headers)

@@ -68,7 +68,9 @@ def served(ask, path=CHAT, **settings):
             own = proxy_settings(bundle=bundle, upstream="http://up", **settings)
             proxy = SafetyMiddleware(app, own, parts=ProxyParts.of(own, inner))
             transport = httpx2.ASGITransport(app=proxy)
-            async with httpx2.AsyncClient(transport=transport, base_url="http://proxy") as outer:
+            async with httpx2.AsyncClient(
+                transport=transport, base_url="http://127.0.0.1"
+            ) as outer:
                 return await outer.post(path, json={"model": MODEL, **ask})
 
     return asyncio.run(main())
@@ -82,7 +84,7 @@ def served(ask, path=CHAT, **settings):
 def test_a_marked_upstream_passes_through(stream, path):
     asks = [({"messages": CALM}, "released"), ({"messages": ATTACK}, "rewound")]
     if path == COMPLETIONS:
-        asks = [({"prompt": "hello."}, "released")]
+        asks = [({"prompt": "A"}, "released")]
     for ask, action in asks:
         answer = served({**ask, **MAX_TOKENS, "stream": stream}, path, holdback_tokens=4)
         assert answer.status_code == 200 and f'"{action}"' in answer.text
@@ -94,7 +96,7 @@ def test_a_marked_upstream_passes_through(stream, path):
 def test_a_refusal_is_shown_and_what_tripped_within_the_hold_back_is_not():
     answer = served({"messages": ATTACK, "stream": True}, holdback_tokens=4)
     chunks = chunks_in(answer)
-    assert shown_in(chunks) == KEPT[:-4] and shown_in(chunks, "refusal").startswith("No")
+    assert shown_in(chunks) == KEPT[:-4] and "No, " in shown_in(chunks, "refusal")
     assert chunks[-1]["choices"][0]["finish_reason"] == "content_filter"
 
 
@@ -118,13 +120,13 @@ def test_what_is_asked_for_is_passed_on_and_nothing_else():
 
 
 def test_log_probabilities_of_completions_pass_when_asked_for():
-    ask = {"prompt": "hello.", **MAX_TOKENS, "logprobs": 0}
+    ask = {"prompt": "A", **MAX_TOKENS, "logprobs": 0}
     whole = served(ask, COMPLETIONS).json()["choices"][0]
     chunks = chunks_in(served({**ask, "stream": True}, COMPLETIONS, holdback_tokens=4))
     told = [c["choices"][0]["logprobs"] for c in chunks]
     streamed = [token for one in told if one for token in one["tokens"]]
     assert "".join(whole["logprobs"]["tokens"]) == "".join(streamed) == whole["text"] != ""
-    plain = served({"prompt": "hello.", **MAX_TOKENS}, COMPLETIONS).json()
+    plain = served({"prompt": "A", **MAX_TOKENS}, COMPLETIONS).json()
     assert plain["choices"][0]["logprobs"] is None
 
 
@@ -459,13 +461,15 @@ def test_other_endpoints_are_not_passed_on(path):
 # Streams over a socket: broken, hanging, dripping, left.
 
 
-def over_socket(*pieces, then, leaves=False, body=STREAM, **settings):
+def over_socket(*pieces, then, body=STREAM, **settings):
     async def main():
         async with socket_upstream(*pieces, then=then) as address:
             own = proxy_settings(upstream=address, **settings)
             parts = ProxyParts.of(own)
             transport = httpx2.ASGITransport(app=SafetyMiddleware(None, own, parts=parts))
-            async with httpx2.AsyncClient(transport=transport, base_url="http://proxy") as outer:
+            async with httpx2.AsyncClient(
+                transport=transport, base_url="http://127.0.0.1"
+            ) as outer:
                 answer = await asyncio.wait_for(outer.post(CHAT, json=body), 20)
             metrics = parts.metrics.text().decode()
             await parts.close()
@@ -503,19 +507,19 @@ def test_an_upstream_that_cannot_be_reached_is_refused():
         own = proxy_settings(upstream="http://127.0.0.1:9", connect_timeout_s=2)
         app = create_proxy_app(own)
         transport = httpx2.ASGITransport(app=app)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://proxy") as outer:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as outer:
             return await outer.post(CHAT, json=CHAT_BODY), await outer.get("/readyz")
 
     for answer in asyncio.run(main()):
         assert answer.status_code == 503 and answer.headers["retry-after"] == "5"
 
 
-def driven(parts, own, pieces_then, act):
+def driven(pieces, act):
     """Run one stream by hand; `act` gets the deadlines and what was sent, and lets it end."""
 
     async def main():
-        async with socket_upstream(*pieces_then[0], then=pieces_then[1]) as address:
-            settings = own.model_copy(update={"upstream": address})
+        async with socket_upstream(*pieces, then="hang") as address:
+            settings = proxy_settings(upstream=address)
             made = ProxyParts.of(settings)
             sent, left = [], asyncio.Event()
             told = [{"type": "http.request", "body": json.dumps(STREAM).encode()}]
@@ -540,7 +544,6 @@ def driven(parts, own, pieces_then, act):
             await made.close()
             return b"".join(m.get("body", b"") for m in sent).decode(), sent, metrics
 
-    del parts
     return asyncio.run(main())
 
 
@@ -553,7 +556,7 @@ def test_a_reader_who_leaves_and_the_end_of_the_process_end_a_stream(by):
             await made.deadlines.drain(0.05)
 
     pieces = sse(chunk("ab", [1, 2]), done=False)
-    text, sent, metrics = driven(None, proxy_settings(), (pieces, "hang"), act)
+    text, sent, metrics = driven(pieces, act)
     assert '"action":"cut"' in text and text.endswith("data: [DONE]\n\n")
     assert not sent[-1].get("more_body")
     # Nothing failed: the upstream is believed as before.
@@ -566,7 +569,7 @@ def test_nothing_new_is_taken_at_the_end():
         parts = ProxyParts.of(own)
         parts.deadlines.begin_drain()
         transport = httpx2.ASGITransport(app=SafetyMiddleware(None, own, parts=parts))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://proxy") as outer:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as outer:
             return await outer.post(CHAT, json=CHAT_BODY)
 
     answer = asyncio.run(main())
@@ -582,7 +585,7 @@ def test_health_readiness_and_metrics_of_the_proxy():
         inner = httpx2.AsyncClient(transport=httpx2.ASGITransport(app=upstream))
         app = create_proxy_app(own, ProxyParts.of(own, inner))
         transport = httpx2.ASGITransport(app=app)
-        async with httpx2.AsyncClient(transport=transport, base_url="http://proxy") as outer:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as outer:
             await outer.post(CHAT, json=CHAT_BODY)
             keyed = {"authorization": "Bearer ops"}
             return [

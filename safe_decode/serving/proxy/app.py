@@ -87,9 +87,7 @@ def proxy_screen(loaded: LoadedProxySettings) -> list[tuple[str, str]]:
         ("keys", f"{len(settings.api_keys)}" if settings.api_keys else "none: anybody may ask"),
         (
             "/metrics",
-            f"{len(settings.operator_keys)} keys"
-            if settings.operator_keys
-            else "without a key: anybody may read it",
+            f"{len(settings.operator_keys)} keys" if settings.operator_keys else "no operator_keys",
         ),
         (
             "upstream's key",

@@ -7,6 +7,7 @@ the defaults. What is given anywhere beats what is not given.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,16 @@ from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from safe_decode.errors import ConfigurationError
 from safe_decode.serving.settings import ServeSettings
@@ -24,6 +33,7 @@ __all__ = ["LoadedProxySettings", "ProxySettings", "load_proxy_settings"]
 
 _PREFIX = "SAFE_DECODE_PROXY_"
 _MARK_CHARACTERS = 16
+_SERVER = ("host", "port", "api_keys", "operator_keys", "max_body_bytes", "shutdown_grace_s")
 
 
 def _address(value: str) -> str:
@@ -37,7 +47,17 @@ def _address(value: str) -> str:
     return address
 
 
-class ProxySettings(BaseSettings):
+def _listed(value: object) -> object:
+    """Read a list that is one text: JSON, or a single value."""
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if value.lstrip().startswith("[") else (value,)
+
+
+_Keys = Annotated[tuple[SecretStr, ...], BeforeValidator(_listed)]
+
+
+class ProxySettings(BaseModel):
     """Every setting of `safe-decode proxy`.
 
     Attributes:
@@ -55,15 +75,15 @@ class ProxySettings(BaseSettings):
         max_choices: Largest `n`, and prompts times `n`.
         max_event_bytes: A stream with a larger event is closed.
         max_answer_bytes: A larger answer or stream of the upstream is closed.
-        max_connections: To the upstream, at the same time.
+        max_upstream_connections: To the upstream, at the same time.
         connect_timeout_s: To reach the upstream, and for its canary.
         request_timeout_s: An answer that takes longer is closed.
         shutdown_grace_s: Time that streams get after SIGTERM.
         audit: File of JSON lines, one a response; None: none.
     """
 
-    model_config = SettingsConfigDict(
-        env_prefix=_PREFIX, extra="forbid", validate_default=True, allow_inf_nan=False, frozen=True
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, allow_inf_nan=False, frozen=True
     )
 
     upstream: Annotated[str, AfterValidator(_address)]
@@ -71,15 +91,15 @@ class ProxySettings(BaseSettings):
     upstream_key: SecretStr | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8001, ge=0, le=65535)
-    api_keys: tuple[SecretStr, ...] = ()
-    operator_keys: tuple[SecretStr, ...] = ()
+    api_keys: _Keys = ()
+    operator_keys: _Keys = ()
     holdback_tokens: int = Field(default=0, ge=0, le=4096)
     canary_every_s: float = Field(default=15.0, ge=0)
     max_body_bytes: int = Field(default=1_000_000, ge=1024)
     max_choices: int = Field(default=8, ge=1, le=128)
     max_event_bytes: int = Field(default=262_144, ge=1024)
     max_answer_bytes: int = Field(default=16_777_216, ge=1024)
-    max_connections: int = Field(default=100, ge=1)
+    max_upstream_connections: int = Field(default=100, ge=1)
     connect_timeout_s: float = Field(default=10.0, gt=0)
     request_timeout_s: float = Field(default=300.0, gt=0)
     shutdown_grace_s: float = Field(default=30.0, ge=0)
@@ -92,7 +112,7 @@ class ProxySettings(BaseSettings):
                 "upstream_key is set and api_keys is empty, so that anybody would use the "
                 "operator's key; set api_keys"
             )
-        if any(not key.get_secret_value() for key in (*self.api_keys, *self.operator_keys)):
+        if any(not key.get_secret_value().strip() for key in (*self.api_keys, *self.operator_keys)):
             raise ValueError("a key is empty")
         return self
 
@@ -104,8 +124,7 @@ class ProxySettings(BaseSettings):
     @property
     def as_server(self) -> ServeSettings:
         """What the server's gate and process read: keys, sizes, address, grace."""
-        shared = ServeSettings.model_fields.keys() & type(self).model_fields.keys() - {"bundle"}
-        return ServeSettings.model_validate({name: getattr(self, name) for name in shared})
+        return ServeSettings.model_validate({name: getattr(self, name) for name in _SERVER})
 
 
 class LoadedProxySettings(NamedTuple):
@@ -125,6 +144,7 @@ def load_proxy_settings(
     *,
     flags: Mapping[str, object] | None = None,
     assignments: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> LoadedProxySettings:
     """Gather the settings.
 
@@ -132,6 +152,7 @@ def load_proxy_settings(
         config: A YAML file.
         flags: What the command line says; None: not given.
         assignments: What `--set` says.
+        environ: The environment; None: the process's.
 
     Raises:
         ConfigurationError: A name that is no setting, a value outside its choices, a file that
@@ -146,7 +167,7 @@ def load_proxy_settings(
         )
     layers: tuple[tuple[str, Mapping[str, object]], ...] = (
         ("file", _from_yaml(config)),
-        ("environment", _from_environment()),
+        ("environment", _from_environment(os.environ if environ is None else environ)),
         ("--set", told),
         ("flag", given),
     )
@@ -173,23 +194,20 @@ def _refused(error: ValidationError, sources: Mapping[str, str]) -> Configuratio
     )
 
 
-def _from_environment() -> dict[str, Any]:
-    known = {_PREFIX + name.upper() for name in ProxySettings.model_fields}
-    unknown = sorted(
-        n for n in map(str.upper, os.environ) if n.startswith(_PREFIX) and n not in known
-    )
-    if unknown:
-        raise ConfigurationError(
-            f"{unknown[0]} is in the environment and no setting of the proxy; mend its name or "
-            "remove it."
-        )
-    try:
-        return EnvSettingsSource(ProxySettings)()
-    except SettingsError as error:
-        raise ConfigurationError(
-            f"a {_PREFIX} variable is wrong: {error}; write lists as JSON, for example "
-            f"{_PREFIX}API_KEYS='[\"KEY\"]'."
-        ) from error
+def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
+    """Read the variables; lists are written as JSON, or as one value."""
+    values: dict[str, object] = {}
+    for variable, text in sorted(environ.items()):
+        name = variable.upper().removeprefix(_PREFIX).lower()
+        if not variable.upper().startswith(_PREFIX):
+            continue
+        if name not in ProxySettings.model_fields:
+            raise ConfigurationError(
+                f"{variable} is in the environment and no setting of the proxy; mend its name or "
+                "remove it."
+            )
+        values[name] = text
+    return values
 
 
 def _from_yaml(config: Path | None) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Upstream:
         self._settings, self._metrics = settings, metrics
         self._client = client or httpx2.AsyncClient(
             timeout=httpx2.Timeout(settings.connect_timeout_s, read=settings.request_timeout_s),
-            limits=httpx2.Limits(max_connections=settings.max_connections),
+            limits=httpx2.Limits(max_connections=settings.max_upstream_connections),
         )
         self._sound_until = self._unsound_until = 0.0
         self._looks = asyncio.Lock()
