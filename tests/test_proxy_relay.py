@@ -519,3 +519,34 @@ def test_an_endless_stream_takes_no_memory():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert shown > 2900 and peak < 300_000
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_each_choice_opens_once_and_nothing_empty_is_sent(counts):
+    to = relay(n_choices=2, counts_usage=counts)
+    shown = told(to, chunk("", [], index=1), chunk("", [], index=1), chunk("", [], index=0))
+    opening = {"role": "assistant", "content": "", "refusal": None}
+    assert [c["choices"][0]["index"] for c in shown] == [1, 0]
+    assert all(c["choices"][0]["delta"] == opening for c in shown)
+    assert all(("usage" in c) == counts for c in shown)
+    # Nobody told the usage, so none is made up.
+    closing = list(to.close(CLOSED))
+    assert [c["choices"][0]["index"] for c in closing] == [0, 1]
+    unopened = list(relay().close(CLOSED))
+    assert [c["choices"][0]["delta"] for c in unopened] == [opening, {}]
+
+
+def test_a_stream_is_over_once_every_choice_has_ended_or_it_says_so():
+    to = relay(n_choices=2, counts_usage=True)
+    told(to, chunk("ab", [1, 2]), ended(), {"choices": [], "usage": {"prompt_tokens": 5}})
+    assert not to.is_over
+    told(to, ended(index=1))
+    assert to.is_over
+    (usage,) = to.close(CLOSED)
+    assert usage["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    to = relay()
+    told(to, b"[DONE]")
+    assert to.is_over and told(to, chunk("a", [1])) == []
+    to = relay()
+    list(to.close(CLOSED))
+    assert to.is_over and told(to, chunk("a", [1])) == []

@@ -280,7 +280,8 @@ def test_whole_answers_are_written_anew_from_known_fields():
     answer = through(Upstream(body, headers={"x-words": WORDS}), CHAT_BODY)
     assert answer.status_code == 200 and WORDS not in answer.text + str(answer.headers)
     told = answer.json()
-    assert told["model"] == "m" and told["usage"]["total_tokens"] == 3
+    assert (told["model"], told["object"]) == ("m", "chat.completion")
+    assert told["usage"]["total_tokens"] == 3
     assert told["choices"][0]["message"] == {
         "role": "assistant",
         "content": "fine",
