@@ -550,3 +550,26 @@ def test_a_stream_is_over_once_every_choice_has_ended_or_it_says_so():
     to = relay()
     list(to.close(CLOSED))
     assert to.is_over and told(to, chunk("a", [1])) == []
+
+
+@pytest.mark.parametrize("keeps_ids", [False, True])
+def test_events_of_a_message_hold_nothing_but_what_was_asked_for(keeps_ids):
+    to = relay(path=MESSAGES, keeps_ids=keeps_ids)
+    shown = told(to, *OPENING, delta(""), delta("a", 1, safety={"tokens": [LEAK]}, x=LEAK))
+    assert shown[0]["message"]["model"] == "m" and shown[1]["content_block"]["text"] == ""
+    said = {"type": "content_block_delta", "index": 0}
+    said["delta"] = {"type": "text_delta", "text": "a"}
+    ids = {"token_ids": [1]} if keeps_ids else {}
+    assert shown[2:] == [{**said, **ids}]
+    redirect = told(to, delta("No.", 2, safety={"by": "redirect"}))
+    ids = {"token_ids": [2]} if keeps_ids else {}
+    said["delta"] = {"type": "text_delta", "text": "No."}
+    assert redirect == [{**said, "safety": {"by": "redirect"}, **ids}]
+
+
+@pytest.mark.parametrize("length", [65_536, 65_537])
+def test_the_words_of_a_refusal_have_a_bound(length):
+    end = message_end("refusal", safety={**ours("refused"), "refusal": "x" * length})
+    shown, is_wrong = until_wrong(relay(path=MESSAGES), *OPENING, STOP, end)
+    assert is_wrong == (length > 65_536)
+    assert ("x" * 100 in json.dumps(shown)) == (not is_wrong)
