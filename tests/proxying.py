@@ -108,19 +108,19 @@ async def socket_upstream(*pieces: bytes, then: str = "close") -> AsyncIterator[
         serving.add(asyncio.current_task())
         line = await reader.readline()
         head = f"HTTP/1.1 200 OK\r\nx-safe-decode-bundle: {MARK}\r\n".encode()
-        if b"/readyz" in line:
-            writer.write(head + b"content-length: 0\r\nconnection: close\r\n\r\n")
-        else:
-            writer.write(head + b"content-type: text/event-stream\r\n\r\n")
-            for piece in pieces:
-                writer.write(piece)
-                await writer.drain()
-            while then != "close" and not left.is_set():
-                if then == "drip":
-                    writer.write(b": still here\n")
-                await asyncio.sleep(0.01)
-        writer.close()
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):  # the proxy has had enough
+            if b"/readyz" in line:
+                writer.write(head + b"content-length: 0\r\nconnection: close\r\n\r\n")
+            else:
+                writer.write(head + b"content-type: text/event-stream\r\n\r\n")
+                for piece in pieces:
+                    writer.write(piece)
+                    await writer.drain()
+                while then != "close" and not left.is_set():
+                    if then == "drip":
+                        writer.write(b": still here\n")
+                    await asyncio.sleep(0.01)
+            writer.close()
             await writer.wait_closed()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)

@@ -31,7 +31,7 @@ from safe_decode.serving.proxy.relay import Relay
 from safe_decode.serving.proxy.settings import ProxySettings
 from safe_decode.serving.proxy.upstream import Upstream
 from safe_decode.serving.proxy.whole import whole_of
-from safe_decode.serving.proxy.wire import body_of, events, read_whole, send_event, send_json
+from safe_decode.serving.proxy.wire import events, read_whole, send_event, send_json
 
 __all__ = ["ProxyParts", "SafetyMiddleware"]
 
@@ -123,7 +123,7 @@ class SafetyMiddleware:
         path, settings = scope["path"], self._settings
         if path not in _GUARDED or scope["method"] != "POST":
             raise ApiError(404, "This path and method are not guarded here.")
-        body = await body_of(receive, max_bytes=settings.max_body_bytes)
+        body = (await receive())["body"]  # the gate has read it whole, within its bound
         ask = read_ask(path, body, max_choices=settings.max_choices)
         async with self.parts.deadlines.one(receive) as deadline:
             if ask.is_stream:

@@ -42,7 +42,18 @@ _DROPPED = {
     *("user", "metadata", "store", "service_tier", "parallel_tool_calls"),
     "return_token_ids",  # the proxy asks for ids itself
 }
-_SAYS_NOTHING = (None, False, "", [], {}, "none", "auto", "medium", ["text"], {"type": "disabled"})
+_SAYS_NOTHING: tuple[object, ...] = (
+    None,
+    False,
+    "",
+    [],
+    {},
+    "none",
+    "auto",
+    "medium",
+    ["text"],
+    {"type": "disabled"},
+)
 """Values of refused fields that ask for what happens anyway."""
 
 

@@ -1,4 +1,4 @@
-"""How the proxy reads bodies and streams within bounds, and writes answers. Plain ASGI.
+"""How the proxy reads answers and streams within bounds, and writes its own. Plain ASGI.
 
 Knows bodies, server-sent events and sizes. Does not know marks, guards or what is said.
 """
@@ -11,10 +11,9 @@ from typing import Any
 
 import httpx2
 
-from safe_decode.serving.failures import ApiError
-from safe_decode.serving.gate import Receive, Send
+from safe_decode.serving.gate import Send
 
-__all__ = ["EventReader", "body_of", "events", "read_whole", "send_event", "send_json"]
+__all__ = ["EventReader", "events", "read_whole", "send_event", "send_json"]
 
 
 class EventReader:
@@ -71,22 +70,6 @@ class EventReader:
         self._data.clear()
         self._has_data = False
         return [data] if has_data else []
-
-
-async def body_of(receive: Receive, *, max_bytes: int) -> bytes:
-    """Read a request's body.
-
-    Raises:
-        ApiError: It is too large.
-    """
-    body = bytearray()
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > max_bytes:
-            raise ApiError(413, f"the body is larger than {max_bytes} bytes; send less.")
-        if not message.get("more_body", False):
-            return bytes(body)
 
 
 async def events(
