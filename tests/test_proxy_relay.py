@@ -573,3 +573,50 @@ def test_the_words_of_a_refusal_have_a_bound(length):
     shown, is_wrong = until_wrong(relay(path=MESSAGES), *OPENING, STOP, end)
     assert is_wrong == (length > 65_536)
     assert ("x" * 100 in json.dumps(shown)) == (not is_wrong)
+
+
+def completion(said, ids, **choice):
+    return {"choices": [{"index": 0, "text": said, "token_ids": ids, **choice}]}
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_no_log_probabilities_are_none(path):
+    event = chunk("a", [1]) if path == CHAT else completion("a", [1])
+    shown = told(relay(path=path, has_logprobs=True), event)
+    assert shown[-1]["choices"][0]["logprobs"] is None
+
+
+@pytest.mark.parametrize(
+    ("top", "is_fine"),
+    [
+        ({str(n): -1 for n in range(20)}, True),
+        ({str(n): -1 for n in range(21)}, False),
+        ({LEAK * 500: -1}, False),
+        ({"a": "x"}, False),
+        ({"a": 10**10}, False),
+        (LEAK, False),
+    ],
+)
+def test_alternatives_of_completions_are_bounded(top, is_fine):
+    logprobs = {"tokens": ["a"], "token_logprobs": [None], "text_offset": [0], "x": LEAK}
+    event = completion("a", [1], logprobs={**logprobs, "top_logprobs": [top]})
+    shown, is_wrong = until_wrong(relay(path=COMPLETIONS, has_logprobs=True), event)
+    assert is_wrong != is_fine and LEAK not in json.dumps(shown)
+    if is_fine:
+        told_top = shown[0]["choices"][0]["logprobs"]["top_logprobs"]
+        assert told_top == [top]
+
+
+def test_a_refusal_of_completions_stands_beside_its_text():
+    event = completion("No.", [1], refusal="No.")
+    shown = told(relay(path=COMPLETIONS), event)
+    assert shown[-1]["choices"][0]["text"] == shown[-1]["choices"][0]["refusal"] == "No."
+
+
+@pytest.mark.parametrize("number", [2**31, 2**31 - 1])
+def test_ids_and_counts_are_bounded(number):
+    _, is_wrong = until_wrong(relay(), chunk("a", [number]))
+    assert is_wrong == (number == 2**31)
+    opening = start(usage={"input_tokens": number})
+    _, is_wrong = until_wrong(relay(path=MESSAGES), opening)
+    assert is_wrong == (number == 2**31)

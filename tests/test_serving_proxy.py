@@ -292,6 +292,15 @@ def test_whole_answers_are_written_anew_from_known_fields():
     assert certificate["why"].startswith("a bc") and len(certificate["why"]) == 200
 
 
+def test_a_whole_refusal_of_completions_stands_in_its_own_field():
+    choice = {**WHOLE[COMPLETIONS]["choices"][0], "refusal": "No."}
+    for refusal in ("No.", None, ""):
+        body = {"choices": [{**choice, "refusal": refusal}]}
+        answer = through(Upstream(body), BODIES[COMPLETIONS], path=COMPLETIONS).json()
+        assert answer["choices"][0]["refusal"] == (refusal or None)
+        assert answer["object"] == "text_completion"
+
+
 @pytest.mark.parametrize(
     "change",
     [
