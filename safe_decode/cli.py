@@ -28,6 +28,7 @@ from safe_decode.commands.generate import generate
 from safe_decode.commands.harvest import harvest
 from safe_decode.commands.locate import locate
 from safe_decode.commands.output import print_error
+from safe_decode.commands.proxy import proxy
 from safe_decode.commands.refit import refit
 from safe_decode.commands.replay import replay, show
 from safe_decode.commands.reproduce import reproduce
@@ -67,6 +68,7 @@ app.command("sign")(sign)
 app.command("verify-signature")(verify_signature)
 app.command("locate")(locate)
 app.command("serve")(serve)
+app.command("proxy")(proxy)
 app.command("rollout")(rollout)
 app.command("harvest")(harvest)
 app.command("fit")(fit)

@@ -69,6 +69,9 @@ class _ReadingEngine:
         for row in rows:
             row.emit(Finished("stop", outcome="released"))
 
+    def has_changed(self) -> bool:
+        return False
+
     def check(self) -> float:
         return 0.0
 

@@ -9,7 +9,9 @@ import httpx2
 
 from benchmarks.serving.client import MODEL, conversations
 from benchmarks.serving.process import Served
-from safe_decode.serving.relay import Relay
+from safe_decode.serving.gate import MARKER
+from safe_decode.serving.proxy.asks import CHAT, ProxiedAsk
+from safe_decode.serving.proxy.relay import Relay
 
 __all__ = ["chunk_times_ms"]
 
@@ -28,8 +30,9 @@ def chunk_times_ms(served: Served, *, n_answers: int, rounds: int) -> list[float
     answers = [_chunks(served, messages) for messages in conversations()[:n_answers]]
     times = []
     for number in range(rounds):
-        for chunks in answers:
-            relay = Relay(4, is_marked=lambda safety: safety is not None, keeps_ids=False)
+        for mark, chunks in answers:
+            ask = ProxiedAsk(CHAT, {}, MODEL, is_stream=True)
+            relay = Relay(ask, bundle=mark, holdback_tokens=4)
             for chunk in chunks:
                 began = time.perf_counter()
                 for shown in relay.take(chunk):
@@ -39,9 +42,10 @@ def chunk_times_ms(served: Served, *, n_answers: int, rounds: int) -> list[float
     return times
 
 
-def _chunks(served: Served, messages: list[dict[str, str]]) -> list[bytes]:
+def _chunks(served: Served, messages: list[dict[str, str]]) -> tuple[str, list[bytes]]:
     body = {"model": MODEL, "messages": messages, "stream": True, "return_token_ids": True}
     url = f"{served.address}/v1/chat/completions"
     answer = httpx2.post(url, json=body, timeout=120)
     lines = answer.content.split(b"\n")
-    return [line[6:] for line in lines if line.startswith(b"data: {")]
+    mark = answer.headers[MARKER]
+    return mark, [line[6:] for line in lines if line.startswith(b"data: {")]

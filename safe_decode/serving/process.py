@@ -10,16 +10,26 @@ import asyncio
 import signal
 from collections.abc import Callable
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
 
 from safe_decode.serving.connections import BoundedConfig, require_descriptors
-from safe_decode.serving.scheduler import Scheduler
 from safe_decode.serving.service import Service
 from safe_decode.serving.settings import ServeSettings
 
-__all__ = ["GuardedServer", "serve_app"]
+__all__ = ["Drains", "GuardedServer", "serve_app"]
+
+
+class Drains(Protocol):
+    """What has answers in flight that are to end before the process does."""
+
+    def begin_drain(self) -> None:
+        """Take nothing new from now on."""
+
+    async def drain(self, grace_s: float) -> None:
+        """Take nothing new, let answers end, then end what is left."""
 
 
 class GuardedServer(uvicorn.Server):
@@ -35,7 +45,7 @@ class GuardedServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        scheduler: Scheduler,
+        scheduler: Drains,
         *,
         grace_s: float,
         on_start: Callable[[str], None],

@@ -179,7 +179,7 @@ def _from_file(config: Path | None) -> dict[str, _Value]:
     return {name: _Value("file", f"--config={config}", value) for name, value in content.items()}
 
 
-class _StrictLoader(yaml.SafeLoader):
+class _StrictLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
     """Refuses a name that stands twice, of which YAML's own readers drop one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -188,7 +188,8 @@ class _StrictLoader(yaml.SafeLoader):
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise ValueError(f"{', '.join(sorted(twice))} stands in it twice")
-        return super().construct_mapping(node, deep)
+        content: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return content
 
 
 def _require_known(name: str, place: str) -> None:
