@@ -25,6 +25,7 @@ from safe_decode.errors import (
     ConfigurationError,
     ForcedTokenError,
     GuardError,
+    NonFiniteError,
     UnsupportedError,
 )
 from safe_decode.redirect import Script, forced_scores
@@ -155,7 +156,7 @@ class GuardedSteps:
         if trips is not None and self.session.policy.protects:
             suspects = trips if self._poisoned is None else trips | self._poisoned
             if bool(suspects.any()):
-                self._park(suspects, said)
+                self._park(suspects, trips, said)
         return self._forced(scores) if self.scripts else scores
 
     def on_choice(self, input_ids: Tensor) -> Tensor:
@@ -262,10 +263,17 @@ class GuardedSteps:
     def _said(self, input_ids: Tensor) -> int:
         return input_ids.shape[1] - self.prompt_tokens
 
-    def _park(self, trips: Tensor, said: int) -> None:
-        for row in trips.nonzero()[:, 0].tolist():
+    def _park(self, suspects: Tensor, trips: Tensor, said: int) -> None:
+        tripped = trips.tolist()
+        for row in suspects.nonzero()[:, 0].tolist():
             if row not in self.scripts:
-                self.session.park(row, said=said)
+                error = None
+                if not tripped[row]:
+                    error = NonFiniteError(
+                        f"row {row} has NaN in its scores before token {said - 1}, wanted finite "
+                        "scores; check the model's weights and dtype."
+                    )
+                self.session.park(row, said=said, error=error)
                 self._open_script(row, said)
 
     def _fail(self, error: GuardError, said: int) -> None:
