@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -75,6 +76,8 @@ class _Planted(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def get_ready() -> None:
     """Import what is slow and not ours, and build one tiny model, so that children need not."""
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    # Loading every plugin that is installed costs a child more than most tests do.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     import hypothesis
     import torch
 
@@ -96,6 +99,8 @@ def get_ready() -> None:
             importlib.import_module(name)
     strays = [name for name in sys.modules if name.split(".")[0] == "safe_decode"]
     assert not strays, strays
+    gc.collect()
+    gc.freeze()  # or a child's collector would read, and so copy, every page of the parent
 
 
 def run(tests: Sequence[str], *, fault: Fault | None = None, limit_s: float) -> Verdict:
@@ -133,10 +138,10 @@ def _become(tests: Sequence[str], out: int, fault: Fault | None) -> None:
         import pytest
 
         hypothesis.settings.load_profile("mutants")
-        quiet = ("-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist")
+        quiet = ("-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider")
         # Hypothesis is imported by the parent: its own assertions are not rewritten.
         known = ("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning")
-        code = int(pytest.main([*quiet, *known, *tests]))
+        code = int(pytest.main([*quiet, *known, "-p", "_hypothesis_pytestplugin", *tests]))
     except BaseException as error:  # whatever the fault does, the child ends here
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
     finally:
