@@ -98,13 +98,10 @@ from benchmarks.mutants.operators import mutants_of
 forks.get_ready()
 path = Path("safe_decode/certificate.py")
 print(forks.run([{str(target)!r}], limit_s=90.0).outcome)
-wanted = {{
-    "certified_rank: cumulative > delta -> cumulative <= delta": 90.0,
-    "certified_rank: n < 0 -> n <= 0": 90.0,
-    "certified_rank: 1 -> 2 #2": 90.0,
-    "certified_rank: True -> False": 90.0,
-    "_smallest_n: n += 1 -> n -= 1": 90.0,
-}}
+wanted = (
+    "certified_rank: cumulative > delta -> cumulative <= delta",
+    "certified_rank: n < 0 -> n <= 0",
+)
 for mutant in mutants_of(path.read_text("utf-8")):
     if mutant.name in wanted:
         fault = forks.Fault("safe_decode.certificate", path, mutant.tree)
@@ -118,7 +115,7 @@ print(forks.run([str(slow)], limit_s=1.0).outcome)
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr
