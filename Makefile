@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check fmt organism readme browser clients serving clean
+.PHONY: help demo test slow check fmt organism readme browser clients serving mutants clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ clients: $(VENV)/.tests ## Test the server through vendors' own clients.
 serving: $(VENV)/.runtime ## Measure the server (some forty minutes; one question: ARGS=crowd).
 	@$(INSTALL) '.[serving,fuzz]'
 	@$(BIN)/python -m benchmarks.serving $(ARGS)
+
+mutants: $(VENV)/.tests ## Plant faults and count those that tests notice (an hour or two; one module: ARGS=monitor).
+	@$(BIN)/python -m benchmarks.mutants $(ARGS)
 
 check: $(VENV)/.check ## Check format, lint, types and layers.
 	@$(BIN)/ruff format --check .

@@ -28,7 +28,8 @@ from safe_decode.release import Cancelled, Releaser, ReleaseRules, RowRelease
 from safe_decode.rewind import Rewinder
 from safe_decode.selfcheck import SelfChecker
 from safe_decode.session import RowRecord, Session
-from safe_decode.terms import CallMode, Protected, RowRules, Watch, span_reader
+from safe_decode.spans import OpenTurn
+from safe_decode.terms import CallMode, Protected, RowRules, Watch, span_reader, turn_of
 from safe_decode.turns import RowEnd
 from safe_decode.whole import WholeLoop, picked_beams, pruned_beams
 
@@ -233,8 +234,12 @@ class GuardedCall:
             context_tokens=protected.context_tokens,
             seed=rule.seed,
             marks=protected.marks,
-            shift=rule.shift,
+            turn=self._turn(row),
         )
+
+    def _turn(self, row: int) -> OpenTurn:
+        marks = self._protected.marks
+        return OpenTurn() if marks is None else turn_of(marks, self._rows, row, self._rules[row])
 
     def _finished(
         self,

@@ -31,7 +31,7 @@ class GuardHandle:
     Attributes:
         logits_processor: Goes last into `logits_processor=[...]`.
         stopping_criteria: Goes into `stopping_criteria=[...]`.
-        traces: One a row, filled when the context ends.
+        traces: One a row, filled when the context ends, by an exception too.
     """
 
     def __init__(self, logits_processor: Any, stopping_criteria: Any) -> None:  # noqa: ANN401
@@ -87,8 +87,8 @@ def guarded(
             pad_id=pad_id,
         )
         handle = GuardHandle(SafetyLogitsProcessor(steps), SafetyStoppingCriteria(steps))
-        yield handle
         try:
+            yield handle
             steps.finish()
         finally:
             handle.traces = _traces(steps, rows, judgement)

@@ -148,7 +148,8 @@ class SafeDecoder:
             seed: Draws each row from a generator of its own, so that its tokens do not depend
                 on the batch; one for all prompts or one each. None: the global generator, as
                 bare `generate` does.
-            **generate_kwargs: As for `model.generate`; see `capabilities.TABLE`.
+            **generate_kwargs: As for `model.generate`; see `capabilities.TABLE`. A `streamer` is
+                ended whatever happens, a refusal of the call included.
 
         Raises:
             UnsupportedError: An option that would skip the guard, before the first token.
@@ -156,18 +157,19 @@ class SafeDecoder:
             CertificateError: With `strict`, a call outside the certified envelope.
             FingerprintMismatchError: As for `require_unchanged`.
         """
-        call = self._call(
-            prompts,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            prefill=prefill,
-            redirect=redirect,
-            policy=policy,
-            seed=seed,
-            options=generate_kwargs,
-        )
         streamer = generate_kwargs.get("streamer")
-        return call.run() if streamer is None else _streamed(call, streamer)
+        with _ended(streamer):
+            call = self._call(
+                prompts,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                prefill=prefill,
+                redirect=redirect,
+                policy=policy,
+                seed=seed,
+                options=generate_kwargs,
+            )
+            return call.run() if streamer is None else _streamed(call, streamer)
 
     def stream(
         self,
@@ -439,6 +441,12 @@ class SafeDecoder:
         **given: Any,  # noqa: ANN401
     ) -> Producer:
         composer = self._composer()
+        streamer = given["options"].get("streamer")
+        if streamer is not None:
+            with _ended(streamer):
+                raise UnsupportedError(
+                    "streamer is refused with stream, which is read itself; pass it to generate."
+                )
         call = self._call(prompts, **given)
         if call.mode.method != "step":
             raise UnsupportedError(
@@ -494,10 +502,17 @@ def _streamed(call: GuardedCall, streamer: Streamer) -> GuardedOutput:
             "as it is written; pass one prompt, or use decoder.stream."
         )
     streamer.put(call.prompt.cpu())
+    return call.run(Watch(feeder(streamer)))
+
+
+@contextmanager
+def _ended(streamer: Streamer | None) -> Iterator[None]:
+    """End a streamer however the call ends: its reader, in another thread, would wait forever."""
     try:
-        return call.run(Watch(feeder(streamer)))
+        yield
     finally:
-        streamer.end()  # its reader, in another thread, would wait forever
+        if streamer is not None:
+            streamer.end()
 
 
 def _certificate(

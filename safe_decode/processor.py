@@ -8,7 +8,7 @@ transformers, which is why it is imported late.
 What a processor cannot do: see the option list of the `generate` that runs it (the beats
 catch what skips or doubles a forward), run a closing forward (the trace says
 `unscored_tail` = 1), or keep other processors from running after it (the next step finds
-that a forced id did not arrive, and closes the row).
+that a forced id did not arrive, and ends the whole call by an error).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from safe_decode.errors import (
     ConfigurationError,
     ForcedTokenError,
     GuardError,
+    NonFiniteError,
     UnsupportedError,
 )
 from safe_decode.redirect import Script, forced_scores
@@ -124,6 +125,8 @@ class GuardedSteps:
         self._quiet = torch.tensor(quiet, dtype=torch.int64)
         self._quiet_ids = frozenset(quiet)
         self._ended: set[int] = set()
+        self._fillers: dict[int, int] = {}
+        self._n_checked = prompt_tokens
         self._scores: Tensor | None = None
         self._poisoned: Tensor | None = None
 
@@ -132,6 +135,7 @@ class GuardedSteps:
 
         Raises:
             UnsupportedError: Before the first token, if the rows are not the session's.
+            ForcedTokenError: A forced id did not arrive: a processor after ours un-forced it.
             ConfigurationError: At the second token, if no stopping criterion of the guard and
                 no EOS could end a row.
         """
@@ -152,11 +156,15 @@ class GuardedSteps:
         if trips is not None and self.session.policy.protects:
             suspects = trips if self._poisoned is None else trips | self._poisoned
             if bool(suspects.any()):
-                self._park(suspects, said)
+                self._park(suspects, trips, said)
         return self._forced(scores) if self.scripts else scores
 
     def on_choice(self, input_ids: Tensor) -> Tensor:
-        """See `ChoiceStep`."""
+        """See `ChoiceStep`.
+
+        Raises:
+            ForcedTokenError: As `on_scores`.
+        """
         self.was_asked_to_stop = True
         self.last_ids, said = input_ids, self._said(input_ids)
         self._check_arrivals(input_ids)
@@ -255,10 +263,17 @@ class GuardedSteps:
     def _said(self, input_ids: Tensor) -> int:
         return input_ids.shape[1] - self.prompt_tokens
 
-    def _park(self, trips: Tensor, said: int) -> None:
-        for row in trips.nonzero()[:, 0].tolist():
+    def _park(self, suspects: Tensor, trips: Tensor, said: int) -> None:
+        tripped = trips.tolist()
+        for row in suspects.nonzero()[:, 0].tolist():
             if row not in self.scripts:
-                self.session.park(row, said=said)
+                error = None
+                if not tripped[row]:
+                    error = NonFiniteError(
+                        f"row {row} has NaN in its scores before token {said - 1}, wanted finite "
+                        "scores; check the model's weights and dtype."
+                    )
+                self.session.park(row, said=said, error=error)
                 self._open_script(row, said)
 
     def _fail(self, error: GuardError, said: int) -> None:
@@ -284,14 +299,24 @@ class GuardedSteps:
         return forced_scores(scores, due) if due else scores
 
     def _check_arrivals(self, input_ids: Tensor) -> None:
-        if not self.scripts:
+        """Check that tripped rows say what was forced; what they say beyond it is not judged."""
+        n_checked, self._n_checked = self._n_checked, input_ids.shape[1]
+        if not self.scripts or n_checked == self._n_checked:
             return
-        newest = input_ids[:, -1].tolist()
+        newest, lost = input_ids[:, -1].tolist(), {}
         for row, script in self.scripts.items():
-            due = script.check(newest[row])
+            is_over, due = script.is_done, script.check(newest[row])
+            if is_over and newest[row] not in self._quiet_ids:
+                # Which id fills ended rows is the foreign loop's to say; it is always the same.
+                filler = self._fillers.setdefault(row, newest[row])
+                due = None if filler == newest[row] else filler
             if due is not None:
+                lost[row] = due
                 self.session.errors[row] = ForcedTokenError(
                     f"row {row} was to say id {due} and said {newest[row]}; put the guard's "
                     "processor last in logits_processor."
                 )
-                self._ended.add(row)
+        if lost:
+            self.last_ids = input_ids
+            self.session.discard()
+            raise self.session.errors[min(lost)]

@@ -12,7 +12,7 @@ scores up to there are settled, every position from the opener on is judged.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ from safe_decode.policy import Policy
 from safe_decode.probe import LinearProbe
 from safe_decode.release import Releaser, RowRelease
 from safe_decode.session import RowRecord, Session, Trip
-from safe_decode.spans import SpanMarks, SpanReader
+from safe_decode.spans import OpenTurn, SpanMarks, SpanReader
 from safe_decode.taps import ActivationTap
 
 __all__ = ["Redirected", "Rewinder", "Texts", "Try"]
@@ -107,7 +107,7 @@ class Rewinder:
         context_tokens: Positions the model has, or None if it does not say.
         seed: Of the row's draws; None: the row's index and the global generator's seed.
         marks: Of reasoning, where it has a threshold of its own; or None.
-        shift: By how much that threshold exceeds the other.
+        turn: The row's, as its prompt left it open; read with marks alone.
         stops: Says of the ids of a continuation [n] whether a stop string of the request ends it;
             None: `options` hold all that does.
     """
@@ -124,7 +124,7 @@ class Rewinder:
     context_tokens: int | None
     seed: int | None = None
     marks: SpanMarks | None = None
-    shift: float = 0.0
+    turn: OpenTurn = OpenTurn()
     stops: Callable[[Tensor], bool] | None = None
 
     def redirect(
@@ -156,7 +156,8 @@ class Rewinder:
         if self.policy.redirect == "rewind" and trip.error is None:
             return self._rewind(trip.snapshot, row, tuple(prompt), prefill_tokens, kept, reader)
         turn = (*prompt[len(prompt) - prefill_tokens :], *kept)
-        return Redirected(self._refused(kept, turn, reader), "refuse")
+        closing = self._closing(turn, self.turn)
+        return Redirected(self._refused(kept, closing, reader), "refuse")
 
     def _rewind(
         self,
@@ -171,11 +172,12 @@ class Rewinder:
         drops = prefill_tokens > 0 and not kept
         turn_start = len(prompt) - prefill_tokens
         base = prompt[:turn_start] if drops else prompt
+        turn = self._continued(turn_start, 0 if drops else prefill_tokens, kept)
         tries: list[Try] = []
         repeats = False
         while len(tries) < self.policy.max_tries:
             opener = self.texts.opener_after if kept else self.texts.opener
-            opener = self._closing((base + kept)[turn_start:]) + opener
+            opener = self._closing((base + kept)[turn_start:], turn) + opener
             room = self._room(len(base), len(kept) + len(opener))
             if room < len(self.texts.refusal):
                 break  # the model's own words would have less room than the canned ones
@@ -184,7 +186,7 @@ class Rewinder:
                 reader.retry(opener)
             seed = continued_seed(self.seed, row, len(tries))
             attempt, trip = self._continue(
-                base, kept, opener, snapshot, room, seed, repeats, reader, turn_start
+                base, kept, opener, snapshot, room, seed, repeats, reader, turn
             )
             tries.append(attempt)
             if trip is None:
@@ -194,19 +196,24 @@ class Rewinder:
             repeats = attempt.kept == 0
             if not repeats:
                 kept, snapshot = kept + opener + attempt.ids[: attempt.kept], trip.snapshot
-        refused = self._refused(kept, (base + kept)[turn_start:], reader)
-        return Redirected(refused, "refuse", tuple(tries), drops)
+        closing = self._closing((base + kept)[turn_start:], turn)
+        return Redirected(self._refused(kept, closing, reader), "refuse", tuple(tries), drops)
 
-    def _closing(self, turn: Sequence[int]) -> tuple[int, ...]:
+    def _continued(self, start: int, given: int, kept: tuple[int, ...]) -> OpenTurn:
+        """Describe the turn of the continuations: behind an opener nothing opens a span."""
+        has_opened = self.marks is not None and kept[: len(self.marks.opens)] == self.marks.opens
+        may_open = self.turn.may_open and has_opened
+        return replace(self.turn, start=start, given=given, may_open=may_open)
+
+    def _closing(self, ids: Sequence[int], turn: OpenTurn) -> tuple[int, ...]:
         """Close a span that the turn leaves open: what follows is for its reader."""
-        is_open = self.marks is not None and self.marks.phases(turn)[-1]
+        is_open = self.marks is not None and self.marks.phases(ids, turn)[-1]
         return self.marks.closes if self.marks is not None and is_open else ()
 
     def _refused(
-        self, kept: tuple[int, ...], turn: Sequence[int], reader: RowRelease | None
+        self, kept: tuple[int, ...], closing: tuple[int, ...], reader: RowRelease | None
     ) -> tuple[int, ...]:
-        text = self.texts.refusal_after if kept else self.texts.refusal
-        text = self._closing(turn) + text
+        text = closing + (self.texts.refusal_after if kept else self.texts.refusal)
         if reader is not None:
             reader.speak(text, "refusal")
         return kept + text + self.settings.end_ids[:1]
@@ -227,7 +234,7 @@ class Rewinder:
         seed: int,
         repeats: bool,
         reader: RowRelease | None,
-        turn_start: int,
+        turn: OpenTurn,
     ) -> tuple[Try, Trip | None]:
         device = self.model.device
         # A greedy try from the same context would only repeat itself.
@@ -235,9 +242,7 @@ class Rewinder:
         ids = torch.tensor([base + kept + opener], device=device)
         if self.stops is not None:
             options["stopping_criteria"] = [_StopCriterion(self.stops, ids.shape[1])]
-        spans = None
-        if self.marks is not None:
-            spans = SpanReader(self.marks, starts=[turn_start], shifts=[self.shift], device=device)
+        spans = None if self.marks is None else SpanReader(self.marks, [turn], device)
         with self.tap.listening() as beats:
             session = Session(
                 probe=self.probe,

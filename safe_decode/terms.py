@@ -17,11 +17,11 @@ from safe_decode.policy import Policy
 from safe_decode.probe import LinearProbe
 from safe_decode.rewind import Texts
 from safe_decode.selfcheck import SelfCheck
-from safe_decode.spans import SpanMarks, SpanReader
+from safe_decode.spans import OpenTurn, SpanMarks, SpanReader
 from safe_decode.taps import ActivationTap
 from safe_decode.whole import Method
 
-__all__ = ["CallMode", "Protected", "RowRules", "Watch", "span_reader"]
+__all__ = ["CallMode", "Protected", "RowRules", "Watch", "span_reader", "turn_of"]
 
 
 @dataclass(frozen=True)
@@ -128,16 +128,18 @@ def span_reader(
     """
     if protected.marks is None or rows.embeds is not None:
         return None
-    width, is_chat = rows.input_ids.shape[1], all(rows.is_chat)
-    # Raw completions have no header: marks count from the prompt's beginning.
-    marks = protected.marks if is_chat else replace(protected.marks, starts_inside=False)
-    starts = [
-        width - given if is_turn else 0
-        for given, is_turn in zip(rows.prefill_tokens, rows.is_chat, strict=True)
-    ]
-    return SpanReader(
-        marks,
-        starts=starts,
-        shifts=[rule.shift for rule in rules],
-        device=protected.model.device,
+    width, turns = rows.input_ids.shape[1], []
+    for row, rule in enumerate(rules):
+        turn = turn_of(protected.marks, rows, row, rule)
+        turns.append(replace(turn, start=width - turn.given))
+    return SpanReader(protected.marks, turns, protected.model.device)
+
+
+def turn_of(marks: SpanMarks, rows: GuardInputs, row: int, rules: RowRules) -> OpenTurn:
+    """Describe a row's open turn, `start` counted without padding."""
+    return marks.turn(
+        rows.prompt_ids(row),
+        rows.prefill_tokens[row],
+        is_chat=rows.is_chat[row],
+        shift=rules.shift,
     )

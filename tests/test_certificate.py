@@ -50,6 +50,17 @@ def test_too_few_responses_say_how_many_more() -> None:
         certified_rank(2_994, 0.001, 0.05)
 
 
+def test_a_count_that_is_none_is_told_from_one_that_is_too_small() -> None:
+    with pytest.raises(ConfigurationError, match="n=-1 is negative"):
+        certified_rank(-1, 0.01, 0.05)
+    with pytest.raises(CertificateError, match="n=0 responses cannot certify"):
+        certified_rank(0, 0.01, 0.05)
+
+
+def test_a_chance_that_equals_delta_is_allowed() -> None:
+    assert certified_rank(1, 0.5, 0.5) == 0
+
+
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
 def test_shares_outside_the_open_interval_are_refused(share: float) -> None:
     with pytest.raises(ConfigurationError, match="alpha="):

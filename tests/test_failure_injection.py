@@ -8,7 +8,13 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from safe_decode.errors import BeatError, ConfigurationError, SafeDecodeError, UnsupportedError
+from safe_decode.errors import (
+    BeatError,
+    ConfigurationError,
+    ForcedTokenError,
+    SafeDecodeError,
+    UnsupportedError,
+)
 from safe_decode.inputs import from_prompts
 from safe_decode.taps import internal
 from tests.guarding import REFUSAL, decoder_for, peaks
@@ -194,14 +200,131 @@ def run_bare(decoder, model, inputs, *, extra=(), **options):
     return ids, handle.traces
 
 
-def test_a_processor_after_ours_that_un_forces_ends_the_row_at_once(llama, tokenizer):
+class Restores(LogitsProcessor):
+    """Puts the model's own scores back, from a step on, for one row or all."""
+
+    def __init__(self, held, *, start=0, row=None):
+        self.held, self.start, self.row, self.steps, self.seen = held, start, row, -1, []
+
+    def __call__(self, ids, scores):
+        self.steps += 1
+        self.seen.append(ids[:, -1].tolist())
+        if self.steps < self.start:
+            return scores
+        own = self.held[-1].clone()
+        if self.row is not None:
+            scores = scores.clone()
+            scores[self.row] = own[self.row]
+            return scores
+        return own
+
+
+class Notes(LogitsProcessor):
+    def __init__(self):
+        self.scores = []
+
+    def __call__(self, _ids, scores):
+        self.scores.append(scores.clone())
+        return scores
+
+
+@pytest.mark.parametrize("with_criterion", [True, False])
+@pytest.mark.parametrize("caught", ["outside", "inside"])
+@pytest.mark.parametrize("redirect", ["refuse", "stop"])
+def test_a_processor_after_ours_that_un_forces_ends_the_call_by_an_error(
+    llama, tokenizer, with_criterion, caught, redirect
+):
     inputs = encoded(llama, tokenizer)
     decoder = decoder_for(llama, tokenizer, threshold=-1e9)
-    ids, traces = run_bare(decoder, llama, inputs, extra=[UnForces()], max_new_tokens=20)
-    assert ids.shape[1] == inputs["input_ids"].shape[1] + 1
-    for trace in traces:
+    notes = Notes()
+    after, choices = Restores(notes.scores), []
+
+    def run(handle):
+        criteria = [handle.stopping_criteria] if with_criterion else []
+        choices.append(
+            llama.generate(
+                **inputs,
+                logits_processor=[notes, handle.logits_processor, after],
+                stopping_criteria=criteria,
+                max_new_tokens=20,
+            )
+        )
+
+    wanted = pytest.raises(ForcedTokenError, match="put the guard's processor last")
+    if caught == "outside":
+        with wanted, decoder.processor(**inputs, redirect=redirect) as handle:
+            run(handle)
+    else:
+        with decoder.processor(**inputs, redirect=redirect) as handle, wanted:
+            run(handle)
+    assert not choices and not hooks_of(llama)
+    assert len(after.seen) == 1, "nothing is said behind the lost id"
+    assert len(handle.traces) == 3
+    for trace in handle.traces:
         assert trace.end.outcome == "closed" and "ForcedTokenError" in trace.end.error
-        assert "77" in trace.end.error
+
+
+@pytest.mark.parametrize("with_eos", [True, False])
+def test_a_row_that_talks_on_behind_its_refusal_ends_the_call_by_an_error(tokenizer, with_eos):
+    """The refusal arrives; what is un-forced is the end, or the pads behind it."""
+    model = tiny_model("llama")
+    decoder = decoder_for(model, tokenizer)
+    if not with_eos:
+        model.generation_config.eos_token_id = None
+    inputs, notes = encoded(model, tokenizer), Notes()
+    flagged = decoder_for(model, tokenizer, redirect="flag")
+    _, traces = run_bare(flagged, model, inputs, max_new_tokens=4)
+    tops = [max(step.statistic for step in trace.steps[:1]) for trace in traces]
+    first = max(range(3), key=lambda row: tops[row])
+    decoder = decoder_for(model, tokenizer, threshold=sorted(tops)[-1] - 1e-4)
+    n = len(tokenizer.encode(REFUSAL))
+    after = Restores(notes.scores, start=n, row=first)
+    with (
+        pytest.raises(ForcedTokenError, match=f"row {first}"),
+        decoder.processor(**inputs) as handle,
+    ):
+        model.generate(
+            **inputs,
+            logits_processor=[notes, handle.logits_processor, after],
+            stopping_criteria=[handle.stopping_criteria],
+            max_new_tokens=80,
+            min_new_tokens=60,
+        )
+    said = [newest[first] for newest in after.seen[1:]]
+    assert tokenizer.decode(said[:n]) == REFUSAL and len(said) <= n + 2
+
+
+def test_rows_that_are_forced_and_end_meet_no_error(tokenizer):
+    """Whatever fills an ended row is not taken for talk."""
+    model = tiny_model("llama")
+    inputs = encoded(model, tokenizer)
+    _, traces = run_bare(
+        decoder_for(model, tokenizer, redirect="flag"), model, inputs, max_new_tokens=4
+    )
+    tops = [trace.steps[0].statistic for trace in traces]
+    decoder = decoder_for(model, tokenizer, threshold=max(tops) - 1e-4)
+    for options in ({}, {"pad_token_id": 70}, {"do_sample": True}):
+        ids, traces = run_bare(
+            decoder, model, inputs, max_new_tokens=60, min_new_tokens=50, **options
+        )
+        assert ids.shape[1] > inputs["input_ids"].shape[1] + len(REFUSAL) + 3
+        assert [trace.end.outcome for trace in traces].count("refused") >= 1
+    model.generation_config.eos_token_id = None
+    decoder = decoder_for(model, tokenizer, threshold=max(tops) - 1e-4)
+    run_bare(decoder, model, inputs, max_new_tokens=60)
+
+
+def test_what_a_user_allows_comes_before_the_guard(llama, tokenizer):
+    """A function of allowed ids cannot take the refusal back, in our loop or in a foreign one."""
+    inputs = encoded(llama, tokenizer)
+    decoder = decoder_for(llama, tokenizer, threshold=-1e9, redirect="refuse")
+    options = {"prefix_allowed_tokens_fn": lambda _row, _ids: [77, 78], "max_new_tokens": 60}
+    ids, _ = run_bare(decoder, llama, inputs, **options)
+    for row in ids:
+        assert tokenizer.decode(row, skip_special_tokens=True).endswith(REFUSAL)
+    assert decoder.generate(PROMPTS, **options).texts == [REFUSAL] * 3
+    with pytest.raises(ForcedTokenError):
+        run_bare(decoder, llama, inputs, extra=[UnForces()], max_new_tokens=20)
 
 
 def test_a_bare_processor_dropped_ends_every_row_and_raises(llama, tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from probes.conversations import Conversation
 from probes.reasoning import NO_SCORE, add_reasoning, maxima_apart
 from safe_decode.bundle import ProbeBundle
 from safe_decode.certificate import Certificate
+from safe_decode.chat import encode_chat
 from safe_decode.errors import (
     BundleCorruptError,
     CertificateError,
@@ -22,12 +24,13 @@ from safe_decode.errors import (
 )
 from safe_decode.events import Ended
 from safe_decode.guard import SafeDecoder
+from safe_decode.inputs import from_prompts
 from safe_decode.monitor import MonitorConfig, RiskMonitor, reference
 from safe_decode.portable import PortableBundle
 from safe_decode.replay import replay
 from safe_decode.selfcheck import HeaderCheck
 from safe_decode.serving.guarded import GuardedEngine
-from safe_decode.spans import ReasoningSpans, SpanMarks, SpanReader
+from safe_decode.spans import OpenTurn, ReasoningSpans, SpanMarks, SpanReader
 from safe_decode.trace import read_traces
 from tests.guarding import OPENER, REFUSAL, bundle_for, decoder_for, random_probe
 from tests.models import CHAT_TEMPLATE, byte_tokenizer, tiny_model
@@ -63,20 +66,18 @@ class Says(LogitsProcessor):
         place = ids.shape[1] - self.prompt_tokens - self.at
         if 0 <= place < len(self.ids):
             scores = torch.full_like(scores, -torch.inf)
-            scores[:, self.ids[place]] = 0.0
+            scores[:, self.ids[place]] = 1.0  # 0 would be a log-probability
         return scores
 
 
 def thinking(tokenizer, prompts=PROMPTS):
-    """Options that make rows open a span at token 2 and close it at token 16."""
-    from safe_decode.inputs import from_prompts
-
+    """Options that make rows open a span at once and close it at token 16."""
     width = from_prompts(tokenizer, prompts, None, torch.device("cpu")).input_ids.shape[1]
     return {
         "max_new_tokens": 40,
         "min_new_tokens": 40,
         "logits_processor": LogitsProcessorList(
-            [Says(tokenizer, OPENS, 2, width), Says(tokenizer, CLOSES, 16, width)]
+            [Says(tokenizer, OPENS, 0, width), Says(tokenizer, CLOSES, 16, width)]
         ),
     }
 
@@ -84,23 +85,64 @@ def thinking(tokenizer, prompts=PROMPTS):
 # --- marks
 
 
-def test_phases_follow_marks_and_the_token_that_completes_one_counts():
-    marks = SpanMarks((7, 8), (9,))
-    assert marks.phases([1, 7, 8, 1, 9, 1]) == [False, False, False, True, True, False, False]
-    assert marks.phases([9, 7, 7, 8, 7, 8, 9]) == [False] * 4 + [True, True, True, False]
-    assert dataclasses.replace(marks, starts_inside=True).phases([1, 9]) == [True, True, False]
+MARKS, CPU = SpanMarks((7, 8), (9,)), torch.device("cpu")
+
+
+def test_a_span_opens_by_the_first_ids_of_the_turn_and_closes_once():
+    assert MARKS.phases([7, 8, 1, 9, 1], OpenTurn()) == [False, False, True, True, False, False]
+    assert MARKS.phases([7, 8, 9, 7, 8, 1], OpenTurn())[3:] == [False] * 4, "a turn has one span"
+    assert MARKS.phases([1, 7, 8, 1], OpenTurn()) == [False] * 5, "in the middle a mark is text"
+    assert MARKS.phases([7, 7, 8], OpenTurn()) == [False] * 4
+    opened = OpenTurn(is_open=True)
+    assert MARKS.phases([1, 9, 7, 8], opened) == [True, True, False, False, False]
+    assert MARKS.phases([7, 8, 9, 1], opened) == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("given", [1, 2, 3])
+def test_supplied_ids_open_nothing_not_even_half_of_a_mark(given):
+    turn = MARKS.turn([5, *[7, 8, 1][:given]], given, is_chat=True, shift=2.0)
+    assert MARKS.phases([7, 8, 1, 4], turn) == [False] * 5
+    assert MARKS.phases([7, 8, 1, 4], replace(turn, may_open=True, given=0))[2], "the same, said"
+
+
+def test_a_raw_completion_has_no_place_for_a_mark():
+    turn = replace(MARKS, header=(5,)).turn([7, 8, 5], 0, is_chat=False, shift=2.0)
+    assert MARKS.phases([7, 8, 1], turn) == [False] * 4
+
+
+@pytest.mark.parametrize(("shift", "closes"), [(2.0, True), (0.0, True), (-2.0, False)])
+def test_a_supplied_closing_mark_closes_where_that_lowers_the_threshold(shift, closes):
+    marks = SpanMarks((7, 8), (9, 6), header=(3,))
+    turn = marks.turn([5, 3, 1, 9, 6, 2], 4, is_chat=True, shift=shift)
+    assert turn.is_open and turn.start == 2
+    phases = marks.phases([1, 9, 6, 2, 4], turn)
+    assert phases == [True, True, True, not closes, not closes, not closes]
+    # Half supplied, half said: the reader of the row wrote a part of it.
+    half = marks.turn([5, 3, 1, 9], 2, is_chat=True, shift=shift)
+    assert marks.phases([1, 9, 6, 2], half)[-1] != closes
+    own = marks.phases([1, 9, 4, 9, 6, 2], half)
+    assert own[-2:] == [False, False], "what the model says by itself closes"
+
+
+def test_a_header_counts_where_the_row_has_it():
+    marks = replace(MARKS, header=(3, 7, 8))
+    assert marks.turn([5, 3, 7, 8], 0, is_chat=True, shift=1.0).is_open
+    assert not marks.turn([5, 3], 0, is_chat=True, shift=1.0).is_open
+    assert not MARKS.turn([5, 3, 7, 8], 0, is_chat=True, shift=1.0).is_open
 
 
 def test_a_reader_reads_columns_as_they_come_and_all_at_once_alike():
-    marks, cpu = SpanMarks((7, 8), (9,)), torch.device("cpu")
-    ids = torch.tensor([[0, 0, 5, 7, 8, 3, 9, 2], [5, 1, 7, 8, 9, 7, 8, 4]])
-    whole = SpanReader(marks, starts=[3, 1], shifts=[2.0, -1.0], device=cpu).shift(ids, 5)
-    steps = SpanReader(marks, starts=[3, 1], shifts=[2.0, -1.0], device=cpu)
+    ids = torch.tensor([[0, 0, 5, 7, 8, 3, 9, 2], [5, 7, 8, 9, 7, 8, 4, 7]])
+    turns = [OpenTurn(start=3, shift=2.0), OpenTurn(start=1, shift=-1.0)]
+    whole = SpanReader(MARKS, turns, CPU).shift(ids, 5)
+    steps = SpanReader(MARKS, turns, CPU)
     first = steps.shift(ids[:, :4], 1)
     later = [steps.shift(ids[:, :n], 1) for n in range(5, 9)]
     assert torch.equal(torch.cat([first, *later], 1), whole)
-    assert whole.tolist() == [[0.0, 2.0, 2.0, 0.0, 0.0], [-1.0, 0.0, 0.0, -1.0, -1.0]]
-    assert steps.closing(0) == () and steps.closing(1) == (9,)
+    assert whole.tolist() == [[0.0, 2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]]
+    begun = SpanReader(MARKS, turns, CPU)
+    assert begun.shift(ids[:, :3], 1).tolist() == [[0.0], [-1.0]]
+    assert begun.closing(0) == () and begun.closing(1) == (9,)
 
 
 def test_marks_are_added_tokens_where_the_tokenizer_has_them(tokenizer):
@@ -108,9 +150,24 @@ def test_marks_are_added_tokens_where_the_tokenizer_has_them(tokenizer):
     assert spans.marks(tokenizer).opens == tuple(tokenizer.encode(OPENS))
     tokenizer.add_tokens([OPENS, CLOSES])
     marks = spans.marks(tokenizer)
-    assert len(marks.opens) == len(marks.closes) == 1 and not marks.starts_inside
-    tokenizer.chat_template = CHAT_TEMPLATE.replace("'<|assistant|>' }}{% endif", f"'<|assistant|>{OPENS}' }}}}{{% endif")  # fmt: skip  # noqa: E501
-    assert spans.marks(tokenizer).starts_inside, "the header leaves a span open"
+    assert len(marks.opens) == len(marks.closes) == 1 and not marks.header
+
+
+@pytest.mark.parametrize(
+    ("header", "is_open"),
+    [(OPENS, True), (f"{OPENS}\n\n{CLOSES}", False), (f"{CLOSES}{OPENS}\n", True), ("", False)],
+)
+def test_the_templates_header_leaves_a_span_open_or_not(tokenizer, header, is_open):
+    spans = ReasoningSpans(OPENS, CLOSES, (certified(0.0),))
+    tokenizer.chat_template = with_header(header)
+    marks = spans.marks(tokenizer)
+    assert bool(marks.header) == is_open
+    encoded = encode_chat(tokenizer, "hello")
+    assert marks.turn(encoded.ids, 0, is_chat=True, shift=1.0).is_open == is_open
+
+
+def with_header(text):
+    return CHAT_TEMPLATE.replace("'<|assistant|>' }}{% endif", f"'<|assistant|>{text}' }}}}{{% endif")  # fmt: skip  # noqa: E501
 
 
 # --- arithmetic
@@ -174,7 +231,7 @@ def test_each_threshold_judges_its_own_phase(llama, tokenizer, inside, redirect)
             assert own[-1].action == "trip" and own[-1].reasoning == inside
         else:
             assert same_row(output.sequences[row], theirs[row])
-            assert [s.position for s in own if s.reasoning] == list(range(9, 24))
+            assert [s.position for s in own if s.reasoning] == list(range(7, 24))
         assert replay(trace, decoder.bundle.monitor).differences == ()
         (read,) = read_traces(trace.lines(token_ids=True))
         assert read == trace and trace.header.reasoning_threshold == pytest.approx(limits["inside"])
@@ -190,7 +247,7 @@ def test_streamed_forced_and_generated_agree(llama, tokenizer, inside):
         ends = {event.row: event for event in stream if isinstance(event, Ended)}
     assert [ends[row].text for row in range(5)] == whole.texts
     assert [ends[row].trace for row in range(5)] == list(whole.traces)
-    # What was said, supplied again, is judged alike: the flagged text as a prefill.
+    # What was said, supplied again, gives the same logits, and none of it lies inside a span.
     flag = reasoning_decoder(llama, tokenizer, redirect="flag", **limits)
     ids = flag.generate(PROMPTS, **thinking(tokenizer)).sequences
     for row, trace in enumerate(flag.generate(PROMPTS, **thinking(tokenizer)).traces):
@@ -199,15 +256,15 @@ def test_streamed_forced_and_generated_agree(llama, tokenizer, inside):
         n = len(trace.steps) - 1
         assert again.end.prefill_tokens >= n
         for a, b in zip(again.steps[:n], trace.steps[:n], strict=True):
-            assert a.reasoning == b.reasoning
-            assert a.statistic == pytest.approx(b.statistic, abs=2e-4)
+            assert not a.reasoning
+            assert a.logits == pytest.approx(b.logits, abs=2e-4)
 
 
 def test_beams_are_judged_with_their_spans(llama, tokenizer):
     decoder = reasoning_decoder(llama, tokenizer, inside=30.0, outside=30.0, redirect="flag")
     output = decoder.generate(["hello", "go"], num_beams=2, **thinking(tokenizer, ["hello", "go"]))
     for trace in output.traces:
-        assert [step.position for step in trace.steps if step.reasoning] == list(range(9, 24))
+        assert [step.position for step in trace.steps if step.reasoning] == list(range(7, 24))
 
 
 def test_a_refusal_inside_a_span_closes_it_first(llama, tokenizer):
@@ -244,8 +301,6 @@ def late_inside(tokenizer, model):
 
 
 def test_a_foreign_loop_is_judged_with_its_spans(llama, tokenizer):
-    from safe_decode.inputs import from_prompts
-
     decoder = reasoning_decoder(llama, tokenizer, inside=-30.0, outside=30.0)
     inputs = from_prompts(tokenizer, ["hello"], None, llama.device)
     options = thinking(tokenizer, ["hello"])
@@ -258,7 +313,7 @@ def test_a_foreign_loop_is_judged_with_its_spans(llama, tokenizer):
             stopping_criteria=[guard.stopping_criteria],
         )
     (trace,) = guard.traces
-    assert trace.end.trip_step == 9 == trace.steps[9].position
+    assert trace.end.trip_step == 7 == trace.steps[7].position
     text = tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     assert text.endswith(f"{OPENS}{CLOSES} ... {REFUSAL}")
 
@@ -289,6 +344,24 @@ def responses(n, *, thinks=True):
     ]
 
 
+def saying(tokenizer, prompts, words):
+    """Options that make each row say words of its own, from its first token on."""
+    width = from_prompts(tokenizer, prompts, None, CPU).input_ids.shape[1]
+    ids = torch.tensor([tokenizer.encode(text) for text in words])
+
+    class SaysOwn(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores = torch.full_like(scores, -torch.inf)
+            return scores.scatter(1, ids[:, input_ids.shape[1] - width, None], 0.0)
+
+    n = ids.shape[1]
+    return {
+        "max_new_tokens": n,
+        "min_new_tokens": n,
+        "logits_processor": LogitsProcessorList([SaysOwn()]),
+    }
+
+
 def test_both_thresholds_are_certified_and_what_is_deployed_keeps_the_promise(
     llama, tokenizer, tmp_path
 ):
@@ -300,16 +373,15 @@ def test_both_thresholds_are_certified_and_what_is_deployed_keeps_the_promise(
     assert bundle.reasoning.certificate(0.5).n == 60 == bundle.certificate().n
     assert len(bundle.all_certificates) == 2
     decoder = SafeDecoder(llama, tokenizer, bundle, redirect="refuse")
-    output = decoder.generate(
-        [list(row.messages) for row in rows],
-        prefill=[row.response for row in rows],
-        max_new_tokens=1,
-        min_new_tokens=1,
-    )
-    given = [
-        [step for step in trace.steps if step.position <= trace.end.prefill_tokens]
-        for trace in output.traces
-    ]
+    prompts, words = [list(row.messages) for row in rows], [row.response for row in rows]
+    flag = SafeDecoder(llama, tokenizer, bundle, redirect="flag")
+    output = flag.generate(prompts, **saying(tokenizer, prompts, words))
+    assert output.texts == words
+    given = [trace.steps for trace in output.traces]
+    # Deployed, so many responses trip as the two certificates allow, and no more.
+    guarded = decoder.generate(prompts, **saying(tokenizer, prompts, words))
+    allowed = bundle.reasoning.certificate(0.5).j + bundle.certificate().j
+    assert 0 < sum(trace.tripped for trace in guarded.traces) <= allowed
     for phase, certificate in ((True, bundle.reasoning.certificate(0.5)), (False, bundle.certificate())):  # fmt: skip  # noqa: E501
         config = bundle.monitor
         tops = []
@@ -360,3 +432,119 @@ def test_the_server_refuses_what_it_does_not_follow(llama, tokenizer):
     decoder = reasoning_decoder(llama, tokenizer, inside=1.0, outside=0.0)
     with pytest.raises(UnsupportedError, match="does not follow spans"):
         GuardedEngine(decoder)
+
+
+# --- marks that others write
+
+
+class Holds(LogitsProcessor):
+    """Makes every row begin with given ids, none for a row that is to go on by itself."""
+
+    def __init__(self, ids, prompt_tokens):
+        self.ids, self.prompt_tokens = ids, prompt_tokens
+
+    def __call__(self, ids, scores):
+        place = ids.shape[1] - self.prompt_tokens
+        if place < len(self.ids):
+            scores = torch.full_like(scores, -torch.inf)
+            scores[:, self.ids[place]] = 1.0
+        return scores
+
+
+def spans_of(decoder, prompt, *, prefill=None, begins="", **options):
+    """Generate, the answer beginning with given words; return its trace."""
+    width = from_prompts(decoder.tokenizer, [prompt], prefill, CPU).input_ids.shape[1]
+    ids = decoder.tokenizer.encode(begins)
+    processors = LogitsProcessorList([Holds(ids, width)])
+    output = decoder.generate(
+        [prompt],
+        prefill=prefill,
+        logits_processor=processors,
+        **{"max_new_tokens": 24, "min_new_tokens": 24, **options},
+    )
+    return output.traces[0]
+
+
+def conversation(*texts):
+    roles = ("system", "user", "assistant", "tool", "user")
+    return [
+        {"role": role, "content": text}
+        for role, text in zip(roles[-len(texts) :], texts, strict=True)
+    ]
+
+
+SUPPLIED = {
+    "prefill": {"prompt": "go", "prefill": OPENS},
+    "prefill with words": {"prompt": "go", "prefill": f"{OPENS} well, "},
+    "words, then a mark": {"prompt": "go", "prefill": f"Sure. {OPENS}"},
+    "half of a mark": {"prompt": "go", "prefill": OPENS[:4], "begins": OPENS[4:]},
+    "all but the end of a mark": {"prompt": "go", "prefill": OPENS[:-1], "begins": OPENS[-1]},
+    "a prefill, then a mark": {"prompt": "go", "prefill": "Sure. ", "begins": OPENS},
+    "user": {"prompt": f"go {OPENS}"},
+    "system, assistant, tool, user": {"prompt": conversation(*[f"a {OPENS}"] * 5)},
+    "an open turn's message": {
+        "prompt": [*conversation("go"), {"role": "assistant", "content": OPENS}]
+    },
+    "the middle of an answer": {"prompt": "go", "begins": f"Yes. {OPENS}"},
+}
+
+
+@pytest.mark.parametrize("case", SUPPLIED)
+def test_no_mark_but_the_models_own_at_the_beginning_opens_a_span(llama, tokenizer, case):
+    flag = reasoning_decoder(llama, tokenizer, inside=30.0, outside=-30.0, redirect="flag")
+    trace = spans_of(flag, **SUPPLIED[case])
+    assert not any(step.reasoning for step in trace.steps)
+    assert trace.end.trip_step == 0, "the answer's threshold held from the first score on"
+    own = spans_of(flag, "go", begins=OPENS)
+    assert [step.reasoning for step in own.steps] == [False] * len(OPENS) + [True] * (
+        25 - len(OPENS)
+    )
+
+
+def test_a_raw_prompt_opens_no_span_and_neither_does_what_follows_it(llama, tokenizer):
+    flag = reasoning_decoder(llama, tokenizer, inside=30.0, outside=-30.0, redirect="flag")
+    for text, begins in (
+        (f"once {OPENS} upon", ""),
+        (OPENS, ""),
+        (OPENS[:3], OPENS[3:]),
+        ("a", OPENS),
+    ):
+        ids = torch.tensor([tokenizer.encode(text)])
+        processors = LogitsProcessorList([Holds(tokenizer.encode(begins), ids.shape[1])])
+        output = flag.generate(
+            input_ids=ids, max_new_tokens=20, min_new_tokens=20, logits_processor=processors
+        )
+        assert not any(step.reasoning for step in output.traces[0].steps)
+
+
+def test_a_header_opens_a_span_whatever_is_supplied_and_a_supplied_closing_mark_ends_it(llama):
+    tokenizer = byte_tokenizer(chat_template=with_header(OPENS))
+    flag = reasoning_decoder(llama, tokenizer, inside=30.0, outside=-30.0, redirect="flag")
+    assert all(step.reasoning for step in spans_of(flag, "go").steps)
+    n = len(f"no. {CLOSES}")
+    trace = spans_of(flag, "go", prefill=f"no. {CLOSES} {OPENS}")
+    assert [step.reasoning for step in trace.steps] == [
+        index < n for index in range(len(trace.steps))
+    ]
+    half = spans_of(flag, "go", prefill=CLOSES[:3], begins=CLOSES[3:])
+    assert [step.reasoning for step in half.steps][len(CLOSES) - 1 : len(CLOSES) + 1] == [
+        True,
+        False,
+    ]
+    # Where reasoning has the lower threshold, only the model's own mark leads to the higher one.
+    strict = reasoning_decoder(llama, tokenizer, inside=-30.0, outside=30.0, redirect="flag")
+    assert all(step.reasoning for step in spans_of(strict, "go", prefill=CLOSES).steps)
+    assert not spans_of(strict, "go", begins=CLOSES).steps[-1].reasoning
+
+
+@pytest.mark.parametrize("prefill", [None, "x"])
+def test_the_guards_own_opener_opens_no_span(llama, tokenizer, prefill):
+    opener = f"{OPENS} no, "
+    decoder = reasoning_decoder(
+        llama, tokenizer, inside=30.0, outside=-30.0, redirect="rewind", opener=opener
+    )
+    (trace,) = decoder.generate(["go"], prefill=prefill, max_new_tokens=90).traces
+    tries = [step for step in trace.steps if step.attempt]
+    assert trace.end.tries == 2, "the answer's threshold held in each try"
+    assert tokenizer.decode([step.token for step in tries]) == opener * 2
+    assert not any(step.reasoning for step in trace.steps)
