@@ -9,7 +9,7 @@ schema. Does not know what a setting does.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -163,7 +163,9 @@ def _from_file(config: Path | None) -> dict[str, _Value]:
     if config is None:
         return {}
     try:
-        content = yaml.load(config.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506
+        text = config.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        _require_single(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigurationError(
             f"--config={config} cannot be read: {error}; pass a YAML file of settings."
@@ -179,17 +181,14 @@ def _from_file(config: Path | None) -> dict[str, _Value]:
     return {name: _Value("file", f"--config={config}", value) for name, value in content.items()}
 
 
-class _StrictLoader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """Refuses a name that stands twice, of which YAML's own readers drop one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Read a mapping."""
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise ValueError(f"{', '.join(sorted(twice))} stands in it twice")
-        content: dict[Hashable, Any] = super().construct_mapping(node, deep)
-        return content
+def _require_single(text: str) -> None:
+    """Refuse a name that stands twice, of which YAML's own readers drop one in silence."""
+    tree = yaml.compose(text, yaml.SafeLoader)
+    pairs = tree.value if isinstance(tree, yaml.MappingNode) else []
+    names = [key.value for key, _ in pairs]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"{', '.join(sorted(map(str, twice)))} stands in it twice")
 
 
 def _require_known(name: str, place: str) -> None:
