@@ -9,17 +9,23 @@ Knows settings. Does not know models or text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from safe_decode.certificate import Envelope
-from safe_decode.coverage import departure
+from safe_decode.coverage import ENDS, departure
 from safe_decode.errors import DataError
 
 __all__ = ["Generation"]
 
-_KINDS: Mapping[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "bool": (bool,)}
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "Mapping[str, str]": (Mapping,),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +39,7 @@ class Generation:
         temperature: Of the sampling; without meaning if greedy.
         top_p: Likewise.
         top_k: Likewise; 0 for none.
+        options: Every further option that was in force, see `coverage.record_of`.
 
     Raises:
         DataError: A value of another type, or a cap below 1.
@@ -44,12 +51,18 @@ class Generation:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    options: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, kinds = getattr(self, field.name), _KINDS.get(str(field.type), (int, float))
+        for one in fields(self):
+            value, kinds = getattr(self, one.name), _KINDS.get(str(one.type), (int, float))
             if not isinstance(value, kinds) or (kinds != (bool,) and isinstance(value, bool)):
-                raise DataError(f"generation has {field.name}={value!r}, wanted {field.type}.")
+                raise DataError(f"generation has {one.name}={value!r}, wanted {one.type}.")
+        for name, value in self.options.items():
+            try:
+                json.loads(value)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"generation has {name}={value!r}, wanted JSON text.") from error
         if self.max_new_tokens < 1:
             raise DataError(
                 f"generation has max_new_tokens={self.max_new_tokens}, wanted 1 or more."
@@ -75,13 +88,13 @@ class Generation:
 
     def is_sampled_as(self, envelope: Envelope) -> bool:
         """Say whether its tokens were chosen as those of an envelope, whatever the cap."""
-        # The rest of the envelope is not of the sampling; its cap is at least 1.
-        own = replace(
-            envelope,
-            max_new_tokens=1,
+        own = Envelope(
+            max_new_tokens=1,  # an envelope's is at least that
             do_sample=self.do_sample,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            options=self.options,
         )
-        return departure(envelope, own) is None
+        ends = json.loads(self.options.get(ENDS, "[]"))
+        return departure(envelope, own, ends) is None

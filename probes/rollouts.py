@@ -22,6 +22,7 @@ from probes.generation import Generation
 from probes.harvest import weights_digest
 from probes.progress import progress
 from safe_decode.chat import EncodedChat, encode_chat, stop_ids
+from safe_decode.coverage import record_of
 from safe_decode.errors import ConfigurationError, DataError, PromptError
 
 __all__ = ["Judge", "Label", "Request", "RolloutConfig", "Verdict", "rollout"]
@@ -108,7 +109,7 @@ class RolloutConfig:
             "top_k": self.top_k,
         }
 
-    def generation(self, weights: str) -> Generation:
+    def generation(self, weights: str, options: Mapping[str, str]) -> Generation:
         """Return what is recorded beside each response of a model."""
         return Generation(
             weights=weights,
@@ -117,6 +118,7 @@ class RolloutConfig:
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
+            options=options,
         )
 
 
@@ -154,7 +156,7 @@ def rollout(
     chats = [encode_chat(tokenizer, row.messages, prefill=row.prefill) for row in requests]
     _check_context(model, chats, config.max_new_tokens)
     stops = tuple(stop_ids(model, tokenizer))
-    generation = config.generation(weights_digest(model))
+    generation = config.generation(weights_digest(model), record_of(model.generation_config, stops))
     order = sorted(range(len(chats)), key=lambda row: len(chats[row].ids))
     found: dict[int, _Generated] = {}
     with progress("generating", len(chats)) as advance:

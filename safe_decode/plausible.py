@@ -36,6 +36,7 @@ _FLOAT32_TINY = 1.1754943508222875e-38
 _MOST_HOLDBACK = 4096
 _MOST_STEPS = 65_536  # of windows, hits and looks: a row keeps that many values
 _MOST_TEXT = 65_536
+_MOST_IDS = 1 << 31  # no vocabulary is as large
 _MOST_CHANNELS = 1 << 20  # of one activation; the widest layers have some tens of thousands
 _MOST_TEMPERATURE = 100.0  # far above what is used; there the scores say nothing any more
 _LEAST_CANARY_TOLERANCE = 1e-3
@@ -157,7 +158,7 @@ def _require_envelope(certificate: Certificate, context: int | None, where: str)
         above_low=envelope.do_sample,
     )
     _number("top_p", envelope.top_p, 0.0, 1.0, where, above_low=True)
-    _whole("top_k", envelope.top_k, 0, None, where)
+    _whole("top_k", envelope.top_k, 0, _MOST_IDS, where)
 
 
 def _require_covering(parts: Sequence[Certificate], mains: Sequence[Certificate]) -> None:
@@ -207,13 +208,13 @@ def _require_canary(
     vocab = _entry(architecture, "vocab_size")
     for token in canary.ids:
         # Added tokens may lie behind the vocabulary that the configuration counts.
-        _whole("ids", token, 0, None if vocab is None else 2 * vocab, " of the canary")
+        _whole("ids", token, 0, _MOST_IDS if vocab is None else 2 * vocab, " of the canary")
 
 
 def _require_sites(sites: Sequence[Site], architecture: Mapping[str, str]) -> None:
     layers = _entry(architecture, "num_hidden_layers")
     for site in sites:
-        _whole("layer", site.layer, 0, None if layers is None else layers - 1, " of a site")
+        _whole("layer", site.layer, 0, _MOST_STEPS if layers is None else layers - 1, " of a site")
         for channel in (site.channels[0], site.channels[-1]):
             _whole("channels", channel, 0, _MOST_CHANNELS, " of a site")
         width = _entry(architecture, "hidden_size")
@@ -230,7 +231,7 @@ def _entry(architecture: Mapping[str, str], name: str) -> int | None:
     if name not in architecture:
         return None
     value: Any = json.loads(architecture[name])
-    _whole(name, value, 1, None, " of the fingerprint")
+    _whole(name, value, 1, _MOST_IDS, " of the fingerprint")
     return int(value)
 
 

@@ -41,7 +41,8 @@ def reasons() -> dict[str, dict[str, str]]:
 def recorded() -> list[dict[str, Any]]:
     """Read the rows of the results, one a module; empty before the first run."""
     source = RESULTS / "mutants.jsonl"
-    return [row for row in read_lines(source) if "card" not in row] if source.exists() else []
+    rows: list[Any] = read_lines(source) if source.exists() else []
+    return [row for row in rows if "card" not in row]
 
 
 def shortfalls(

@@ -70,8 +70,6 @@ def calibrate(
     require_place(out.parent / "file")
     require_delta(delta)
     from safe_decode.bundle import Fingerprint, ProbeBundle
-    from safe_decode.chat import stop_ids
-    from safe_decode.coverage import record_of
     from safe_decode.demo.load import artefact
 
     old = ProbeBundle.load(bundle or artefact("bundle"))
@@ -83,9 +81,7 @@ def calibrate(
     alphas = tuple(alpha or sorted({one.alpha for one in old.certificates}, reverse=True))
     default = alpha[0] if alpha else old.default_alpha
     asked = Asked(max_new_tokens, temperature, top_p, top_k)
-    envelope = envelope_of(own.tokenizer, harmless, asked, before=old.certificate().envelope)
-    ends = stop_ids(own.model, own.tokenizer)
-    envelope = replace(envelope, options=record_of(own.model.generation_config, ends))
+    envelope = envelope_of(own, harmless, asked, before=old.certificate().envelope)
     found = _certified(
         own,
         old,

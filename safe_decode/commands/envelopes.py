@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from probes.conversations import Conversation
     from probes.generation import Generation
     from safe_decode.certificate import Envelope
+    from safe_decode.demo.load import Loaded
 
 __all__ = ["Asked", "envelope_of", "foreign_note", "require_delta"]
 
@@ -31,7 +32,7 @@ class Asked:
 
 
 def envelope_of(
-    tokenizer: Any,  # noqa: ANN401
+    own: Loaded,
     rows: Sequence[Conversation],
     asked: Asked,
     *,
@@ -43,7 +44,8 @@ def envelope_of(
     responses support is for calibration to say.
 
     Args:
-        tokenizer: Counts the tokens of rows without ids.
+        own: The model, whose own options rows without a record are taken to have had, and its
+            tokenizer, which counts their tokens.
         rows: Those that are certified on.
         asked: The options.
         before: Of the bundle that is certified anew.
@@ -53,13 +55,16 @@ def envelope_of(
     """
     from probes.teacher import encode_response
     from safe_decode.certificate import Envelope
+    from safe_decode.chat import stop_ids
+    from safe_decode.coverage import record_of
 
     start = before or Envelope(
         max_new_tokens=1, do_sample=False, temperature=1.0, top_p=1.0, top_k=0
     )
-    changes: dict[str, Any] = {}
+    options = record_of(own.model.generation_config, stop_ids(own.model, own.tokenizer))
+    changes: dict[str, Any] = {"options": options}
     if (recorded := _recorded(rows)) is not None:
-        names = ("do_sample", "temperature", "top_p", "top_k")
+        names = ("do_sample", "temperature", "top_p", "top_k", "options")
         changes |= {name: getattr(recorded, name) for name in names}
     if asked.temperature is not None:
         changes |= {"do_sample": asked.temperature > 0, "temperature": asked.temperature or 1.0}
@@ -69,7 +74,7 @@ def envelope_of(
     cap = asked.max_new_tokens
     if cap is None:
         generated = [r.prefill_tokens + r.generation.max_new_tokens for r in rows if r.generation]
-        written = [encode_response(tokenizer, r).n_scores - 1 for r in rows if not r.generation]
+        written = [encode_response(own.tokenizer, r).n_scores - 1 for r in rows if not r.generation]
         cap = max([*generated, *written, 1])
     found = replace(start, max_new_tokens=cap, **changes)
     if not 0.0 < found.top_p <= 1.0:

@@ -6,7 +6,6 @@ Knows the options and how the outcome is shown. The path itself is `probes.recip
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -171,16 +170,10 @@ def _config(
     texts: tuple[str, str],
 ) -> RecipeConfig:
     from probes.recipe import RecipeConfig
-    from safe_decode.chat import stop_ids
-    from safe_decode.coverage import record_of
 
     # Which responses certify is decided by split and label, as the recipe takes them.
     calibrating = [row for row in rows if row.split == "calibrate" and not row.response_harmful]
-    ends = stop_ids(own.model, own.tokenizer)
-    envelope = replace(
-        envelope_of(own.tokenizer, calibrating or rows, asked),
-        options=record_of(own.model.generation_config, ends),
-    )
+    envelope = envelope_of(own, calibrating or rows, asked)
     extra = (
         {} if residual is None else {f"residual-{residual}": residual_sites(own.model, residual)}
     )
