@@ -90,7 +90,14 @@ def add_reasoning(
     logits = score_responses(model, tokenizer, conversations, bundle.probe.to(device))
     paths = smoothed_paths(logits, bundle.monitor)
     encoded = [encode_response(tokenizer, row) for row in conversations]
-    phases = [marks.phases(one.ids[one.turn_start :]) for one in encoded]
+    phases = [
+        # The model's own words, with no prefill; a shift cannot matter where nothing is supplied.
+        marks.phases(
+            one.ids[one.turn_start :],
+            marks.turn(one.ids[: one.turn_start], 0, is_chat=True, shift=0.0),
+        )
+        for one in encoded
+    ]
     within, without = maxima_apart(paths, phases)
     groups = [row.group for row in conversations]
     alphas = [c.alpha for c in bundle.certificates if c.population == "benign"]

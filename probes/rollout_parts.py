@@ -130,8 +130,8 @@ def rollout_to(
             write_jsonl(part, done)
         rows += done
     write_jsonl(target, rows)
-    for own in (*(_part(parts, n) for n in range(number + 1)), parts / _RUN):
-        own.unlink(missing_ok=True)
+    for written in (*(_part(parts, n) for n in range(number + 1)), parts / _RUN):
+        written.unlink(missing_ok=True)
     remove_empty(parts)  # not where somebody else has put something
     return RolloutReport(rows, resumed)
 

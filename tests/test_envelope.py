@@ -332,7 +332,9 @@ def test_a_cache_of_a_kind_that_rounds_and_a_filled_one_void() -> None:
     assert given_options({"past_key_values": empty}) == {"past_key_values": '"<QuantizedCache>"'}
 
 
-@pytest.mark.parametrize("criterion", [MaxLengthCriteria(40), EosTokenCriteria(70)], ids=str)
+@pytest.mark.parametrize(
+    "criterion", [MaxLengthCriteria(40), EosTokenCriteria(70)], ids=lambda c: type(c).__name__
+)
 def test_a_criterion_in_the_place_of_the_cap_or_the_end_voids(criterion: Any) -> None:
     options = {"stopping_criteria": lambda: StoppingCriteriaList([criterion])}
     (said,) = run(certified(GREEDY), options)

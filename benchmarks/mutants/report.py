@@ -41,8 +41,10 @@ def reasons() -> dict[str, dict[str, str]]:
 def recorded() -> list[dict[str, Any]]:
     """Read the rows of the results, one a module; empty before the first run."""
     source = RESULTS / "mutants.jsonl"
-    rows: list[Any] = read_lines(source) if source.exists() else []
-    return [row for row in rows if "card" not in row]
+    if not source.exists():
+        return []
+    rows, _ = read_lines(source)
+    return rows
 
 
 def shortfalls(
