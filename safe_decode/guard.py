@@ -354,6 +354,12 @@ class SafeDecoder:
         ) as handle:
             yield handle
 
+    @property
+    def certified_cap(self) -> int:
+        """Largest `max_new_tokens` that the certificate covers with the unseen tokens behind it."""
+        certified = self.certificate.envelope.max_new_tokens
+        return max(1, certified - self.policy.unseen_tokens)
+
     def require_unchanged(self) -> None:
         """Check that the model is still the one its bundle was made for; each call does so.
 

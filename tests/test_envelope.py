@@ -31,8 +31,10 @@ from safe_decode.inputs import from_prompts
 from tests.guarding import bundle_for
 from tests.models import EOS, byte_tokenizer, tiny_model
 
-CAP = 8
-GREEDY = Envelope(max_new_tokens=CAP, do_sample=False, temperature=1.0, top_p=1.0, top_k=50)
+CAP, HOLDBACK = 8, 2
+GREEDY = Envelope(
+    max_new_tokens=CAP + HOLDBACK, do_sample=False, temperature=1.0, top_p=1.0, top_k=50
+)
 SAMPLED = replace(GREEDY, do_sample=True)
 
 VOIDING: Mapping[str, Any] = {
@@ -289,6 +291,19 @@ def test_a_bundle_without_a_record_is_written_as_before() -> None:
     assert b'"options"' not in files["card.json"]
 
 
+def test_unseen_tokens_behind_a_cap_count_towards_what_is_certified() -> None:
+    largest = certified(GREEDY).certified_cap
+    assert largest == CAP
+    for redirect, cap, is_valid in (
+        ("refuse", largest, True),
+        ("refuse", largest + 1, False),
+        ("flag", CAP + HOLDBACK, True),  # which looks at nothing
+        ("flag", CAP + HOLDBACK + 1, False),
+    ):
+        output = certified(GREEDY).generate("go", max_new_tokens=cap, redirect=redirect)
+        assert (output.traces[0].header.certificate == "valid") == is_valid, (redirect, cap)
+
+
 def test_an_envelope_names_the_first_departure() -> None:
     envelope = Envelope(256, True, 0.7, 0.9, 0)
     greedy = replace(envelope, do_sample=False)
@@ -393,7 +408,11 @@ def test_an_option_of_a_request_voids_by_its_name(name: str) -> None:
     [
         ({}, "valid"),
         ({"max_tokens": 3, "stop": ("a",), "seed": 9, "top_k": 3}, "valid"),
-        ({"max_tokens": CAP + 1}, f"void(max_new_tokens={CAP + 1} exceeds {CAP})"),
+        (
+            {"max_tokens": CAP + 1},
+            f"void(max_new_tokens={CAP + 1} and {HOLDBACK} unseen ones behind it exceed "
+            f"{CAP + HOLDBACK} together)",
+        ),
         ({"temperature": 0.5}, "void(do_sample=True is not False)"),
     ],
     ids=str,

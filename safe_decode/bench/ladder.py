@@ -216,7 +216,8 @@ def _guarded(name: str, decoder: SafeDecoder, load: Load) -> Arm:
 def threshold_for_share(subject: Subject, load: Load, share: float) -> float:
     """Find, eagerly, the threshold that this share of the rows exceeds."""
     options = options_of(subject, replace(load, mode="eager"))
-    output = subject.decoder(redirect="flag").generate(**options)
+    # Under protection, since unseen tokens behind the cap may trip a row too.
+    output = subject.decoder(redirect="refuse").generate(**options)
     peaks = sorted(max(step.statistic for step in trace.steps) for trace in output.traces)
     n_tripping = max(1, round(share * load.batch))
     return (peaks[-n_tripping - 1] + peaks[-n_tripping]) / 2

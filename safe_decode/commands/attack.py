@@ -21,7 +21,6 @@ from safe_decode.commands.generate import (
     MaxNewTokens,
     ModelName,
     Population,
-    cap_of,
     decoder_of,
 )
 from safe_decode.commands.output import console, print_json, require_place, working, write_text
@@ -217,7 +216,9 @@ def _surrogate(decoder: SafeDecoder, data: str | None, seed: int, fold: int) -> 
         rows = [row for row in conversations_of(data) if row.split != "test"]
     else:
         # The attacker draws for himself: other streams than any split of the bundle.
-        source = EmbeddedData(seed=seed + 50, fold=fold, max_new_tokens=cap_of(decoder, None))
+        source = EmbeddedData(
+            seed=seed + 50, fold=fold, max_new_tokens=decoder.certificate.envelope.max_new_tokens
+        )
         rows = source.seen(decoder.model, decoder.tokenizer, "fit", 400)
     return fit_surrogate(decoder.model, decoder.tokenizer, rows)
 

@@ -22,7 +22,6 @@ from safe_decode.commands.generate import (
     MaxNewTokens,
     ModelName,
     Population,
-    cap_of,
     decoder_of,
 )
 from safe_decode.commands.output import console, print_json, require_place, working, write_text
@@ -153,7 +152,9 @@ def _rows(
     if data is None:
         from probes.embedded_data import EmbeddedData
 
-        source = EmbeddedData(seed=seed, fold=fold, max_new_tokens=cap_of(decoder, None))
+        source = EmbeddedData(
+            seed=seed, fold=fold, max_new_tokens=decoder.certificate.envelope.max_new_tokens
+        )
         model, tokenizer = decoder.model, decoder.tokenizer
         seen = source.apart(model, tokenizer, {"fit": count, "calibrate": max(count, 400)})
         test = source.test(model, tokenizer, count)

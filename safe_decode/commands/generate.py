@@ -167,7 +167,7 @@ def _silence_transformers() -> None:
 
 def cap_of(decoder: SafeDecoder, max_new_tokens: int | None) -> int:
     """Return the cap that was asked for, or the one that the certificate speaks of."""
-    return max_new_tokens or decoder.certificate.envelope.max_new_tokens
+    return max_new_tokens or decoder.certified_cap
 
 
 def _sampling(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from safe_decode.commands.generate import (
     Device,
     DtypeName,
     ModelName,
-    cap_of,
     decoder_of,
 )
 from safe_decode.commands.harvest import residual_sites
@@ -127,7 +126,11 @@ def refit(
             fit=fit_config_of(decoder.bundle),
             answers=answers,
             sites=None if residual is None else residual_sites(decoder.model, residual),
-            rollout=RolloutConfig(max_new_tokens=cap_of(decoder, None), do_sample=True, seed=seed),
+            rollout=RolloutConfig(
+                max_new_tokens=decoder.certificate.envelope.max_new_tokens,
+                do_sample=True,
+                seed=seed,
+            ),
         ),
     )
     new.save(out)
@@ -164,7 +167,9 @@ def _rows(
         return conversations_of(data)
     from probes.embedded_data import EmbeddedData
 
-    source = EmbeddedData(seed=seed + 90, fold=fold, max_new_tokens=cap_of(decoder, None))
+    source = EmbeddedData(
+        seed=seed + 90, fold=fold, max_new_tokens=decoder.certificate.envelope.max_new_tokens
+    )
     parts = source.apart(
         decoder.model,
         decoder.tokenizer,

@@ -50,6 +50,11 @@ class GuardFacts:
         return self.certificates[self.alpha]
 
     @property
+    def certified_cap(self) -> int:
+        """Largest cap that the certificate covers with the unseen tokens behind it."""
+        return max(1, self.certificate.envelope.max_new_tokens - self.holdback_tokens)
+
+    @property
     def policy(self) -> RowPolicy:
         """The operator's policy, which a request may only tighten."""
         return RowPolicy(self.alpha, self.redirect, self.holdback_tokens)

@@ -92,7 +92,7 @@ def _facts(service: Service) -> dict[str, Any]:
         "bundle": facts.bundle[:16],
         "redirect": facts.redirect,
         "holdback_tokens": facts.holdback_tokens,
-        "max_tokens": settings.max_new_tokens or certificate.envelope.max_new_tokens,
+        "max_tokens": settings.max_new_tokens or service.engine.facts.certified_cap,
         "shows_scores": settings.expose_scores,
         "shows_bare": settings.expose_bare,
         "needs_key": bool(settings.api_keys),

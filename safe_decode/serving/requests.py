@@ -195,10 +195,11 @@ class Desk:
 
     def _cap(self, asked: int | None, prompt: RowPrompt) -> int:
         facts = self.engine.facts
-        largest = self.settings.max_new_tokens or facts.certificate.envelope.max_new_tokens
+        largest = self.settings.max_new_tokens or facts.certified_cap
         cap = largest if asked is None else min(asked, largest)
         if facts.context_tokens is not None:
-            cap = min(cap, facts.context_tokens - len(prompt.ids))
+            # Behind the cap there must be room for what is looked at.
+            cap = min(cap, facts.context_tokens - len(prompt.ids) - facts.holdback_tokens)
         return max(1, cap)
 
     def _drawn(

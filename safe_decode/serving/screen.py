@@ -68,8 +68,7 @@ def _settings_rows(given: SettingsGiven, facts: GuardFacts) -> list[tuple[str, s
         "allowed_hosts": AllowedHosts(given.settings.host, given.settings.allowed_hosts),
         "alpha": facts.alpha,
         "holdback_tokens": facts.holdback_tokens,
-        "max_new_tokens": given.settings.max_new_tokens
-        or facts.certificate.envelope.max_new_tokens,
+        "max_new_tokens": given.settings.max_new_tokens or facts.certified_cap,
     }
     texts: dict[Origin, list[str]] = {}
     for name, origin in given.origins.items():
