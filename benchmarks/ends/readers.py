@@ -150,7 +150,7 @@ class Library:
 def spent_of(trace: Any) -> Spent:  # noqa: ANN401 - a SafetyTrace
     """Read what the end of a row cost."""
     end = trace.end
-    return Spent(getattr(end, "lookahead_tokens", 0), getattr(end, "withheld_tokens", 0))
+    return Spent(end.lookahead_tokens, end.withheld_tokens)
 
 
 class Server:
