@@ -64,8 +64,9 @@ def envelope_of(
     options = record_of(own.model.generation_config, stop_ids(own.model, own.tokenizer))
     changes: dict[str, Any] = {"options": options}
     if (recorded := _recorded(rows)) is not None:
-        names = ("do_sample", "temperature", "top_p", "top_k", "options")
+        names = ("do_sample", "temperature", "top_p", "top_k")
         changes |= {name: getattr(recorded, name) for name in names}
+        changes["options"] = recorded.options or options
     if asked.temperature is not None:
         changes |= {"do_sample": asked.temperature > 0, "temperature": asked.temperature or 1.0}
     changes |= {
