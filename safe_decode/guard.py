@@ -517,8 +517,9 @@ def _ended(streamer: Streamer | None) -> Iterator[None]:
     try:
         yield
     finally:
-        if streamer is not None:
-            streamer.end()
+        end = getattr(streamer, "end", None)
+        if end is not None:  # what is no streamer has been refused
+            end()
 
 
 def _certificate(

@@ -451,18 +451,19 @@ def test_a_call_outside_the_envelope_voids_the_certificate_or_is_refused(llama, 
     lenient = decoder_for(llama, tokenizer)
     inside = lenient.generate("hello", max_new_tokens=8).traces[0]
     assert inside.header.certificate == "valid"
-    outside = lenient.generate("hello", max_new_tokens=65).traces[0]
-    assert outside.header.certificate == "void(max_new_tokens=65 exceeds 64)"
-    begun = lenient.generate("hello", prefill="abc", max_new_tokens=61).traces[0]
+    outside = lenient.generate("hello", max_new_tokens=63).traces[0]
+    said = "max_new_tokens=63 and 2 unseen ones behind it exceed 64 together"
+    assert outside.header.certificate == f"void({said})"
+    begun = lenient.generate("hello", prefill="abc", max_new_tokens=59).traces[0]
     assert begun.header.certificate == "valid"
-    longer = lenient.generate("hello", prefill="abc", max_new_tokens=62).traces[0]
-    assert "a prefill of 3 tokens and max_new_tokens=62 exceed 64" in longer.header.certificate
+    longer = lenient.generate("hello", prefill="abc", max_new_tokens=60).traces[0]
+    assert "a prefill of 3 tokens, max_new_tokens=60 and 2 unseen" in longer.header.certificate
     sampled = lenient.generate("hello", max_new_tokens=8, do_sample=True).traces[0]
     assert sampled.header.certificate == "void(do_sample=True is not False)"
     strict = decoder_for(llama, tokenizer, strict=True)
     strict.generate("hello", max_new_tokens=8)
-    with pytest.raises(CertificateError, match="max_new_tokens=65 exceeds 64"):
-        strict.generate("hello", max_new_tokens=65)
+    with pytest.raises(CertificateError, match="max_new_tokens=63 and 2 unseen"):
+        strict.generate("hello", max_new_tokens=63)
 
 
 def test_traces_replay_to_the_same_decisions(llama, tokenizer):

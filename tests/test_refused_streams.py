@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 import torch
-from transformers import LogitsProcessor, TextIteratorStreamer
+from transformers import StoppingCriteria, TextIteratorStreamer
 
 from safe_decode.errors import (
     CertificateError,
@@ -20,8 +20,8 @@ from tests.test_failure_injection import hooks_of
 from tests.test_stream import wait_until
 
 
-class Interrupts(LogitsProcessor):
-    def __call__(self, _ids, _scores):
+class Interrupts(StoppingCriteria):
+    def __call__(self, _ids, _scores, **_):
         raise KeyboardInterrupt
 
 
@@ -39,7 +39,7 @@ REFUSED = {
     "too many seeds": ({"seed": [1, 2]}, ConfigurationError),
     "the envelope": ({"max_new_tokens": 200}, CertificateError),
     "transformers": ({"max_new_tokens": -1}, ValueError),
-    "an interrupt": ({"logits_processor": [Interrupts()]}, KeyboardInterrupt),
+    "an interrupt": ({"stopping_criteria": [Interrupts()]}, KeyboardInterrupt),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from starlette.testclient import TestClient
 
 from safe_decode.commands.generate import decoder_of
-from safe_decode.errors import CanaryError
+from safe_decode.errors import CanaryError, FingerprintMismatchError
 from safe_decode.guard import SafeDecoder
 from safe_decode.serving.app import create_app
 from safe_decode.serving.canary_watch import CanaryWatch
@@ -185,11 +185,19 @@ def test_a_decoder_checks_itself():
     try:
         with torch.no_grad():
             weight.zero_()
-        with pytest.raises(CanaryError, match="canary differs by"):
+        with pytest.raises(FingerprintMismatchError, match="weights of"):
             decoder.check()
     finally:
         with torch.no_grad():
             weight.copy_(kept)
+    # What no sign of the model shows, its scores do.
+    hook = stage.model.model.layers[0].register_forward_hook(lambda _m, _i, out: out * 0)
+    try:
+        with pytest.raises(CanaryError, match="canary differs by"):
+            decoder.check()
+    finally:
+        hook.remove()
+    assert decoder.check() <= stage.bundle.canary.tolerance
 
 
 def test_a_decoder_without_a_canary_says_so():

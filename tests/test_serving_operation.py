@@ -149,7 +149,9 @@ def test_rows_that_are_left_when_the_server_ends_get_an_end():
 def test_a_cancelled_row_leaves_its_neighbours_alone():
     engine = staged_engine()
     prompt = engine.chat(CALM)
-    request = RowRequest(prompt, Sampling(max_tokens=64, seed=0), engine.facts.policy)
+    request = RowRequest(
+        prompt, Sampling(max_tokens=engine.facts.certified_cap, seed=0), engine.facts.policy
+    )
     told = [[], [], []]
     rows = [Row(request, events.append) for events in told]
     rows[1].cancel()
@@ -243,7 +245,7 @@ def test_the_audit_log_has_a_line_a_response_and_no_text(tmp_path):
     records = [json.loads(line) for line in lines]
     assert first == '{"cut off' and [r["action"] for r in records] == ["released", "rewound"]
     assert records[1]["trip_step"] > 0 and records[0]["certificate"] == "valid"
-    assert records[1]["certificate"].startswith("void(a prefill of 1 tokens and max_new_tokens=64")
+    assert records[1]["certificate"].startswith("void(a prefill of 1 tokens, max_new_tokens=62")
     text = "\n".join(lines)
     assert "mirror" not in text and "polish" not in text and "ids" not in text
 

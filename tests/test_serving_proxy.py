@@ -61,7 +61,7 @@ def served(ask, path=CHAT, **settings):
     """Ask the staged server through a proxy."""
 
     async def main():
-        app = create_app(staged_engine(), settings_of())
+        app = create_app(staged_engine(), settings_of(expose_alternatives=True))
         bundle = staged_engine().facts.bundle
         async with app.router.lifespan_context(app):
             inner = httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app))
@@ -96,7 +96,8 @@ def test_a_marked_upstream_passes_through(stream, path):
 def test_a_refusal_is_shown_and_what_tripped_within_the_hold_back_is_not():
     answer = served({"messages": ATTACK, "stream": True}, holdback_tokens=4)
     chunks = chunks_in(answer)
-    assert shown_in(chunks) == KEPT[:-4] and "No, " in shown_in(chunks, "refusal")
+    refusal = shown_in(chunks, "refusal")
+    assert shown_in(chunks) == KEPT[:-4] + refusal and "No, " in refusal
     assert chunks[-1]["choices"][0]["finish_reason"] == "content_filter"
 
 

@@ -366,7 +366,7 @@ def test_what_is_left_to_the_bundle_is_shown_as_it_is():
     rows = dict(first_screen(gather(flags={}, environ={}), facts))
     for text in (
         f"alpha={facts.alpha}",
-        f"max_new_tokens={facts.certificate.envelope.max_new_tokens}",
+        f"max_new_tokens={facts.certified_cap}",
         "served_name=safe-decode-embedded",
         "allowed_hosts=localhost, 127.0.0.1, ::1",
         "api_keys=0",

@@ -162,6 +162,7 @@ def test_what_stands_is_cut_into_tokens_and_nothing_else_is_cut():
 # What stands in an answer at all.
 
 SAFETY = {"safety", "action", "certificate", "status", "why", "alpha", "confidence", "responses"}
+SAFETY |= {"source"}
 SAFETY |= {"population", "bundle", "refusal"}
 OPENAI = {"id", "object", "created", "model", "system_fingerprint", "choices", "usage", "index"}
 OPENAI |= {"finish_reason", "logprobs", "token", "logprob", "bytes", "top_logprobs", "content"}

@@ -351,8 +351,10 @@ def saying(tokenizer, prompts, words):
 
     class SaysOwn(LogitsProcessor):
         def __call__(self, input_ids, scores):
-            scores = torch.full_like(scores, -torch.inf)
-            return scores.scatter(1, ids[:, input_ids.shape[1] - width, None], 0.0)
+            place = input_ids.shape[1] - width
+            if place >= n:
+                return scores  # what is only looked at, behind the cap
+            return torch.full_like(scores, -torch.inf).scatter(1, ids[:, place, None], 0.0)
 
     n = ids.shape[1]
     return {

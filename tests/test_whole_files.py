@@ -220,7 +220,8 @@ def test_a_flag_that_is_not_given_does_not_take_back_a_setting(monkeypatch):
     pytest.importorskip("fastapi")
     monkeypatch.setattr("safe_decode.commands.serve._run", found.append)
     CliRunner().invoke(app, ["serve", "--set", "port=0", "--set", "require_signature=k.pem"])
-    assert (found[0].port, found[0].require_signature) == (0, Path("k.pem"))
+    settings = found[0].settings
+    assert (settings.port, settings.require_signature) == (0, Path("k.pem"))
 
 
 REMOVING = {"rmtree", "unlink", "rmdir"}

@@ -188,7 +188,7 @@ class Server:
         async with (
             app.router.lifespan_context(app),
             httpx2.AsyncClient(
-                transport=httpx2.ASGITransport(app=app), base_url="http://server", timeout=None
+                transport=httpx2.ASGITransport(app=app), base_url="http://127.0.0.1", timeout=None
             ) as client,
         ):
             return list(await asyncio.gather(*(self._ask(client, ask) for ask in asks)))
@@ -220,7 +220,7 @@ def _whole(body: Mapping[str, Any]) -> Heard:
     message, told = choice["message"], choice["logprobs"]
     notes = told["content"] if told else []
     return Heard(
-        (message["content"] or "") + (message["refusal"] or ""),
+        message["content"] or "",  # the refusal stands in it too
         is_cut=message["refusal"] is not None,
         likely=notes[0]["top_logprobs"][0]["token"] if notes else None,
     )
@@ -234,7 +234,7 @@ def _streamed(body: str) -> Heard:
         for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
             delta = choice["delta"]
             is_cut |= delta.get("refusal") is not None
-            text += (delta.get("content") or "") + (delta.get("refusal") or "")
+            text += delta.get("content") or ""
     return Heard(text, is_cut)
 
 

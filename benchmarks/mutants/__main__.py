@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.mutants import forks
 from benchmarks.mutants.operators import Mutant, mutants_of
 from benchmarks.mutants.plan import PLAN, Subject
+from safe_decode.whole_files import write_whole
 
 __all__ = ["main"]
 
@@ -51,7 +52,7 @@ def _written(rows: Sequence[dict[str, Any]], *, is_whole: bool) -> int:
     if rows:
         write_results("mutants", merged, card())
     given = report.reasons()
-    report.PAGE.write_text(report.page(merged, given), "utf-8")
+    write_whole(report.PAGE, report.page(merged, given))
     missing = report.shortfalls(merged, given)
     for line in missing:
         LOG.warning("%s", line)

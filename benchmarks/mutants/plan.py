@@ -28,7 +28,7 @@ class Subject:
         return f"safe_decode/{self.module.replace('.', '/')}.py"
 
 
-_PROXY = ("test_serving_proxy.py",)
+_PROXY = ("test_proxy_relay.py", "test_serving_proxy.py")
 
 PLAN = (
     Subject("certificate", ("test_certificate.py", "test_bundle.py")),
@@ -43,9 +43,14 @@ PLAN = (
     Subject("processor", ("test_closed.py", "test_failure_injection.py", "test_processor.py")),
     Subject("session", ("test_state_machine.py", "test_closed.py", "test_failure_injection.py")),
     Subject("release", ("test_stream.py",)),
-    Subject("serving.gate", ("test_serving_operation.py",)),
-    Subject("serving.proxy_wire", _PROXY),
-    Subject("serving.relay", _PROXY),
-    Subject("serving.relay_messages", _PROXY),
+    Subject("serving.gate", ("test_serving_gate.py", "test_serving_operation.py")),
     Subject("serving.middleware", _PROXY),
+    Subject("serving.proxy.asks", _PROXY),
+    Subject("serving.proxy.choices", _PROXY),
+    Subject("serving.proxy.fields", _PROXY),
+    Subject("serving.proxy.hold", _PROXY),
+    Subject("serving.proxy.messages", _PROXY),
+    Subject("serving.proxy.relay", _PROXY),
+    Subject("serving.proxy.whole", _PROXY),
+    Subject("serving.proxy.wire", _PROXY),
 )

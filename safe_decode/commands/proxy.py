@@ -82,15 +82,16 @@ def _assignments(texts: list[str]) -> dict[str, str]:
 
 
 def _run(loaded: LoadedProxySettings) -> None:
-    from safe_decode.serving.connections import BoundedConfig
+    from safe_decode.serving.connections import BoundedConfig, require_descriptors
     from safe_decode.serving.process import GuardedServer
     from safe_decode.serving.proxy.app import create_proxy_app, proxy_screen
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    settings = loaded.settings
+    settings, server = loaded.settings, loaded.settings.as_server
+    require_descriptors(server)
     app = create_proxy_app(settings)
     GuardedServer(
-        BoundedConfig(app, settings.as_server, app.state.parts.metrics),
+        BoundedConfig(app, server, app.state.parts.metrics),
         app.state.parts.deadlines,
         grace_s=settings.shutdown_grace_s,
         on_start=lambda address: _show(address, proxy_screen(loaded)),

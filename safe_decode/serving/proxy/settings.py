@@ -33,7 +33,12 @@ __all__ = ["LoadedProxySettings", "ProxySettings", "load_proxy_settings"]
 
 _PREFIX = "SAFE_DECODE_PROXY_"
 _MARK_CHARACTERS = 16
-_SERVER = ("host", "port", "api_keys", "operator_keys", "max_body_bytes", "shutdown_grace_s")
+_SERVER = (
+    *("host", "port", "allowed_hosts", "api_keys", "operator_keys", "max_connections"),
+    *("max_connections_per_address", "header_timeout_s", "keep_alive_timeout_s"),
+    *("body_timeout_s", "write_timeout_s", "max_body_bytes", "shutdown_grace_s"),
+)
+"""Settings that mean what they mean for the server."""
 
 
 def _address(value: str) -> str:
@@ -67,8 +72,16 @@ class ProxySettings(BaseModel):
             environment or the file, never from the command line, which every user can read.
         host: Address to listen on.
         port: Port to listen on; 0: any free one.
+        allowed_hosts: Names by which clients may call the proxy; None: what it listens on.
         api_keys: Accepted keys; none: anybody, which is refused with an `upstream_key`.
-        operator_keys: Keys for /metrics; none: anybody.
+        operator_keys: Keys for /metrics; none: anybody where there are no `api_keys` either,
+            and nobody where there are.
+        max_connections: Of clients, open at the same time.
+        max_connections_per_address: Of them from one address.
+        header_timeout_s: A connection that has not sent its headers by then is closed.
+        keep_alive_timeout_s: A connection between requests is closed after so long.
+        body_timeout_s: A body that has not arrived by then is refused.
+        write_timeout_s: A reader that takes nothing for so long is cut off.
         holdback_tokens: Held here, besides what the upstream holds.
         canary_every_s: How long a passed canary of the upstream counts.
         max_body_bytes: Larger bodies of clients are refused.
@@ -91,8 +104,15 @@ class ProxySettings(BaseModel):
     upstream_key: SecretStr | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8001, ge=0, le=65535)
+    allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(_listed)] | None = None
     api_keys: _Keys = ()
     operator_keys: _Keys = ()
+    max_connections: int = Field(default=512, ge=1)
+    max_connections_per_address: int = Field(default=256, ge=1)
+    header_timeout_s: float = Field(default=10.0, gt=0)
+    keep_alive_timeout_s: int = Field(default=5, ge=1)
+    body_timeout_s: float = Field(default=30.0, gt=0)
+    write_timeout_s: float = Field(default=30.0, gt=0)
     holdback_tokens: int = Field(default=0, ge=0, le=4096)
     canary_every_s: float = Field(default=15.0, ge=0)
     max_body_bytes: int = Field(default=1_000_000, ge=1024)
@@ -112,8 +132,6 @@ class ProxySettings(BaseModel):
                 "upstream_key is set and api_keys is empty, so that anybody would use the "
                 "operator's key; set api_keys"
             )
-        if any(not key.get_secret_value().strip() for key in (*self.api_keys, *self.operator_keys)):
-            raise ValueError("a key is empty")
         return self
 
     @property
@@ -177,9 +195,11 @@ def load_proxy_settings(
         values |= layer
         sources |= dict.fromkeys(layer, source)
     try:
-        return LoadedProxySettings(ProxySettings.model_validate(values), sources)
+        settings = ProxySettings.model_validate(values)
+        _ = settings.as_server  # the server's own rules for keys and hosts
     except ValidationError as error:
         raise _refused(error, sources) from None  # its text repeats keys
+    return LoadedProxySettings(settings, sources)
 
 
 def _refused(error: ValidationError, sources: Mapping[str, str]) -> ConfigurationError:
