@@ -67,7 +67,7 @@ def given_options(options: Mapping[str, Any]) -> dict[str, str]:
     Args:
         options: Keyword arguments of `generate`.
     """
-    found = {}
+    found: dict[str, str] = {}
     for name, value in options.items():
         row = _ROWS.get(name)
         if name == "stopping_criteria":
