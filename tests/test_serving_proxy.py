@@ -545,10 +545,16 @@ def driven(pieces, act):
             async def send(message):
                 sent.append(message)
 
-            scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": CHAT,
+                "headers": [(b"host", b"127.0.0.1")],
+            }
             proxy = SafetyMiddleware(None, settings, parts=made)
             task = asyncio.create_task(proxy(scope, receive, send))
             while not any(b"ab" in message.get("body", b"") for message in sent):
+                assert not task.done(), sent
                 await asyncio.sleep(0.01)
             await act(made, left)
             await asyncio.wait_for(task, 60)
