@@ -108,10 +108,10 @@ TABLE: tuple[Capability, ...] = (
     *_rows("same", "one guarded row a sequence", "num_return_sequences"),
     *_rows("certified", "a lower cap stays valid", "max_new_tokens", "max_length"),
     *_moves("certified", "", min_new_tokens=(0,), min_length=(0,)),
-    *_rows("shortens", "the tail is judged by a closing forward", "max_time", "stop_strings"),
+    *_rows("shortens", "the tail waits for unseen tokens behind it", "max_time", "stop_strings"),
     *_rows(
         "shortens",
-        "the tail is judged by a closing forward; MaxLengthCriteria and EosTokenCriteria take the "
+        "the tail waits for unseen tokens behind it; MaxLengthCriteria and EosTokenCriteria take the "
         "place of the cap and the end that were certified, and void",
         "stopping_criteria",
     ),
