@@ -123,7 +123,7 @@ def test_threads_that_encode_differently_do_not_swap_their_ways():
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert wrong[:1] == []
 
 
 def test_runs_of_ids_are_found_where_a_plain_search_finds_them():
