@@ -111,8 +111,8 @@ TABLE: tuple[Capability, ...] = (
     *_rows("shortens", "the tail waits for unseen tokens behind it", "max_time", "stop_strings"),
     *_rows(
         "shortens",
-        "the tail waits for unseen tokens behind it; MaxLengthCriteria and EosTokenCriteria take the "
-        "place of the cap and the end that were certified, and void",
+        "the tail waits for unseen tokens behind it; MaxLengthCriteria and EosTokenCriteria take "
+        "the place of the cap and the end that were certified, and void",
         "stopping_criteria",
     ),
     *_rows("voids", "runs before the guard", "logits_processor", "prefix_allowed_tokens_fn"),
