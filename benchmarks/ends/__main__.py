@@ -88,9 +88,10 @@ def units(reader: Reader, those: Sequence[Attack], size: Size, pair: Embedded) -
     yield Unit(
         "caps", f"uncut: {cap} tokens", f"cap {cap}", partial(ways.by_cap, reader, those, cap)
     )
+    every = "" if size.step == 1 else f", every {size.step} tokens"
     for one in range(1, cap, size.step):
         act = partial(ways.by_cap, reader, those, one)
-        yield Unit("caps", f"any cap, 1 to {cap} tokens", f"cap {one}", act)
+        yield Unit("caps", f"any cap, 1 to {cap} tokens{every}", f"cap {one}", act)
     act = partial(ways.by_stop, reader, those, cap, size.stops)
     yield Unit("stops", "a stop string behind the clause", "stops", act)
     for step in ways.CONTINUATIONS:
