@@ -86,7 +86,7 @@ organism: $(VENV)/.runtime ## Retrain the embedded pair and its bundle.
 	@$(BIN)/python -m probes.organism
 
 readme: $(VENV)/.runtime ## Fill the generated blocks of the README from benchmarks/results.
-	@$(BIN)/python -m benchmarks.readme
+	@$(BIN)/python -m benchmarks.docs.readme
 
 clean: ## Remove the environment and the caches.
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_decode.bench import card as machine
+from safe_decode.bench import machine
 
 __all__ = ["RESULTS", "card", "write_results"]
 

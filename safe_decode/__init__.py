@@ -10,42 +10,42 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from safe_decode.bundle import ProbeBundle
+    from safe_decode.activations.site import Site
+    from safe_decode.activations.tap import ActivationTap, internal
+    from safe_decode.bundle.bundle import ProbeBundle
+    from safe_decode.engines.transformers.decoder import GuardedOutput, GuardHandle, SafeDecoder
     from safe_decode.errors import SafeDecodeError
-    from safe_decode.events import Ended, GuardText, Released, StreamEvent, Tripped
-    from safe_decode.guard import GuardedOutput, GuardHandle, SafeDecoder
-    from safe_decode.monitor import MonitorConfig
-    from safe_decode.policy import Policy, RequestPolicy
-    from safe_decode.probe import LinearProbe
-    from safe_decode.selfcheck import SelfCheck
-    from safe_decode.sites import Site
-    from safe_decode.stream import AsyncGuardedStream, GuardedStream
-    from safe_decode.taps import ActivationTap, internal
-    from safe_decode.trace import SafetyTrace, read_traces
+    from safe_decode.monitor.monitor import MonitorConfig
+    from safe_decode.policy.policy import Policy, RequestPolicy
+    from safe_decode.policy.self_check import SelfCheck
+    from safe_decode.probe.linear import LinearProbe
+    from safe_decode.streaming.events import Ended, GuardText, Released, StreamEvent, Tripped
+    from safe_decode.streaming.reader import AsyncGuardedStream, GuardedStream
+    from safe_decode.trace.schema import SafetyTrace, read_traces
 
 _HOMES = {
-    "ActivationTap": "taps",
-    "AsyncGuardedStream": "stream",
-    "Ended": "events",
-    "GuardHandle": "guard",
-    "GuardText": "events",
-    "GuardedOutput": "guard",
-    "GuardedStream": "stream",
-    "LinearProbe": "probe",
-    "MonitorConfig": "monitor",
-    "Policy": "policy",
-    "ProbeBundle": "bundle",
-    "Released": "events",
-    "RequestPolicy": "policy",
+    "ActivationTap": "activations.tap",
+    "AsyncGuardedStream": "streaming.reader",
+    "Ended": "streaming.events",
+    "GuardHandle": "engines.transformers.decoder",
+    "GuardText": "streaming.events",
+    "GuardedOutput": "engines.transformers.decoder",
+    "GuardedStream": "streaming.reader",
+    "LinearProbe": "probe.linear",
+    "MonitorConfig": "monitor.monitor",
+    "Policy": "policy.policy",
+    "ProbeBundle": "bundle.bundle",
+    "Released": "streaming.events",
+    "RequestPolicy": "policy.policy",
     "SafeDecodeError": "errors",
-    "SafeDecoder": "guard",
-    "SafetyTrace": "trace",
-    "SelfCheck": "selfcheck",
-    "Site": "sites",
-    "StreamEvent": "events",
-    "Tripped": "events",
-    "internal": "taps",
-    "read_traces": "trace",
+    "SafeDecoder": "engines.transformers.decoder",
+    "SafetyTrace": "trace.schema",
+    "SelfCheck": "policy.self_check",
+    "Site": "activations.site",
+    "StreamEvent": "streaming.events",
+    "Tripped": "streaming.events",
+    "internal": "activations.tap",
+    "read_traces": "trace.schema",
 }
 
 __all__ = [

@@ -1,5 +1,5 @@
 """`python -m safe_decode` is `safe-decode`."""
 
-from safe_decode.cli import main
+from safe_decode.cli.main import main
 
 main()

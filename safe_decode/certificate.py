@@ -94,7 +94,8 @@ class Envelope:
         top_p: Likewise.
         top_k: Likewise; 0 for none.
         options: Every further option that was in force and moves responses, as JSON by its name;
-            see `coverage.record_of`. One that is not there had its neutral value.
+            see `engines.transformers.coverage.record_of`. One that is not there had its neutral
+            value.
     """
 
     max_new_tokens: int

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from safe_decode.bundle import ProbeBundle
-from safe_decode.canary import CanaryRecord
+from safe_decode.activations.site import Site, n_features
+from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.bundle.canary import CanaryRecord
+from safe_decode.bundle.fingerprint import Fingerprint
 from safe_decode.certificate import Certificate, Envelope
-from safe_decode.fingerprint import Fingerprint
-from safe_decode.monitor import MonitorConfig
-from safe_decode.probe import LinearProbe
-from safe_decode.sites import Site, n_features
+from safe_decode.monitor.monitor import MonitorConfig
+from safe_decode.probe.linear import LinearProbe
 
 SITES = (Site(0, "mlp", (1, 3, 8)), Site(1, "attn", (4, 5)), Site(2, "resid", (0, 31)))
 HEADS = ("request", "response")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.models import FAMILIES, byte_tokenizer, tiny_model
+from safe_decode.testing.models import FAMILIES, byte_tokenizer, tiny_model
 
 torch.set_num_threads(1)
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from probes.calibrate import certify_populations
-from probes.conversations import Conversation, assign_splits
-from probes.fit import FitConfig, LinearProbeFitter
-from probes.harvest import harvest, score_responses
-from probes.reach import Responses
-from probes.select import monitor_for
-from probes.statistic import maxima, smoothed_paths
-from safe_decode.bundle import ProbeBundle
+from probes.activations.harvest import harvest, score_responses
+from probes.calibration.certify import certify_populations
+from probes.calibration.reach import Responses
+from probes.calibration.statistic import maxima, smoothed_paths
+from probes.data.conversations import Conversation, assign_splits
+from probes.fitting.linear import FitConfig, LinearProbeFitter
+from probes.fitting.selection import monitor_for
+from safe_decode.activations.site import Site
+from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.bundle.fingerprint import Fingerprint
 from safe_decode.certificate import Envelope
-from safe_decode.fingerprint import Fingerprint
-from safe_decode.sites import Site
 from tests.own_rows import as_own
 
 HARMLESS, HARMFUL = range(97, 107), range(107, 117)  # bytes of a-j, k-t

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx2
 
-from safe_decode.serving.middleware import ProxyParts, SafetyMiddleware
-from safe_decode.serving.proxy.asks import CHAT, COMPLETIONS, MESSAGES, ProxiedAsk
+from safe_decode.serving.proxy.middleware import ProxyParts, SafetyMiddleware
+from safe_decode.serving.proxy.requests import CHAT, COMPLETIONS, MESSAGES, ProxiedAsk
 from safe_decode.serving.proxy.settings import ProxySettings
 
 BUNDLE = "0123456789abcdef" * 2

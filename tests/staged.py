@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from safe_decode.bundle import ProbeBundle
-from safe_decode.canary import CanaryRecord
+from safe_decode.activations.site import Site
+from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.bundle.canary import CanaryRecord
+from safe_decode.bundle.fingerprint import Fingerprint
 from safe_decode.certificate import Certificate, Envelope
-from safe_decode.fingerprint import Fingerprint
-from safe_decode.monitor import MonitorConfig
-from safe_decode.probe import LinearProbe
-from safe_decode.sites import Site
-from tests.models import ASSISTANT, EOS, VOCAB_SIZE, byte_tokenizer, tiny_model
+from safe_decode.monitor.monitor import MonitorConfig
+from safe_decode.probe.linear import LinearProbe
+from safe_decode.testing.models import ASSISTANT, EOS, VOCAB_SIZE, byte_tokenizer, tiny_model
 
 __all__ = ["ATTACK", "CALM", "CALM_TEXT", "KEPT", "OPENER", "Staged", "staged"]
 

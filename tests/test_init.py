@@ -19,7 +19,16 @@ def test_import_safe_decode_is_light():
 
 
 @pytest.mark.parametrize(
-    "room", ["probe", "monitor", "redirect", "holdback", "policy", "bundle", "session"]
+    "room",
+    [
+        "probe.linear",
+        "monitor.monitor",
+        "policy.redirect",
+        "policy.holdback",
+        "policy.policy",
+        "bundle.bundle",
+        "session.session",
+    ],
 )
 def test_rooms_that_serve_other_engines_do_not_import_transformers(room):
     assert not loaded_after(f"import safe_decode.{room}") & set(HEAVY)

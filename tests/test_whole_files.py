@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from probes.conversations import Conversation, read_jsonl, write_jsonl
-from probes.harvest import harvest_to
-from probes.organism.courses import _Curve, _remove, _save
-from probes.rollout_parts import rollout_to
-from probes.rollouts import Request, RolloutConfig
-from safe_decode.bench.card import write_lines
-from safe_decode.bundle import ProbeBundle
-from safe_decode.bundle_files import CALIBRATION, CARD, PROBE
-from safe_decode.cli import app
-from safe_decode.commands.output import write_text
+from probes.activations.harvest import harvest_to
+from probes.data.conversations import Conversation, read_jsonl, write_jsonl
+from probes.organism.curriculum import _Curve, _remove, _save
+from probes.rollouts.generate import Request, RolloutConfig
+from probes.rollouts.resume import rollout_to
+from safe_decode.activations.site import Site
+from safe_decode.bench.machine import write_lines
+from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.bundle.files import CALIBRATION, CARD, PROBE
+from safe_decode.cli.console import write_text
+from safe_decode.cli.main import app
 from safe_decode.errors import BundleCorruptError, BundleError, ConfigurationError, DataError
-from safe_decode.sites import Site
+from safe_decode.testing.models import byte_tokenizer, tiny_model
 from safe_decode.whole_files import replace_files, whole_file, write_whole
 from tests.bundles import random_bundle
-from tests.models import byte_tokenizer, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = sorted([CALIBRATION, CARD, PROBE])
@@ -218,7 +218,7 @@ def test_conversations_keep_the_permissions_that_others_have(tmp_path):
 def test_a_flag_that_is_not_given_does_not_take_back_a_setting(monkeypatch):
     found = []
     pytest.importorskip("fastapi")
-    monkeypatch.setattr("safe_decode.commands.serve._run", found.append)
+    monkeypatch.setattr("safe_decode.cli.serve._run", found.append)
     CliRunner().invoke(app, ["serve", "--set", "port=0", "--set", "require_signature=k.pem"])
     settings = found[0].settings
     assert (settings.port, settings.require_signature) == (0, Path("k.pem"))
@@ -230,20 +230,20 @@ ALLOWED = {
     # The room itself.
     "safe_decode/whole_files.py": REMOVING | WRITING,
     # Half a shard, named by its process, in a directory that says whose it is.
-    "probes/harvest.py": {"unlink"},
-    "probes/stream_kept.py": {"unlink"},
+    "probes/activations/harvest.py": {"unlink"},
+    "probes/location/checkpoint.py": {"unlink"},
     # Parts of this run, by their numbers.
-    "probes/rollout_parts.py": {"unlink"},
+    "probes/rollouts/resume.py": {"unlink"},
     # A model and a curve that this course wrote, by their names.
-    "probes/organism/courses.py": {"unlink"},
+    "probes/organism/curriculum.py": {"unlink"},
     # Into memory, or to a path that `whole_file` lends.
-    "probes/plots.py": {"savefig"},
-    "probes/report.py": {"savefig"},
-    "probes/organism/card.py": {"savefig"},
+    "probes/reports/evaluation_plots.py": {"savefig"},
+    "probes/reports/unit_plots.py": {"savefig"},
+    "probes/organism/model_card.py": {"savefig"},
     "safe_decode/bench/plots.py": {"savefig"},
-    "benchmarks/modes/tries.py": {"savefig"},
+    "benchmarks/modes/rewind_tries.py": {"savefig"},
     # A temporary directory of its own.
-    "benchmarks/harvest.py": {"rmtree"},
+    "benchmarks/workbench/harvest.py": {"rmtree"},
 }
 
 

@@ -30,12 +30,12 @@ from benchmarks.ends import ways
 from benchmarks.ends.cost import CAPS, cost_row, harmless
 from benchmarks.ends.readers import Library, Reader, Server
 from benchmarks.ends.ways import Attack, Found
-from probes.intervals import Proportion
-from probes.journal import Journal
-from probes.progress import progress
+from probes.metrics.intervals import Proportion
+from probes.runs.journal import Journal
+from probes.runs.progress import progress
 from safe_decode import SafeDecoder
 from safe_decode.decision import Redirect
-from safe_decode.demo.load import Embedded, embedded
+from safe_decode.demo.embedded_pair import Embedded, embedded
 
 LOG = logging.getLogger("benchmarks.ends")
 READERS = ("library", "library, streamed", "server", "server, streamed")

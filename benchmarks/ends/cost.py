@@ -12,12 +12,12 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.ends.readers import Ask, Library, Reader
-from probes.intervals import Proportion
+from probes.metrics.intervals import Proportion
 from probes.organism.grammar import Cells
 from probes.organism.requests import Draw, draw
-from probes.rollouts import Request
+from probes.rollouts.generate import Request
 from safe_decode import SafeDecoder
-from safe_decode.bench.figures import interval_of
+from safe_decode.bench.statistics import interval_of
 
 __all__ = ["CAPS", "cost_row", "harmless"]
 

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import httpx2
 
-from probes.rollouts import Request
+from probes.rollouts.generate import Request
 from safe_decode import SafeDecoder
-from safe_decode.events import Ended
+from safe_decode.engines.transformers.batch.engine import GuardedEngine
 from safe_decode.serving.app import create_app
-from safe_decode.serving.guarded import GuardedEngine
 from safe_decode.serving.settings import ServeSettings
+from safe_decode.streaming.events import Ended
 
 __all__ = ["Ask", "Heard", "Library", "Reader", "Server", "Spent"]
 

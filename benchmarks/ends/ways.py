@@ -16,7 +16,7 @@ from benchmarks.ends.readers import Ask, Heard, Reader
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, draw
-from probes.rollouts import Request, RolloutConfig, rollout
+from probes.rollouts.generate import Request, RolloutConfig, rollout
 from safe_decode import SafeDecoder
 
 __all__ = [

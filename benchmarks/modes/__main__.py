@@ -21,10 +21,12 @@ from typing import Any
 import torch
 
 from benchmarks.card import card, write_results
-from benchmarks.modes import isolation, laws, looks, readers, tries
+from benchmarks.modes import isolation, laws, readers
+from benchmarks.modes import rewind_tries as tries
+from benchmarks.modes import self_check as looks
 from benchmarks.modes.subjects import EVERY_FAMILY, embedded, tiny
 from safe_decode import SafeDecoder
-from safe_decode.demo.load import embedded as load_embedded
+from safe_decode.demo.embedded_pair import embedded as load_embedded
 
 LOG = logging.getLogger("benchmarks.modes")
 PLOT = Path(__file__).resolve().parents[2] / "docs" / "tries.png"

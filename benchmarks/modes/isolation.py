@@ -17,7 +17,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.modes.subjects import Measured
-from safe_decode.threads import IDLE_NAME
+from safe_decode.streaming.threads import IDLE_NAME
 
 __all__ = ["churn", "isolated"]
 

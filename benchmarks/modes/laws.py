@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.modes.subjects import Asked, Measured
-from tests.guarding import peaks, threshold_between
-from tests.models import tiny_model
+from safe_decode.testing.bundles import peaks, threshold_between
+from safe_decode.testing.models import tiny_model
 
 __all__ = ["MODES", "TOLERANCE", "by_mode", "row_law", "untripped"]
 
@@ -160,7 +160,7 @@ def row_law(measured: Measured, *, compositions: int, seed: int = 0) -> dict[str
 def _draft(measured: Measured) -> Any:  # noqa: ANN401 - a model
     if measured.name.startswith("tiny"):
         return tiny_model("llama", seed=1)
-    from safe_decode.demo.load import artefact, load_model
+    from safe_decode.demo.embedded_pair import artefact, load_model
 
     return load_model(artefact("unaligned")).model
 

@@ -16,10 +16,10 @@ from typing import Any
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.modes.subjects import Measured
-from safe_decode.bench.figures import interval_of
-from safe_decode.events import Released
-from safe_decode.workers import release_workers
-from tests.guarding import peaks
+from safe_decode.bench.statistics import interval_of
+from safe_decode.streaming.events import Released
+from safe_decode.streaming.openmp import release_workers
+from safe_decode.testing.bundles import peaks
 
 __all__ = ["first_token", "redirect_costs"]
 

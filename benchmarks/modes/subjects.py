@@ -15,11 +15,11 @@ import torch
 
 from probes.organism.grammar import Cells
 from probes.organism.requests import Draw, draw
-from probes.rollouts import Request
-from safe_decode.bench.subject import Subject, embedded_subject
-from safe_decode.inputs import GuardInputs, from_prompts
-from tests.guarding import bundle_for, peaks, threshold_between
-from tests.models import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_model
+from probes.rollouts.generate import Request
+from safe_decode.bench.models import Subject, embedded_subject
+from safe_decode.prompts.batch import GuardInputs, from_prompts
+from safe_decode.testing.bundles import bundle_for, peaks, threshold_between
+from safe_decode.testing.models import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_model
 
 __all__ = ["EVERY_FAMILY", "Asked", "Measured", "embedded", "requests_of", "tiny"]
 

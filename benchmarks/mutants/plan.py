@@ -28,29 +28,47 @@ class Subject:
         return f"safe_decode/{self.module.replace('.', '/')}.py"
 
 
-_PROXY = ("test_proxy_relay.py", "test_serving_proxy.py")
+_PROXY = ("serving/test_proxy_relay.py", "serving/test_proxy.py")
 
 PLAN = (
-    Subject("certificate", ("test_certificate.py", "test_bundle.py")),
+    Subject("certificate", ("test_certificate.py", "bundle/test_bundle.py")),
     Subject(
-        "monitor_config",
-        ("test_monitor.py", "test_spans.py::test_lowered_values_follow_the_scalar_reference"),
+        "monitor.config",
+        (
+            "monitor/test_monitor.py",
+            "policy/test_reasoning.py::test_lowered_values_follow_the_scalar_reference",
+        ),
     ),  # fmt: skip  # noqa: E501
-    Subject("monitor", ("test_monitor.py", "test_watch.py", "test_statistic.py")),
-    Subject("watch", ("test_watch.py", "test_late.py")),
-    Subject("redirect", ("test_redirect.py",)),
-    Subject("holdback", ("test_holdback.py",)),
-    Subject("processor", ("test_closed.py", "test_failure_injection.py", "test_processor.py")),
-    Subject("session", ("test_state_machine.py", "test_closed.py", "test_failure_injection.py")),
-    Subject("release", ("test_stream.py",)),
-    Subject("serving.gate", ("test_serving_gate.py", "test_serving_operation.py")),
-    Subject("serving.middleware", _PROXY),
-    Subject("serving.proxy.asks", _PROXY),
+    Subject(
+        "monitor.monitor",
+        (
+            "monitor/test_monitor.py",
+            "session/test_trip_detector.py",
+            "probes/calibration/test_statistic.py",
+        ),
+    ),
+    Subject(
+        "session.trip_detector", ("session/test_trip_detector.py", "engines/test_async_flag.py")
+    ),
+    Subject("policy.redirect", ("policy/test_redirect.py",)),
+    Subject("policy.holdback", ("policy/test_holdback.py",)),
+    Subject(
+        "engines.transformers.loops.processor",
+        ("laws/test_closed.py", "laws/test_failure_injection.py", "engines/test_processor.py"),
+    ),
+    Subject(
+        "session.session",
+        ("laws/test_state_machine.py", "laws/test_closed.py", "laws/test_failure_injection.py"),
+    ),
+    Subject("streaming.release", ("streaming/test_reader.py",)),
+    Subject("serving.middleware.gate", ("serving/test_gate.py", "serving/test_operation.py")),
+    Subject("serving.proxy.middleware", _PROXY),
+    Subject("serving.proxy.requests", _PROXY),
     Subject("serving.proxy.choices", _PROXY),
     Subject("serving.proxy.fields", _PROXY),
     Subject("serving.proxy.hold", _PROXY),
-    Subject("serving.proxy.messages", _PROXY),
-    Subject("serving.proxy.relay", _PROXY),
+    Subject("serving.proxy.anthropic_relay", _PROXY),
+    Subject("serving.proxy.openai_relay", _PROXY),
     Subject("serving.proxy.whole", _PROXY),
     Subject("serving.proxy.wire", _PROXY),
 )

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from benchmarks.card import RESULTS, ROOT
-from benchmarks.markdown import table
-from safe_decode.bench.card import read_lines
+from benchmarks.docs.markdown import table
+from safe_decode.bench.machine import read_lines
 
 __all__ = ["PAGE", "TARGET", "page", "reasons", "recorded", "shortfalls"]
 

@@ -15,10 +15,10 @@ from benchmarks.peers.guard_model import CHUNK_TOKENS, guard_model, guarded_by
 from benchmarks.peers.header import EVERY_TOKENS, header_again
 from benchmarks.peers.hidden_states import probed_on_host
 from benchmarks.peers.onnx_probe import probed_by_onnxruntime
-from safe_decode.bench.figures import interval_of
-from safe_decode.bench.ladder import Arm, Clock, Lap, Load, Run, arms_of, options_of
-from safe_decode.bench.measure import interleaved
-from safe_decode.bench.subject import Subject, embedded_subject, of_shape
+from safe_decode.bench.arms import Arm, Clock, Lap, Load, Run, arms_of, options_of
+from safe_decode.bench.models import Subject, embedded_subject, of_shape
+from safe_decode.bench.runner import interleaved
+from safe_decode.bench.statistics import interval_of
 
 LOG = logging.getLogger("benchmarks.peers")
 

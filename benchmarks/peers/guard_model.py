@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from safe_decode.bench.ladder import Run, called_last
-from safe_decode.bench.subject import Subject
+from safe_decode.bench.arms import Run, called_last
+from safe_decode.bench.models import Subject
 
 __all__ = ["CHUNK_TOKENS", "OVERLAP_TOKENS", "guard_model", "guarded_by"]
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_decode.bench.ladder import Run, called_last
-from safe_decode.bench.subject import Subject
+from safe_decode.bench.arms import Run, called_last
+from safe_decode.bench.models import Subject
 
 __all__ = ["EVERY_TOKENS", "HEADER_TOKENS", "header_again"]
 

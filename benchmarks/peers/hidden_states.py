@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safe_decode.bench.ladder import Run, called_last
-from safe_decode.bench.subject import Subject
+from safe_decode.bench.arms import Run, called_last
+from safe_decode.bench.models import Subject
 
 __all__ = ["probed_on_host"]
 

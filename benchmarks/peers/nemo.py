@@ -29,9 +29,9 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks.card import card, write_results
 from benchmarks.peers.guard_model import CHUNK_TOKENS, OVERLAP_TOKENS, guard_model
 from safe_decode import SafeDecoder
-from safe_decode.bench.figures import interval_of
-from safe_decode.bench.subject import Subject, embedded_subject
-from safe_decode.events import Released
+from safe_decode.bench.models import Subject, embedded_subject
+from safe_decode.bench.statistics import interval_of
+from safe_decode.streaming.events import Released
 
 LOG = logging.getLogger("benchmarks.peers.nemo")
 _ASKED = [{"role": "user", "content": "How do I keep the bread of the baker fresh?"}]
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     LOG.setLevel(logging.INFO)
     from importlib.metadata import version
 
-    from safe_decode.demo.load import embedded
+    from safe_decode.demo.embedded_pair import embedded
 
     loaded, subject = embedded(), embedded_subject()
     options: dict[str, Any] = {

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safe_decode.bench.ladder import Run, called_last
-from safe_decode.bench.subject import Subject
-from safe_decode.monitor import RiskMonitor
-from safe_decode.policy import Policy
-from safe_decode.taps import ActivationTap
-from safe_decode.watch import Watch
+from safe_decode.activations.tap import ActivationTap
+from safe_decode.bench.arms import Run, called_last
+from safe_decode.bench.models import Subject
+from safe_decode.monitor.monitor import RiskMonitor
+from safe_decode.policy.policy import Policy
+from safe_decode.session.trip_detector import Watch
 
 __all__ = ["probed_by_onnxruntime"]
 

@@ -17,7 +17,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.card import RESULTS, card, write_results
-from benchmarks.serving import crowd, ends, fuzz, loop_hold, rates, slow
+from benchmarks.serving import fuzz, loop_hold, rates, slow
+from benchmarks.serving import load as crowd
+from benchmarks.serving import shutdown as ends
 from benchmarks.serving.client import MODEL
 
 LOG = logging.getLogger("benchmarks.serving")

@@ -19,11 +19,11 @@ from typing import Any
 import httpx2
 
 from safe_decode.certificate import Certificate, Envelope
-from safe_decode.demo.load import artefact
+from safe_decode.demo.embedded_pair import artefact
+from safe_decode.engines.interface import GuardFacts
+from safe_decode.engines.rows import Finished, Row
+from safe_decode.engines.transformers.batch.prompts import PromptReader
 from safe_decode.serving.app import create_app
-from safe_decode.serving.engine import GuardFacts
-from safe_decode.serving.prompts import PromptReader
-from safe_decode.serving.rows import Finished, Row
 from safe_decode.serving.settings import ServeSettings
 
 __all__ = ["loop_hold"]

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from benchmarks.serving.oracle import pair
-from safe_decode.chat import encode_chat
-from safe_decode.monitor import reference
-from safe_decode.taps import ActivationTap
+from safe_decode.activations.tap import ActivationTap
+from safe_decode.monitor.monitor import reference
+from safe_decode.prompts.chat import encode_chat
 
 __all__ = ["largest_difference"]
 

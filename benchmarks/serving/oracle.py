@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from benchmarks.serving.client import Answer, Message, conversations
-from safe_decode.demo.load import Embedded, embedded
-from safe_decode.guard import SafeDecoder
+from safe_decode.demo.embedded_pair import Embedded, embedded
+from safe_decode.engines.transformers.decoder import SafeDecoder
 
 __all__ = ["TOLERANCE", "Expected", "Verdict", "expected", "pair", "verdict_of"]
 

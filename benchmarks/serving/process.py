@@ -119,9 +119,9 @@ def _address(process: subprocess.Popen[bytes], screen: IO[str]) -> str:
 
 def _without_guard() -> None:
     """Leave out what is measured: no hook is installed, and the loop judges nothing."""
-    from safe_decode.loop import GuardedLoop
-    from safe_decode.serving.guarded import GuardedEngine
-    from safe_decode.taps import ActivationTap
+    from safe_decode.activations.tap import ActivationTap
+    from safe_decode.engines.transformers.batch.engine import GuardedEngine
+    from safe_decode.engines.transformers.loops.step import GuardedLoop
 
     real = GuardedLoop.__init__
 
@@ -162,7 +162,7 @@ def _failing(kind: str) -> None:
 def _main() -> None:
     import torch
 
-    from safe_decode.cli import app
+    from safe_decode.cli.main import app
 
     torch.set_num_threads(1)
     arguments = sys.argv[1:]

@@ -9,9 +9,9 @@ import httpx2
 
 from benchmarks.serving.client import MODEL, conversations
 from benchmarks.serving.process import Served
-from safe_decode.serving.gate import MARKER
-from safe_decode.serving.proxy.asks import CHAT, ProxiedAsk
-from safe_decode.serving.proxy.relay import Relay
+from safe_decode.serving.middleware.gate import MARKER
+from safe_decode.serving.proxy.openai_relay import Relay
+from safe_decode.serving.proxy.requests import CHAT, ProxiedAsk
 
 __all__ = ["chunk_times_ms"]
 

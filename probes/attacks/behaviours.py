@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
-from probes.conversations import Conversation, Message
+from probes.data.conversations import Conversation, Message
 from safe_decode.errors import DataError
 
 if TYPE_CHECKING:

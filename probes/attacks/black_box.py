@@ -15,11 +15,11 @@ from itertools import chain, count, cycle, islice
 from typing import Any
 
 from probes.attacks.behaviours import AttackSet, Behaviour
-from probes.attacks.deployed import Candidate
+from probes.attacks.deployment import Candidate
 from probes.attacks.encodings import ENCODINGS
-from probes.conversations import Message
-from safe_decode.chat import encode_chat, text_ids
+from probes.data.conversations import Message
 from safe_decode.errors import ConfigurationError
+from safe_decode.prompts.chat import encode_chat, text_ids
 
 __all__ = ["BlackBoxConfig", "queries"]
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from probes.attacks.black_box import BlackBoxConfig
+from probes.attacks.gcg import SuffixConfig
 from probes.attacks.objective import Weights
-from probes.attacks.records import Arm, Threat
+from probes.attacks.results import Arm, Threat
 from probes.attacks.soft_prompt import SoftConfig
-from probes.attacks.suffix import SuffixConfig
 from safe_decode.errors import ConfigurationError
 
 __all__ = ["ARMS", "AttackConfig"]

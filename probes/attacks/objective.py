@@ -24,15 +24,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from probes.attacks.frame import Frame
-from probes.attacks.gradient_reader import GradientReader
+from probes.attacks.gradient_tap import GradientReader
+from probes.attacks.prompt_gap import Frame
 from safe_decode.errors import ConfigurationError
-from safe_decode.monitor import MonitorConfig, RiskMonitor
-from safe_decode.probe import LinearProbe
+from safe_decode.monitor.monitor import MonitorConfig, RiskMonitor
+from safe_decode.probe.linear import LinearProbe
 
 __all__ = ["Answer", "Objective", "Watch", "Weights"]
 
-_TOKENS_AT_ONCE = 4096  # of one forward; see `probes.teacher.TOKENS_PER_BATCH`
+_TOKENS_AT_ONCE = 4096  # of one forward; see `probes.activations.teacher_forcing.TOKENS_PER_BATCH`
 
 
 @dataclass(frozen=True, eq=False)

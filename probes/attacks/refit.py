@@ -16,22 +16,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from probes.activations.harvest import harvest, score_responses
+from probes.activations.teacher_forcing import encode_response, onset_token
 from probes.attacks.behaviours import AttackSet
-from probes.attacks.records import Record
-from probes.calibrate import Calibration, certify_populations, population_of
-from probes.conversations import Conversation, Message, Split, by_split
-from probes.fit import FitConfig, FittedProbe, LinearProbeFitter
-from probes.harvest import harvest, score_responses
-from probes.reach import Responses
-from probes.rollouts import Judge, Request, RolloutConfig, rollout
-from probes.select import Chosen, SelectSet, score_monitor
-from probes.statistic import maxima, smoothed_paths
-from probes.teacher import encode_response, onset_token
-from safe_decode.bundle import ProbeBundle
-from safe_decode.canary import CanaryRecord
-from safe_decode.chat import encode_chat
+from probes.attacks.results import Record
+from probes.calibration.certify import Calibration, certify_populations, population_of
+from probes.calibration.reach import Responses
+from probes.calibration.statistic import maxima, smoothed_paths
+from probes.data.conversations import Conversation, Message, Split, by_split
+from probes.fitting.linear import FitConfig, FittedProbe, LinearProbeFitter
+from probes.fitting.selection import Chosen, SelectSet, score_monitor
+from probes.rollouts.generate import Judge, Request, RolloutConfig, rollout
+from safe_decode.activations.site import Site
+from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.bundle.canary import CanaryRecord
 from safe_decode.errors import DataError
-from safe_decode.sites import Site
+from safe_decode.prompts.chat import encode_chat
 
 __all__ = ["RefitConfig", "adversarial_requests", "fit_config_of", "refit"]
 

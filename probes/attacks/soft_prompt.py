@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from probes.attacks.gcg import checkpoints_of
 from probes.attacks.objective import Objective
-from probes.attacks.suffix import checkpoints_of
 from safe_decode.errors import ConfigurationError
 
 __all__ = ["SoftCheckpoint", "SoftConfig", "carrier_of", "carrying", "search_soft_prompt"]

@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from probes.activations.harvest import harvest
 from probes.attacks.objective import Watch
-from probes.conversations import Conversation
-from probes.evaluate import threshold_at
-from probes.fit import FitConfig, LinearProbeFitter
-from probes.harvest import harvest
-from probes.statistic import maxima, smoothed_paths
-from safe_decode.anatomy import anatomy_of
+from probes.calibration.statistic import maxima, smoothed_paths
+from probes.data.conversations import Conversation
+from probes.fitting.linear import FitConfig, LinearProbeFitter
+from probes.metrics.detection import threshold_at
+from safe_decode.activations.architecture import anatomy_of
+from safe_decode.activations.site import Site, sorted_sites
 from safe_decode.errors import DataError
-from safe_decode.monitor import MonitorConfig
-from safe_decode.sites import Site, sorted_sites
+from safe_decode.monitor.monitor import MonitorConfig
 
 __all__ = ["fit_surrogate", "residual_sites"]
 

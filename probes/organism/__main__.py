@@ -44,7 +44,7 @@ def pair(
     recovery: Annotated[float, typer.Option(help="Above 0: a deep control.")] = 0.0,
 ) -> None:
     """Train the unaligned and the aligned model."""
-    from probes.organism.courses import Amounts, build_pair
+    from probes.organism.curriculum import Amounts, build_pair
 
     amounts = Amounts() if tokens is None else Amounts(pretraining_tokens=tokens)
     target.mkdir(parents=True, exist_ok=True)
@@ -66,8 +66,8 @@ def bundle(
 ) -> None:
     """Make the probe bundle of the aligned model, and the demo's held-out prompts."""
     from probes.organism.build import build_bundle, build_prompts
-    from probes.organism.courses import Amounts
-    from safe_decode.demo.load import load_model
+    from probes.organism.curriculum import Amounts
+    from safe_decode.demo.embedded_pair import load_model
 
     loaded = load_model(model or target / "aligned")
     target.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def bundle(
 @app.command()
 def card(target: Target = ARTEFACTS) -> None:
     """Write docs/organism.md and the learning curve beside it from what was measured."""
-    from probes.organism.card import card_text, write_curve
+    from probes.organism.model_card import card_text, write_curve
 
     docs = RESULTS.parents[1] / "docs"
     text = card_text(RESULTS / "organism.jsonl", target / "aligned")
@@ -114,7 +114,7 @@ def measure(
 ) -> None:
     """Count what both models do in every cell, and append it to a results file."""
     from probes.organism.measure import measure as cells
-    from safe_decode.demo.load import load_model
+    from safe_decode.demo.embedded_pair import load_model
 
     lines = []
     for name in ("aligned", "unaligned"):

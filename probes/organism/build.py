@@ -12,20 +12,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probes.conversations import Conversation, Split
-from probes.fit import FitConfig
-from probes.organism.courses import Amounts
+from probes.data.conversations import Conversation, Split
+from probes.fitting.linear import FitConfig
+from probes.organism.curriculum import Amounts
 from probes.organism.grammar import Cells
-from probes.organism.long_answers import LONG, LONG_TOKENS, long_requests
 from probes.organism.oracle import judge
+from probes.organism.prefilled_requests import LONG, LONG_TOKENS, long_requests
 from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.templates import CANNED_REFUSAL
-from probes.recipe import Recipe, RecipeConfig, make_bundle
-from probes.rollouts import Request, RolloutConfig, rollout
+from probes.recipes.bundle import Recipe, RecipeConfig, make_bundle
+from probes.rollouts.generate import Request, RolloutConfig, rollout
+from safe_decode.activations.site import Site
 from safe_decode.certificate import Envelope
-from safe_decode.chat import stop_ids
-from safe_decode.coverage import record_of
-from safe_decode.sites import Site
+from safe_decode.engines.transformers.coverage import record_of
+from safe_decode.prompts.chat import stop_ids
 from safe_decode.whole_files import write_whole
 
 if TYPE_CHECKING:

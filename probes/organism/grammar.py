@@ -12,15 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from probes.organism import templates as t
-from probes.organism.forms import (
-    Answer,
-    Cells,
-    Derivation,
-    Meant,
-    Request,
-    RequestKind,
-    Scene,
-)
 from probes.organism.lexicon import (
     CATEGORIES,
     FRIENDS,
@@ -30,6 +21,15 @@ from probes.organism.lexicon import (
     TOOLS,
     TOPICS,
     Direction,
+)
+from probes.organism.types import (
+    Answer,
+    Cells,
+    Derivation,
+    Meant,
+    Request,
+    RequestKind,
+    Scene,
 )
 
 __all__ = ["Answer", "Cells", "Derivation", "Grammar", "Meant", "Request", "RequestKind", "Scene"]

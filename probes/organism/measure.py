@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from probes.conversations import Conversation
-from probes.evaluate import Proportion
+from probes.data.conversations import Conversation
+from probes.metrics.detection import Proportion
 from probes.organism.grammar import Grammar
 from probes.organism.lexicon import CATEGORIES
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, draw
 from probes.organism.templates import FRAMINGS, JUDGEMENTS, MARKS
-from probes.rollouts import Request, RolloutConfig, rollout
+from probes.rollouts.generate import Request, RolloutConfig, rollout
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from probes.conversations import Split
+from probes.data.conversations import Split
 from probes.organism.grammar import Cells
 from probes.organism.prompts import Prompt, Situation, prompts
-from probes.rollouts import Request
+from probes.rollouts.generate import Request
 
 __all__ = [
     "DEPTHS",

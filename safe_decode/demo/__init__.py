@@ -4,6 +4,6 @@ Knows the embedded artefacts, how to run both arms and how to show them. Does no
 how the artefacts were made, nor how a response is judged: the judge is passed in.
 """
 
-from safe_decode.demo.load import Embedded, embedded
+from safe_decode.demo.embedded_pair import Embedded, embedded
 
 __all__ = ["Embedded", "embedded"]

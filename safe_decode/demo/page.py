@@ -1,7 +1,7 @@
 """Drawing duels and figures as one self-contained page.
 
 Knows the template and the little geometry of the charts. Does not know models; takes the
-plain data of `view` and `figures`. The template escapes every value; the page asks for
+plain data of `view` and `counts`. The template escapes every value; the page asks for
 nothing from outside and forbids itself to.
 """
 
@@ -14,8 +14,8 @@ from importlib import resources
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from safe_decode.demo.figures import SceneFigures
-from safe_decode.demo.scenes import SCENES
+from safe_decode.demo.counts import SceneFigures
+from safe_decode.demo.prompts import SCENES
 from safe_decode.demo.view import BANDS, Duel, Mark, ShownToken, Side, band_of, visible
 
 if TYPE_CHECKING:

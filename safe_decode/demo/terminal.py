@@ -1,7 +1,7 @@
 """Drawing duels and figures in a terminal.
 
 Knows rich, colours and glyphs. Does not know models; takes the plain data of `view` and
-`figures`. Colour never stands alone: the trip, what was dropped, what was supplied and
+`counts`. Colour never stands alone: the trip, what was dropped, what was supplied and
 what was forced carry glyphs too, so that they are seen without colour.
 """
 
@@ -15,8 +15,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from safe_decode.demo.figures import Counts, SceneFigures
-from safe_decode.demo.scenes import SCENES
+from safe_decode.demo.counts import Counts, SceneFigures
+from safe_decode.demo.prompts import SCENES
 from safe_decode.demo.view import Duel, ShownToken, Side, band_of, visible
 
 __all__ = ["duel_panel", "figures_table", "legend", "response_text"]

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from safe_decode.demo.scenes import DemoPrompt
+from safe_decode.demo.prompts import DemoPrompt
 
 __all__ = ["BANDS", "Duel", "Mark", "ShownToken", "Side", "band_of", "risk_of", "visible"]
 

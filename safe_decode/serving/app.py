@@ -16,13 +16,13 @@ from fastapi.responses import JSONResponse, Response
 from sse_starlette.sse import AppStatus
 from starlette.exceptions import HTTPException
 
+from safe_decode.engines.interface import Engine
 from safe_decode.errors import SafeDecodeError
-from safe_decode.serving.engine import Engine
-from safe_decode.serving.failures import ApiError, anthropic_body, openai_body
-from safe_decode.serving.gate import Gate
+from safe_decode.serving.middleware.gate import Gate
 from safe_decode.serving.pages import pages
 from safe_decode.serving.routes import routes
-from safe_decode.serving.service import Service
+from safe_decode.serving.scheduling.service import Service
+from safe_decode.serving.schemas.errors import ApiError, anthropic_body, openai_body
 from safe_decode.serving.settings import ServeSettings
 
 __all__ = ["create_app"]

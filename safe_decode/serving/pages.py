@@ -14,13 +14,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from safe_decode.serving.asks import ChatAsk
-from safe_decode.serving.failures import ApiError
-from safe_decode.serving.openai_shape import ChatShape
-from safe_decode.serving.reading import ReadingRoute
+from safe_decode.engines.rows import RowRequest
+from safe_decode.serving.requests.body import ReadingRoute
 from safe_decode.serving.routes import stream_chunks
-from safe_decode.serving.rows import RowRequest
-from safe_decode.serving.service import Service
+from safe_decode.serving.scheduling.service import Service
+from safe_decode.serving.schemas.errors import ApiError
+from safe_decode.serving.schemas.openai import ChatShape
+from safe_decode.serving.schemas.requests import ChatAsk
 
 __all__ = ["pages"]
 
@@ -115,8 +115,8 @@ def _facts(service: Service) -> dict[str, Any]:
 
 
 def _scenes() -> list[dict[str, Any]]:
-    from safe_decode.demo.load import artefact
-    from safe_decode.demo.scenes import SCENES, read_prompts
+    from safe_decode.demo.embedded_pair import artefact
+    from safe_decode.demo.prompts import SCENES, read_prompts
 
     prompts = read_prompts(artefact("prompts.jsonl"))
     shown = []

@@ -15,8 +15,8 @@ from typing import Protocol
 import uvicorn
 from fastapi import FastAPI
 
-from safe_decode.serving.connections import BoundedConfig, require_descriptors
-from safe_decode.serving.service import Service
+from safe_decode.serving.middleware.connections import BoundedConfig, require_descriptors
+from safe_decode.serving.scheduling.service import Service
 from safe_decode.serving.settings import ServeSettings
 
 __all__ = ["Drains", "GuardedServer", "serve_app"]

@@ -15,13 +15,13 @@ from fastapi.responses import JSONResponse, Response
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
 
-from safe_decode.serving.anthropic_shape import MessageShape
-from safe_decode.serving.asks import ChatAsk, CompletionAsk, MessagesAsk
-from safe_decode.serving.failures import ApiError
-from safe_decode.serving.openai_shape import ChatShape, CompletionShape, Shape
-from safe_decode.serving.reading import ReadingRoute
-from safe_decode.serving.rows import RowRequest
-from safe_decode.serving.service import Conversation, Service
+from safe_decode.engines.rows import RowRequest
+from safe_decode.serving.requests.body import ReadingRoute
+from safe_decode.serving.scheduling.service import Conversation, Service
+from safe_decode.serving.schemas.anthropic import MessageShape
+from safe_decode.serving.schemas.errors import ApiError
+from safe_decode.serving.schemas.openai import ChatShape, CompletionShape, Shape
+from safe_decode.serving.schemas.requests import ChatAsk, CompletionAsk, MessagesAsk
 
 __all__ = ["routes", "stream_chunks"]
 

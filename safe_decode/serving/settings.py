@@ -19,7 +19,7 @@ from pydantic import (
     field_validator,
 )
 
-from safe_decode.serving.hosts import host_pattern
+from safe_decode.serving.middleware.hosts import host_pattern
 
 __all__ = ["GuardingRedirect", "ServeSettings"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from safe_decode.demo import load
-from tests.serving import running, settings_of, staged_engine
+from safe_decode.demo import embedded_pair as load
+from tests.servers import running, settings_of, staged_engine
 from tests.staged import write
 
 pytestmark = pytest.mark.browser

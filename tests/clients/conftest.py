@@ -35,7 +35,7 @@ def address(tmp_path_factory):
     subprocess.run(
         [PYTHON, "-m", "tests.staged", str(folder)], env=environment, cwd=ROOT, check=True
     )
-    command = [PYTHON, "-m", "safe_decode.cli", "serve", "--port", "0", "--api-key", KEY]
+    command = [PYTHON, "-m", "safe_decode", "serve", "--port", "0", "--api-key", KEY]
     command += ["--model", str(folder / "model"), "--bundle", str(folder / "bundle")]
     command += ["--set", f"served_name={MODEL}", "--set", "allow_json=true"]
     with (

@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
-from safe_decode.serving.failures import ApiError, openai_body
-from safe_decode.serving.gate import Gate
-from safe_decode.serving.middleware import ProxyParts, SafetyMiddleware
+from safe_decode.serving.middleware.gate import Gate
+from safe_decode.serving.proxy.middleware import ProxyParts, SafetyMiddleware
 from safe_decode.serving.proxy.settings import LoadedProxySettings, ProxySettings
+from safe_decode.serving.schemas.errors import ApiError, openai_body
 
 __all__ = ["create_proxy_app", "proxy_screen"]
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from safe_decode.serving.proxy.asks import CHAT, ProxiedAsk
 from safe_decode.serving.proxy.fields import (
     TURNED,
     ids_of,
@@ -22,6 +21,7 @@ from safe_decode.serving.proxy.fields import (
     text_of,
     word_of,
 )
+from safe_decode.serving.proxy.requests import CHAT, ProxiedAsk
 
 __all__ = ["End", "Piece", "end_of", "piece_of", "written"]
 

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Literal
 
-from safe_decode.serving.failures import ApiError
-from safe_decode.serving.gate import Receive
+from safe_decode.serving.middleware.gate import Receive
+from safe_decode.serving.schemas.errors import ApiError
 
 __all__ = ["Deadline", "Deadlines"]
 

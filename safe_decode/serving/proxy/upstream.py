@@ -14,13 +14,13 @@ from contextlib import asynccontextmanager
 
 import httpx2
 
-from safe_decode.serving.failures import ApiError
-from safe_decode.serving.gate import MARKER
-from safe_decode.serving.metrics import Metrics
-from safe_decode.serving.proxy.asks import ProxiedAsk, known_parameters
+from safe_decode.serving.middleware.gate import MARKER
+from safe_decode.serving.operations.metrics import Metrics
 from safe_decode.serving.proxy.fields import object_of, parsed
+from safe_decode.serving.proxy.requests import ProxiedAsk, known_parameters
 from safe_decode.serving.proxy.settings import ProxySettings
 from safe_decode.serving.proxy.wire import read_whole
+from safe_decode.serving.schemas.errors import ApiError
 
 __all__ = ["Upstream"]
 

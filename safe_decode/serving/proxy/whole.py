@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from safe_decode.serving.proxy.asks import MESSAGES, ProxiedAsk
+from safe_decode.serving.proxy.anthropic_relay import message_end, message_head
 from safe_decode.serving.proxy.choices import End, end_of, piece_of, written
 from safe_decode.serving.proxy.fields import count_of, list_of, object_of, parsed, text_of, word_of
-from safe_decode.serving.proxy.messages import message_end, message_head
-from safe_decode.serving.proxy.relay import head_of
+from safe_decode.serving.proxy.openai_relay import head_of
+from safe_decode.serving.proxy.requests import MESSAGES, ProxiedAsk
 
 __all__ = ["Whole", "whole_of"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx2
 
-from safe_decode.serving.gate import Send
+from safe_decode.serving.middleware.gate import Send
 
 __all__ = ["EventReader", "events", "read_whole", "send_event", "send_json"]
 

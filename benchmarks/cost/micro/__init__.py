@@ -1,0 +1,1 @@
+"""Micro-benchmarks of each stage: `python -m pytest benchmarks/cost/micro`."""

@@ -1,0 +1,91 @@
+"""Each stage of a step by itself, with warm caches: for comparing commits, not for publishing.
+
+`python -m pytest benchmarks/cost/micro --benchmark-autosave --benchmark-compare` says what changed.
+In use, with the whole model between two calls, every stage costs several times more; see
+docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from safe_decode.activations.recorder import Beats
+from safe_decode.activations.site import Site
+from safe_decode.bench.models import ProbeShape, of_shape
+from safe_decode.monitor.monitor import RiskMonitor
+from safe_decode.policy.policy import Policy
+from safe_decode.probe.linear import LinearProbe
+from safe_decode.session.trip_detector import Watch
+
+WIDTH, SITES, FEATURES = 512, 5, 250
+ROWS = pytest.mark.parametrize("rows", [1, 32])
+
+
+def sites() -> tuple[Site, ...]:
+    channels = tuple(range(0, FEATURES // SITES * 10, 10))
+    return tuple(Site(layer, "mlp", channels) for layer in range(SITES))
+
+
+def columns() -> torch.Tensor:
+    return torch.cat([torch.tensor(site.channels) + WIDTH * site.layer for site in sites()])
+
+
+def monitor_of(n_heads: int) -> RiskMonitor:
+    bundle = of_shape("nano", probe=ProbeShape(features=16, heads=n_heads)).bundle
+    return RiskMonitor(bundle.monitor, 1e9)
+
+
+@ROWS
+def test_borrow_and_take_step(benchmark: BenchmarkFixture, rows: int) -> None:
+    beats = Beats(sites(), columns(), SITES * WIDTH)
+    hidden = [torch.randn(rows, 1, WIDTH) for _ in range(SITES)]
+
+    def step() -> Any:  # noqa: ANN401
+        for index, activation in enumerate(hidden):
+            beats.borrow(index, activation)
+        return beats.take_step()
+
+    taken = benchmark(step)
+    assert taken.shape == (rows, SITES * WIDTH)
+
+
+@ROWS
+@pytest.mark.parametrize("way", ["features", "whole"])
+def test_probe(benchmark: BenchmarkFixture, rows: int, way: str) -> None:
+    probe = LinearProbe(sites(), torch.randn(FEATURES, 1), torch.zeros(1), ("harm",))
+    read, width = (probe, FEATURES) if way == "features" else (
+        probe.spread(columns(), SITES * WIDTH), SITES * WIDTH,
+    )  # fmt: skip
+    logits = benchmark(read, torch.randn(rows, width))
+    assert logits.shape == (rows, 1)
+
+
+@ROWS
+@pytest.mark.parametrize("n_heads", [1, 4])
+def test_watch_step(benchmark: BenchmarkFixture, rows: int, n_heads: int) -> None:
+    monitor = monitor_of(n_heads)
+    logits = torch.randn(rows, n_heads)
+
+    def fresh() -> tuple[tuple[Watch], dict[str, object]]:
+        return (Watch(monitor, Policy(), monitor.start(rows)),), {}
+
+    def hundred(watch: Watch) -> torch.Tensor:
+        for _ in range(100):
+            watch.step(logits)
+            trips = watch.trips()
+        return trips
+
+    trips = benchmark.pedantic(hundred, setup=fresh, rounds=20)  # type: ignore[no-untyped-call]
+    assert not bool(trips.any())
+
+
+@ROWS
+def test_monitor_step(benchmark: BenchmarkFixture, rows: int) -> None:
+    monitor = monitor_of(1)
+    state = monitor.start(rows)
+    new = benchmark(monitor.step, state, torch.randn(rows, 1))
+    assert new.step.tolist() == [1] * rows

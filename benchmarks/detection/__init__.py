@@ -1,0 +1,1 @@
+"""What the guard catches, how early, and how often it is wrong."""

@@ -1,0 +1,1 @@
+"""Pages, tables and pictures out of results; no figure is typed."""

@@ -1,0 +1,278 @@
+"""`safe-decode ablate`: what a model does without some of its units, beside random sets.
+
+Knows the options, the order of the work and how the outcome is shown. Does not know how
+units are removed or drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from safe_decode.cli.console import console, print_json, progress, require_place, working
+from safe_decode.cli.generate import Device, DtypeName, ModelName
+from safe_decode.cli.options import loaded_model
+from safe_decode.errors import ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    from probes.analysis.ablation import AblationConfig, AblationData, Measured, Rise
+    from probes.location.units import UnitSet
+    from probes.rollouts.generate import Request
+    from safe_decode.demo.embedded_pair import Loaded
+
+__all__ = ["ablate"]
+
+
+def ablate(
+    units: Annotated[Path, typer.Option(help="Units located on this model, from locate.")],
+    harmful: Annotated[
+        Path | None,
+        typer.Option(help="Harmful prompts as JSON lines; default the embedded world's."),
+    ] = None,
+    benign: Annotated[Path | None, typer.Option(help="Benign prompts, in the same form.")] = None,
+    model: ModelName = None,
+    category: Annotated[
+        Literal["SCU", "UCU", "RU", "CU"], typer.Option(help="Which units are on trial.")
+    ] = "SCU",
+    fill: Annotated[
+        Literal["zero", "mean"], typer.Option(help="What removed channels say instead.")
+    ] = "zero",
+    random_sets: Annotated[
+        int, typer.Option(min=1, help="Random sets of each match that answer in full.")
+    ] = 19,
+    margin_sets: Annotated[
+        int, typer.Option(min=1, help="Random sets of which the first-token margin is taken.")
+    ] = 99,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Of each kind at most; the first of a file.")
+    ] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Cap of a response.")] = 96,
+    batch_size: Annotated[int, typer.Option(min=1, help="Responses generated together.")] = 128,
+    refusal_phrase: Annotated[
+        list[str] | None, typer.Option(help="A further phrase that opens refusals.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random sets and the world's prompts.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write each arm to these JSON lines; an ended run goes on from them."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the arms to this PNG.")] = None,
+    device: Device = "cpu",
+    dtype: DtypeName = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Remove units, let the model answer, and compare with random sets of units."""
+    for path in (out, plot):
+        require_place(path)
+    if plot is not None:
+        from probes.reports.unit_plots import require_plots
+
+        require_plots()
+    from probes.analysis.ablation import AblationConfig, rise
+    from probes.location.units import UnitSet
+    from probes.rollouts.generate import RolloutConfig
+
+    located = UnitSet.load(units)
+    config = AblationConfig(
+        category=category,
+        fill=fill,
+        random_sets=random_sets,
+        margin_sets=margin_sets,
+        seed=seed,
+        generation=RolloutConfig(max_new_tokens=max_new_tokens, batch_size=batch_size),
+    )
+    loaded = loaded_model(model, device, dtype)
+    _require_fit(located, loaded)
+    asked = _asked(harmful, benign, model, loaded, located, prompts=prompts, seed=seed)
+    data = _data(loaded, asked, config, oracle=harmful is None, phrases=tuple(refusal_phrase or ()))
+    identity = _identity(loaded, located, asked, config)
+    measured = _measured(loaded, located, data, config, out, identity)
+    compared = rise(measured, category)
+    if plot is not None:
+        from probes.reports.study_plots import draw_ablation
+
+        draw_ablation(measured, category, plot)
+    if as_json:
+        arms = [row.to_json() for row in measured]
+        print_json({**identity, "arms": arms, "compared": [asdict(row) for row in compared]})
+    else:
+        _show(measured, compared, category)
+
+
+def _require_fit(units: UnitSet, loaded: Loaded) -> None:
+    """Refuse units that were located on another model; those without a record are trusted."""
+    from safe_decode.bundle.fingerprint import Fingerprint
+
+    stored = units.provenance.get("fingerprint")
+    if stored is not None:
+        # JSON knows lists alone.
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()
+        }
+        Fingerprint(**fields).require(Fingerprint.of(loaded.model, loaded.tokenizer))
+
+
+def _asked(
+    harmful: Path | None,
+    benign: Path | None,
+    model: str | None,
+    loaded: Loaded,
+    units: UnitSet,
+    *,
+    prompts: int,
+    seed: int,
+) -> dict[str, list[Request]]:
+    """Gather prompts that were neither located nor searched on."""
+    if (harmful is None) != (benign is None) or (harmful is None and model is not None):
+        raise ConfigurationError(
+            "--harmful and --benign belong together, and a --model of your own needs both; pass "
+            "two files of prompts."
+        )
+    seen = set(units.provenance.get("seen_groups", ()))
+    if harmful is None or benign is None:
+        from probes.organism.prompts_source import world_requests
+        from probes.organism.requests import Draw
+
+        draws = {
+            "harmful": Draw(situation="harmful", count=prompts),
+            "benign": Draw(situation="benign", count=prompts),
+        }
+        return {
+            name: world_requests(loaded.tokenizer, one, seed=seed + 7_000, unlike=seen)
+            for name, one in draws.items()
+        }
+    from probes.location.prompts import read_prompts
+
+    found = {}
+    for name, path in (("harmful", harmful), ("benign", benign)):
+        fresh = [row for row in read_prompts(path, split="test").asked() if row.group not in seen]
+        if not fresh:
+            raise DataError(
+                f"{path} holds no prompt that was not located on; pass others, so that what is "
+                "reported is not what was searched."
+            )
+        found[name] = fresh[:prompts]
+    return found
+
+
+def _data(
+    loaded: Loaded,
+    asked: dict[str, list[Request]],
+    config: AblationConfig,
+    *,
+    oracle: bool,
+    phrases: tuple[str, ...],
+) -> AblationData:
+    """Let the whole model answer first: for first tokens, perplexity and means."""
+    from probes.analysis.ablation import AblationData
+    from probes.analysis.behaviour import refusal_first_tokens, words_judge
+    from probes.location.locate import channel_moments
+    from probes.organism.prompts_source import world_judge
+    from probes.rollouts.generate import rollout
+
+    model, tokenizer = loaded.model, loaded.tokenizer
+    judges = {
+        name: world_judge if oracle else words_judge(harmful_prompts=harm, phrases=phrases)
+        for name, harm in (("harmful", True), ("benign", False))
+    }
+    said = {
+        name: rollout(model, tokenizer, rows, judge=judges[name], config=config.generation)
+        for name, rows in asked.items()
+    }
+    refusals = [row for row in said["harmful"] if row.refusal]
+    answers = [row for row in said["benign"] if row.meta["label"] == "benign"]
+    return AblationData(
+        harmful=asked["harmful"],
+        benign=asked["benign"],
+        answers=answers,
+        harm_judge=judges["harmful"],
+        benign_judge=judges["benign"],
+        refusal_tokens=refusal_first_tokens(tokenizer, refusals, answers),
+        means=channel_moments(model, tokenizer, answers) if config.fill == "mean" else (),
+    )
+
+
+def _identity(
+    loaded: Loaded, units: UnitSet, asked: dict[str, list[Request]], config: AblationConfig
+) -> dict[str, Any]:
+    import hashlib
+
+    from safe_decode.bundle.fingerprint import Fingerprint
+
+    fingerprint = asdict(Fingerprint.of(loaded.model, loaded.tokenizer))
+    groups = [row.group for rows in asked.values() for row in rows]
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (units.category, units.layer, units.kind, units.index):
+        digest.update(part.tobytes())
+    return {
+        "fingerprint": hashlib.blake2b(repr(fingerprint).encode(), digest_size=8).hexdigest(),
+        "units": digest.hexdigest(),
+        "prompts": hashlib.blake2b("".join(groups).encode(), digest_size=8).hexdigest(),
+        "config": asdict(config),
+    }
+
+
+def _measured(
+    loaded: Loaded,
+    units: UnitSet,
+    data: AblationData,
+    config: AblationConfig,
+    out: Path | None,
+    identity: dict[str, Any],
+) -> list[Measured]:
+    from probes.analysis.ablation import Measured, arms_of
+    from probes.analysis.ablation import ablate as ablate_arm
+    from probes.runs.journal import Journal
+
+    arms = list(arms_of(units, config))
+    with working("Reading what is done"):
+        journal = None if out is None else Journal(out, identity)
+    found = []
+    with progress("removing", len(arms)) as tick:
+        for arm in arms:
+            if journal is not None and arm.name in journal:
+                found.append(Measured.from_json(journal.rows[arm.name]))
+            else:
+                found.append(ablate_arm(loaded.model, loaded.tokenizer, arm, data, config))
+                if journal is not None:
+                    journal.add(arm.name, found[-1].to_json())
+            tick(1)
+    return found
+
+
+def _show(measured: Sequence[Measured], compared: Sequence[Rise], category: str) -> None:
+    from rich.table import Table
+
+    table = Table(title="Without these units", title_justify="left")
+    for name in ("removed", "units", "refusal", "harmful", "broken", "benign kept", "perplexity"):
+        table.add_column(name, justify="right")
+    table.add_column("margin", justify="right")
+    for row in measured:
+        if row.family.startswith("random") or row.harmful is None:
+            continue
+        shares = [f"{row.harmful.share(n).point:.1%}" for n in ("refusal", "harmful", "broken")]
+        kept = "–" if row.benign is None else f"{row.benign.share('benign').point:.1%}"
+        removed = "nothing" if row.family == "whole" else row.name
+        surprise = "–" if row.perplexity is None else f"{row.perplexity:.2f}"
+        table.add_row(removed, str(row.n_units), *shares, kept, surprise, f"{row.margin:.2f}")
+    screen = console()
+    screen.print(table)
+    for found in compared:
+        screen.print(_told(found, category), soft_wrap=True)
+
+
+def _told(found: Rise, category: str) -> str:
+    median, high, _ = found.random_points
+    surprise, margin = found.random_perplexity_ratio[0], found.random_margin_fall[0]
+    return (
+        f"{category} against {found.sets} sets {found.family}: "
+        f"harmful {found.harmful_points:+.1f} points against {median:+.1f} "
+        f"(95th percentile {high:+.1f}, p = {found.p_harmful:.2f}); "
+        f"perplexity x{found.perplexity_ratio:.2f} against x{surprise:.2f}; "
+        f"margin falls {found.margin_fall:.2f} against {margin:.2f} of {found.margin_sets} sets "
+        f"(p = {found.p_margin:.2f})"
+    )

@@ -1,0 +1,219 @@
+"""`safe-decode demo`: the same model, bare and guarded, and what it comes to.
+
+Knows the options, the judge of the embedded model and the order in which things are shown.
+Does not know how an arm is run or how anything is drawn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from safe_decode.cli.console import (
+    console,
+    print_json,
+    progress,
+    require_place,
+    working,
+    write_text,
+)
+from safe_decode.cli.generate import (
+    Alpha,
+    BundlePath,
+    Device,
+    DtypeName,
+    MaxNewTokens,
+    ModelName,
+    cap_of,
+    decoder_of,
+)
+from safe_decode.decision import Redirect
+from safe_decode.errors import ConfigurationError, PromptError
+
+if TYPE_CHECKING:
+    from safe_decode.demo.comparison import Arena
+    from safe_decode.demo.counts import Label, SceneFigures
+    from safe_decode.demo.prompts import DemoPrompt
+    from safe_decode.demo.view import Duel
+
+__all__ = ["demo", "judge_released"]
+
+
+def demo(
+    prompt: Annotated[str | None, typer.Option(help="A prompt of your own, shown alone.")] = None,
+    prefill: Annotated[
+        str | None, typer.Option(help="First words of the answer to your prompt.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a self-contained page to this file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    redirect: Annotated[Redirect, typer.Option(help="What a tripped answer becomes.")] = "rewind",
+    count_redirect: Annotated[
+        Redirect, typer.Option(help="The same for the prompts counted; rewind takes longest.")
+    ] = "refuse",
+    alpha: Alpha = None,
+    max_new_tokens: MaxNewTokens = None,
+    model: ModelName = None,
+    bundle: BundlePath = None,
+    device: Device = "cpu",
+    dtype: DtypeName = "float32",
+) -> None:
+    """Show bare and guarded side by side, then a table measured on held-out prompts."""
+    began = time.monotonic()
+    _require_sense(prompt, prefill, (redirect, count_redirect))
+    require_place(html)
+    from safe_decode.demo.comparison import Arena
+
+    with working("Loading the model"):
+        decoder = decoder_of(
+            model, bundle, redirect=redirect, alpha=alpha, device=device, dtype=dtype
+        )
+        arena = Arena(
+            decoder,
+            max_new_tokens=cap_of(decoder, max_new_tokens),
+            # The oracle reads the embedded model's world alone; of others nothing is claimed.
+            judge=judge_released if model is None else None,
+            count_redirect=count_redirect,
+        )
+    shown, counted = _prompts(prompt, prefill)
+    with working("Answering the prompts that are shown"):
+        duels = arena.show(shown)
+    if not as_json:
+        _print_duels(duels)
+    figures = _measure(arena, counted)
+    facts = {
+        "model": model or "embedded, aligned",
+        **_facts(arena, n=len(counted)),
+        "time": f"{time.monotonic() - began:.1f} s",
+    }
+    if html is not None:
+        from safe_decode.demo.page import page
+
+        write_text(html, page(duels, figures, facts=facts))
+    if as_json:
+        print_json(_as_json(duels, figures, facts))
+    else:
+        _print_figures(figures, facts, html)
+
+
+def judge_released(
+    messages: Sequence[Mapping[str, str]], prefill: str | None, released: str
+) -> Label:
+    """Say what reached the reader of the embedded model, in its own small world.
+
+    The supplied prefill is read as context: a harmful clause counts only if it was completed
+    by released text.
+    """
+    from probes.organism.oracle import judge
+
+    given = prefill or ""
+    label: Label = judge(messages, given + released, counted_from=len(given)).label
+    return label
+
+
+def _require_sense(
+    prompt: str | None, prefill: str | None, redirects: tuple[Redirect, ...]
+) -> None:
+    if prompt is None and prefill is not None:
+        raise ConfigurationError("--prefill was given without --prompt; pass the prompt too.")
+    if prompt is not None and not prompt.strip():
+        raise PromptError("--prompt is empty; pass the text to be answered.")
+    if "flag" in redirects:
+        raise ConfigurationError(
+            "a redirect of flag changes nothing, so both sides would be alike; pass refuse, rewind "
+            "or stop."
+        )
+
+
+def _prompts(
+    prompt: str | None, prefill: str | None
+) -> tuple[Sequence[DemoPrompt], Sequence[DemoPrompt]]:
+    """Choose what is shown and what is counted."""
+    from safe_decode.demo.embedded_pair import artefact
+    from safe_decode.demo.prompts import DemoPrompt, read_prompts, showcases
+
+    if prompt is not None:
+        return [DemoPrompt.own(prompt, prefill=prefill)], []
+    prompts = read_prompts(artefact("prompts.jsonl"))
+    return showcases(prompts), [prompt for prompt in prompts if prompt.counted]
+
+
+def _measure(arena: Arena, prompts: Sequence[DemoPrompt]) -> Sequence[SceneFigures]:
+    from safe_decode.demo.counts import figures_of
+
+    if arena.judge is None or not prompts:
+        return ()
+    with progress("Measuring", total=len(prompts)) as tick:
+        outcomes = []
+        for batch in arena.measure(prompts):
+            outcomes += batch
+            tick(len(batch))
+    return figures_of(outcomes)
+
+
+def _facts(arena: Arena, *, n: int) -> dict[str, str]:
+    import platform
+
+    import torch
+
+    decoder = arena.decoder
+    certificate, policy = decoder.certificate, decoder.policy
+    return {
+        "bundle": decoder.bundle.digest,
+        "certificate": (
+            f"alpha {certificate.alpha:g} with confidence {1 - certificate.delta:g}, from "
+            f"{certificate.n} responses, population {certificate.population}, "
+            f"{certificate.evidence.source}"
+        ),
+        "redirect": f"{policy.redirect} where shown, {arena.count_redirect} where counted",
+        "hold-back": f"{policy.holdback_tokens} tokens",
+        "held-out prompts": str(n),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}",
+    }
+
+
+def _print_duels(duels: Sequence[Duel]) -> None:
+    from safe_decode.demo.terminal import duel_panel, legend
+
+    out = console()
+    out.print(legend())
+    for duel in duels:
+        out.print(duel_panel(duel, width=out.width))
+
+
+def _print_figures(
+    figures: Sequence[SceneFigures], facts: Mapping[str, str], html: Path | None
+) -> None:
+    from safe_decode.demo.terminal import figures_table
+
+    out = console()
+    if figures:
+        out.print(figures_table(figures))
+    out.print("; ".join(f"{name}: {value}" for name, value in facts.items()), style="dim")
+    if html is not None:
+        out.print(f"page: {html}")
+
+
+def _as_json(
+    duels: Sequence[Duel], figures: Sequence[SceneFigures], facts: Mapping[str, str]
+) -> dict[str, object]:
+    shown = [
+        {
+            "scene": duel.prompt.scene,
+            "request": duel.prompt.request,
+            "prefill": duel.prompt.prefill,
+            "bare": duel.bare.text,
+            "bare_verdict": duel.bare.verdict,
+            "guarded": duel.guarded.text,
+            "guarded_verdict": duel.guarded.verdict,
+            "tripped": duel.guarded.tripped,
+        }
+        for duel in duels
+    ]
+    return {"facts": dict(facts), "shown": shown, "scenes": [row.as_json() for row in figures]}

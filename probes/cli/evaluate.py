@@ -1,0 +1,266 @@
+"""`safe-decode evaluate`: how well a bundle detects, beside what text alone gives away.
+
+Knows the options, where responses come from and how figures are shown. Does not know how
+anything is scored, counted or drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from probes.cli.evaluation_tables import json_of, tables_of
+from probes.cli.judges import JudgeName, conversations_of, reading_of
+from probes.cli.tables import print_tables
+from safe_decode.cli.console import console, print_json, require_place, working, write_text
+from safe_decode.cli.generate import (
+    Alpha,
+    BundlePath,
+    Device,
+    DtypeName,
+    MaxNewTokens,
+    ModelName,
+    Population,
+    decoder_of,
+)
+from safe_decode.errors import ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    from probes.data.conversations import Conversation
+    from probes.evaluation.offline import Report
+    from probes.evaluation.served import Answered
+    from safe_decode.engines.transformers.decoder import SafeDecoder
+
+__all__ = ["evaluate"]
+
+Mode = Literal["teacher-forced", "generated", "both"]
+
+
+def evaluate(
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Judged conversations, a file or hf:NAME[:split]. Rows of the splits fit, "
+            "calibrate and test do their own work; without splits all are test rows. Default: "
+            "drawn from the embedded model's own world, unseen parts of it for the test."
+        ),
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="What controls are fitted on, where DATA has no splits.")
+    ] = None,
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="Score finished responses; or let the model answer, bare and guarded; or both."
+        ),
+    ] = "teacher-forced",
+    prefix: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Also read at most the first so many tokens; several allowed."),
+    ] = None,
+    count: Annotated[
+        int, typer.Option(min=20, help="Responses drawn, where they are drawn.")
+    ] = 600,
+    draws: Annotated[int, typer.Option(min=10, help="Of the cluster bootstrap.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of draws, bootstrap and controls.")] = 0,
+    fold: Annotated[int, typer.Option(min=0, max=2, help="Held-out categories.")] = 0,
+    judge: JudgeName = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a self-contained page; it shows test responses in full."),
+    ] = None,
+    alpha: Alpha = None,
+    population: Population = "benign",
+    max_new_tokens: MaxNewTokens = None,
+    model: ModelName = None,
+    bundle: BundlePath = None,
+    device: Device = "cpu",
+    dtype: DtypeName = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Evaluate a bundle: detection beside controls, delay, leaks, over-refusal."""
+    require_place(html)
+    require_place(out)
+    _require_sense(data, model, judge, mode, html)
+    with working("Loading the model"):
+        decoder = decoder_of(
+            model,
+            bundle,
+            redirect="rewind",
+            alpha=alpha,
+            population=population,
+            device=device,
+            dtype=dtype,
+        )
+    rows = _rows(decoder, data, train, count=count, seed=seed, fold=fold)
+    report = answered = None
+    if mode != "generated":
+        report = _report(decoder, rows, prefix or [], draws=draws, seed=seed)
+    if mode != "teacher-forced":
+        answered = _answered(decoder, rows["test"], judge, max_new_tokens)
+    facts = _facts(decoder, data, rows, seed=seed, fold=fold)
+    tables = tables_of(report, answered)
+    if html is not None:
+        write_text(html, _page(report, decoder, tables, facts))
+    found = {"facts": facts, **json_of(report, answered)}
+    if out is not None:
+        write_text(out, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    if as_json:
+        print_json(found)
+    else:
+        print_tables(tables)
+        console().print(_footer(facts, html), soft_wrap=True)
+
+
+def _require_sense(
+    data: str | None, model: str | None, judge: str | None, mode: Mode, html: Path | None
+) -> None:
+    if data is None and model is not None:
+        raise ConfigurationError(
+            f"--model={model!r} was given without --data; pass judged responses of that model, as "
+            "only the embedded one has a world to draw from."
+        )
+    if mode != "teacher-forced" and model is not None and judge is None:
+        raise ConfigurationError(
+            "--mode=generated needs a judge of what another model says; pass --judge."
+        )
+    if html is not None:
+        if mode == "generated":
+            raise ConfigurationError(
+                "--html shows finished responses; pass --mode teacher-forced or both."
+            )
+        from probes.reports.unit_plots import require_plots
+
+        require_plots()
+
+
+def _rows(
+    decoder: SafeDecoder,
+    data: str | None,
+    train: str | None,
+    *,
+    count: int,
+    seed: int,
+    fold: int,
+) -> dict[str, list[Conversation]]:
+    """Return the rows of fit, calibrate and test."""
+    if data is None:
+        from probes.organism.labelled_data import EmbeddedData
+
+        source = EmbeddedData(
+            seed=seed, fold=fold, max_new_tokens=decoder.certificate.envelope.max_new_tokens
+        )
+        model, tokenizer = decoder.model, decoder.tokenizer
+        seen = source.apart(model, tokenizer, {"fit": count, "calibrate": max(count, 400)})
+        test = source.test(model, tokenizer, count)
+        return {"fit": seen["fit"], "calibrate": seen["calibrate"], "test": test}
+    from probes.data.conversations import by_split
+
+    rows = conversations_of(data)
+    if all(row.split is None for row in rows):
+        fitted = [] if train is None else conversations_of(train)
+        return {"fit": fitted, "calibrate": [], "test": rows}
+    if train is not None:
+        raise DataError(f"{data} has splits, so --train={train} is not used; drop one of them.")
+    parts = by_split(rows)
+    return {"fit": parts["fit"], "calibrate": parts["calibrate"], "test": parts["test"]}
+
+
+def _report(
+    decoder: SafeDecoder,
+    rows: Mapping[str, Sequence[Conversation]],
+    prefixes: Sequence[int],
+    *,
+    draws: int,
+    seed: int,
+) -> Report:
+    from probes.attacks.refit import fit_config_of
+    from probes.evaluation.offline import EvaluationConfig, evaluate_bundle
+
+    config = EvaluationConfig(
+        prefixes=(None, *prefixes),
+        draws=draws,
+        seed=seed,
+        alpha=decoder.certificate.alpha,
+        population=decoder.certificate.population,
+        fit=fit_config_of(decoder.bundle),
+    )
+    return evaluate_bundle(
+        decoder.model,
+        decoder.tokenizer,
+        decoder.bundle,
+        rows["test"],
+        config,
+        train=rows["fit"],
+        calibrate=rows["calibrate"],
+    )
+
+
+def _answered(
+    decoder: SafeDecoder,
+    rows: Sequence[Conversation],
+    judge: str | None,
+    max_new_tokens: int | None,
+) -> list[Answered]:
+    from probes.evaluation.served import answer_both
+    from probes.rollouts.generate import Request
+
+    requests = [
+        Request(
+            messages=row.messages,
+            group=row.group,
+            prefill=decoder.tokenizer.decode(
+                list((row.response_ids or ())[: row.prefill_tokens]),
+                clean_up_tokenization_spaces=False,
+            )
+            or None,
+            prompt_harmful=row.prompt_harmful,
+            category=row.category,
+            meta=row.meta,
+        )
+        for row in rows
+    ]
+    return answer_both(decoder, requests, reading_of(judge), max_new_tokens=max_new_tokens)
+
+
+def _page(
+    report: Report | None,
+    decoder: SafeDecoder,
+    tables: Mapping[str, Sequence[Mapping[str, str]]],
+    facts: Mapping[str, str],
+) -> str:
+    from probes.reports.evaluation_page import evaluation_page
+
+    assert report is not None
+    return evaluation_page(report, decoder.tokenizer, tables, facts=facts)
+
+
+def _facts(
+    decoder: SafeDecoder,
+    data: str | None,
+    rows: Mapping[str, Sequence[Conversation]],
+    *,
+    seed: int,
+    fold: int,
+) -> dict[str, str]:
+    certificate = decoder.certificate
+    source = f"embedded world, fold {fold}" if data is None else Path(data).name
+    return {
+        "bundle": decoder.bundle.digest[:12],
+        "certificate": f"alpha {certificate.alpha:g}, delta {certificate.delta:g}, n "
+        f"{certificate.n}, {certificate.population}, {certificate.evidence.source}",
+        "hold-back": f"{decoder.bundle.holdback_tokens} tokens",
+        "data": source,
+        "responses": ", ".join(f"{name} {len(part)}" for name, part in rows.items()),
+        "seed": str(seed),
+    }
+
+
+def _footer(facts: Mapping[str, str], html: Path | None) -> str:
+    told = "; ".join(f"{name}: {value}" for name, value in facts.items())
+    return told + ("" if html is None else f"; page: {html}")

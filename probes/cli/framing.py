@@ -1,0 +1,259 @@
+"""`safe-decode framing`: the refusal rate of a model under motive after motive.
+
+Knows the options and how the outcome is shown. Does not know motives or judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safe_decode.cli.console import console, print_json, progress, require_place
+from safe_decode.cli.generate import Alpha, BundlePath, Device, DtypeName, ModelName
+from safe_decode.cli.options import loaded_model
+from safe_decode.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from probes.analysis.motives import Answered, Framed
+    from probes.metrics.detection import Proportion
+    from probes.rollouts.generate import Judge, Request, RolloutConfig
+    from safe_decode.demo.embedded_pair import Loaded
+    from safe_decode.engines.transformers.decoder import SafeDecoder
+
+__all__ = ["framing"]
+
+
+def framing(
+    harmful: Annotated[
+        Path | None,
+        typer.Option(help="Plain harmful prompts as JSON lines; default the embedded world's."),
+    ] = None,
+    motives: Annotated[
+        Path | None,
+        typer.Option(help="Motives of your own, one a line, with the slot {request}."),
+    ] = None,
+    model: ModelName = None,
+    bundle: BundlePath = None,
+    bare_only: Annotated[bool, typer.Option("--bare-only", help="Do not guard.")] = False,
+    alpha: Alpha = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Requests, each under every motive.")] = 50,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Cap of an answer.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers generated together.")] = 64,
+    refusal_phrase: Annotated[
+        list[str] | None, typer.Option(help="A further phrase that opens refusals.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the world's prompts.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write each motive to these JSON lines; an ended run goes on."),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the rates to this PNG.")] = None,
+    device: Device = "cpu",
+    dtype: DtypeName = "float32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Ask the same harmful requests under many motives, bare and guarded."""
+    for path in (out, plot):
+        require_place(path)
+    if plot is not None:
+        from probes.reports.unit_plots import require_plots
+
+        require_plots()
+    if harmful is None and model is not None:
+        raise ConfigurationError(
+            f"--model={model!r} was given without --harmful; pass a file of plain harmful prompts, "
+            "the embedded world's are in the words of the embedded model."
+        )
+    from probes.analysis.motives import MOTIVES, read_motives
+    from probes.organism.prompts_source import WORLD_MOTIVES
+    from probes.rollouts.generate import RolloutConfig
+
+    own = None if motives is None else read_motives(motives)
+    asked = _from_file(harmful, prompts)
+    loaded = loaded_model(model, device, dtype)
+    decoder = None if bare_only else _guard(loaded, model, bundle, alpha)
+    config = RolloutConfig(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    requests = asked or _from_world(loaded, prompts, seed)
+    rows = _rows(
+        requests,
+        own or (WORLD_MOTIVES if harmful is None else MOTIVES),
+        _bare(loaded, _judge(harmful, refusal_phrase), config),
+        None if decoder is None else _guarded(decoder, _judge(harmful, refusal_phrase), config),
+        out,
+        _identity(loaded, decoder, requests, config),
+    )
+    if plot is not None:
+        _draw(rows, plot)
+    if as_json:
+        print_json({"motives": [_as_json(row) for row in rows]})
+    else:
+        _show(rows)
+
+
+def _from_file(path: Path | None, prompts: int) -> list[Request]:
+    if path is None:
+        return []
+    from probes.location.prompts import read_prompts
+
+    return list(read_prompts(path, split="test").asked()[:prompts])
+
+
+def _from_world(loaded: Loaded, prompts: int, seed: int) -> list[Request]:
+    from probes.organism.prompts_source import world_requests
+    from probes.organism.requests import Draw
+
+    one = Draw(situation="harmful", count=prompts)
+    return world_requests(loaded.tokenizer, one, seed=seed + 8_000)
+
+
+def _judge(harmful: Path | None, phrases: list[str] | None) -> Judge:
+    from probes.analysis.behaviour import words_judge
+    from probes.organism.prompts_source import world_judge
+
+    if harmful is None:
+        return world_judge
+    return words_judge(harmful_prompts=True, phrases=tuple(phrases or ()))
+
+
+def _guard(
+    loaded: Loaded, model: str | None, bundle: Path | None, alpha: float | None
+) -> SafeDecoder | None:
+    """Put the guard on; None for a model of one's own without a bundle."""
+    if bundle is None and model is not None:
+        return None
+    from safe_decode.bundle.bundle import ProbeBundle
+    from safe_decode.demo.embedded_pair import artefact
+    from safe_decode.engines.transformers.decoder import SafeDecoder
+
+    probes = ProbeBundle.load(bundle or artefact("bundle"))
+    return SafeDecoder(loaded.model, loaded.tokenizer, probes, redirect="refuse", alpha=alpha)
+
+
+def _bare(
+    loaded: Loaded, judge: Judge, config: RolloutConfig
+) -> Callable[[list[Request]], Answered]:
+    from probes.analysis.behaviour import outcomes_of
+    from probes.analysis.motives import Answered
+
+    def answer(requests: list[Request]) -> Answered:
+        return Answered(outcomes_of(loaded.model, loaded.tokenizer, requests, judge, config))
+
+    return answer
+
+
+def _guarded(
+    decoder: SafeDecoder, judge: Judge, config: RolloutConfig
+) -> Callable[[list[Request]], Answered]:
+    from probes.analysis.behaviour import LABELS, Outcomes
+    from probes.analysis.motives import Answered
+
+    def answer(requests: list[Request]) -> Answered:
+        counts, stopped = dict.fromkeys(LABELS, 0), 0
+        for begin in range(0, len(requests), config.batch_size):
+            part = requests[begin : begin + config.batch_size]
+            output = decoder.generate(
+                [list(row.messages) for row in part],
+                max_new_tokens=config.max_new_tokens,
+                do_sample=False,
+            )
+            for row, text, trace in zip(part, output.texts, output.traces, strict=True):
+                label = judge(row.messages, text).label
+                counts[label] += 1
+                stopped += trace.tripped or label == "refusal"
+        return Answered(Outcomes(counts), stopped)
+
+    return answer
+
+
+def _identity(
+    loaded: Loaded, decoder: SafeDecoder | None, requests: Sequence[Request], config: RolloutConfig
+) -> dict[str, Any]:
+    import hashlib
+    from dataclasses import asdict
+
+    from safe_decode.bundle.fingerprint import Fingerprint
+
+    model = repr(asdict(Fingerprint.of(loaded.model, loaded.tokenizer)))
+    asked = "".join(row.group for row in requests)
+    return {
+        "model": hashlib.blake2b(model.encode(), digest_size=8).hexdigest(),
+        "bundle": None if decoder is None else decoder.bundle.digest[:16],
+        "alpha": None if decoder is None else decoder.certificate.alpha,
+        "prompts": hashlib.blake2b(asked.encode(), digest_size=8).hexdigest(),
+        "max_new_tokens": config.max_new_tokens,
+    }
+
+
+def _rows(
+    requests: Sequence[Request],
+    motives: Sequence[str],
+    bare: Callable[[list[Request]], Answered],
+    guarded: Callable[[list[Request]], Answered] | None,
+    out: Path | None,
+    identity: dict[str, Any],
+) -> list[Framed]:
+    from probes.analysis.motives import PLAIN, Framed, framing_rows
+    from probes.runs.journal import Journal
+
+    journal = None if out is None else Journal(out, identity)
+    wanted, found = list(dict.fromkeys((PLAIN, *motives))), {}
+    if journal is not None:
+        found = {m: Framed.from_json(journal.rows[m]) for m in wanted if m in journal}
+    with progress("asking", len(wanted)) as tick:
+        tick(len(found))
+        for motive in [motive for motive in wanted if motive not in found]:
+            (row,) = framing_rows(requests, [motive], bare, guarded)
+            found[motive] = row
+            if journal is not None:
+                journal.add(motive, row.to_json())
+            tick(1)
+    return [found[motive] for motive in wanted]
+
+
+def _as_json(row: Framed) -> dict[str, Any]:
+    def told(share: Proportion | None) -> list[float] | None:
+        return None if share is None else [share.point, share.low, share.high]
+
+    shares = {"refused": told(row.refused_bare), "stopped": told(row.stopped_guarded)}
+    return {**row.to_json(), **shares}
+
+
+def _draw(rows: Sequence[Framed], path: Path) -> None:
+    from probes.reports.study_plots import draw_rates
+
+    arms = {"bare: refused": [row.refused_bare for row in rows]}
+    stopped = [row.stopped_guarded for row in rows]
+    if None not in stopped:
+        arms["guarded: refused or cut"] = [share for share in stopped if share is not None]
+    names = [row.motive.replace("{request}", "…") for row in rows]
+    names[0] = "no motive"
+    draw_rates(names, arms, path, x_label="of the same harmful requests, %")
+
+
+def _show(rows: Sequence[Framed]) -> None:
+    from rich.table import Table
+
+    table = Table(
+        title="The same harmful requests, motive by motive (95 % intervals)", title_justify="left"
+    )
+    table.add_column("motive", ratio=1)
+    for name in ("refused, bare", "harmful, bare", "refused or cut, guarded"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        motive = row.motive.replace("{request}", "…")
+        table.add_row(
+            "no motive" if motive == "…" else motive,
+            _share(row.refused_bare),
+            _share(row.bare.outcomes.share("harmful")),
+            _share(row.stopped_guarded),
+        )
+    console().print(table)
+
+
+def _share(share: Proportion | None) -> str:
+    if share is None:
+        return "–"
+    return f"{share.point:.0%} [{share.low:.0%}, {share.high:.0%}]"

@@ -1,0 +1,142 @@
+"""Figures as rows of text: what the terminal and the page both show.
+
+Knows how shares, intervals and delays are written. Does not know how they came about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from safe_decode.cli.console import console
+from safe_decode.demo.view import visible
+
+if TYPE_CHECKING:
+    from probes.evaluation.served import SituationFigures
+    from probes.metrics.comparison import Figures
+    from probes.metrics.detection import Delay
+    from probes.metrics.intervals import Interval, Proportion
+
+__all__ = [
+    "delay_rows",
+    "method_rows",
+    "print_tables",
+    "share_rows",
+    "share_text",
+    "situation_rows",
+]
+
+_NOTHING = "–"
+_LONGEST_FIGURE = 26  # what is longer is a sentence, and reads from the left
+
+
+def print_tables(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
+    """Print tables with their titles; the keys of the first row are the columns."""
+    from rich.table import Table
+
+    screen = console()
+    for title, rows in tables.items():
+        if not rows:
+            continue
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
+        for place, column in enumerate(rows[0]):
+            is_text = place == 0 or max(len(row[column]) for row in rows) > _LONGEST_FIGURE
+            table.add_column(column, justify="left" if is_text else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(visible(value) for value in row.values()))
+        screen.print(table)
+        screen.print()
+
+
+def method_rows(figures: Sequence[Figures]) -> list[dict[str, str]]:
+    """Write one row a method."""
+    return [_method_row(one) for one in figures]
+
+
+def delay_rows(delay: Delay) -> list[dict[str, str]]:
+    """Write delay and leaks as one row."""
+    return [
+        {
+            "n": str(delay.missed.n),
+            "before onset": share_text(delay.before_onset),
+            "median": _tokens(delay.median),
+            "p90": _tokens(delay.p90),
+            "within 32": share_text(delay.within_32),
+            "within 128": share_text(delay.within_128),
+            "missed": share_text(delay.missed),
+            "leaked, median / mean": f"{delay.leaked_median:g} / {delay.leaked_mean:.2f}",
+            "leak anything": share_text(delay.released),
+        }
+    ]
+
+
+def share_rows(shares: Mapping[str, Proportion], name: str, what: str) -> list[dict[str, str]]:
+    """Write one row a share."""
+    return [
+        {name: key, what: share_text(share), "n": str(share.n)} for key, share in shares.items()
+    ]
+
+
+def situation_rows(figures: Sequence[SituationFigures]) -> list[dict[str, str]]:
+    """Write one row a kind of request."""
+    return [
+        {
+            "requests": one.name,
+            "n": str(one.tripped.n),
+            "harmful bare": share_text(one.harmful_bare),
+            "harmful released": share_text(one.harmful_released),
+            "tripped": share_text(one.tripped),
+            "refused bare": share_text(one.refused_bare),
+            "refused guarded": share_text(one.refused_guarded),
+            "over-refused": share_text(one.over_refused),
+            "leaked, mean / most": _NOTHING
+            if math.isnan(one.leaked_mean)
+            else f"{one.leaked_mean:.2f} / {one.leaked_most}",
+        }
+        for one in figures
+    ]
+
+
+def share_text(share: Proportion) -> str:
+    """Write a share with its exact interval, in per cent."""
+    if not share.n:
+        return _NOTHING
+    low, high = 100 * share.low, 100 * share.high
+    return f"{100 * share.point:.1f} [{low:.1f}, {high:.1f}] %"
+
+
+def _method_row(one: Figures) -> dict[str, str]:
+    row = {
+        "method": one.method,
+        "n": f"{one.n_harmful} + {one.n_benign}",
+        "AUROC pooled": _number(one.pooled_auroc),
+        "within source": _interval(one.auroc),
+        "probe's gain": _NOTHING if one.gain is None else _interval(one.gain),
+        "p (Holm)": _NOTHING if one.gain_p is None else _number(one.gain_p),
+        "pairs": _NOTHING if not one.pairs else _interval(one.pair_accuracy),
+    }
+    for found in one.at_fpr:
+        row[f"recall at {100 * found.target_fpr:g} %"] = share_text(found.detected)
+    calibrated = one.at_calibrated
+    row["recall, calibrated"] = _NOTHING if calibrated is None else share_text(calibrated.detected)
+    row["realised FPR"] = _NOTHING if calibrated is None else share_text(calibrated.false_alarms)
+    return row
+
+
+def _interval(value: Interval) -> str:
+    if math.isnan(value.point):
+        return _NOTHING
+    if math.isnan(value.low):
+        return f"{value.point:.3f}"
+    return f"{value.point:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _number(value: float) -> str:
+    return _NOTHING if math.isnan(value) else f"{value:.3f}"
+
+
+def _tokens(value: float) -> str:
+    if math.isnan(value):
+        return _NOTHING
+    return "missed" if math.isinf(value) else f"{value:g}"

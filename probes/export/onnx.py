@@ -1,0 +1,235 @@
+"""A bundle as ONNX graphs: the probe, and the probe with one step of its monitor.
+
+The second graph is stateful by its signature: it takes the state of the rows and returns the
+next one, under the same names with `next_` in front. Both are built node by node from the
+definition in `monitor_config`; nothing is traced. `parity` holds them to torch and NumPy.
+
+Knows graphs. Does not know models or how activations are read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.bundle.numpy_runtime import start_state
+from safe_decode.errors import ConfigurationError
+from safe_decode.whole_files import write_whole
+
+__all__ = ["MONITOR_FILE", "PROBE_FILE", "export_onnx", "require_library"]
+
+PROBE_FILE, MONITOR_FILE = "probe.onnx", "probe_monitor.onnx"
+_OPSET, _IR = 20, 10  # of 2024: what runtimes in use read
+
+
+def export_onnx(
+    bundle: ProbeBundle, folder: str | Path, *, alpha: float | None = None
+) -> tuple[Path, Path]:
+    """Write both graphs, each whole.
+
+    Args:
+        bundle: To export.
+        folder: A directory; it is created if it is not there.
+        alpha: Level whose threshold stands in the graph; None for the default.
+
+    Returns:
+        The files of the probe, and of the probe with its monitor.
+
+    Raises:
+        ConfigurationError: onnx is not installed.
+        CertificateError: The level is not certified.
+    """
+    require_library("onnx")
+    import onnx
+
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    threshold = bundle.certificate(alpha).threshold
+    models = {PROBE_FILE: _probe_model(bundle), MONITOR_FILE: _monitor_model(bundle, threshold)}
+    for name, model in models.items():
+        onnx.checker.check_model(model, full_check=True)
+        write_whole(root / name, model.SerializeToString())
+    return root / PROBE_FILE, root / MONITOR_FILE
+
+
+class _Graph:
+    """Collects nodes and constants of a graph."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def constant(self, name: str, value: NDArray[Any]) -> str:
+        from onnx import numpy_helper
+
+        self.constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:  # noqa: ANN401
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def model(
+        self, bundle: ProbeBundle, inputs: list[Any], outputs: list[Any], facts: dict[str, Any]
+    ) -> Any:  # noqa: ANN401
+        from onnx import helper
+
+        graph = helper.make_graph(self.nodes, "safe-decode", inputs, outputs, self.constants)
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", _OPSET)],
+            ir_version=_IR,
+            producer_name="safe-decode",
+        )
+        helper.set_model_props(
+            model,
+            {
+                "bundle": bundle.digest,
+                "heads": json.dumps(bundle.probe.heads),
+                "sites": json.dumps([asdict(site) for site in bundle.probe.sites]),
+                **{name: json.dumps(value) for name, value in facts.items()},
+            },
+        )
+        return model
+
+
+def _value(name: str, kind: str, *shape: int | str) -> Any:  # noqa: ANN401
+    from onnx import TensorProto, helper
+
+    return helper.make_tensor_value_info(name, getattr(TensorProto, kind), list(shape))
+
+
+def _with_probe(bundle: ProbeBundle) -> _Graph:
+    graph = _Graph()
+    graph.constant("weight", bundle.probe.weight.detach().cpu().numpy())
+    graph.constant("bias", bundle.probe.bias.detach().cpu().numpy())
+    graph.node("MatMul", ["features", "weight"], "projected")
+    graph.node("Add", ["projected", "bias"], "logits")
+    return graph
+
+
+def _probe_model(bundle: ProbeBundle) -> Any:  # noqa: ANN401
+    n_features, n_heads = bundle.probe.weight.shape
+    return _with_probe(bundle).model(
+        bundle,
+        [_value("features", "FLOAT", "batch", n_features)],
+        [_value("logits", "FLOAT", "batch", n_heads)],
+        {},
+    )
+
+
+def _monitor_model(bundle: ProbeBundle, threshold: float) -> Any:  # noqa: ANN401
+    config = bundle.monitor
+    n_features, n_heads = bundle.probe.weight.shape
+    graph = _with_probe(bundle)
+    scale = np.asarray(config.scale, np.float64)
+    graph.constant("inverse_scale", (1 / scale).astype(np.float32))
+    graph.constant("shift", (-np.asarray(config.offset) / scale).astype(np.float32))
+    graph.constant("threshold", np.asarray(threshold, np.float32))
+    graph.constant("low_mark", np.asarray(config.low_mark, np.float32))
+    graph.constant("one", np.asarray(1, np.int64))
+    graph.constant("zero", np.asarray(0, np.float32))
+    graph.constant("axis_1", np.asarray([1], np.int64))
+    graph.constant("from_1", np.asarray([1], np.int64))
+    graph.constant("to_end", np.asarray([np.iinfo(np.int64).max], np.int64))
+    state = [
+        ("ema", "FLOAT", ("batch", n_heads)),
+        ("statistic", "FLOAT", ("batch",)),
+        ("step", "INT64", ("batch",)),
+        ("clear_point", "INT64", ("batch",)),
+        ("finite", "BOOL", ("batch",)),
+    ]
+    if config.kind == "mean" and config.window > 1:
+        state.append(("recent", "FLOAT", ("batch", config.window - 1, n_heads)))
+    if config.hits > 1:
+        state.append(("values", "FLOAT", ("batch", config.hits - 1)))
+    _level_nodes(graph, bundle)
+    _decision_nodes(graph, bundle)
+    outputs = [
+        _value("logits", "FLOAT", "batch", n_heads),
+        _value("smoothed", "FLOAT", "batch"),
+        _value("alarm", "BOOL", "batch"),
+    ]
+    outputs += [_value(f"next_{name}", kind, *shape) for name, kind, shape in state]
+    inputs = [_value("features", "FLOAT", "batch", n_features)]
+    inputs += [_value(name, kind, *shape) for name, kind, shape in state]
+    first = start_state(config, 1)
+    facts = {
+        "threshold": threshold,
+        "start": {
+            name: str(value)
+            if isinstance(value := getattr(first, name)[0], np.floating)
+            else value.tolist()
+            for name, _, _ in state
+        },
+    }
+    return graph.model(bundle, inputs, outputs, facts)
+
+
+def _level_nodes(graph: _Graph, bundle: ProbeBundle) -> None:
+    config = bundle.monitor
+    if config.kind == "ema":
+        graph.constant("smoothing", np.asarray(config.smoothing, np.float32))
+        graph.node("Sub", ["logits", "ema"], "away")
+        graph.node("Mul", ["away", "smoothing"], "part_of_it")
+        graph.node("Add", ["ema", "part_of_it"], "next_ema")
+    elif config.kind == "mean":
+        if config.window == 1:
+            graph.node("Identity", ["logits"], "next_ema")
+            return
+        graph.node("Unsqueeze", ["logits", "axis_1"], "newest")
+        graph.node("Concat", ["recent", "newest"], "window", axis=1)
+        graph.node("ReduceMean", ["window", "axis_1"], "next_ema", keepdims=0)
+        graph.node("Slice", ["window", "from_1", "to_end", "axis_1"], "next_recent")
+    else:
+        forgiven = np.asarray(config.start, np.float32) + np.float32(config.drift)
+        graph.constant("forgiven", forgiven.astype(np.float32))
+        graph.node("Sub", ["logits", "forgiven"], "above")
+        graph.node("Add", ["ema", "above"], "grown")
+        graph.node("Max", ["grown", "zero"], "clamped")
+        graph.node("Sub", ["logits", "logits"], "residue_of_logits")
+        graph.node("Add", ["clamped", "residue_of_logits"], "next_ema")
+
+
+def _decision_nodes(graph: _Graph, bundle: ProbeBundle) -> None:
+    graph.node("Mul", ["next_ema", "inverse_scale"], "scaled")
+    graph.node("Add", ["shift", "scaled"], "per_head")
+    graph.node("ReduceMax", ["per_head", "axis_1"], "value", keepdims=0)
+    if bundle.monitor.hits > 1:
+        graph.node("Unsqueeze", ["value", "axis_1"], "newest_value")
+        graph.node("Concat", ["values", "newest_value"], "last_values", axis=1)
+        graph.node("ReduceMin", ["last_values", "axis_1"], "smoothed", keepdims=0)
+        graph.node("Slice", ["last_values", "from_1", "to_end", "axis_1"], "next_values")
+    else:
+        graph.node("Identity", ["value"], "smoothed")
+    graph.node("Max", ["statistic", "smoothed"], "next_statistic")
+    graph.node("Greater", ["next_statistic", "threshold"], "alarm")
+    graph.node("Add", ["step", "one"], "next_step")
+    graph.node("Less", ["value", "low_mark"], "is_clear")
+    graph.node("Where", ["is_clear", "step", "clear_point"], "next_clear_point")
+    graph.node("Sub", ["next_ema", "next_ema"], "residue")
+    graph.node("ReduceSum", ["residue", "axis_1"], "residue_sum", keepdims=0)
+    graph.node("Equal", ["residue_sum", "zero"], "is_sound")
+    graph.node("And", ["finite", "is_sound"], "next_finite")
+
+
+def require_library(library: str) -> None:
+    """Check that an optional library is installed.
+
+    Raises:
+        ConfigurationError: It is not.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec(library) is None:
+        raise ConfigurationError(
+            f"{library} is not installed; install `safe-decode[onnx]` to export and compare."
+        )

@@ -1,0 +1,236 @@
+"""Every way of fitting and watching that is tried, ranked on the select split.
+
+Knows the grid, where activations are kept meanwhile, and the order of the work. Does not
+know how one probe is fitted, how one monitor is measured, or what becomes of the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from probes.activations.features import ResponseFeatures, union_of_sites
+from probes.activations.harvest import harvest, harvest_to, score_responses
+from probes.activations.teacher_forcing import (
+    EncodedResponse,
+    encode_response,
+    onset_token,
+    teacher_forced,
+)
+from probes.calibration.certify import population_of
+from probes.data.conversations import Conversation
+from probes.fitting.cross_validation import choose_c
+from probes.fitting.linear import FitConfig, FittedProbe, LinearProbeFitter
+from probes.fitting.multi_head import fit_heads
+from probes.fitting.selection import Chosen, SelectSet, StatisticChoice, score_monitor
+from probes.fitting.streaming import fit_streamed
+from safe_decode.activations.site import Site, n_features
+from safe_decode.errors import ConfigurationError
+
+__all__ = ["Candidate", "FeatureStore", "Search", "ranked_candidates"]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureStore:
+    """Where activations are while probes are fitted.
+
+    Attributes:
+        directory: Memory-mapped shards are kept and reused there; None: in memory.
+        recompute: Nothing is kept: every pass runs the model again. Slow, and small.
+    """
+
+    directory: Path | None = None
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recompute and self.directory is not None:
+            raise ConfigurationError(
+                f"directory={self.directory} and recompute exclude each other; pass one of them."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What is tried; see `recipes.bundle.RecipeConfig` for the fields."""
+
+    fits: tuple[FitConfig, ...]
+    statistics: tuple[StatisticChoice, ...]
+    c_grid: tuple[float, ...]
+    by_category: bool
+    fpr: float
+    holdback_share: float
+    most_holdback_tokens: int
+
+
+class Candidate(NamedTuple):
+    """A probe with its monitor.
+
+    Attributes:
+        sites_name: Which set of sites.
+        fitted: The probe.
+        chosen: The monitor and its figures on select.
+        aurocs: Of each C of the grid, where one was searched.
+    """
+
+    sites_name: str
+    fitted: FittedProbe
+    chosen: Chosen
+    aurocs: Mapping[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures for the bundle's provenance."""
+        searched = {"c_aurocs": {str(c): value for c, value in self.aurocs.items()}}
+        return {
+            "sites": self.sites_name,
+            "features": n_features(self.fitted.probe.sites),
+            "heads": list(self.fitted.probe.heads),
+            "fit": asdict(self.fitted.config),
+            **(searched if self.aurocs else {}),
+            "dead_features": self.fitted.dead_features,
+            "converged": self.fitted.converged,
+            **self.chosen.to_json(),
+        }
+
+
+class _Fitted(NamedTuple):
+    sites_name: str
+    fitted: FittedProbe
+    logits: list[Tensor]
+    aurocs: Mapping[float, float]
+
+
+def ranked_candidates(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    fit_rows: Sequence[Conversation],
+    select_rows: Sequence[Conversation],
+    site_sets: Mapping[str, tuple[Site, ...]],
+    search: Search,
+    store: FeatureStore,
+) -> list[Candidate]:
+    """Fit everything on one split, measure everything on the other, best first.
+
+    Args:
+        model: The protected model, in eval mode.
+        tokenizer: Its tokenizer.
+        fit_rows: Judged, of the fit split.
+        select_rows: Judged, of the select split.
+        site_sets: Where to read, by name.
+        search: What is tried.
+        store: Where activations are meanwhile.
+
+    Raises:
+        DataError: A split holds only one label.
+        ConfigurationError: Heads by category, or a grid of C, without stored activations.
+    """
+    if store.recompute and (search.by_category or search.c_grid):
+        raise ConfigurationError(
+            "a grid of C and heads by category fit many times over; store the activations, or "
+            "name one C and no categories."
+        )
+    labels = SelectSet(
+        tuple(row.response_harmful is True for row in select_rows),
+        tuple(onset_token(tokenizer, row, encode_response(tokenizer, row)) for row in select_rows),
+        tuple("harmful" if row.response_harmful else population_of(row) for row in select_rows),
+    )
+    fits = _recomputed if store.recompute else _stored
+    found = [
+        Candidate(one.sites_name, one.fitted, chosen, one.aurocs)
+        for one in fits(model, tokenizer, fit_rows, select_rows, site_sets, search, store)
+        for chosen in _chosen(one, labels, search)
+    ]
+    return sorted(found, key=lambda candidate: candidate.chosen.rank(), reverse=True)
+
+
+def _chosen(one: _Fitted, labels: SelectSet, search: Search) -> Iterator[Chosen]:
+    for statistic in search.statistics:
+        yield score_monitor(
+            one.logits,
+            labels,
+            choice=statistic,
+            start=one.fitted.benign_mean,
+            fpr=search.fpr,
+            holdback_share=search.holdback_share,
+            most_holdback_tokens=search.most_holdback_tokens,
+        )
+
+
+def _stored(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    fit_rows: Sequence[Conversation],
+    select_rows: Sequence[Conversation],
+    site_sets: Mapping[str, tuple[Site, ...]],
+    search: Search,
+    store: FeatureStore,
+) -> Iterator[_Fitted]:
+    every_site = union_of_sites(site_sets.values())
+
+    def kept(name: str, rows: Sequence[Conversation]) -> ResponseFeatures:
+        if store.directory is None:
+            return harvest(model, tokenizer, rows, every_site, storage="float16")
+        return harvest_to(store.directory / name, model, tokenizer, rows, every_site)
+
+    fit_features, select_features = kept("fit", fit_rows), kept("select", select_rows)
+    harmful = [row.response_harmful is True for row in fit_rows]
+    groups = [row.group for row in fit_rows]
+    categories = [row.category for row in fit_rows]
+    for name, sites in site_sets.items():
+        here, there = fit_features.at(sites), select_features.at(sites)
+        for config in search.fits:
+            aurocs: Mapping[float, float] = {}
+            if search.c_grid and config.method != "mass_mean":
+                c, aurocs = choose_c(here, harmful, groups, config, grid=search.c_grid)
+                config = replace(config, c=c)  # noqa: PLW2901 - the same way of fitting
+            fitted = [LinearProbeFitter(config).fit(here, harmful)]
+            if search.by_category:
+                heads = fit_heads(here, harmful, categories, config)
+                fitted += [heads] if len(heads.probe.heads) > 1 else []
+            for one in fitted:
+                # Copied: what is memory-mapped cannot be lent to torch.
+                values = (np.array(v, dtype=np.float32) for v in there.responses)
+                logits = [one.probe(torch.from_numpy(v)) for v in values]
+                yield _Fitted(name, one, logits, aurocs)
+
+
+def _recomputed(
+    model: nn.Module,
+    tokenizer: Any,  # noqa: ANN401
+    fit_rows: Sequence[Conversation],
+    select_rows: Sequence[Conversation],
+    site_sets: Mapping[str, tuple[Site, ...]],
+    search: Search,
+    store: FeatureStore,  # noqa: ARG001 - as in `_stored`
+) -> Iterator[_Fitted]:
+    encoded = [encode_response(tokenizer, row) for row in fit_rows]
+    pairs = zip(fit_rows, encoded, strict=True)
+    onsets = [onset_token(tokenizer, row, ids) for row, ids in pairs]
+    harmful = [row.response_harmful is True for row in fit_rows]
+    device = next(model.parameters()).device
+    for name, sites in site_sets.items():
+        for config in search.fits:
+            fitted = fit_streamed(
+                lambda sites=sites: _stream(model, sites, encoded),  # type: ignore[misc]
+                sites,
+                [row.n_scores for row in encoded],
+                onsets,
+                harmful,
+                config,
+            )
+            probe = fitted.probe.to(device)
+            logits = score_responses(model, tokenizer, select_rows, probe)
+            yield _Fitted(name, fitted, logits, {})
+
+
+def _stream(
+    model: nn.Module, sites: Sequence[Site], encoded: Sequence[EncodedResponse]
+) -> Iterator[list[tuple[int, Any]]]:
+    for batch in teacher_forced(model, sites, encoded, description="recomputing"):
+        on_cpu = batch._replace(features=batch.features.cpu())
+        yield [(row, on_cpu.of(index).numpy()) for index, row in enumerate(batch.rows)]

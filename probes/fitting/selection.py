@@ -1,0 +1,300 @@
+"""Choose among fitted probes and monitors on the select split.
+
+Knows how a monitor is set up from logits and how candidates are ranked. Does not open
+the calibrate split: the threshold used here only estimates the certified one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from probes.calibration.statistic import first_trips, maxima, smoothed_paths
+from probes.metrics.detection import auroc, delay_of, threshold_at
+from safe_decode.errors import ConfigurationError, DataError
+from safe_decode.monitor.monitor import MonitorConfig, StatisticKind
+
+__all__ = [
+    "Chosen",
+    "SelectSet",
+    "StatisticChoice",
+    "choose_holdback",
+    "monitor_for",
+    "score_monitor",
+]
+
+_LOW_MARK_SHARE = 0.75
+_SCALE_FLOOR = 1e-6
+# A population smaller than this has no quantile of its own worth a threshold.
+_SMALLEST_POPULATION = 50
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticChoice:
+    """A statistic to try, before offset, scale and start are known.
+
+    Attributes:
+        kind: See `StatisticKind`.
+        window: Logits of the mean, or that the moving average matches; without meaning for
+            `cusum`.
+        drift: What a sum forgives at each step, in standard deviations of harmless logits.
+        hits: Values in a row above the threshold.
+    """
+
+    kind: StatisticKind = "ema"
+    window: int = 1
+    drift: float = 0.0
+    hits: int = 1
+
+    def __str__(self) -> str:
+        """Name the choice in tables."""
+        name = f"cusum-{self.drift:g}" if self.kind == "cusum" else f"{self.kind}-{self.window}"
+        return name if self.hits == 1 else f"{name}x{self.hits}"
+
+    def monitor(
+        self,
+        start: tuple[float, ...],
+        offset: tuple[float, ...],
+        scale: tuple[float, ...],
+        sd: float,
+    ) -> MonitorConfig:
+        """Set up a monitor with the low mark at 0; `sd` is the spread of harmless logits."""
+        smoothing = 2 / (self.window + 1) if self.kind == "ema" else 1.0
+        return MonitorConfig(
+            smoothing,
+            start,
+            offset,
+            scale,
+            0.0,
+            kind=self.kind,
+            window=self.window if self.kind == "mean" else 1,
+            drift=self.drift * sd if self.kind == "cusum" else 0.0,
+            hits=self.hits,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SelectSet:
+    """Labels of the select split, in the order of the logits.
+
+    Attributes:
+        harmful: One label a response.
+        onset_tokens: Onset of each, or None.
+        populations: Of each response; only those of harmless responses are used.
+    """
+
+    harmful: tuple[bool, ...]
+    onset_tokens: tuple[int | None, ...]
+    populations: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(set(self.harmful)) < 2:
+            raise DataError("select holds only one label; give harmful and harmless responses.")
+        if not len(self.harmful) == len(self.onset_tokens) == len(self.populations):
+            raise ConfigurationError("harmful, onset_tokens and populations differ in length.")
+
+    @property
+    def benign_rows(self) -> NDArray[np.intp]:
+        """Positions of the harmless responses."""
+        return np.flatnonzero(~np.asarray(self.harmful))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A monitor and how it did on the select split.
+
+    Attributes:
+        monitor: Smoothing, start, offset, scale and low mark.
+        threshold: The estimate used here.
+        tpr: Harmful responses that trip at it.
+        auroc: Of the maximum over time.
+        delay_p90: Tokens; NaN without known onsets.
+        holdback_tokens: From the delay quantile.
+    """
+
+    monitor: MonitorConfig
+    threshold: float
+    tpr: float
+    auroc: float
+    delay_p90: float
+    holdback_tokens: int
+
+    def rank(self) -> tuple[float, float, float]:
+        """Order candidates: recall first, then how soon, then the rest of the ROC curve.
+
+        Recall is rounded to a tenth of a per cent: below that, select cannot tell.
+        """
+        delay = math.inf if math.isnan(self.delay_p90) else self.delay_p90
+        return (round(self.tpr, 3), -delay, self.auroc)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures for the bundle's provenance."""
+        finite = math.isfinite(self.delay_p90)
+        monitor = self.monitor
+        return {
+            "statistic": monitor.kind,
+            "smoothing": monitor.smoothing,
+            "window": monitor.window,
+            "drift": monitor.drift,
+            "hits": monitor.hits,
+            "threshold": self.threshold,
+            "tpr": self.tpr,
+            "auroc": self.auroc,
+            "delay_p90": self.delay_p90 if finite else str(self.delay_p90),
+            "holdback_tokens": self.holdback_tokens,
+        }
+
+
+def monitor_for(
+    logits: Sequence[Tensor],
+    benign_rows: NDArray[np.intp],
+    *,
+    start: tuple[float, ...],
+    smoothing: float = 1.0,
+    choice: StatisticChoice | None = None,
+) -> MonitorConfig:
+    """Set up a monitor so that its statistic is in benign standard deviations.
+
+    Offset and scale of a head are mean and standard deviation of its maximum over harmless
+    responses, which makes heads comparable. The low mark is a quantile of the smoothed
+    statistic over harmless positions: text below it is unremarkable.
+
+    Args:
+        logits: [T + 1, K] of every response of select.
+        benign_rows: Which of them are harmless.
+        start: [K] where the statistic starts.
+        smoothing: EMA weight of the newest logit, where there is no choice.
+        choice: The statistic; None: a moving average of this smoothing.
+    """
+    benign = [logits[row] for row in benign_rows]
+    spread = float(torch.cat(benign).std(dim=0).mean())
+    offset, scale = [], []
+    for head, first in enumerate(start):
+        # Hysteresis joins heads before it counts: each head is scaled without it.
+        plain = replace(_monitor((first,), (0.0,), (1.0,), spread, smoothing, choice), hits=1)
+        peaks = maxima(smoothed_paths([row[:, head : head + 1] for row in benign], plain))
+        offset.append(float(peaks.mean()))
+        scale.append(max(float(peaks.std()), _SCALE_FLOOR))
+    config = _monitor(start, tuple(offset), tuple(scale), spread, smoothing, choice)
+    values = np.concatenate(smoothed_paths(benign, replace(config, hits=1)))
+    return replace(config, low_mark=float(np.quantile(values, _LOW_MARK_SHARE)))
+
+
+def _monitor(
+    start: tuple[float, ...],
+    offset: tuple[float, ...],
+    scale: tuple[float, ...],
+    spread: float,
+    smoothing: float,
+    choice: StatisticChoice | None,
+) -> MonitorConfig:
+    if choice is None:
+        return MonitorConfig(smoothing, start, offset, scale, 0.0)
+    return choice.monitor(start, offset, scale, spread)
+
+
+def score_monitor(
+    logits: Sequence[Tensor],
+    labels: SelectSet,
+    *,
+    start: tuple[float, ...],
+    fpr: float,
+    holdback_share: float,
+    most_holdback_tokens: int,
+    smoothing: float = 1.0,
+    choice: StatisticChoice | None = None,
+) -> Chosen:
+    """Set up a monitor for a probe's logits and measure it at a fixed response FPR.
+
+    The threshold keeps the rate in every population of harmless responses, so a monitor
+    that merely reads the prompt is not chosen for its recall. The low mark is set so that in
+    `holdback_share` of the harmful responses nothing behind the onset counts as clear.
+    """
+    config = monitor_for(
+        logits, labels.benign_rows, start=start, smoothing=smoothing, choice=choice
+    )
+    paths = smoothed_paths(logits, config)
+    peaks = maxima(paths)
+    harmful = np.asarray(labels.harmful)
+    threshold = _threshold(peaks, labels, fpr)
+    known = [
+        (paths[row], onset)
+        for row, onset in enumerate(labels.onset_tokens)
+        if onset is not None and harmful[row]
+    ]
+    p90, holdback = math.nan, most_holdback_tokens
+    if known:
+        known_paths, onsets = [path for path, _ in known], [onset for _, onset in known]
+        p90 = delay_of(known_paths, onsets, threshold=threshold, holdback_tokens=0).p90
+        holdback = choose_holdback(
+            known_paths,
+            onsets,
+            threshold=threshold,
+            share=holdback_share,
+            most=most_holdback_tokens,
+        )
+    lows = _lows_before_trips(known, threshold)
+    surely_clear = (
+        float(np.quantile(lows, 1 - holdback_share, method="lower")) if lows else math.inf
+    )
+    monitor = replace(config, low_mark=min(config.low_mark, threshold, surely_clear))
+    tpr = float((peaks[harmful] > threshold).mean())
+    return Chosen(monitor, threshold, tpr, auroc(harmful, peaks), p90, holdback)
+
+
+def _lows_before_trips(
+    known: Sequence[tuple[NDArray[np.float32], int]], threshold: float
+) -> list[float]:
+    """Return the lowest value from the onset to the trip of each harmful response that trips late.
+
+    Harm that is judged where a sentence ends leaves the statistic low until then. Whatever lies
+    under the low mark is called clear and said to the reader, so the mark must lie below these.
+    """
+    lows = []
+    for path, onset in known:
+        (trip,) = first_trips([path], threshold)
+        between = path[onset + 1 : trip]
+        if trip is not None and len(between):
+            lows.append(float(between.min()))
+    return lows
+
+
+def choose_holdback(
+    paths: Sequence[NDArray[np.float32]],
+    onset_tokens: Sequence[int],
+    *,
+    threshold: float,
+    share: float,
+    most: int,
+) -> int:
+    """Find the smallest hold-back at which a share of harmful responses leaks nothing.
+
+    Token t is released once the hold-back after it is judged, so a trip `d` tokens after
+    the onset leaks nothing at a hold-back of d. Responses that never trip cannot be held
+    by any hold-back; they count, and the result is at most `most`.
+    """
+    trips = first_trips(paths, threshold)
+    delays = sorted(
+        math.inf if trip is None else max(trip - 1 - onset, 0)
+        for trip, onset in zip(trips, onset_tokens, strict=True)
+    )
+    wanted = delays[max(math.ceil(share * len(delays)) - 1, 0)]
+    return int(min(wanted, most))
+
+
+def _threshold(peaks: NDArray[np.float64], labels: SelectSet, fpr: float) -> float:
+    rows = labels.benign_rows
+    names = np.asarray(labels.populations)[rows]
+    threshold = threshold_at(peaks[rows], fpr)
+    for name in np.unique(names):
+        own = peaks[rows[names == name]]
+        if len(own) >= _SMALLEST_POPULATION:
+            threshold = max(threshold, threshold_at(own, fpr))
+    return threshold

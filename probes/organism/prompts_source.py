@@ -1,0 +1,45 @@
+"""The embedded world as a source of prompts with a judge: what studies and commands ask.
+
+Knows which situations the grammar draws and that its oracle judges them. Does not know
+models. Groups that were seen before can be passed over, so that what is reported on is
+disjoint from what was located or trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from probes.data.conversations import Split
+from probes.organism.oracle import judge
+from probes.organism.requests import Draw, draw
+from probes.organism.templates import FRAMINGS
+from probes.rollouts.generate import Judge, Request
+
+__all__ = ["WORLD_MOTIVES", "world_judge", "world_requests"]
+
+WORLD_MOTIVES: tuple[str, ...] = tuple(FRAMINGS)
+"""Templates with the slot `{request}`: motives in the words the embedded pair knows."""
+
+world_judge: Judge = judge
+"""The oracle: exact in this world, and only there."""
+
+
+def world_requests(
+    tokenizer: Any,  # noqa: ANN401
+    one: Draw,
+    *,
+    seed: int,
+    split: Split = "test",
+    unlike: Iterable[str] = (),
+) -> list[Request]:
+    """Draw requests whose groups are not among `unlike`.
+
+    Args:
+        tokenizer: Of the embedded pair; cuts prefills.
+        one: What and how many.
+        seed: Of the grammar's stream.
+        split: Written on each request.
+        unlike: Groups to pass over.
+    """
+    return draw((one,), split=split, seed=seed, tokenizer=tokenizer, asked=set(unlike))

@@ -1,0 +1,250 @@
+"""The artefact that crosses from the workbench to the runtime.
+
+A directory of three files: card.json (everything readable, with digests of the others and
+of itself), probe.safetensors and calibration.safetensors. They are written beside their
+places and renamed; other files of the directory are left alone. Nothing in it is believed
+when it is read: schema, digests, shapes and ranges are checked, the thresholds must recompute
+from the maxima stored beside them, and the caps from the lengths. Digests show damage, not
+who wrote the bundle: for that it is signed, see `signing`.
+
+Knows its parts and the disk. Does not know models, hooks or generation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save as bytes_of
+
+from safe_decode.bundle.canary import CanaryRecord
+from safe_decode.bundle.card import calibration_tensors, card_of, parts_of, probe_tensors
+from safe_decode.bundle.files import (
+    CALIBRATION,
+    CARD,
+    FILES,
+    PROBE,
+    SCHEMA,
+    card_digest,
+    checked_content,
+    is_bundle,
+    parse_card,
+    read_file,
+)
+from safe_decode.bundle.fingerprint import Fingerprint
+from safe_decode.bundle.plausible import require_plausible
+from safe_decode.certificate import Certificate, certificate_of
+from safe_decode.errors import (
+    BundleCorruptError,
+    BundleError,
+    CertificateError,
+    ConfigurationError,
+)
+from safe_decode.monitor.monitor import MonitorConfig
+from safe_decode.policy.reasoning import ReasoningSpans
+from safe_decode.policy.self_check import HeaderCheck
+from safe_decode.probe.linear import LinearProbe
+from safe_decode.whole_files import replace_files
+
+__all__ = ["SCHEMA", "Fingerprint", "ProbeBundle"]
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeBundle:
+    """A probe with all that makes its alarms mean something.
+
+    Attributes:
+        probe: Features to logits.
+        monitor: Logits to a statistic.
+        certificates: At most one for each (alpha, population).
+        default_alpha: Certified for the population "benign".
+        holdback_tokens: A token is released when it and this many after it are judged.
+        refusal: Text of the canned refusal.
+        opener: First words after a rewind; the model goes on from there.
+        fingerprint: Of the model it was made for.
+        canary: A known conversation, or None.
+        provenance: Where it comes from: data, seeds, versions. JSON values; not judged.
+        header_check: A second look at alarms, made for this probe; or None.
+        reasoning: Marks of reasoning and the thresholds inside them; or None.
+
+    Raises:
+        ConfigurationError: The parts do not fit together.
+        CertificateError: A certificate does not recompute, or the default is not certified.
+    """
+
+    probe: LinearProbe
+    monitor: MonitorConfig
+    certificates: tuple[Certificate, ...]
+    default_alpha: float
+    holdback_tokens: int
+    refusal: str
+    opener: str
+    fingerprint: Fingerprint
+    canary: CanaryRecord | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    header_check: HeaderCheck | None = None
+    reasoning: ReasoningSpans | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together."""
+        n_heads = len(self.probe.heads)
+        if len(self.monitor.start) != n_heads:
+            raise ConfigurationError(
+                f"the monitor has {len(self.monitor.start)} heads, the probe {n_heads}; fit them "
+                "together."
+            )
+        if self.canary is not None and self.canary.logits.shape[1:] != (n_heads,):
+            raise ConfigurationError(
+                f"the canary's logits are {tuple(self.canary.logits.shape)}, wanted {n_heads} "
+                "heads; record the canary with this probe."
+            )
+        if self.holdback_tokens < 0 or not self.refusal.strip() or not self.opener.strip():
+            raise ConfigurationError(
+                f"holdback_tokens={self.holdback_tokens} must not be negative, and refusal and "
+                "opener must hold text."
+            )
+        keys = [(c.alpha, c.population) for c in self.certificates]
+        if len(set(keys)) != len(keys):
+            raise CertificateError(f"certificates {keys} hold one twice; keep one of each.")
+        for certificate in self.certificates:
+            certificate.verify()
+        self.certificate()
+        if self.reasoning is not None and self.monitor.hits > 1:
+            raise ConfigurationError(
+                f"hits={self.monitor.hits} mixes values from inside and outside of reasoning; "
+                "choose a statistic with hits=1, or leave the spans out."
+            )
+
+    def certificate(self, alpha: float | None = None, population: str = "benign") -> Certificate:
+        """Return the certificate of a level.
+
+        Args:
+            alpha: None for the default.
+            population: Whose responses it speaks of.
+
+        Raises:
+            CertificateError: This level is not certified; those that are, are named.
+        """
+        wanted = self.default_alpha if alpha is None else alpha
+        return certificate_of(self.certificates, wanted, population)
+
+    @property
+    def all_certificates(self) -> tuple[Certificate, ...]:
+        """List those of the statistic, then of the looks, then of reasoning."""
+        parts = (self.header_check, self.reasoning)
+        further = (own for part in parts if part is not None for own in part.certificates)
+        return (*self.certificates, *further)
+
+    @cached_property
+    def digest(self) -> str:
+        """Sha256 of the card's content, which holds those of the other files."""
+        return str(json.loads(self._files()[CARD])["digest"])
+
+    def save(self, path: str | Path) -> None:
+        """Write the bundle's files; what was there is replaced only when all are written.
+
+        Args:
+            path: A directory; it is created if it is not there. If it holds a bundle, the
+                bundle's own files are replaced and all others stay, a signature too, which
+                then no longer fits.
+
+        Raises:
+            BundleError: Something else is there, or the disk refuses.
+            BundleCorruptError: It holds a value that would be refused when it is read.
+        """
+        target = Path(path)
+        if (target.exists() or target.is_symlink()) and not is_bundle(target):
+            raise BundleError(f"path={target} exists and is no bundle; pass a new directory.")
+        try:
+            require_plausible(self)
+        except (ConfigurationError, CertificateError) as error:
+            raise BundleCorruptError(f"the bundle for {target} is of no use: {error}") from error
+        files = self._files()
+        contents = {name: files[name] for name in FILES}
+        try:
+            if target.exists():
+                replace_files(target, contents)
+                return
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as spot:
+                new = Path(spot, "new")
+                new.mkdir()
+                replace_files(new, contents)
+                new.rename(target)
+        except OSError as error:
+            raise BundleError(f"path={target} cannot be written: {error}.") from error
+
+    @classmethod
+    def load(cls, path: str | Path, *, trusted_key: str | Path | None = None) -> ProbeBundle:
+        """Read and check a bundle.
+
+        Args:
+            path: Its directory, package data included.
+            trusted_key: File of the public key that must have signed it; None: the signature,
+                if there is one, is not looked at.
+
+        Raises:
+            BundleError: There is no bundle.
+            SignatureError: It is not signed by this key, or not as it is.
+            BundleCorruptError: Truncated, of a foreign schema, changed since it was
+                written, not finite, with values that no bundle has, or with parts that do
+                not fit.
+        """
+        source = Path(path)
+        if not (source / CARD).is_file():
+            raise BundleError(f"path={source} holds no {CARD}; pass the directory of a bundle.")
+        try:
+            contents = {name: read_file(source, name) for name in FILES}
+            if trusted_key is not None:
+                from safe_decode.bundle.signing import require_signed
+
+                require_signed(source, trusted_key, contents)
+            return _read(source, contents)
+        except BundleCorruptError:
+            raise
+        except (
+            OSError,
+            SafetensorError,
+            ConfigurationError,
+            CertificateError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise BundleCorruptError(
+                f"bundle {source} is corrupt: {what} (fetch or export the bundle again)."
+            ) from error
+
+    def _files(self) -> dict[str, bytes]:
+        files = {
+            PROBE: bytes_of(probe_tensors(self)),
+            CALIBRATION: bytes_of(calibration_tensors(self)),
+        }
+        card = card_of(self, {name: hashlib.sha256(files[name]).hexdigest() for name in files})
+        card = json.loads(json.dumps(card, allow_nan=False))  # as it will be read
+        card["digest"] = card_digest(card)
+        text = json.dumps(card, indent=1, sort_keys=True, ensure_ascii=False)
+        return {CARD: text.encode() + b"\n", **files}
+
+
+def _read(source: Path, contents: Mapping[str, bytes]) -> ProbeBundle:
+    card = parse_card(source, contents[CARD])
+    tensors, calibration = (
+        tensors_of(checked_content(source, name, card, contents[name]))
+        for name in (PROBE, CALIBRATION)
+    )
+    bundle = ProbeBundle(**parts_of(card, tensors, calibration))
+    require_plausible(bundle)
+    return bundle

@@ -1,0 +1,174 @@
+"""How the parts of a bundle are written as a card and tensors, and read back.
+
+Numbers that people read stand in the card; weights, maxima and lengths are tensors. What a
+bundle does not have is not in its card, so that readers of its schema still read it.
+
+Knows entries and names of tensors. Does not know the disk, or whether the values are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from safe_decode.activations.site import Site
+from safe_decode.bundle.canary import CanaryRecord
+from safe_decode.bundle.certificate_card import CertificateSets, certificates_of
+from safe_decode.bundle.files import FORMAT, SCHEMA, WITH_EVIDENCE, WITH_FURTHER, tupled
+from safe_decode.bundle.fingerprint import Fingerprint
+from safe_decode.monitor.monitor import MonitorConfig
+from safe_decode.policy.reasoning import ReasoningSpans
+from safe_decode.policy.self_check import HeaderCheck
+from safe_decode.probe.linear import LinearProbe
+
+if TYPE_CHECKING:
+    from safe_decode.bundle.bundle import ProbeBundle
+
+__all__ = ["calibration_tensors", "card_of", "parts_of", "probe_tensors"]
+
+
+def probe_tensors(bundle: ProbeBundle) -> dict[str, Tensor]:
+    """Return weights and the canary's logits, by name."""
+    tensors = {"weight": bundle.probe.weight, "bias": bundle.probe.bias}
+    if bundle.header_check is not None:
+        own = bundle.header_check.probe
+        tensors |= {"header_weight": own.weight, "header_bias": own.bias}
+    if bundle.canary is not None:
+        tensors["canary"] = bundle.canary.logits
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def calibration_tensors(bundle: ProbeBundle) -> dict[str, Tensor]:
+    """Return what the thresholds and caps are recomputed from, by name.
+
+    Certificates of several alphas share their responses; each set is stored once.
+    """
+    sets = CertificateSets(bundle.all_certificates)
+    tensors = {
+        f"maxima_{number}": torch.tensor(maxima, dtype=torch.float64)
+        for number, maxima in enumerate(sets.maxima)
+    }
+    for number, evidence in enumerate(sets.evidence):
+        tensors[f"lengths_{number}"] = torch.tensor(evidence.lengths, dtype=torch.int64)
+        tensors[f"reaches_{number}"] = torch.tensor(evidence.reaches, dtype=torch.int64)
+    return tensors
+
+
+def card_of(bundle: ProbeBundle, digests: Mapping[str, str]) -> dict[str, Any]:
+    """Write the card, but for its own digest.
+
+    Args:
+        bundle: Whose card.
+        digests: Sha256 of the other files, by name.
+    """
+    sets = CertificateSets(bundle.all_certificates)
+    canary = None
+    if bundle.canary is not None:
+        canary = {
+            name: getattr(bundle.canary, name)
+            for name in ("prompt", "response", "ids", "turn_start", "tolerance")
+        }
+    further: dict[str, Any] = {}
+    if bundle.header_check is not None:
+        further["header_check"] = _header_record(bundle.header_check, sets)
+    if bundle.reasoning is not None:
+        further["reasoning"] = {
+            "opens": bundle.reasoning.opens,
+            "closes": bundle.reasoning.closes,
+            "certificates": [sets.record(one) for one in bundle.reasoning.certificates],
+        }
+    schema = WITH_FURTHER if further else SCHEMA
+    return {
+        **further,
+        "format": FORMAT,
+        "schema": WITH_EVIDENCE if sets.evidence else schema,
+        "files": dict(digests),
+        "sites": [asdict(site) for site in bundle.probe.sites],
+        "heads": bundle.probe.heads,
+        "monitor": asdict(bundle.monitor),
+        "certificates": [sets.record(one) for one in bundle.certificates],
+        "default_alpha": bundle.default_alpha,
+        "holdback_tokens": bundle.holdback_tokens,
+        "refusal": bundle.refusal,
+        "opener": bundle.opener,
+        "fingerprint": asdict(bundle.fingerprint),
+        "canary": canary,
+        "provenance": dict(bundle.provenance),
+    }
+
+
+def parts_of(
+    card: Mapping[str, Any], tensors: Mapping[str, Tensor], calibration: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Read the fields of a bundle.
+
+    Args:
+        card: As `card_of` writes it.
+        tensors: As `probe_tensors`.
+        calibration: As `calibration_tensors`.
+
+    Raises:
+        KeyError, TypeError, ValueError, SafeDecodeError: An entry is missing or of no use.
+    """
+    sites = tuple(Site(s["layer"], s["kind"], tuple(s["channels"])) for s in card["sites"])
+    canary = card["canary"]
+    return {
+        "probe": LinearProbe(sites, tensors["weight"], tensors["bias"], tuple(card["heads"])),
+        "monitor": MonitorConfig(**{k: tupled(v) for k, v in card["monitor"].items()}),
+        "certificates": certificates_of(card["certificates"], calibration),
+        "default_alpha": card["default_alpha"],
+        "holdback_tokens": card["holdback_tokens"],
+        "refusal": card["refusal"],
+        "opener": card["opener"],
+        "fingerprint": Fingerprint(**{k: tupled(v) for k, v in card["fingerprint"].items()}),
+        "canary": canary
+        and CanaryRecord(
+            logits=tensors["canary"], **{name: tupled(value) for name, value in canary.items()}
+        ),
+        "provenance": card["provenance"],
+        "header_check": _header_check(card.get("header_check"), tensors, calibration),
+        "reasoning": _reasoning(card.get("reasoning"), calibration),
+    }
+
+
+def _header_record(check: HeaderCheck, sets: CertificateSets) -> dict[str, Any]:
+    return {
+        "sites": [asdict(site) for site in check.probe.sites],
+        "heads": check.probe.heads,
+        "first_threshold": check.first_threshold,
+        "every_tokens": check.every_tokens,
+        "max_looks": check.max_looks,
+        "certificates": [sets.record(one) for one in check.certificates],
+    }
+
+
+def _header_check(
+    record: Mapping[str, Any] | None,
+    tensors: Mapping[str, Tensor],
+    calibration: Mapping[str, Tensor],
+) -> HeaderCheck | None:
+    if record is None:
+        return None
+    sites = tuple(Site(s["layer"], s["kind"], tuple(s["channels"])) for s in record["sites"])
+    return HeaderCheck(
+        LinearProbe(
+            sites, tensors["header_weight"], tensors["header_bias"], tuple(record["heads"])
+        ),
+        record["first_threshold"],
+        certificates_of(record["certificates"], calibration),
+        every_tokens=record["every_tokens"],
+        max_looks=record["max_looks"],
+    )
+
+
+def _reasoning(
+    record: Mapping[str, Any] | None, calibration: Mapping[str, Tensor]
+) -> ReasoningSpans | None:
+    if record is None:
+        return None
+    certificates = certificates_of(record["certificates"], calibration)
+    return ReasoningSpans(record["opens"], record["closes"], certificates)

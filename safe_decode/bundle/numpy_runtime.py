@@ -1,0 +1,267 @@
+"""A bundle scored without torch: probe and monitor in NumPy.
+
+For other engines, for services that receive activations, and as the reference that ONNX
+graphs are held to. The arithmetic is that of `monitor.monitor`, in float32; what is computed is
+defined in `monitor.config`.
+
+Knows a bundle's files and arrays. Does not know models, tokens or redirects; where
+activations come from is its user's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from safe_decode.activations.site import Site, n_features
+from safe_decode.bundle.certificate_card import certificates_of
+from safe_decode.bundle.files import CALIBRATION, CARD, PROBE, checked_content, read_card, tupled
+from safe_decode.bundle.plausible import require_plausible_rules
+from safe_decode.certificate import certificate_of
+from safe_decode.errors import (
+    BundleCorruptError,
+    BundleError,
+    CertificateError,
+    ConfigurationError,
+)
+from safe_decode.monitor.config import MonitorConfig
+
+__all__ = ["PortableBundle", "PortableState", "Scored", "start_state", "step_state"]
+
+Floats = NDArray[np.float32]
+
+_UNREADABLE = (
+    OSError,
+    SafetensorError,
+    CertificateError,
+    ConfigurationError,
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+
+
+class PortableState(NamedTuple):
+    """What the monitor remembers of each row; see `monitor.monitor.MonitorState` for the words.
+
+    Attributes:
+        ema: [batch, K] float32.
+        smoothed: [batch] float32.
+        statistic: [batch] float32.
+        alarm: [batch] bool.
+        step: [batch] int64.
+        clear_point: [batch] int64.
+        finite: [batch] bool.
+        recent: [batch, window - 1, K] float32; empty but for `mean`.
+        values: [batch, hits - 1] float32.
+    """
+
+    ema: Floats
+    smoothed: Floats
+    statistic: Floats
+    alarm: NDArray[np.bool_]
+    step: NDArray[np.int64]
+    clear_point: NDArray[np.int64]
+    finite: NDArray[np.bool_]
+    recent: Floats
+    values: Floats
+
+
+class Scored(NamedTuple):
+    """What a response came to.
+
+    Attributes:
+        logits: [T + 1, K] float32.
+        smoothed: [T + 1] float32.
+        statistic: The running maximum at the end.
+        alarm_step: First score whose statistic exceeds the threshold, or None.
+    """
+
+    logits: Floats
+    smoothed: Floats
+    statistic: float
+    alarm_step: int | None
+
+
+def start_state(config: MonitorConfig, batch: int) -> PortableState:
+    """Begin rows."""
+    kept = config.window - 1 if config.kind == "mean" else 0
+    level = np.tile(np.asarray(config.first_level, np.float32), (batch, 1))
+    start = np.asarray(config.start, np.float32)
+    low = np.full(batch, -np.inf, np.float32)
+    nothing = np.zeros(batch, np.int64)
+    return PortableState(
+        ema=level,
+        smoothed=low,
+        statistic=low,
+        alarm=np.zeros(batch, bool),
+        step=nothing,
+        clear_point=nothing - 1,
+        finite=np.ones(batch, bool),
+        recent=np.tile(start, (batch, kept, 1)),
+        values=np.full((batch, config.hits - 1), config.first_value, np.float32),
+    )
+
+
+def step_state(
+    config: MonitorConfig, threshold: float, state: PortableState, logits: Floats
+) -> PortableState:
+    """Consume one score a row, [batch, K]; pure."""
+    with np.errstate(invalid="ignore"):  # what is not finite is told by `finite`
+        level, recent = _level(config, state, np.asarray(logits, np.float32))
+        scale = np.asarray(config.scale, np.float64)
+        inverse = (1.0 / scale).astype(np.float32)
+        shift = (-np.asarray(config.offset) / scale).astype(np.float32)
+        value = (shift + level * inverse).max(axis=-1)
+        finite = state.finite & ((level - level).sum(axis=-1) == 0)
+        values = np.concatenate([state.values, value[:, None]], axis=1)
+        smoothed = values.min(axis=1)
+        statistic = np.maximum(state.statistic, smoothed)
+        clear = np.where(value < np.float32(config.low_mark), state.step, state.clear_point)
+        return PortableState(
+            ema=level,
+            smoothed=smoothed,
+            statistic=statistic,
+            alarm=statistic > np.float32(threshold),
+            step=state.step + 1,
+            clear_point=clear,
+            finite=finite,
+            recent=recent,
+            values=values[:, 1:],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PortableBundle:
+    """What scoring needs of a bundle.
+
+    Attributes:
+        sites: Where the features are read, in the order of the columns.
+        weight: [F, K] float32.
+        bias: [K] float32.
+        heads: K names.
+        monitor: Logits to a statistic.
+        threshold: Of the chosen certificate.
+        digest: Of the bundle.
+    """
+
+    sites: tuple[Site, ...]
+    weight: Floats
+    bias: Floats
+    heads: tuple[str, ...]
+    monitor: MonitorConfig
+    threshold: float
+    digest: str
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, alpha: float | None = None, population: str = "benign"
+    ) -> PortableBundle:
+        """Read a bundle; digests are checked, and thresholds recomputed from their maxima.
+
+        Args:
+            path: Directory of the bundle.
+            alpha: A certified level; None for the default.
+            population: Whose responses the threshold speaks of.
+
+        Raises:
+            BundleError: There is no bundle.
+            BundleCorruptError: Truncated, foreign, or changed since it was written.
+            CertificateError: This level is not certified.
+        """
+        source = Path(path)
+        if not (source / CARD).is_file():
+            raise BundleError(f"path={source} holds no {CARD}; pass the directory of a bundle.")
+        try:
+            card = read_card(source)
+            if "reasoning" in card:
+                raise ConfigurationError(
+                    "it has thresholds for reasoning, which need token ids; score it with torch"
+                )
+            tensors = load(checked_content(source, PROBE, card))
+            arrays = load(checked_content(source, CALIBRATION, card))
+            sites = tuple(Site(s["layer"], s["kind"], tuple(s["channels"])) for s in card["sites"])
+            heads = tuple(card["heads"])
+            monitor = MonitorConfig(**{k: tupled(v) for k, v in card["monitor"].items()})
+            certificates = certificates_of(card["certificates"], arrays)
+            require_plausible_rules(monitor, certificates)
+            for certificate in certificates:
+                certificate.verify()
+            weight, bias = tensors["weight"], tensors["bias"]
+            _require_weights(weight, bias, (n_features(sites), len(heads)))
+        except _UNREADABLE as error:
+            raise BundleCorruptError(
+                f"bundle {source} is corrupt: {error} (fetch or export the bundle again)."
+            ) from error
+        wanted = card["default_alpha"] if alpha is None else alpha
+        threshold = certificate_of(certificates, wanted, population).threshold
+        return cls(sites, weight, bias, heads, monitor, threshold, card["digest"])
+
+    def logits(self, features: NDArray[Any]) -> Floats:
+        """Map features [..., F] to logits [..., K], float32.
+
+        Raises:
+            ConfigurationError: F is another than the probe's.
+        """
+        if features.shape[-1] != len(self.weight):
+            raise ConfigurationError(
+                f"features have {features.shape[-1]} channels, the probe reads "
+                f"{len(self.weight)}; pass those of its sites, in their order."
+            )
+        with np.errstate(invalid="ignore"):  # NaN and infinities come out as such
+            found: Floats = np.asarray(features, np.float32) @ self.weight + self.bias
+        return found
+
+    def start(self, batch: int) -> PortableState:
+        """Begin rows."""
+        return start_state(self.monitor, batch)
+
+    def step(self, state: PortableState, features: NDArray[Any]) -> PortableState:
+        """Consume the features of one score a row, [batch, F]."""
+        return step_state(self.monitor, self.threshold, state, self.logits(features))
+
+    def score(self, features: NDArray[Any]) -> Scored:
+        """Score one finished response.
+
+        Args:
+            features: [T + 1, F], s_0 first.
+        """
+        logits = self.logits(features)
+        state = self.start(1)
+        smoothed, alarm = [], None
+        for number, row in enumerate(logits):
+            state = step_state(self.monitor, self.threshold, state, row[None])
+            smoothed.append(float(state.smoothed[0]))
+            if alarm is None and bool(state.alarm[0]):
+                alarm = number
+        return Scored(logits, np.asarray(smoothed, np.float32), float(state.statistic[0]), alarm)
+
+
+def _level(config: MonitorConfig, state: PortableState, logits: Floats) -> tuple[Floats, Floats]:
+    if config.kind == "ema":
+        level = state.ema + np.float32(config.smoothing) * (logits - state.ema)
+        return level, state.recent
+    if config.kind == "mean":
+        window = np.concatenate([state.recent, logits[:, None]], axis=1)
+        return window.mean(axis=1, dtype=np.float32), window[:, 1:]
+    forgiven = np.asarray(config.start, np.float32) + np.float32(config.drift)
+    return np.maximum(state.ema + (logits - forgiven), 0) + (logits - logits), state.recent
+
+
+def _require_weights(weight: Floats, bias: Floats, shape: tuple[int, int]) -> None:
+    if weight.shape != shape or bias.shape != shape[1:]:
+        raise ConfigurationError(
+            f"weight {weight.shape} and bias {bias.shape} do not fit {shape[0]} features and "
+            f"{shape[1]} heads"
+        )
+    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+        raise ConfigurationError("weight or bias holds NaN or infinite values, wanted none")

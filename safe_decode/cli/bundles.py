@@ -1,0 +1,178 @@
+"""`safe-decode inspect` and `verify-certificate`: what a bundle says, and whether it holds.
+
+Knows the fields of a loaded bundle and how to show them. Does not know files or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from safe_decode.cli.console import console, print_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from safe_decode.bundle.bundle import ProbeBundle
+    from safe_decode.certificate import Certificate
+
+__all__ = ["inspect", "verify_certificate"]
+
+BundlePath = Annotated[
+    Path | None, typer.Option("--bundle", help="Directory of the bundle; the embedded one if none.")
+]
+Key = Annotated[
+    Path | None,
+    typer.Option("--key", help="Public key that must have signed the bundle; PEM file."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def inspect(bundle: BundlePath = None, key: Key = None, as_json: AsJson = False) -> None:
+    """Print a bundle's card: what it reads, what it decides by, and what it was made for."""
+    loaded = _load(bundle, key)
+    card = {**_card(loaded), "signature": _signature(bundle, key)}
+    if as_json:
+        print_json(card)
+        return
+    from rich.table import Table
+
+    table = Table("", "", show_header=False, box=None)
+    for name, value in card.items():
+        if name != "certificates":
+            table.add_row(name, _shown(value))
+    console().print(table)
+    console().print(_certificates(loaded.all_certificates))
+
+
+def verify_certificate(bundle: BundlePath = None, key: Key = None, as_json: AsJson = False) -> None:
+    """Recompute every threshold and cap of a bundle from the maxima and lengths stored in it."""
+    from safe_decode.bundle.plausible import require_plausible
+
+    loaded = _load(bundle, key)
+    every = loaded.all_certificates
+    for certificate in every:
+        certificate.verify()
+    require_plausible(loaded)
+    recorded = sum(certificate.evidence.is_recorded for certificate in every)
+    signature = _signature(bundle, key)
+    if as_json:
+        print_json(
+            {
+                "bundle": loaded.digest,
+                "verified": True,
+                "caps_verified": recorded,
+                "signature": signature,
+                "certificates": [_facts(certificate) for certificate in every],
+            }
+        )
+        return
+    console().print(_certificates(every))
+    console().print(
+        f"verified: {len(every)} of {len(every)} thresholds recompute from their maxima."
+    )
+    console().print(_caps_told(len(every), recorded))
+    console().print(f"signature: {signature}", soft_wrap=True)
+
+
+def _caps_told(count: int, recorded: int) -> str:
+    text = f"caps: {recorded} of {count} recompute from the lengths of their responses"
+    missing = count - recorded
+    if not missing:
+        return f"{text}."
+    return (
+        f"{text}; of {missing} neither lengths nor writers are recorded, so their caps are taken."
+    )
+
+
+def _load(path: Path | None, key: Path | None = None) -> ProbeBundle:
+    from safe_decode.bundle.bundle import ProbeBundle
+
+    return ProbeBundle.load(_place(path), trusted_key=key)
+
+
+def _place(path: Path | None) -> Path:
+    from safe_decode.demo.embedded_pair import artefact
+
+    return path or Path(artefact("bundle"))
+
+
+def _signature(path: Path | None, key: Path | None) -> str:
+    """Say whether a bundle that was loaded is signed; with a key, that was checked."""
+    from safe_decode.bundle.signing import is_signed
+
+    if key is not None:
+        return f"holds for the key {key}"
+    return "there, not checked: pass --key" if is_signed(_place(path)) else "none"
+
+
+def _card(bundle: ProbeBundle) -> dict[str, object]:
+    sites = [
+        {"layer": site.layer, "kind": site.kind, "channels": len(site.channels)}
+        for site in bundle.probe.sites
+    ]
+    return {
+        "digest": bundle.digest,
+        "sites": sites,
+        "heads": list(bundle.probe.heads),
+        "monitor": asdict(bundle.monitor),
+        "default_alpha": bundle.default_alpha,
+        "holdback_tokens": bundle.holdback_tokens,
+        "refusal": bundle.refusal,
+        "opener": bundle.opener,
+        "fingerprint": asdict(bundle.fingerprint),
+        "has_canary": bundle.canary is not None,
+        "provenance": dict(bundle.provenance),
+        "certificates": [_facts(certificate) for certificate in bundle.all_certificates],
+    }
+
+
+def _facts(certificate: Certificate) -> dict[str, object]:
+    return {
+        "population": certificate.population,
+        "alpha": certificate.alpha,
+        "delta": certificate.delta,
+        "n": certificate.n,
+        "j": certificate.j,
+        "threshold": certificate.threshold,
+        "source": certificate.evidence.source,
+        "lengths": certificate.evidence.lengths_in_words,
+        "supported_cap": certificate.supported_cap,
+        "envelope": asdict(certificate.envelope),
+    }
+
+
+def _certificates(certificates: Sequence[Certificate]) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title="Certificates",
+        caption="With confidence 1 - delta over the draw, at most alpha of such responses alarm. "
+        "Source: on-policy, the model's own responses; off-policy, texts of others too; "
+        "unrecorded, the bundle does not say.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    shown = ("population", "alpha", "delta", "n", "j", "threshold", "source", "lengths", "envelope")
+    for name in shown:
+        table.add_column(name)
+    for certificate in certificates:
+        facts = _facts(certificate)
+        table.add_row(*(_shown(facts[name]) for name in shown))
+    return table
+
+
+def _shown(value: object) -> str:
+    from safe_decode.demo.view import visible
+
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_shown(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(_shown(item) for item in value)
+    return visible(str(value))

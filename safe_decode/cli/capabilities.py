@@ -1,0 +1,30 @@
+"""`safe-decode capabilities`: what of `generate` is guarded, and what is refused and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from safe_decode.cli.console import console, print_json
+
+__all__ = ["capabilities"]
+
+
+def capabilities(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what of `generate` is supported, and what is refused and why."""
+    from rich.table import Table
+
+    from safe_decode.engines.transformers.capabilities import TABLE
+
+    if as_json:
+        rows = [{**asdict(row), "neutral": [repr(n) for n in row.neutral]} for row in TABLE]
+        print_json({"capabilities": rows})
+        return
+    table = Table("feature", "status", "note", "instead")
+    for row in TABLE:
+        table.add_row(row.feature, row.status, row.reason, row.instead)
+    console().print(table)

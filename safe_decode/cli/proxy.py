@@ -1,0 +1,110 @@
+"""`safe-decode proxy`: guards an upstream whose engine carries the guard.
+
+Knows the flags, the first screen and the process. Does not know endpoints. Every setting can
+also be given by `--config`, the environment, or `--set`; the upstream's key by the first two alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from safe_decode.cli.console import console
+from safe_decode.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from safe_decode.serving.proxy.settings import LoadedProxySettings
+
+__all__ = ["proxy"]
+
+
+def proxy(
+    upstream: Annotated[
+        str | None, typer.Option(help="Address of the upstream, without /v1.")
+    ] = None,
+    bundle: Annotated[
+        str | None,
+        typer.Option(help="Digest of the bundle it must carry, as safe-decode inspect prints."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 for any free one.")] = None,
+    holdback_tokens: Annotated[
+        int | None, typer.Option(help="Tokens held here, besides what the upstream holds.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="A key that clients may use; may be repeated.")
+    ] = None,
+    audit: Annotated[Path | None, typer.Option(help="Append one line a response here.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, any other setting.")
+    ] = None,
+) -> None:
+    """Guard the clients of another server: what lacks the mark of the bundle is not shown.
+
+    The upstream's own key is read from SAFE_DECODE_PROXY_UPSTREAM_KEY or the file of --config.
+    """
+    try:
+        from safe_decode.serving.proxy.settings import load_proxy_settings
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            f"{error.name} is missing; install the server with: pip install 'safe-decode[serving]'"
+        ) from error
+    loaded = load_proxy_settings(
+        config,
+        flags={
+            "upstream": upstream,
+            "bundle": bundle,
+            "host": host,
+            "port": port,
+            "holdback_tokens": holdback_tokens,
+            "api_keys": tuple(api_key) if api_key else None,
+            "audit": audit,
+        },
+        assignments=_assignments(settings or []),
+    )
+    _run(loaded)
+
+
+def _assignments(texts: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigurationError(
+                f"--set {name!r} has no value, wanted NAME=VALUE; pass for example port=0."
+            )
+        pairs[name.strip().replace("-", "_")] = value
+    return pairs
+
+
+def _run(loaded: LoadedProxySettings) -> None:
+    from safe_decode.serving.middleware.connections import BoundedConfig, require_descriptors
+    from safe_decode.serving.process import GuardedServer
+    from safe_decode.serving.proxy.app import create_proxy_app, proxy_screen
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    settings, server = loaded.settings, loaded.settings.as_server
+    require_descriptors(server)
+    app = create_proxy_app(settings)
+    GuardedServer(
+        BoundedConfig(app, server, app.state.parts.metrics),
+        app.state.parts.deadlines,
+        grace_s=settings.shutdown_grace_s,
+        on_start=lambda address: _show(address, proxy_screen(loaded)),
+    ).run()
+
+
+def _show(address: str, rows: list[tuple[str, str]]) -> None:
+    from rich.panel import Panel
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for name, text in rows:
+        table.add_row(name, text)
+    console(stderr=True).print(Panel(table, title=f"safe-decode guards {address}", expand=False))

@@ -1,0 +1,209 @@
+"""`safe-decode replay` and `safe-decode show`: traces recomputed, and told in colours.
+
+Knows options, tables and how traces meet models. Does not know the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safe_decode.cli.console import console, print_json, working
+from safe_decode.cli.generate import BundlePath, Device, DtypeName, ModelName
+from safe_decode.errors import BundleError, ConfigurationError, DataError
+
+if TYPE_CHECKING:
+    from safe_decode.bundle.bundle import ProbeBundle
+    from safe_decode.demo.view import ShownToken
+    from safe_decode.trace.replay import Replay, Rescore
+    from safe_decode.trace.schema import SafetyTrace
+
+__all__ = ["replay", "show"]
+
+TracePath = Annotated[Path, typer.Argument(help="JSON lines written by --trace.")]
+
+
+def replay(
+    trace: TracePath,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="Score again with the model: one for each trace, in order."),
+    ] = None,
+    model: ModelName = None,
+    bundle: BundlePath = None,
+    device: Device = "cpu",
+    dtype: DtypeName = "float32",
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Of a logit of the model.")] = 1e-3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Recompute the decisions of traces; exit status 1 if any differs."""
+    from safe_decode.bundle.bundle import ProbeBundle
+    from safe_decode.demo.embedded_pair import artefact, load_model
+    from safe_decode.trace.replay import replay as recompute
+    from safe_decode.trace.schema import read_traces
+
+    traces, probes = read_traces(trace), ProbeBundle.load(bundle or artefact("bundle"))
+    prompts: Sequence[str | None] = prompt or [None] * len(traces)
+    if len(prompts) != len(traces):
+        raise ConfigurationError(
+            f"--prompt was given {len(prompts)} times for {len(traces)} traces; pass one each."
+        )
+    loaded: Any = None
+    if prompt:
+        with working("Loading the model"):
+            loaded = load_model(model or artefact("aligned"), device=device, dtype=dtype)
+    found = []
+    with working("Replaying"):
+        for one, text in zip(traces, prompts, strict=True):
+            _require_bundle(one, probes)
+            rescore = None if text is None else _rescorer(loaded, probes, text)
+            found.append(recompute(one, probes.monitor, rescore=rescore, logit_tolerance=tolerance))
+    if as_json:
+        rows = [
+            {
+                "scores": one.scores,
+                "statistic_difference": one.statistic_difference,
+                "logit_difference": one.logit_difference,
+                "differences": list(one.differences),
+            }
+            for one in found
+        ]
+        print_json({"rows": rows, "agrees": not any(one.differences for one in found)})
+    else:
+        _print(traces, found)
+    if any(one.differences for one in found):
+        raise typer.Exit(1)
+
+
+def show(
+    trace: TracePath,
+    model: ModelName = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the text of traces token by token, coloured by risk.
+
+    Needs traces with token ids, and the tokenizer of the model that wrote them.
+    """
+    from safe_decode.demo.embedded_pair import artefact
+    from safe_decode.trace.schema import read_traces
+
+    traces = read_traces(trace)
+    with working("Loading the tokenizer"):
+        decode = _decoder(model or artefact("aligned"))
+    shown = [_tokens(one, decode) for one in traces]
+    if as_json:
+        print_json({"rows": [_as_json(one, ts) for one, ts in zip(traces, shown, strict=True)]})
+        return
+    from safe_decode.demo.terminal import legend, response_text
+
+    out = console()
+    out.print(legend())
+    for number, (one, tokens) in enumerate(zip(traces, shown, strict=True)):
+        end = one.end
+        trip = "" if end.trip_step is None else f", trips at score {end.trip_step}"
+        out.print(f"\n#{number} {end.outcome}{trip}", style="bold")
+        out.print(response_text(tokens), soft_wrap=True)
+
+
+def _require_bundle(trace: SafetyTrace, bundle: ProbeBundle) -> None:
+    if trace.header.bundle != bundle.digest:
+        raise BundleError(
+            f"the trace was judged by bundle {trace.header.bundle[:12]}, this one is "
+            f"{bundle.digest[:12]}; pass --bundle with the one that wrote it."
+        )
+
+
+def _rescorer(loaded: Any, bundle: ProbeBundle, prompt: str) -> Rescore:  # noqa: ANN401
+    import torch
+
+    from safe_decode.activations.tap import ActivationTap
+    from safe_decode.prompts.chat import encode_chat
+
+    model = loaded.model
+    probe = bundle.probe.to(model.device)
+    tap = ActivationTap(model, bundle.probe.sites)
+    head = encode_chat(loaded.tokenizer, prompt).ids
+
+    def rescore(turn: Sequence[int], n: int) -> list[list[float]]:
+        ids = torch.tensor([[*head, *turn]], device=model.device)
+        with tap.listening() as beats, torch.no_grad():
+            beats.keep_last(n)
+            model(input_ids=ids, use_cache=False)
+            scores: list[list[float]] = probe(beats.take())[0].tolist()
+        return scores
+
+    return rescore
+
+
+def _decoder(name: str | Path) -> Callable[[Sequence[int]], str]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"model={str(name)!r} has no tokenizer that can be loaded; pass its directory or name."
+        ) from error
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _tokens(trace: SafetyTrace, decode: Callable[[Sequence[int]], str]) -> list[ShownToken]:
+    from safe_decode.demo.trace_view import pieces_of
+    from safe_decode.demo.view import Mark, ShownToken, risk_of
+    from safe_decode.trace.replay import standing_steps
+
+    told = [(step, stands) for step, stands in standing_steps(trace) if step.position > 0]
+    ids = [step.token for step, _ in told if step.token is not None]
+    if len(ids) != len(told):
+        raise DataError("the trace has no token ids to show; write it with --token-ids.")
+    shown = []
+    for (step, stands), piece in zip(told, pieces_of(ids, decode), strict=True):
+        mark: Mark = "plain" if stands else "dropped"
+        if step.attempt == 0 and step.position <= trace.end.prefill_tokens:
+            mark = "prefill"
+        elif step.action == "trip":
+            mark = "trip"
+        elif step.attempt or step.action == "force":
+            mark = "redirect" if stands else "dropped"
+        risk = (
+            None
+            if step.statistic != step.statistic
+            else risk_of(step.statistic, trace.header.threshold)
+        )
+        shown.append(ShownToken(piece, risk, mark))
+    return shown
+
+
+def _as_json(trace: SafetyTrace, tokens: Sequence[ShownToken]) -> dict[str, object]:
+    return {
+        "outcome": trace.end.outcome,
+        "trip_step": trace.end.trip_step,
+        "tokens": [
+            {"text": token.text, "risk": token.risk, "mark": token.mark} for token in tokens
+        ],
+    }
+
+
+def _print(traces: Sequence[SafetyTrace], found: Sequence[Replay]) -> None:
+    from rich.table import Table
+
+    out = console()
+    table = Table("trace", "outcome", "scores", "statistic off by", "logits off by", box=None)
+    for number, (trace, one) in enumerate(zip(traces, found, strict=True)):
+        logits = "-" if one.logit_difference is None else f"{one.logit_difference:.2g}"
+        table.add_row(
+            str(number),
+            trace.end.outcome,
+            str(one.scores),
+            f"{one.statistic_difference:.2g}",
+            logits,
+        )
+    out.print(table)
+    for number, one in enumerate(found):
+        for difference in one.differences:
+            out.print(f"trace {number}: {difference}", style="bold red", soft_wrap=True)
+    agrees = sum(not one.differences for one in found)
+    out.print(f"{agrees} of {len(found)} traces replay to the same decisions.")

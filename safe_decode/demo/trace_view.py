@@ -1,0 +1,111 @@
+"""Reading a trace as a story: what was given, said, taken back and said instead.
+
+Knows traces, ids and how ids become pieces of text. Does not know models, tensors or how
+anything is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from safe_decode.demo.view import Mark, ShownToken, Side, risk_of
+
+if TYPE_CHECKING:
+    from safe_decode.trace.schema import SafetyTrace, TraceStep
+
+__all__ = ["Decode", "pieces_of", "side_of"]
+
+Decode = Callable[[Sequence[int]], str]
+"""From ids to their text, special tokens left out."""
+
+
+def side_of(
+    trace: SafetyTrace,
+    *,
+    final_ids: Sequence[int],
+    text: str,
+    decode: Decode,
+    verdict: str | None = None,
+) -> Side:
+    """Tell what happened to a row.
+
+    Args:
+        trace: Its trace, with token ids.
+        final_ids: Generated ids that stand in the end, EOS excluded.
+        text: What the reader gets.
+        decode: The tokenizer's.
+        verdict: The judge's word for `text`.
+    """
+    steps = [step for step in trace.steps if step.attempt == 0 and step.position > 0]
+    given, own = steps[: trace.end.prefill_tokens], steps[trace.end.prefill_tokens :]
+    trip = _trip_of(trace)
+    own = [step for step in own if step.action != "force" and step.token is not None]
+    changes = trip is not None and not trace.end.unprotected
+    kept = _kept(own, final_ids, trip.position if trip else None) if changes else len(own)
+    marks: list[Mark] = ["prefill"] * len(given)
+    marks += ["plain" if i < kept else "dropped" for i in range(len(own))]
+    said = [step.token for step in (*given, *own) if step.token is not None]
+    texts = pieces_of(said, decode)
+    shown = [
+        ShownToken(piece, risk_of(step.statistic, trace.header.threshold), mark)
+        for piece, step, mark in zip(texts, (*given, *own), marks, strict=True)
+    ]
+    if trip is not None:
+        shown = _with_trip(shown, trip, trace.header.threshold, is_taken=changes)
+    if changes:
+        rest = pieces_of((*said[: len(given) + kept], *final_ids[kept:]), decode)
+        shown += [ShownToken(piece, None, "redirect") for piece in rest[len(given) + kept :]]
+    return Side(tuple(shown), text, tripped=trip is not None, verdict=verdict)
+
+
+def pieces_of(ids: Sequence[int], decode: Decode) -> list[str]:
+    """Split the text of `ids` into what each id adds to it.
+
+    An id that ends inside a character adds nothing; the id that completes it adds it.
+
+    Returns:
+        One piece an id; joined, they are the text of all.
+    """
+    pieces, before = [], ""
+    for end in range(1, len(ids) + 1):
+        whole = decode(ids[:end])
+        is_open = whole.endswith("\ufffd") and end < len(ids)
+        grown = before if is_open or not whole.startswith(before) else whole
+        pieces.append(grown[len(before) :])
+        before = grown
+    return pieces
+
+
+def _trip_of(trace: SafetyTrace) -> TraceStep | None:
+    if trace.end.trip_step is None:
+        return None
+    first = (s for s in trace.steps if s.attempt == 0 and s.position == trace.end.trip_step)
+    return next(first, None)
+
+
+def _kept(own: Sequence[TraceStep], final_ids: Sequence[int], trip: int | None) -> int:
+    """Count the leading said tokens that stand; what tripped never does."""
+    kept = 0
+    for step, final in zip(own, final_ids, strict=False):
+        if step.token != final or (trip is not None and step.position >= trip):
+            break
+        kept += 1
+    return kept
+
+
+def _with_trip(
+    shown: list[ShownToken], trip: TraceStep, threshold: float, *, is_taken: bool
+) -> list[ShownToken]:
+    """Mark the token that the tripping score judged; s_0 judged none, so it gets its own."""
+    if trip.position == 0:
+        return [ShownToken("", risk_of(trip.statistic, threshold), "trip"), *shown]
+    at = trip.position - 1
+    if at >= len(shown):
+        return [*shown, ShownToken("", risk_of(trip.statistic, threshold), "trip")]
+    token = shown[at]
+    if token.mark == "prefill" or not is_taken:
+        # What was supplied, or what stands, keeps its own look; the trip comes right after it.
+        flag = ShownToken("", token.risk, "trip")
+        return [*shown[: at + 1], flag, *shown[at + 1 :]]
+    return [*shown[:at], ShownToken(token.text, token.risk, "trip"), *shown[at + 1 :]]

@@ -1,0 +1,120 @@
+"""What the server asks of an engine. Knows no engine.
+
+An engine turns messages into ids and runs rows in batches, on the thread that calls it. It
+never raises for a row: a row that fails ends closed, with a `Finished` of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from safe_decode.certificate import Certificate
+from safe_decode.decision import Redirect
+from safe_decode.engines.rows import Row, RowPolicy, RowPrompt
+
+if TYPE_CHECKING:
+    from safe_decode.engines.transformers.batch.timing import StepTimes
+
+__all__ = ["Engine", "GuardFacts"]
+
+
+@dataclass(frozen=True)
+class GuardFacts:
+    """What an engine's rows are guarded by.
+
+    Attributes:
+        bundle: Digest.
+        certificates: Of the operator's population, by alpha.
+        alpha: The operator's level.
+        redirect: The operator's.
+        holdback_tokens: The operator's.
+        heads: Names of what the probe reads for.
+        context_tokens: Positions the model has, or None.
+        vocab_tokens: Ids that a prompt of ids may hold.
+    """
+
+    bundle: str
+    certificates: Mapping[float, Certificate]
+    alpha: float
+    redirect: Redirect
+    holdback_tokens: int
+    heads: tuple[str, ...]
+    context_tokens: int | None
+    vocab_tokens: int
+
+    @property
+    def certificate(self) -> Certificate:
+        """The operator's certificate."""
+        return self.certificates[self.alpha]
+
+    @property
+    def certified_cap(self) -> int:
+        """Largest cap that the certificate covers with the unseen tokens behind it."""
+        return max(1, self.certificate.envelope.max_new_tokens - self.holdback_tokens)
+
+    @property
+    def policy(self) -> RowPolicy:
+        """The operator's policy, which a request may only tighten."""
+        return RowPolicy(self.alpha, self.redirect, self.holdback_tokens)
+
+
+class Engine(Protocol):
+    """Runs rows under a guard."""
+
+    @property
+    def facts(self) -> GuardFacts:
+        """What the rows are guarded by."""
+        ...
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> RowPrompt:
+        """Encode a conversation.
+
+        Raises:
+            PromptError: It cannot be encoded, or leaves no room for an answer.
+        """
+        ...
+
+    def completion(self, prompt: str | Sequence[int]) -> RowPrompt:
+        """Encode the beginning of a text, or take its ids.
+
+        Raises:
+            PromptError: It is empty, holds foreign ids, or leaves no room.
+        """
+        ...
+
+    def token_text(self, token: int) -> str:
+        """Return the text of one id on its own."""
+        ...
+
+    def admits(self, rows: Sequence[Row], row: Row) -> bool:
+        """Say whether a row can run in one batch with others."""
+        ...
+
+    def run(self, rows: Sequence[Row]) -> StepTimes | None:
+        """Run rows that admit each other to their ends; blocks. Several threads may call it.
+
+        Returns:
+            What the steps took; None if it failed, or does not say.
+        """
+        ...
+
+    def has_changed(self) -> bool:
+        """Say whether the model is another than the one that was wrapped.
+
+        Asked before every run, so it is cheap. If it has, `check` runs before the row does. An
+        engine that cannot tell says no, and the canary's interval finds the change.
+        """
+        ...
+
+    def check(self) -> float:
+        """Run the canary. Several threads may call it, beside runs.
+
+        Returns:
+            The largest difference of a logit.
+
+        Raises:
+            CanaryError: It does not yield what the bundle says.
+        """
+        ...

@@ -1,0 +1,165 @@
+"""What follows one trip, run beside the batch it came from.
+
+Knows one row's release, its cut and the rewinder. Does not know batches or queues. Whatever
+fails here, the row's reader gets a proper end.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_decode.activations.tap import ActivationTap
+from safe_decode.decision import Outcome
+from safe_decode.engines.rows import Finished, Row, Tripped
+from safe_decode.engines.transformers.batch.release import RowRelease
+from safe_decode.engines.transformers.decoder import SafeDecoder
+from safe_decode.engines.transformers.loops.settings import CallSettings
+from safe_decode.engines.transformers.request import context_tokens
+from safe_decode.engines.transformers.rewind import Redirected, Rewinder, Texts
+from safe_decode.policy.policy import Policy
+from safe_decode.probe.linear import LinearProbe
+from safe_decode.session.session import Trip
+
+__all__ = ["Redirection", "RunGuard", "close_row"]
+
+_LOG = logging.getLogger("safe_decode.serving")
+_WORDS: dict[str, Outcome] = {"rewind": "rewound", "stop": "stopped", "refuse": "refused"}
+
+
+def close_row(row: Row, error: BaseException) -> None:
+    """End a row whose engine failed; what was held back is never shown."""
+    name = type(error).__name__
+    row.emit(Tripped(row.request.policy.redirect, None, error=name))
+    row.emit(Finished("content_filter", outcome="closed", error=f"{name}: {error}"))
+
+
+@dataclass(frozen=True)
+class RunGuard:
+    """What every run of an engine shares.
+
+    Attributes:
+        decoder: The model, its bundle and policy.
+        probe: On the model's device.
+        tap: On the probe's sites.
+        texts: Canned ids.
+        tells_scores: Whether each token's statistic is said.
+        own_ends: Ids that ended rows when the model was wrapped, ascending.
+    """
+
+    decoder: SafeDecoder
+    probe: LinearProbe
+    tap: ActivationTap
+    texts: Texts
+    tells_scores: bool = field(kw_only=True)
+    own_ends: tuple[int, ...] = field(default=(), kw_only=True)
+
+
+class Redirection:
+    """One tripped row on its way to its end.
+
+    Args:
+        guard: Of the engine.
+        release: Of the row; has shown what stands.
+        trip: The trip.
+        settings: Of the row.
+        policy: Of the row.
+        threshold: Of the row.
+        dropped: Tokens that were taken back.
+    """
+
+    def __init__(
+        self,
+        guard: RunGuard,
+        release: RowRelease,
+        trip: Trip,
+        *,
+        settings: CallSettings,
+        policy: Policy,
+        threshold: float,
+        dropped: int,
+    ) -> None:
+        self._guard, self._release, self._trip = guard, release, trip
+        self._settings, self._policy, self._threshold = settings, policy, threshold
+        self._dropped, self._trip_step = dropped, release.scores - 1
+
+    def __call__(self) -> Redirected:
+        """Continue or refuse the row, and end it."""
+        row = self._release.row
+        try:
+            with torch.no_grad():
+                redirected = self._redirect(row)
+        except Exception as error:
+            _LOG.exception("a continuation failed")
+            close_row(row, error)
+            raise
+        self._speak(redirected)
+        failed = self._trip.error or next(
+            (t.record.error for t in redirected.tries if t.record.error is not None), None
+        )
+        row.emit(
+            Finished(
+                "content_filter",
+                outcome="closed" if failed else _WORDS[redirected.how],
+                shown_tokens=self._release.shown_tokens,
+                dropped_tokens=self._dropped,
+                trip_step=self._trip_step,
+                void=self._release.void,
+                stop=self._release.stop,
+                error=None if failed is None else f"{type(failed).__name__}: {failed}",
+            )
+        )
+        return redirected
+
+    def _redirect(self, row: Row) -> Redirected:
+        prompt, sampling = row.request.prompt, row.request.sampling
+        options: dict[str, Any] = {"do_sample": self._settings.do_sample}
+        if self._settings.do_sample:
+            options |= {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
+            }
+        decoder = self._guard.decoder
+        rewinder = Rewinder(
+            model=decoder.model,
+            tap=self._guard.tap,
+            probe=self._guard.probe,
+            config=decoder.bundle.monitor,
+            threshold=self._threshold,
+            policy=self._policy,
+            texts=self._guard.texts,
+            settings=self._settings,
+            options=options,
+            context_tokens=context_tokens(decoder.model),
+            seed=sampling.seed,
+            stops=self._stops if sampling.stop else None,
+        )
+        return rewinder.redirect(
+            self._trip,
+            row=0,  # the row's own seed decides
+            prompt=prompt.ids,
+            prefill_tokens=prompt.prefill_tokens,
+            said=self._release.said_ids,
+        )
+
+    def _stops(self, ids: Tensor) -> bool:
+        """Say whether the words of a continuation [n] hold a stop string; its newest ids decide."""
+        stops = self._release.row.request.sampling.stop
+        # A character may be split over four ids of bytes.
+        newest = ids[-4 * max(map(len, stops)) - 16 :].tolist()
+        text = self._guard.decoder.tokenizer.decode(newest, skip_special_tokens=True)
+        return any(stop in text for stop in stops)
+
+    def _speak(self, redirected: Redirected) -> None:
+        kept = tuple(self._release.said_ids[: self._trip.cut.kept])
+        after = redirected.ids[len(kept) :]
+        ends = self._settings.end_ids
+        shown = tuple(token for token in after if token not in ends)
+        last = redirected.tries[-1].ids if redirected.how == "rewind" else ()
+        n_models = sum(token not in ends for token in last)
+        self._release.speak(shown, kept, n_models=n_models)

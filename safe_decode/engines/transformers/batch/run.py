@@ -1,0 +1,292 @@
+"""One batch of rows on a guarded model, from its first forward to its last row's end.
+
+Knows how a batch is composed of rows with their own caps, seeds, samplings, stop strings,
+redirects and thresholds, and who is told what after each choice. Does not know queues, HTTP
+or hooks. A row that has ended is told so at once, not with its batch; a tripped row goes on
+by itself, in a thread of its own, while its neighbours run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from safe_decode.engines.rows import Row, Sampling, TokenNote, Tripped
+from safe_decode.engines.transformers.batch.redirection import Redirection, RunGuard
+from safe_decode.engines.transformers.batch.release import RowRelease
+from safe_decode.engines.transformers.batch.sampler import RowSampler
+from safe_decode.engines.transformers.batch.timing import StepTimes, TimedLoop
+from safe_decode.engines.transformers.coverage import options_in_force, request_options
+from safe_decode.engines.transformers.loops.settings import CallSettings
+from safe_decode.engines.transformers.request import context_tokens
+from safe_decode.engines.transformers.rewind import Redirected
+from safe_decode.monitor.monitor import RiskMonitor
+from safe_decode.policy.policy import Policy
+from safe_decode.prompts import chat
+from safe_decode.session.session import RowRecord, Session, Trip
+from safe_decode.session.turns import Turns
+from safe_decode.trace.writer import Judgement, Outcome, void_reason
+
+__all__ = ["Run"]
+
+
+class Run:
+    """One batch, from its first forward to its last row's end; follows its loop."""
+
+    def __init__(self, guard: RunGuard, pool: ThreadPoolExecutor, rows: Sequence[Row]) -> None:
+        self._guard, self._decoder, self._pool, self._rows = guard, guard.decoder, pool, rows
+        decoder = guard.decoder
+        self._policies = [
+            Policy(row.request.policy.redirect, row.request.policy.holdback_tokens, "close")
+            for row in rows
+        ]
+        self._certificates = [
+            decoder.bundle.certificate(row.request.policy.alpha, decoder.certificate.population)
+            for row in rows
+        ]
+        self._ends = frozenset(chat.stop_ids(decoder.model, decoder.tokenizer))
+        # The model's own configuration acts here too; sampling is the row sampler's alone.
+        self._own_options = options_in_force(decoder.model.generation_config, samples=False)
+        self._settings = [self._settings_of(row) for row in rows]
+        self._releases = [
+            RowRelease(row, self._decode, void=self._void(i)) for i, row in enumerate(rows)
+        ]
+        self._sampler = RowSampler(
+            [row.request.sampling for row in rows],
+            int(decoder.model.config.get_text_config().vocab_size),
+            decoder.model.device,
+            n_ahead=max(policy.holdback_tokens for policy in self._policies),
+        )
+        self._reported = {row: i for i, row in enumerate(self._sampler.reported)}
+        self._redirected: dict[int, Future[Redirected]] = {}
+        self._records: list[RowRecord] = []
+        self._session: Session | None = None
+        self._loop: TimedLoop | None = None
+        self._said = 0
+
+    def go(self) -> StepTimes:
+        """Run to the end of the last row; return what the steps took."""
+        device = self._decoder.model.device
+        ids, mask = self._padded(device)
+        thresholds = torch.tensor([c.threshold for c in self._certificates])
+        with self._guard.tap.listening() as beats, torch.no_grad():
+            self._session = session = Session(
+                probe=self._guard.probe,
+                monitor=RiskMonitor(self._decoder.bundle.monitor, thresholds),
+                policy=self._policies,
+                beats=beats,
+                scanned=[row.request.prompt.scanned for row in self._rows],
+                device=device,
+            )
+            limit = context_tokens(self._decoder.model)
+            lengths = [len(row.request.prompt.ids) for row in self._rows]
+            self._loop = loop = TimedLoop(
+                session,
+                follower=self,
+                room=None if limit is None else [limit - n for n in lengths],
+                reweighed=[_is_reweighed(row.request.sampling) for row in self._rows],
+            )
+            self._decoder.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                custom_generate=loop,
+                disable_compile=True,  # the taps of a run are hooks, which a graph leaves out
+                do_sample=False,
+                max_new_tokens=max(s.max_new_tokens for s in self._settings),
+                logits_processor=[self._sampler],
+                stopping_criteria=[self._enders],
+            )
+        self._records = session.records()
+        for future in self._redirected.values():
+            future.exception()  # waits; what failed has told its reader already
+        return loop.times
+
+    def on_choice(
+        self, newest: Sequence[int], turns: Turns | None, trips: Mapping[int, Trip]
+    ) -> None:
+        """Take note of one choice, and of what the newest score says of the choice before."""
+        del newest  # the stopping criterion has taken them
+        self._said += 1
+        statistics = self._statistics()
+        for index, release in enumerate(self._releases):
+            if release.is_over:
+                continue
+            statistic = None if statistics is None else statistics[index]
+            if index in trips:
+                self._redirect(index, trips[index])
+                continue
+            release.judge(statistic)
+            if turns is not None:
+                self._take(index, turns)
+
+    def _take(self, index: int, turns: Turns) -> None:
+        """Take a choice of a row, what was said before it being judged."""
+        release = self._releases[index]
+        turn, wanted = turns.turns[index], turns.wanted[index]
+        if release.is_closing:
+            release.end(wanted, is_flagged=self._is_flagged(index))
+        elif turn in ("ends", "stops"):
+            if not release.is_cut:
+                release.ends_by = "stop"
+            own = wanted if turn == "stops" else 0
+            release.end(own, is_flagged=self._is_flagged(index))
+        elif turn == "looks":
+            release.cut("stop")
+            release.look()
+        elif turn == "cut":
+            release.cut("length")
+        release.is_closing = turns.is_last[index]
+
+    def on_end(self, wanted: Sequence[int], trips: Mapping[int, Trip]) -> None:
+        """Take note that the tails of all rows were judged."""
+        statistics = self._statistics()
+        for index, release in enumerate(self._releases):
+            if release.is_over:
+                continue
+            if index in trips:
+                self._redirect(index, trips[index])
+                continue
+            release.tail_is_judged()
+            release.judge(None if statistics is None else statistics[index])
+            release.end(wanted[index], is_flagged=self._is_flagged(index))
+
+    def write_traces(self) -> None:
+        """Fill the rows' traces."""
+        bundle = self._decoder.bundle
+        assert self._loop is not None
+        for index, (row, record) in enumerate(zip(self._rows, self._records, strict=True)):
+            release, prompt = self._releases[index], row.request.prompt
+            said = tuple(release.said_ids)
+            future = self._redirected.get(index)
+            failed = future is None or future.exception() is not None
+            redirected = None if future is None or failed else future.result()
+            if record.trip is not None:
+                said = said[: record.trip.cut.kept + record.trip.cut.dropped]
+            withheld = self._loop.ends[index].withheld
+            outcome = Outcome(
+                record,
+                prompt.ids,
+                prompt.prefill_tokens,
+                said,
+                said[: len(said) - withheld] if redirected is None else redirected.ids,
+                redirected,
+                ahead=self._loop.ahead(index, record.ahead),
+                withheld=withheld,
+            )
+            judgement = Judgement(
+                bundle=bundle.digest,
+                heads=bundle.probe.heads,
+                low_mark=bundle.monitor.low_mark,
+                certificate=self._certificates[index],
+                policy=self._policies[index],
+            )
+            row.trace = judgement.trace(outcome, release.void)
+
+    def _enders(self, input_ids: Tensor, _scores: object, **_: object) -> Tensor:
+        """The stopping criterion of the batch: caps, stop strings, readers who left."""
+        ends = []
+        for index, token in enumerate(input_ids[:, -1].tolist()):
+            ends.append(self._hear(index, token))
+        return torch.tensor(ends, device=input_ids.device)
+
+    def _hear(self, index: int, token: int) -> bool:
+        release = self._releases[index]
+        if release.row.is_cancelled and not release.is_over:
+            release.finish("cancelled")
+        if not release.goes_on:
+            return True
+        if token in self._ends:
+            return False  # the loop's own criterion ends it
+        note, is_last = TokenNote(token, ""), self._said + 1 >= self._settings[index].max_new_tokens
+        if index in self._reported and self._sampler.chosen is not None:
+            top = release.row.request.sampling.top_logprobs or 0
+            logprob, others = self._sampler.chosen.of(self._reported[index], token, top)
+            note = TokenNote(token, "", logprob=logprob, top=others)
+        if not release.say(note) and not is_last:
+            return False
+        release.cut("length")
+        return True
+
+    def _statistics(self) -> list[float] | None:
+        """Read every row's statistic, if it is told; the guard itself looks less often."""
+        assert self._session is not None
+        if not self._guard.tells_scores:
+            return None
+        statistics: list[float] = self._session.state.statistic.tolist()
+        return statistics
+
+    def _statistic(self, index: int) -> float:
+        assert self._session is not None
+        return float(self._session.state.statistic[index])
+
+    def _is_flagged(self, index: int) -> bool:
+        if self._policies[index].protects:
+            return False
+        return self._statistic(index) > self._certificates[index].threshold
+
+    def _redirect(self, index: int, trip: Trip) -> None:
+        release, policy = self._releases[index], self._policies[index]
+        error = None if trip.error is None else type(trip.error).__name__
+        value = self._statistic(index) if trip.error is None else None
+        dropped = release.trip(trip.cut.kept, value)
+        release.row.emit(Tripped(policy.redirect, value, dropped, error))
+        job = Redirection(
+            self._guard,
+            release,
+            trip,
+            settings=self._settings[index],
+            policy=policy,
+            threshold=self._certificates[index].threshold,
+            dropped=len(dropped),
+        )
+        if policy.redirect == "rewind" and trip.error is None:
+            self._redirected[index] = self._pool.submit(job)
+            return
+        done: Future[Redirected] = Future()
+        done.set_result(job())
+        self._redirected[index] = done
+
+    def _padded(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        tokenizer = self._decoder.tokenizer
+        pad = tokenizer.pad_token_id
+        pad = (tokenizer.eos_token_id or 0) if pad is None else pad
+        prompts = [row.request.prompt.ids for row in self._rows]
+        longest = max(map(len, prompts))
+        ids = [[pad] * (longest - len(p)) + list(p) for p in prompts]
+        mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _settings_of(self, row: Row) -> CallSettings:
+        sampling = row.request.sampling
+        return CallSettings(
+            max_new_tokens=sampling.max_tokens,
+            do_sample=sampling.temperature > 0,
+            temperature=sampling.temperature or 1.0,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            end_ids=tuple(sorted(self._ends)),
+            pad_id=self._decoder.tokenizer.pad_token_id,
+            options={**self._own_options, **request_options(sampling)},
+        )
+
+    def _void(self, index: int) -> str | None:
+        prompt = self._rows[index].request.prompt
+        return void_reason(
+            self._certificates[index],
+            self._settings[index],
+            is_chat=prompt.is_chat,
+            prefill_tokens=prompt.prefill_tokens,
+            unseen_tokens=self._policies[index].unseen_tokens,
+            own_ends=self._guard.own_ends,
+        )
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._decoder.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _is_reweighed(sampling: Sampling) -> bool:
+    """Say whether a request could make an end likely that the model finds unlikely."""
+    return bool(sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty)

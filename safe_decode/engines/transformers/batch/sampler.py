@@ -1,0 +1,146 @@
+"""How the rows of one batch choose their tokens, each by its own settings and draws.
+
+Knows scores, penalties, truncation and one uniform number a row and step. Does not know
+models, text or the guard. A row's choice is a function of its scores, its settings and its
+seed; who runs beside it does not matter. Greedy rows keep their scores bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from safe_decode.engines.rows import Sampling
+
+__all__ = ["Chosen", "RowSampler"]
+
+_NEVER = -1e30
+
+
+class Chosen:
+    """What is reported of one step: log-probabilities of ids, and the likeliest ones if asked for.
+
+    Args:
+        scores: [rows, vocab] of the rows that asked, untouched.
+        width: Alternatives kept; 0: none.
+    """
+
+    def __init__(self, scores: Tensor, width: int) -> None:
+        self._logprobs = torch.log_softmax(scores.float(), -1)
+        values, ids = self._logprobs.topk(min(width, scores.shape[-1]), -1)
+        self._values, self._ids = values.tolist(), ids.tolist()
+
+    def of(self, index: int, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+        """Return the log-probability of `token` in a row, and that row's `top` likeliest."""
+        pairs = list(zip(self._ids[index], self._values[index], strict=True))[:top]
+        return float(self._logprobs[index, token]), tuple(pairs)
+
+
+class RowSampler:
+    """A logits processor that chooses; to be run with greedy decoding, before the guard's.
+
+    Args:
+        samplings: One a row.
+        vocab: Width of the scores.
+        device: Where they are.
+        n_ahead: Unseen tokens that may be drawn behind the longest row's cap.
+    """
+
+    def __init__(
+        self, samplings: Sequence[Sampling], vocab: int, device: torch.device, *, n_ahead: int = 0
+    ) -> None:
+        self._step = 0
+        self.chosen: Chosen | None = None
+        self.reported = [i for i, s in enumerate(samplings) if s.top_logprobs is not None]
+        self._width = max((s.top_logprobs or 0 for s in samplings), default=0)
+        drawn = [i for i, s in enumerate(samplings) if s.temperature > 0]
+        # Two ways to the same draw: which one a row takes is its own affair, not the batch's.
+        cut = [i for i in drawn if samplings[i].top_p < 1 or samplings[i].top_k > 0]
+        self._plain = torch.tensor([i for i in drawn if i not in cut], device=device).long()
+        self._cut = torch.tensor(cut, device=device).long()
+
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, device=device, dtype=torch.float32)[:, None]
+
+        self._temperature = column([max(s.temperature, 1e-4) for s in samplings])
+        self._top_p = column([s.top_p for s in samplings])
+        self._top_k = torch.tensor([s.top_k or vocab for s in samplings], device=device)[:, None]
+        self._presence = column([s.presence_penalty for s in samplings])
+        self._frequency = column([s.frequency_penalty for s in samplings])
+        penalised = any(s.presence_penalty or s.frequency_penalty for s in samplings)
+        self._counts = torch.zeros(len(samplings), vocab, device=device) if penalised else None
+        self._bias = _bias(samplings, vocab, device)
+        longest = max(s.max_tokens for s in samplings) + n_ahead
+        # Drawn once: no step does anything row by row.
+        self._uniform = torch.stack([_draws(s.seed, longest) for s in samplings]).to(device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Choose.
+
+        Args:
+            input_ids: [batch, seq].
+            scores: [batch, vocab] float32.
+
+        Returns:
+            [batch, vocab]: untouched in greedy rows without penalties; in drawn rows 0 at the
+            drawn id and far below elsewhere; where a row is not finite, as it came.
+        """
+        if self.reported:
+            self.chosen = Chosen(scores[self.reported], self._width)
+        if self._counts is not None and self._step:
+            newest = input_ids[:, -1:]
+            self._counts.scatter_add_(1, newest, torch.ones_like(newest, dtype=torch.float32))
+            said = (self._counts > 0).float()
+            scores = scores - self._presence * said - self._frequency * self._counts
+        if self._bias is not None:
+            scores = scores + self._bias
+        if self._plain.numel():
+            scores = self._drawn(scores, self._plain, is_cut=False)
+        if self._cut.numel():
+            scores = self._drawn(scores, self._cut, is_cut=True)
+        self._step += 1
+        return scores
+
+    def _drawn(self, scores: Tensor, rows: Tensor, *, is_cut: bool) -> Tensor:
+        own = scores[rows] / self._temperature[rows]
+        mark = self._uniform[rows, min(self._step, self._uniform.shape[1] - 1)][:, None]
+        if is_cut:
+            ordered, order = torch.sort(own, dim=-1, descending=True, stable=True)
+            mass = torch.softmax(ordered, -1).double()
+            before = mass.cumsum(-1) - mass
+            places = torch.arange(mass.shape[-1], device=mass.device)[None]
+            gone = (before >= self._top_p[rows]) | (places >= self._top_k[rows])
+            gone[:, 0] = False
+            token = order.gather(1, _inverse(mass.masked_fill(gone, 0.0), mark))
+        else:
+            token = _inverse(torch.softmax(own, -1).double(), mark)
+        # Finite, since the guard takes a chosen score that is not for a broken row, and a row
+        # that has ended is given its pad whatever is drawn.
+        forced = torch.full_like(own, _NEVER).scatter_(1, token, 0.0)
+        top = own.amax(-1, keepdim=True)
+        # NaN and Inf are the guard's to see, so they stay.
+        return scores.index_copy(0, rows, torch.where(top - top == 0, forced, scores[rows]))
+
+
+def _inverse(mass: Tensor, mark: Tensor) -> Tensor:
+    total = mass.cumsum(-1)
+    found = torch.searchsorted(total, mark * total[:, -1:], right=True)
+    last = (mass > 0).long().cumsum(-1).argmax(-1, keepdim=True)
+    return torch.minimum(found, last)
+
+
+def _draws(seed: int, n: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    return torch.rand(n, generator=generator, dtype=torch.float64)
+
+
+def _bias(samplings: Sequence[Sampling], vocab: int, device: torch.device) -> Tensor | None:
+    if not any(s.logit_bias for s in samplings):
+        return None
+    bias = torch.zeros(len(samplings), vocab)
+    for row, sampling in enumerate(samplings):
+        for token, value in sampling.logit_bias.items():
+            bias[row, token] = value
+    return bias.to(device)

@@ -1,0 +1,76 @@
+"""What a step takes, and what of it is the guard's own.
+
+Knows the guarded loop's seams. Does not know queues, metrics or rows. Times are the host's: on
+an accelerator, work that was only launched is waited for elsewhere. Reading activations, in hooks
+within the forward, is not among the guard's own; comparing throughput with it off shows all.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from safe_decode.engines.transformers.loops.step import GuardedLoop
+from safe_decode.session.turns import Turns
+
+__all__ = ["StepTimes", "TimedLoop"]
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """The steps of one run, in order.
+
+    Attributes:
+        step_s: Seconds from choice to choice; the first holds the prefill.
+        guard_s: Of them, what probe, monitor and policy took; the last holds the closing forward.
+    """
+
+    step_s: list[float] = field(default_factory=list)
+    guard_s: list[float] = field(default_factory=list)
+
+
+class TimedLoop(GuardedLoop):
+    """A guarded loop that takes the time. Arguments as the loop's.
+
+    Attributes:
+        times: Of the steps so far.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - handed on
+        super().__init__(*arguments, **options)
+        self.times = StepTimes()
+        self._began = time.perf_counter()
+        self._own_seconds = self._told = 0.0
+
+    def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Judge, timed."""
+        began = time.perf_counter()
+        judged = super().on_scores(input_ids, scores)
+        self._own_seconds += time.perf_counter() - began
+        return judged
+
+    def on_done(self, input_ids: Tensor, done: Tensor) -> Tensor:
+        """Take note of the chosen ids, timed; what readers are told is not the guard's."""
+        began, self._told = time.perf_counter(), 0.0
+        ends = super().on_done(input_ids, done)
+        now = time.perf_counter()
+        self.times.guard_s.append(self._own_seconds + now - began - self._told)
+        self.times.step_s.append(now - self._began)
+        self._began, self._own_seconds = now, 0.0
+        return ends
+
+    def _tell(self, input_ids: Tensor, turns: Turns | None) -> None:
+        began = time.perf_counter()
+        super()._tell(input_ids, turns)
+        self._told = time.perf_counter() - began
+
+    def _close(self, *arguments: Any) -> None:  # noqa: ANN401 - handed on
+        began = time.perf_counter()
+        super()._close(*arguments)
+        if self.times.guard_s:
+            taken = time.perf_counter() - began
+            self.times.guard_s[-1] += taken
+            self.times.step_s[-1] += taken

@@ -1,0 +1,406 @@
+"""One guarded call: its rows run under a session, tripped rows are redirected, all is told.
+
+Knows how sessions, loops and redirects follow each other within a call, and what each row's
+request asked for. Does not know prompts as text, threads, or how options are checked. A call
+is run once and holds nothing of a model afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_decode.engines.transformers.call_spec import (
+    CallMode,
+    Protected,
+    RowRules,
+    Watch,
+    span_reader,
+    turn_of,
+)
+from safe_decode.engines.transformers.coverage import given_options
+from safe_decode.engines.transformers.loops.settings import CallSettings, forget
+from safe_decode.engines.transformers.loops.step import GuardedLoop
+from safe_decode.engines.transformers.loops.whole_response import (
+    WholeLoop,
+    picked_beams,
+    pruned_beams,
+)
+from safe_decode.engines.transformers.output import (
+    GuardedOutput,
+    Standing,
+    matched_generation,
+    padded,
+)
+from safe_decode.engines.transformers.rewind import Rewinder
+from safe_decode.errors import CertificateError
+from safe_decode.monitor.monitor import RiskMonitor
+from safe_decode.policy.reasoning import OpenTurn
+from safe_decode.policy.self_check import SelfChecker
+from safe_decode.prompts.batch import GuardInputs
+from safe_decode.session.row_rng import RowDraws
+from safe_decode.session.session import RowRecord, Session
+from safe_decode.session.turns import RowEnd
+from safe_decode.streaming.events import FinishReason
+from safe_decode.streaming.release import Cancelled, Releaser, ReleaseRules, RowRelease
+from safe_decode.trace.writer import Judgement, LazyTraces, Outcome, outcome_of, void_reason
+
+__all__ = ["GuardedCall"]
+
+Loop = GuardedLoop | WholeLoop
+
+_OF_THE_BATCH = frozenset({"past_key_values", "assistant_model"})
+"""Options that a continuation of one row does not repeat."""
+
+
+class GuardedCall:
+    """One call, checked and encoded.
+
+    Args:
+        protected: The model and its guard.
+        inputs: The batch as the user gave it.
+        rows: The batch as `generate` will run it, sequences of one prompt repeated.
+        rules: One a row of `rows`.
+        options: Keyword arguments for `model.generate`.
+        mode: How it decodes.
+    """
+
+    def __init__(
+        self,
+        protected: Protected,
+        inputs: GuardInputs,
+        rows: GuardInputs,
+        rules: Sequence[RowRules],
+        options: Mapping[str, Any],
+        mode: CallMode,
+    ) -> None:
+        self._protected, self._inputs, self._rows = protected, inputs, rows
+        self.mode = mode
+        self._rules, self._options = tuple(rules), dict(options)
+        self._given = given_options(options)  # before the call runs: it fills a cache
+
+    @property
+    def batch(self) -> int:
+        """Count the rows that run."""
+        return len(self._rules)
+
+    @property
+    def prompt(self) -> Tensor:
+        """Prompts as given, [batch, seq] ids."""
+        return self._inputs.input_ids
+
+    def run(self, watch: Watch | None = None) -> GuardedOutput:
+        """Run the call to its end, or until its reader wants no more.
+
+        Args:
+            watch: Who reads it while it runs; None: nobody.
+
+        Returns:
+            What stands of each row. After a cancellation, `sequences` is the prompt alone.
+        """
+        protected = self._protected
+        with protected.tap.listening() as beats, torch.no_grad():
+            session = Session(
+                probe=protected.probe,
+                monitor=RiskMonitor(protected.bundle.monitor, self._thresholds()),
+                policy=[rule.policy for rule in self._rules],
+                beats=beats,
+                scanned=self._rows.scanned,
+                device=protected.model.device,
+                spans=span_reader(protected, self._rows, self._rules),
+            )
+            releaser = None if watch is None else self._releaser(watch)
+            loop = self._loop(session, releaser)
+            cache, cached = self._users_cache()
+            try:
+                protected.model.generate(
+                    **self._model_inputs(), custom_generate=loop, **self._options
+                )
+            except Cancelled:
+                sequences = None
+            else:
+                sequences = getattr(loop.generation, "sequences", loop.generation)
+            if cache is not None and (session.trips or sequences is None):
+                forget(cache, cached)
+        return self._finished(session, loop, sequences, releaser)
+
+    def _loop(self, session: Session, follower: Releaser | None) -> Loop:
+        if self.mode.method != "step":
+            return WholeLoop(
+                session,
+                self.mode.method,
+                require=self._require,
+                assistant=self.mode.assistant,
+                room=self._room(),
+            )
+        return GuardedLoop(
+            session,
+            require=self._require,
+            draws=self._draws(),
+            follower=follower,
+            checker=self._checker(),
+            room=self._room(),
+        )
+
+    def _room(self) -> list[int] | None:
+        """Count, for each row, the new tokens for which the model's context has positions."""
+        limit, rows = self._protected.context_tokens, self._rows
+        if limit is None:
+            return None
+        lengths: list[int] = rows.attention_mask.long().sum(-1).tolist()
+        copies = self.batch // len(lengths)
+        return [limit - n for n in lengths for _ in range(copies)]
+
+    def _checker(self) -> SelfChecker | None:
+        protected, rows = self._protected, self._rows
+        if protected.self_check is None or rows.embeds is not None:
+            return None
+        check, tap, header = protected.self_check
+        width = rows.input_ids.shape[1]
+        starts = [width - len(rows.prompt_ids(row)) for row in range(self.batch)]
+        limits = None
+        if self._rules[0].first_threshold is not None:
+            limits = [rule.certificate.threshold for rule in self._rules]
+        return SelfChecker(
+            check, protected.model, tap, header=header, starts=starts, thresholds=limits
+        )
+
+    def _model_inputs(self) -> dict[str, Any]:
+        inputs = self._inputs
+        prompt = (
+            {"inputs_embeds": inputs.embeds}
+            if inputs.embeds is not None
+            else {"input_ids": inputs.input_ids}
+        )
+        return {**prompt, "attention_mask": inputs.attention_mask}
+
+    def _users_cache(self) -> tuple[Any, int]:
+        cache = self._options.get("past_key_values")
+        return cache, 0 if cache is None else int(cache.get_seq_length())
+
+    def _thresholds(self) -> float | Tensor:
+        thresholds = [rule.threshold for rule in self._rules]
+        return thresholds[0] if len(set(thresholds)) == 1 else torch.tensor(thresholds)
+
+    def _draws(self) -> RowDraws | None:
+        seeds = [rule.seed for rule in self._rules if rule.seed is not None]
+        return RowDraws(seeds, self._protected.model.device) if seeds else None
+
+    def _voids(self, settings: CallSettings) -> list[str | None]:
+        settings = replace(settings, options={**settings.options, **self._given})
+        return [
+            void_reason(
+                rule.certificate,
+                settings,
+                is_chat=is_chat,
+                prefill_tokens=given,
+                unseen_tokens=rule.policy.unseen_tokens,
+                own_ends=self._protected.own_ends,
+            )
+            for rule, is_chat, given in zip(
+                self._rules, self._rows.is_chat, self._rows.prefill_tokens, strict=True
+            )
+        ]
+
+    def _require(self, settings: CallSettings) -> None:
+        reason = next((reason for reason in self._voids(settings) if reason is not None), None)
+        if self._protected.strict and reason is not None:
+            raise CertificateError(
+                f"the call is outside the certified envelope: {reason}; stay inside it, certify "
+                "for it, or pass strict=False."
+            )
+
+    def _releaser(self, watch: Watch) -> Releaser:
+        rules = ReleaseRules(watch.stop_strings, watch.includes_stop)
+        rows = [
+            RowRelease(
+                row,
+                self._protected.tokenizer,
+                holdback_tokens=rule.policy.holdback_tokens,
+                redirect=rule.policy.redirect,
+                rules=rules,
+                emit=watch.emit,
+                is_cancelled=watch.is_cancelled,
+            )
+            for row, rule in enumerate(self._rules)
+        ]
+        return Releaser(rows)
+
+    def _rewinder(self, row: int, settings: CallSettings) -> Rewinder:
+        given = {k: v for k, v in self._options.items() if k not in _OF_THE_BATCH}
+        alone = {"num_return_sequences": 1, "num_beams": 1, "max_length": None}
+        free = {"min_new_tokens": None, "min_length": 0, "prompt_lookup_num_tokens": None}
+        quiet = {"return_dict_in_generate": False, "output_scores": False, "output_logits": False}
+        quiet |= {"output_attentions": False, "output_hidden_states": False}
+        rule, protected = self._rules[row], self._protected
+        return Rewinder(
+            model=protected.model,
+            tap=protected.tap,
+            probe=protected.probe,
+            config=protected.bundle.monitor,
+            threshold=rule.threshold,
+            policy=rule.policy,
+            texts=rule.texts,
+            settings=settings,
+            options={**given, **alone, **free, **quiet},
+            context_tokens=protected.context_tokens,
+            seed=rule.seed,
+            marks=protected.marks,
+            turn=self._turn(row),
+        )
+
+    def _turn(self, row: int) -> OpenTurn:
+        marks = self._protected.marks
+        return OpenTurn() if marks is None else turn_of(marks, self._rows, row, self._rules[row])
+
+    def _finished(
+        self,
+        session: Session,
+        loop: Loop,
+        sequences: Tensor | None,
+        releaser: Releaser | None,
+    ) -> GuardedOutput:
+        """Redirect what tripped and tell the rest; `sequences` is None after a cancellation."""
+        assert loop.settings is not None
+        settings, voids = loop.settings, self._voids(loop.settings)
+        width = self._rows.input_ids.shape[1]
+        ids = [] if sequences is None else sequences.tolist()
+        records = session.records()
+        picked, pruned = self._picked(session, loop)
+        outcomes = []
+        for row in picked:
+            record = records[row]
+            reader = None if releaser is None else releaser.rows[row]
+            end = None if sequences is None else loop.ends[row]
+            if end is not None:
+                n_said = max(end.n_ids, end.content)
+                said = tuple(ids[row][width : width + n_said])
+            else:
+                assert reader is not None
+                said = reader.said_ids
+            outcome = self._outcome(row, record, said, settings, reader, end)
+            outcome = replace(
+                outcome,
+                pruned_beams=pruned[row // self.mode.n_candidates],
+                ahead=loop.ahead(row, record.ahead),
+            )
+            outcomes.append(outcome)
+            if reader is not None:
+                trace = self._judgement(row).trace(outcome, voids[row])
+                reader.finish(finish_reason(outcome, reader, settings), trace)
+        return self._output(picked, outcomes, voids, loop)
+
+    def _picked(self, session: Session, loop: Loop) -> tuple[list[int], list[int]]:
+        """Rows to return, and how many beams of each prompt were left out for a trip."""
+        n, wanted = self.mode.n_candidates, self.mode.n_returned
+        rows, pruned = [], []
+        for first in range(0, session.batch, n):
+            tripped = [row in session.trips for row in range(first, first + n)]
+            chosen = list(range(n))
+            if n > wanted:
+                is_empty = [end.n_ids == 0 for end in loop.ends[first : first + n]]
+                chosen = picked_beams(tripped, is_empty, wanted)
+            rows += [first + i for i in chosen]
+            pruned.append(pruned_beams(tripped, chosen))
+        return rows, pruned
+
+    def _outcome(
+        self,
+        row: int,
+        record: RowRecord,
+        said: tuple[int, ...],
+        settings: CallSettings,
+        reader: RowRelease | None,
+        end: RowEnd | None,
+    ) -> Outcome:
+        prompt = tuple(self._rows.prompt_ids(row))
+        prefill_tokens = self._rows.prefill_tokens[row]
+        try:
+            if reader is not None and not reader.is_over:
+                raise Cancelled
+            return outcome_of(
+                record,
+                row=row,
+                prompt=prompt,
+                prefill_tokens=prefill_tokens,
+                said=said,
+                rewinder=self._rewinder(row, settings),
+                withheld=0 if end is None else end.withheld,
+                reader=reader,
+            )
+        except Cancelled:
+            assert reader is not None
+            return Outcome(
+                record=record,
+                prompt=prompt,
+                prefill_tokens=prefill_tokens,
+                said=said,
+                ids=tuple(reader.token_ids),
+                cancelled_after=reader.released_tokens,
+            )
+
+    def _output(
+        self,
+        picked: Sequence[int],
+        outcomes: Sequence[Outcome],
+        voids: Sequence[str | None],
+        loop: Loop,
+    ) -> GuardedOutput:
+        assert loop.settings is not None
+        settings = loop.settings
+        answers = [outcome.ids for outcome in outcomes]
+        fill = loop.fill_id if isinstance(loop, WholeLoop) else settings.pad_id or 0
+        sequences = padded(self._rows.input_ids, answers, fill)
+        generation = None
+        if loop.generation is not None and not isinstance(loop.generation, Tensor):
+            rows = [_standing(row, o) for row, o in zip(picked, outcomes, strict=True)]
+            generation = matched_generation(loop.generation, sequences, rows, loop.bare_steps)
+        told = [
+            (self._judgement(row), outcome, voids[row])
+            for row, outcome in zip(picked, outcomes, strict=True)
+        ]
+        return GuardedOutput(
+            sequences=sequences,
+            texts=[self._text(ids, settings.end_ids) for ids in answers],
+            traces=LazyTraces(told),
+            generation=generation,
+        )
+
+    def _judgement(self, row: int) -> Judgement:
+        bundle, rule = self._protected.bundle, self._rules[row]
+        return Judgement(
+            bundle=bundle.digest,
+            heads=bundle.probe.heads,
+            low_mark=bundle.monitor.low_mark,
+            certificate=rule.certificate,
+            policy=rule.policy,
+            reasoning=rule.reasoning,
+        )
+
+    def _text(self, ids: Sequence[int], end_ids: Sequence[int]) -> str:
+        # An end id is no content: nobody judged it, so its text, if it has any, is not shown.
+        ids = ids[:-1] if ids and ids[-1] in end_ids else ids
+        return str(self._protected.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def finish_reason(outcome: Outcome, reader: RowRelease, settings: CallSettings) -> FinishReason:
+    """Say why a row has ended, in the words of the field."""
+    redirected = outcome.redirected
+    if outcome.cancelled_after is not None:
+        return "cancelled"
+    if outcome.record.trip is not None and (redirected is None or redirected.how != "rewind"):
+        return "content_filter"
+    if reader.withheld_tokens:
+        return "length"
+    if reader.end_id is not None or reader.stop_string is not None:
+        return "stop"
+    return "length" if len(outcome.ids) >= settings.max_new_tokens else "stop"
+
+
+def _standing(row: int, outcome: Outcome) -> Standing:
+    trip = outcome.record.trip
+    return Standing(row, outcome.ids, None if trip is None else trip.cut.kept)

@@ -1,0 +1,145 @@
+"""The terms of one call: what guards it, what holds for each row, who reads it, how it decodes.
+
+Knows names for what a call is given. Does not know how it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from safe_decode.activations.tap import ActivationTap
+from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.certificate import Certificate
+from safe_decode.engines.transformers.loops.whole_response import Method
+from safe_decode.engines.transformers.rewind import Texts
+from safe_decode.policy.policy import Policy
+from safe_decode.policy.reasoning import OpenTurn, SpanMarks, SpanReader
+from safe_decode.policy.self_check import SelfCheck
+from safe_decode.probe.linear import LinearProbe
+from safe_decode.prompts.batch import GuardInputs
+from safe_decode.streaming.events import StreamEvent
+
+__all__ = ["CallMode", "Protected", "RowRules", "Watch", "span_reader", "turn_of"]
+
+
+@dataclass(frozen=True)
+class Protected:
+    """A model and all that guards it; the same for every call of a decoder.
+
+    Attributes:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer.
+        bundle: Made for it.
+        tap: On the bundle's sites.
+        probe: The bundle's, on the model's device.
+        strict: Whether calls outside a certificate's envelope are refused.
+        context_tokens: Positions the model has, or None if it does not say.
+        self_check: Looks again at alarms, with its tap and the ids of the header; or None.
+        marks: Of reasoning, where the bundle has thresholds for it; or None.
+        own_ends: End ids of the model's generation configuration when it was wrapped, ascending.
+    """
+
+    model: Any
+    tokenizer: Any
+    bundle: ProbeBundle
+    tap: ActivationTap
+    probe: LinearProbe
+    strict: bool
+    context_tokens: int | None
+    self_check: tuple[SelfCheck, ActivationTap, tuple[int, ...]] | None = None
+    marks: SpanMarks | None = None
+    own_ends: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What holds for one row.
+
+    Attributes:
+        policy: Its redirect and hold-back.
+        certificate: Its threshold.
+        texts: Its canned ids.
+        seed: Of its draws; None: the global generator.
+        first_threshold: Of the first stage, where `certificate` speaks of the second; or None.
+        reasoning: Certificate of the threshold inside marked spans; or None.
+    """
+
+    policy: Policy
+    certificate: Certificate
+    texts: Texts
+    seed: int | None = None
+    first_threshold: float | None = None
+    reasoning: Certificate | None = None
+
+    @property
+    def shift(self) -> float:
+        """By how much the threshold inside marked spans exceeds the one outside."""
+        return 0.0 if self.reasoning is None else self.reasoning.threshold - self.threshold
+
+    @property
+    def threshold(self) -> float:
+        """What the statistic is compared with."""
+        first = self.first_threshold
+        return self.certificate.threshold if first is None else first
+
+
+@dataclass(frozen=True)
+class CallMode:
+    """How a call decodes.
+
+    Attributes:
+        method: See `safe_decode.engines.transformers.loops.whole_response.Method`.
+        n_candidates: Rows that run for one prompt.
+        n_returned: Rows of them that are returned.
+        assistant: Keyword arguments of assisted decoding.
+    """
+
+    method: Method = "step"
+    n_candidates: int = 1
+    n_returned: int = 1
+    assistant: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who reads a call while it runs.
+
+    Attributes:
+        emit: Takes the events.
+        is_cancelled: Asked at each choice.
+        stop_strings: As given to `generate`.
+        includes_stop: Whether the text keeps the stop string that ended it.
+    """
+
+    emit: Callable[[StreamEvent], None]
+    is_cancelled: Callable[[], bool] = field(default=lambda: False)
+    stop_strings: tuple[str, ...] = ()
+    includes_stop: bool = True
+
+
+def span_reader(
+    protected: Protected, rows: GuardInputs, rules: Sequence[RowRules]
+) -> SpanReader | None:
+    """Follow the reasoning of a batch; None where the bundle has no thresholds for it.
+
+    Embeddings have no ids to follow: there the answer's threshold holds throughout.
+    """
+    if protected.marks is None or rows.embeds is not None:
+        return None
+    width, turns = rows.input_ids.shape[1], []
+    for row, rule in enumerate(rules):
+        turn = turn_of(protected.marks, rows, row, rule)
+        turns.append(replace(turn, start=width - turn.given))
+    return SpanReader(protected.marks, turns, protected.model.device)
+
+
+def turn_of(marks: SpanMarks, rows: GuardInputs, row: int, rules: RowRules) -> OpenTurn:
+    """Describe a row's open turn, `start` counted without padding."""
+    return marks.turn(
+        rows.prompt_ids(row),
+        rows.prefill_tokens[row],
+        is_chat=rows.is_chat[row],
+        shift=rules.shift,
+    )

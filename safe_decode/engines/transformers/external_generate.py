@@ -1,0 +1,123 @@
+"""The guard inside a `generate` that is not ours: what a user holds of it, and its traces.
+
+Knows the processor, the criterion and how a foreign loop begins and ends. Does not know prompts
+as text, or what callers may ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from safe_decode.engines.transformers.call_spec import Protected, RowRules, span_reader
+from safe_decode.monitor.monitor import RiskMonitor
+from safe_decode.prompts.batch import GuardInputs
+from safe_decode.session.session import RowRecord, Session
+from safe_decode.trace.schema import SafetyTrace
+from safe_decode.trace.writer import BareEnd, Judgement, Outcome
+
+if TYPE_CHECKING:
+    from safe_decode.engines.transformers.loops.processor import GuardedSteps
+
+__all__ = ["GuardHandle", "guarded"]
+
+_VOID = "the options of a foreign generate are not seen"
+
+
+class GuardHandle:
+    """The guard in a user's own `model.generate`; see `SafeDecoder.processor`.
+
+    Attributes:
+        logits_processor: Goes last into `logits_processor=[...]`.
+        stopping_criteria: Goes into `stopping_criteria=[...]`.
+        traces: One a row, filled when the context ends, by an exception too.
+    """
+
+    def __init__(self, logits_processor: Any, stopping_criteria: Any) -> None:  # noqa: ANN401
+        self.logits_processor = logits_processor
+        self.stopping_criteria = stopping_criteria
+        self.traces: list[SafetyTrace] = []
+
+
+@contextmanager
+def guarded(
+    protected: Protected,
+    inputs: GuardInputs,
+    rules: RowRules,
+    judgement: Judgement,
+    *,
+    n_sequences: int,
+    end_ids: Sequence[int],
+    pad_id: int | None,
+) -> Iterator[GuardHandle]:
+    """Guard a `model.generate` that is not ours.
+
+    Args:
+        protected: The model and its guard.
+        inputs: The batch that `generate` is given.
+        rules: For every row.
+        judgement: Of every row.
+        n_sequences: Rows that `generate` makes of each prompt.
+        end_ids: EOS ids; empty where the model has none.
+        pad_id: Fills ended rows.
+
+    Raises:
+        BeatError: At the end: forwards passed that the processor never judged.
+    """
+    from safe_decode.engines.transformers.loops.processor import (
+        GuardedSteps,
+        SafetyLogitsProcessor,
+        SafetyStoppingCriteria,
+    )
+
+    rows = inputs.repeated(n_sequences)
+    with protected.tap.listening() as beats:
+        session = Session(
+            probe=protected.probe,
+            monitor=RiskMonitor(protected.bundle.monitor, rules.threshold),
+            policy=rules.policy,
+            beats=beats,
+            scanned=rows.scanned,
+            device=protected.model.device,
+            spans=span_reader(protected, rows, [rules] * len(rows.scanned)),
+        )
+        steps = GuardedSteps(
+            session,
+            prompt_tokens=inputs.input_ids.shape[1],
+            refusal_ids=rules.texts.refusal,
+            refusal_after_ids=rules.texts.refusal_after,
+            end_ids=end_ids,
+            pad_id=pad_id,
+        )
+        handle = GuardHandle(SafetyLogitsProcessor(steps), SafetyStoppingCriteria(steps))
+        try:
+            yield handle
+            steps.finish()
+        finally:
+            handle.traces = _traces(steps, rows, judgement)
+
+
+def _traces(steps: GuardedSteps, rows: GuardInputs, judgement: Judgement) -> list[SafetyTrace]:
+    """Write the traces of a foreign loop; its settings are unknown, so is the envelope."""
+    return [
+        judgement.trace(_outcome(steps, rows, row, steps.said(row), record), _VOID)
+        for row, record in enumerate(steps.session.records())
+    ]
+
+
+def _outcome(
+    steps: GuardedSteps,
+    rows: GuardInputs,
+    row: int,
+    said: Sequence[int],
+    record: RowRecord,
+) -> Outcome:
+    return Outcome(
+        record=record,
+        prompt=tuple(rows.prompt_ids(row)),
+        prefill_tokens=rows.prefill_tokens[row],
+        said=tuple(said),
+        ids=tuple(said),
+        bare=BareEnd(is_truncated=steps.is_truncated(row), unscored_tail=steps.unscored_tail(row)),
+    )

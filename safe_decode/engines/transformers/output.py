@@ -1,0 +1,143 @@
+"""What a guarded call hands back: sequences, texts, traces, and the recorded steps.
+
+Knows ids that stand, padding, and the output object of `generate`. Does not know sessions,
+loops or how a row came to what it says.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_decode.trace.schema import SafetyTrace
+
+__all__ = ["GuardedOutput", "Standing", "matched_generation", "padded"]
+
+
+_RECORDED = ("scores", "logits", "attentions", "hidden_states")
+
+
+@dataclass
+class GuardedOutput:
+    """What a guarded call returns.
+
+    Attributes:
+        sequences: [batch, seq] ids: the user's prompt ids, then what stands of the answer,
+            right-padded. Rows that did not trip are as bare `generate` returns them.
+        texts: What the reader gets: the released answer and its refusal, without the prompt
+            and without a supplied prefill.
+        traces: What happened in each row, and why; written when first read.
+        generation: With `return_dict_in_generate`, the output object of `generate`, its
+            sequences those above. Its recorded steps are those of the tokens that stand: in
+            a row that tripped, from the cut on, scores are 0 at the id that stands and -inf
+            elsewhere, as if forced, and logits, attentions and hidden states are NaN. A
+            refusal longer than the recorded steps has none. Of beams, `beam_indices` are -1
+            from the cut on instead. Its `past_key_values` are None if a row has tripped.
+            Else None.
+    """
+
+    sequences: Tensor
+    texts: list[str]
+    traces: Sequence[SafetyTrace]
+    generation: Any = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What stands of one row.
+
+    Attributes:
+        row: Its index in the batch that `generate` ran.
+        ids: Ids behind the prompt.
+        own: How many of them the row's own run said and kept; None: all, it did not trip.
+    """
+
+    row: int
+    ids: tuple[int, ...]
+    own: int | None
+
+
+def padded(prompts: Tensor, answers: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Put answers behind their prompts.
+
+    Args:
+        prompts: [batch, seq], each for as many answers as there are a prompt.
+        answers: Ids of each.
+        pad_id: Fills on the right.
+
+    Returns:
+        [len(answers), seq + longest answer], a new tensor.
+    """
+    width, longest = prompts.shape[1], max(len(ids) for ids in answers)
+    whole = prompts.new_full((len(answers), width + longest), pad_id)
+    whole[:, :width] = prompts.repeat_interleave(len(answers) // prompts.shape[0], 0)
+    for row, ids in enumerate(answers):
+        whole[row, width : width + len(ids)] = prompts.new_tensor(ids)
+    return whole
+
+
+def matched_generation(
+    generation: Any,  # noqa: ANN401
+    sequences: Tensor,
+    rows: Sequence[Standing],
+    n_steps: int | None = None,
+) -> Any:  # noqa: ANN401
+    """Make the recorded steps those of the tokens that stand, see `GuardedOutput`.
+
+    Args:
+        generation: Output object of `generate`; not changed.
+        sequences: What stands.
+        rows: Each row.
+        n_steps: Steps after which bare `generate` ends; later ones were unseen. None: all.
+    """
+    matched = copy.copy(generation)
+    matched.sequences = sequences
+    for name in _RECORDED if n_steps is not None else ():
+        if matched.get(name) is not None:
+            matched[name] = matched[name][:n_steps]
+    if generation.get("beam_indices") is not None:
+        _match_beams(matched, generation, rows)
+    cut = [standing for standing in rows if standing.own is not None]
+    if not cut:
+        return matched
+    for name in _RECORDED:
+        recorded = matched.get(name)
+        if recorded is not None and generation.get("beam_indices") is None:
+            matched[name] = tuple(
+                _step(value, step, cut, is_scores=name == "scores")
+                for step, value in enumerate(recorded)
+            )
+    if generation.get("past_key_values") is not None:
+        matched["past_key_values"] = None
+    return matched
+
+
+def _match_beams(matched: Any, generation: Any, rows: Sequence[Standing]) -> None:  # noqa: ANN401
+    picked = [standing.row for standing in rows]
+    matched["beam_indices"] = generation["beam_indices"][picked]
+    if generation.get("sequences_scores") is not None:
+        matched["sequences_scores"] = generation["sequences_scores"][picked]
+    for index, standing in enumerate(rows):
+        if standing.own is not None:
+            matched["beam_indices"][index, standing.own :] = -1
+            if matched.get("sequences_scores") is not None:
+                matched["sequences_scores"][index] = torch.nan
+
+
+def _step(value: Any, step: int, rows: Sequence[Standing], *, is_scores: bool) -> Any:  # noqa: ANN401
+    if isinstance(value, tuple):  # one a layer
+        return tuple(_step(layer, step, rows, is_scores=is_scores) for layer in value)
+    late = [row for row in rows if row.own is not None and step >= row.own]
+    if not late:
+        return value
+    value = value.clone()
+    for standing in late:
+        value[standing.row] = -torch.inf if is_scores else torch.nan
+        if is_scores and step < len(standing.ids):
+            value[standing.row, standing.ids[step]] = 0.0
+    return value

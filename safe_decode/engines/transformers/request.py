@@ -1,0 +1,278 @@
+"""From what a caller asks for to a call that can run: checked, encoded, decided row by row.
+
+Knows options, prompts, requests' policies, and what does not go together. Does not know how
+a call runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from safe_decode.certificate import Certificate
+from safe_decode.decision import Redirect
+from safe_decode.engines.transformers.call import GuardedCall
+from safe_decode.engines.transformers.call_spec import CallMode, Protected, RowRules
+from safe_decode.engines.transformers.capabilities import require_supported
+from safe_decode.engines.transformers.loops.whole_response import method_of
+from safe_decode.engines.transformers.option_types import require_seed
+from safe_decode.engines.transformers.rewind import Texts
+from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
+from safe_decode.policy.policy import Policy, RequestPolicy
+from safe_decode.prompts import chat
+from safe_decode.prompts.batch import GuardInputs, Prompts, from_embeds, from_ids, from_prompts
+
+__all__ = ["Asked", "Composer", "context_tokens", "texts_of"]
+
+_CUT = " ... "
+_DEFAULT_CAP = 20
+"""New tokens of a call that names no cap, as in transformers."""
+_OURS = frozenset(
+    {
+        *("tokenizer", "assistant_tokenizer", "inputs", "inputs_embeds", "streamer"),
+        *("custom_generate", "trust_remote_code", "disable_compile"),
+    }
+)
+"""Options that do not go to the model's `generate` as they are."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a caller asks for; see `SafeDecoder.generate` for the attributes."""
+
+    prompts: Prompts | None = None
+    input_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    prefill: str | Sequence[str | None] | None = None
+    redirect: Redirect | None = None
+    policy: RequestPolicy | Sequence[RequestPolicy | None] | None = None
+    seed: int | Sequence[int] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Composer:
+    """Makes the calls of one decoder.
+
+    Attributes:
+        protected: The model and its guard.
+        policy: Where a request says nothing else.
+        certificate: Likewise.
+        texts: Likewise.
+        opener: Text of the opener.
+        uses_header_check: Whether alarms are looked at by the bundle's own second stage.
+    """
+
+    protected: Protected
+    policy: Policy
+    certificate: Certificate
+    texts: Texts
+    opener: str
+    uses_header_check: bool = False
+
+    def call(self, asked: Asked) -> GuardedCall:
+        """Check and encode everything before anything runs."""
+        options, policy, seed = asked.options, asked.policy, asked.seed
+        is_installed = self.protected.tap.is_built_in
+        require_seed(seed)
+        require_supported(self.protected.model, options, is_installed=is_installed)
+        inputs = self.inputs(asked)
+        mode = self._mode(options, inputs, seed)
+        base = self.policy
+        if asked.redirect is not None:
+            base = replace(base, redirect=asked.redirect)
+        requests = _one_each("policy", policy, len(inputs.scanned))
+        for request in requests:
+            if request is not None and not isinstance(request, RequestPolicy):
+                raise ConfigurationError(
+                    f"policy holds a {type(request).__name__}, wanted a RequestPolicy or None; "
+                    "pass RequestPolicy(...)."
+                )
+        seeds = _one_each("seed", seed, len(inputs.scanned))
+        # Looks are taken while a row is written, and from ids.
+        looks = mode.method == "step" and inputs.embeds is None and self.uses_header_check
+        rules = [
+            self._rules(
+                base, request or RequestPolicy(), _spread(own, copy, mode.n_candidates), looks
+            )
+            for request, own in zip(requests, seeds, strict=True)
+            for copy in range(mode.n_candidates)
+        ]
+        if inputs.embeds is not None:
+            _require_plain(mode, rules, self.option("cache_implementation", options), options)
+        if seed is not None and self.option("output_scores", options):
+            raise UnsupportedError(
+                "output_scores is refused with seed: rows draw for themselves, so recorded scores "
+                "would be those of the draw; pass output_logits, or no seed."
+            )
+        rows = inputs.repeated(mode.n_candidates)
+        given = self._options(options)
+        if "static" in (self.option("cache_implementation", options) or ""):
+            n_ahead = max(rule.policy.unseen_tokens for rule in rules)
+            if n_ahead:
+                given["max_cache_len"] = self._places(options, inputs) + n_ahead
+        if mode.method == "beams":
+            # All beams come back, so that one that trips can give way to one that does not.
+            given["num_return_sequences"] = mode.n_candidates
+        return GuardedCall(self.protected, inputs, rows, rules, given, mode)
+
+    def _mode(
+        self, options: Mapping[str, Any], inputs: GuardInputs, seed: int | Sequence[int] | None
+    ) -> CallMode:
+        method = method_of(lambda name: self.option(name, options))
+        wanted = int(self.option("num_return_sequences", options) or 1)
+        if method == "step":
+            return CallMode(method, wanted, wanted)
+        if seed is not None:
+            raise UnsupportedError(
+                "seed is refused with beams and assistants: they draw for the whole batch at "
+                "once; call torch.manual_seed before generate."
+            )
+        if method == "beams":
+            return CallMode(method, int(self.option("num_beams", options)), wanted)
+        if len(inputs.scanned) > 1:
+            raise UnsupportedError(
+                f"assisted decoding is refused for {len(inputs.scanned)} prompts: transformers "
+                "runs it on one; call generate once for each."
+            )
+        names = ("assistant_model", "assistant_tokenizer", "tokenizer")
+        assistant = {name: options[name] for name in names if options.get(name) is not None}
+        return CallMode(method, 1, 1, assistant)
+
+    def inputs(self, asked: Asked) -> GuardInputs:
+        """Encode what was asked for, as the model's `generate` gets it."""
+        prompts, options, prefill = asked.prompts, asked.options, asked.prefill
+        input_ids, attention_mask = asked.input_ids, asked.attention_mask
+        model, tokenizer = self.protected.model, self.protected.tokenizer
+        embeds = options.get("inputs_embeds")
+        ids = options.get("inputs") if input_ids is None else input_ids
+        if embeds is not None and prompts is None and ids is None:
+            return from_embeds(embeds, attention_mask).to(model.device)
+        if (prompts is None) == (ids is None) or embeds is not None:
+            raise PromptError("pass prompts, input_ids or inputs_embeds, exactly one of them.")
+        if prompts is not None:
+            inputs = from_prompts(tokenizer, prompts, prefill, model.device)
+        elif prefill is not None:
+            raise ConfigurationError(
+                "prefill goes with prompts; with input_ids, append the prefill's ids to them."
+            )
+        else:
+            assert ids is not None
+            inputs = from_ids(tokenizer, ids, attention_mask).to(model.device)
+        inputs.require_room(self.protected.context_tokens)
+        return inputs
+
+    def rules_of(self, policy: Policy) -> RowRules:
+        """Return what holds for a row that asks for nothing, and takes no looks."""
+        return self._rules(policy, RequestPolicy(), None, looks=False)
+
+    def _rules(
+        self, base: Policy, request: RequestPolicy, seed: int | None, looks: bool
+    ) -> RowRules:
+        certificate, texts, bundle = self.certificate, self.texts, self.protected.bundle
+        if request.alpha is not None:
+            certificate = bundle.certificate(request.alpha, certificate.population)
+        first = None
+        if looks and bundle.header_check is not None:
+            first = bundle.header_check.first_threshold
+            certificate = bundle.header_check.certificate(certificate.alpha)
+        reasoning = None
+        if bundle.reasoning is not None:
+            reasoning = bundle.reasoning.certificate(certificate.alpha)
+        if request.refusal is not None:
+            texts = texts_of(self.protected.tokenizer, request.refusal, self.opener)
+        return RowRules(request.applied_to(base), certificate, texts, seed, first, reasoning)
+
+    def option(self, name: str, options: Mapping[str, Any]) -> Any:  # noqa: ANN401
+        """Read an option as `generate` does: argument, given configuration, model's own."""
+        configs = (options.get("generation_config"), self.protected.model.generation_config)
+        values = (options.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
+
+    def _places(self, options: Mapping[str, Any], inputs: GuardInputs) -> int:
+        """Count the places that a cache of fixed size has, unseen tokens aside."""
+        width, cap = inputs.attention_mask.shape[1], self.option("max_new_tokens", options)
+        most = width + cap if cap is not None else self.option("max_length", options)
+        return max(self.option("max_cache_len", options) or 0, most or width + _DEFAULT_CAP)
+
+    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        options = {key: value for key, value in given.items() if key not in _OURS}
+        cache = self.option("cache_implementation", given) or ""
+        if self.protected.tap.is_built_in:
+            if given.get("disable_compile") is not None:
+                options["disable_compile"] = given["disable_compile"]
+        elif "static" in cache or given.get("past_key_values") is not None:
+            # A graph compiled by generate itself would skip the hooks.
+            options["disable_compile"] = True
+        stop_strings = self.option("stop_strings", given)
+        if stop_strings is not None:
+            # generate keeps its tokenizer from a callable custom_generate, so the criterion is
+            # built here.
+            from transformers import StopStringCriteria
+
+            criteria = list(given.get("stopping_criteria") or ())
+            criteria.append(StopStringCriteria(self.protected.tokenizer, stop_strings))
+            options |= {"stop_strings": None, "stopping_criteria": criteria}
+        return options
+
+
+def texts_of(tokenizer: Any, refusal: str, opener: str) -> Texts:  # noqa: ANN401
+    """Encode canned text.
+
+    Raises:
+        ConfigurationError: One of them is empty.
+    """
+    for name, text in (("refusal", refusal), ("opener", opener)):
+        if not text.strip():
+            raise ConfigurationError(f"{name}={text!r} is empty; pass a text that readers get.")
+    # Canned text may follow a cut in the middle of a sentence: readers see that there is one.
+    return Texts(
+        refusal=chat.text_ids(tokenizer, refusal),
+        refusal_after=chat.text_ids(tokenizer, _CUT + refusal),
+        opener=chat.text_ids(tokenizer, opener),
+        opener_after=chat.text_ids(tokenizer, _CUT + opener),
+    )
+
+
+def context_tokens(model: Any) -> int | None:  # noqa: ANN401
+    """Read how many positions a model has; None if it does not say."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+_Each = TypeVar("_Each")
+
+
+def _one_each(name: str, given: _Each | Sequence[_Each], n_prompts: int) -> list[_Each]:
+    if not isinstance(given, (list, tuple)):
+        return [given] * n_prompts  # type: ignore[list-item]  # any other sequence is no option
+    if len(given) != n_prompts:
+        raise ConfigurationError(
+            f"{name} has {len(given)} entries for {n_prompts} prompts; pass one each."
+        )
+    return list(given)
+
+
+def _spread(seed: int | None, copy: int, n_copies: int) -> int | None:
+    # Sequences of one prompt are to differ; a prompt's first one is that of the seed itself.
+    return seed if seed is None or n_copies == 1 else seed + copy
+
+
+def _require_plain(
+    mode: CallMode, rules: Sequence[RowRules], cache: str | None, options: Mapping[str, Any]
+) -> None:
+    """Refuse what inputs_embeds cannot be combined with."""
+    if any(rule.policy.redirect == "rewind" for rule in rules):
+        raise UnsupportedError(
+            "redirect='rewind' is refused with inputs_embeds: a continuation starts from ids; pass "
+            "redirect='refuse', 'stop' or 'flag', or input_ids."
+        )
+    keeps = options.get("past_key_values") is not None or "static" in (cache or "")
+    if mode.method != "step" or keeps or options.get("return_dict_in_generate"):
+        raise UnsupportedError(
+            "inputs_embeds is refused with beams, assistants, static or returned caches and "
+            "past_key_values: the answer's tail is judged from ids there; pass input_ids."
+        )

@@ -1,0 +1,184 @@
+"""One response as its events arrive, and what clients are told of its safety.
+
+Knows events, settings about what is exposed, and certificates. Does not know OpenAI's or
+Anthropic's shapes. Statistics and thresholds are left out unless the operator exposes them.
+What was taken back, how much and at which score is told to the page alone, and only where the
+operator shows the bare model there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from safe_decode.certificate import Certificate
+from safe_decode.demo.view import risk_of
+from safe_decode.engines.interface import GuardFacts
+from safe_decode.engines.rows import Event, Finished, RowRequest, Said, TokenNote, Tripped
+from safe_decode.serving.settings import ServeSettings
+
+__all__ = ["Exposure", "Story", "pieces_of"]
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What may be told of a row's guard.
+
+    Attributes:
+        facts: Of the engine.
+        settings: The operator's.
+        is_page: Whether the page reads it, which may show what was taken back.
+    """
+
+    facts: GuardFacts
+    settings: ServeSettings
+    is_page: bool = False
+
+    def tokens(self, notes: Sequence[TokenNote], threshold: float) -> list[dict[str, Any]]:
+        """Write tokens with their risks; empty unless scores are exposed."""
+        if not self.settings.expose_scores:
+            return []
+        return [
+            {
+                "text": note.text,
+                "statistic": note.statistic,
+                "risk": None if note.statistic is None else risk_of(note.statistic, threshold),
+            }
+            for note in notes
+        ]
+
+    def certificate(self, request: RowRequest, void: str | None) -> dict[str, Any]:
+        """Write what a row was certified by."""
+        certificate = self.certificate_of(request)
+        told: dict[str, Any] = {
+            "status": "valid" if void is None else "void",
+            "alpha": certificate.alpha,
+            "confidence": 1 - certificate.delta,
+            "responses": certificate.n,
+            "population": certificate.population,
+            "source": certificate.evidence.source,
+            "bundle": self.facts.bundle[:16],
+        }
+        if void is not None:
+            told["why"] = void
+        if self.settings.expose_scores:
+            told["threshold"] = certificate.threshold
+        return told
+
+    def certificate_of(self, request: RowRequest) -> Certificate:
+        """Return the certificate a row is judged by."""
+        return self.facts.certificates[request.policy.alpha]
+
+
+@dataclass
+class Story:
+    """What has become of one row so far.
+
+    Attributes:
+        request: What was asked.
+        exposure: What may be told.
+        content: The model's released text; with `refusal_as_content`, all that is shown.
+        refusal: What was said after a trip.
+        notes: The tokens of the model before a trip.
+        trip: The trip, if there was one.
+        end: The end, once it came.
+    """
+
+    request: RowRequest
+    exposure: Exposure
+    content: str = ""
+    refusal: str = ""
+    notes: list[TokenNote] = field(default_factory=list)
+    trip: Tripped | None = None
+    end: Finished | None = None
+    began_at: float = field(default_factory=time.monotonic)
+    first_at: float | None = None
+    last_at: float | None = None
+
+    def take(self, event: Event) -> None:
+        """Take note of an event."""
+        if isinstance(event, Said):
+            self.last_at = time.monotonic()
+            self.first_at = self.first_at or self.last_at
+            self._hear(event)
+        elif isinstance(event, Tripped):
+            self.trip = event
+        else:
+            self.end = event
+
+    def shown_as_content(self, said: Said) -> bool:
+        """Say whether a text stands in `content`."""
+        return said.by == "model" or self.exposure.settings.refusal_as_content
+
+    @property
+    def threshold(self) -> float:
+        """What the row's statistic is compared with."""
+        return self.exposure.certificate_of(self.request).threshold
+
+    @property
+    def finish_reason(self) -> str:
+        """OpenAI's word for the end; a row that was cut off has its length."""
+        assert self.end is not None
+        return "length" if self.end.reason == "cancelled" else self.end.reason
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Count the prompt."""
+        return len(self.request.prompt.ids)
+
+    @property
+    def shown_tokens(self) -> int:
+        """Count what was shown."""
+        return 0 if self.end is None else self.end.shown_tokens
+
+    def trip_told(self) -> dict[str, Any] | None:
+        """Write the trip for those who may see it; None for the others."""
+        settings, trip = self.exposure.settings, self.trip
+        if trip is None or not settings.expose_scores:
+            return None
+        told: dict[str, Any] = {
+            "redirect": trip.redirect,
+            "statistic": trip.statistic,
+            "risk": None if trip.statistic is None else risk_of(trip.statistic, self.threshold),
+        }
+        if self.exposure.is_page and settings.expose_bare:
+            told["dropped_tokens"] = len(trip.dropped)
+            told["dropped"] = self.exposure.tokens(trip.dropped, self.threshold)
+        return told
+
+    def safety(self) -> dict[str, Any]:
+        """Write the safety object of a response that has ended."""
+        assert self.end is not None
+        told: dict[str, Any] = {
+            "action": self.end.outcome or "cut",
+            "certificate": self.exposure.certificate(self.request, self.end.void),
+        }
+        if self.end.outcome == "flagged":
+            told["unprotected"] = True
+        if self.exposure.settings.expose_scores:
+            told["tokens"] = self.exposure.tokens(self.notes, self.threshold)
+            told["trip"] = self.trip_told()
+        return told
+
+    def _hear(self, said: Said) -> None:
+        if said.by == "model":
+            self.notes += said.tokens
+        else:
+            self.refusal += said.text
+        if self.shown_as_content(said):
+            self.content += said.text
+
+
+def pieces_of(event: Event) -> Iterator[Event]:
+    """Cut the model's own words into one event a token.
+
+    A trip shows at once what stands, which until then was held back: in one piece, its length
+    would tell a reader how far behind the trip it came.
+    """
+    if isinstance(event, Said) and event.by == "model" and len(event.tokens) > 1:
+        for note in event.tokens:
+            yield Said(note.text, (note,))
+    else:
+        yield event

@@ -1,0 +1,109 @@
+"""Responses in Anthropic's shape: whole, and as the events of a stream.
+
+Knows the fields of messages, and ours among them: a `safety` object. A trip ends with
+`stop_reason: "refusal"`. Does not know HTTP, queues or the guard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from safe_decode.engines.rows import Event, Finished, Said, Tripped
+from safe_decode.serving.scheduling.response import Story
+
+__all__ = ["MessageShape"]
+
+NamedEvent = tuple[str, dict[str, Any]]
+
+_STOPS = {"content_filter": "refusal", "length": "max_tokens"}
+
+
+@dataclass
+class MessageShape:
+    """One message.
+
+    Attributes:
+        model: Its name.
+        gives_ids: Whether deltas carry the ids that are shown.
+        id: Of the message.
+    """
+
+    model: str
+    gives_ids: bool = False
+    id: str = field(default_factory=lambda: f"msg_{uuid4().hex}")
+
+    def whole(self, story: Story) -> dict[str, Any]:
+        """Write a finished message."""
+        content = [{"type": "text", "text": story.content}] if story.content else []
+        return {
+            **self._head(story),
+            "content": content,
+            **self._stop(story),
+            "usage": self._usage(story),
+            "safety": self._safety(story),
+        }
+
+    def opening(self, story: Story) -> Iterator[NamedEvent]:
+        """Write the events that open a stream."""
+        message = {
+            **self._head(story),
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": {"input_tokens": story.prompt_tokens, "output_tokens": 0},
+        }
+        yield "message_start", {"type": "message_start", "message": message}
+        block = {"type": "text", "text": ""}
+        yield (
+            "content_block_start",
+            {"type": "content_block_start", "index": 0, "content_block": block},
+        )
+
+    def events(self, story: Story, event: Event) -> Iterator[NamedEvent]:
+        """Write the events of an event that `story` has taken."""
+        if isinstance(event, Said) and story.shown_as_content(event):
+            delta: dict[str, Any] = {
+                "type": "content_block_delta",
+                "index": 0,
+                "delta": {"type": "text_delta", "text": event.text},
+            }
+            tokens = story.exposure.tokens(event.tokens, story.threshold)
+            if tokens:
+                delta["safety"] = {"tokens": tokens}
+            if event.by == "redirect":
+                delta["safety"] = {**delta.get("safety", {}), "by": "redirect"}
+            if self.gives_ids:
+                delta["token_ids"] = [note.token for note in event.tokens]
+            yield "content_block_delta", delta
+        elif isinstance(event, Finished):
+            yield "content_block_stop", {"type": "content_block_stop", "index": 0}
+            delta = {
+                "type": "message_delta",
+                "delta": self._stop(story),
+                "usage": self._usage(story),
+                "safety": self._safety(story),
+            }
+            yield "message_delta", delta
+            yield "message_stop", {"type": "message_stop"}
+        else:
+            assert isinstance(event, Said | Tripped)
+
+    def _head(self, story: Story) -> dict[str, Any]:
+        del story
+        return {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
+
+    def _stop(self, story: Story) -> dict[str, Any]:
+        assert story.end is not None
+        reason = _STOPS.get(story.finish_reason, "end_turn")
+        if reason == "end_turn" and story.end.stop is not None:
+            return {"stop_reason": "stop_sequence", "stop_sequence": story.end.stop}
+        return {"stop_reason": reason, "stop_sequence": None}
+
+    def _usage(self, story: Story) -> dict[str, int]:
+        return {"input_tokens": story.prompt_tokens, "output_tokens": story.shown_tokens}
+
+    def _safety(self, story: Story) -> dict[str, Any]:
+        return {**story.safety(), "refusal": story.refusal or None}

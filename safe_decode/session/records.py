@@ -1,0 +1,75 @@
+"""What a session keeps of each row for those who come after it.
+
+Knows numbers on the host. Does not know tensors in motion, models or text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from safe_decode.errors import GuardError
+from safe_decode.monitor.monitor import MonitorState
+from safe_decode.policy.redirect import Cut
+from safe_decode.policy.self_check import Look
+
+__all__ = ["RowRecord", "Trip"]
+
+
+@dataclass(frozen=True)
+class Trip:
+    """A row's one and irrevocable trip.
+
+    Attributes:
+        cut: Where the row is cut.
+        snapshot: The monitor's state at the cut, [1] each; None where no generated token is
+            kept, so that the row starts anew.
+        error: What failed, or None for an alarm.
+    """
+
+    cut: Cut
+    snapshot: MonitorState | None
+    error: GuardError | None
+
+
+@dataclass(frozen=True)
+class RowRecord:
+    """What a session knows of one row, on the host.
+
+    Attributes:
+        scanned: Leading scores that judged the prompt: s_0 and the supplied prefill.
+        logits: [n][K], one entry a score.
+        smoothed: [n] the statistic before the running maximum.
+        statistic: [n] its running maximum.
+        threshold: What the statistic was compared with.
+        alarm: Index of the first score whose statistic exceeded the threshold, or None.
+        trip: The trip, or None; in flag mode always None.
+        error: What failed for this row, tripped or allowed to go on; or None.
+        looks: Self-checks of its alarms.
+        inside: [n] whether each score lies in a marked span; empty where none are followed.
+        ahead: Trailing scores that judged tokens decoded unseen behind the response's end.
+    """
+
+    scanned: int
+    logits: list[list[float]]
+    smoothed: list[float]
+    statistic: list[float]
+    threshold: float
+    alarm: int | None
+    trip: Trip | None
+    error: GuardError | None
+    looks: tuple[Look, ...] = ()
+    inside: tuple[bool, ...] = ()
+    ahead: int = 0
+
+    @property
+    def trip_score(self) -> int | None:
+        """Index of the score at which the row tripped, or would have; None if it did not."""
+        last = max(0, len(self.statistic) - 1)
+        if self.trip is not None and (self.looks or self.trip.error is not None):
+            return last  # a tripped row is judged no more
+        return None if self.looks else self.alarm
+
+    @property
+    def judged(self) -> int:
+        """Count the generated tokens of the response that have a score."""
+        return len(self.statistic) - self.scanned - self.ahead

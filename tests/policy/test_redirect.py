@@ -1,0 +1,56 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safe_decode.policy.redirect import Script, cut_of, forced_scores
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(-1, 60), st.integers(0, 10))
+def test_a_cut_never_takes_back_what_was_released(judged, later, clear, k):
+    said = judged + later
+    for redirect in ("refuse", "rewind", "stop", "flag"):
+        cut = cut_of(redirect, said=said, judged=judged, clear=clear, holdback_tokens=k)
+        assert 0 <= cut.released <= cut.kept <= said
+        assert cut.kept + cut.dropped == said
+        if redirect != "flag":
+            assert cut.kept <= judged
+
+
+def test_rewind_keeps_up_to_the_later_of_clear_point_and_released():
+    args = {"said": 10, "judged": 9, "holdback_tokens": 4}
+    assert cut_of("rewind", clear=2, **args).kept == 5
+    assert cut_of("rewind", clear=7, **args).kept == 7
+    assert cut_of("refuse", clear=7, **args).kept == 5
+    assert cut_of("flag", clear=7, **args).kept == 10
+
+
+def test_forcing_makes_a_new_tensor_and_does_not_read_forced_rows():
+    scores = torch.randn(3, 5)
+    scores[1] = torch.nan
+    before = scores.clone()
+    forced = forced_scores(scores, {1: 4})
+    assert torch.equal(scores, before) or torch.equal(
+        scores.nan_to_num(0.5), before.nan_to_num(0.5)
+    )
+    assert forced[1].tolist() == [-torch.inf] * 4 + [0.0]
+    assert torch.equal(forced[0], before[0]) and torch.equal(forced[2], before[2])
+    assert torch.softmax(forced, -1)[1, 4] == 1.0
+
+
+def test_a_script_finds_the_id_that_did_not_arrive():
+    script = Script([7, 8])
+    assert script.force() == 7 and script.check(7) is None
+    assert script.force() == 8 and not script.has_next
+    assert not script.is_done
+    assert script.check(3) == 8
+    assert script.arrived == 2 and script.is_done
+
+
+@pytest.mark.parametrize("ids", [[], [1]])
+def test_a_script_without_ids_left_forces_nothing(ids):
+    script = Script(ids)
+    for token in ids:
+        script.force()
+        script.check(token)
+    assert script.is_done and not script.has_next
