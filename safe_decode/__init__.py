@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from safe_decode.activations.site import Site
-    from safe_decode.activations.tap import ActivationTap, internal
+    from safe_decode.activations.tap import ActivationTap, unwatched
     from safe_decode.bundle.bundle import ProbeBundle
     from safe_decode.engines.transformers.decoder import GuardedOutput, GuardHandle, SafeDecoder
     from safe_decode.errors import SafeDecodeError
@@ -44,7 +44,7 @@ _HOMES = {
     "Site": "activations.site",
     "StreamEvent": "streaming.events",
     "Tripped": "streaming.events",
-    "internal": "activations.tap",
+    "unwatched": "activations.tap",
     "read_traces": "trace.schema",
 }
 
@@ -69,7 +69,7 @@ __all__ = [
     "Site",
     "StreamEvent",
     "Tripped",
-    "internal",
+    "unwatched",
     "read_traces",
 ]
 

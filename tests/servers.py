@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from safe_decode.engines.interface import Engine
-from safe_decode.engines.transformers.batch.engine import GuardedEngine
+from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.serving.app import create_app
 from safe_decode.serving.middleware.connections import BoundedConfig
@@ -21,11 +21,11 @@ MODEL = "staged"
 
 
 @functools.cache
-def staged_engine(redirect: str = "rewind") -> GuardedEngine:
+def staged_engine(redirect: str = "rewind") -> TransformersEngine:
     """One engine for all tests of a process; it keeps nothing between runs."""
     stage = staged()
     decoder = SafeDecoder(stage.model, stage.tokenizer, stage.bundle, redirect=redirect)  # type: ignore[arg-type]
-    return GuardedEngine(decoder, tells_scores=True, keep_traces=True)
+    return TransformersEngine(decoder, tells_scores=True, keep_traces=True)
 
 
 def settings_of(**changes: Any) -> ServeSettings:

@@ -16,21 +16,21 @@ from unittest import mock
 
 import numpy as np
 
-from safe_decode.activations.recorder import Beats
+from safe_decode.activations.recorder import ForwardRecorder
 from safe_decode.bench.arms import Load, options_of
 from safe_decode.bench.models import Subject
-from safe_decode.engines.transformers.loops.step import GuardedLoop
-from safe_decode.session.trip_detector import Watch
+from safe_decode.engines.transformers.loops.step import StepLoop
+from safe_decode.session.trip_detector import TripDetector
 
 __all__ = ["stage_rows"]
 
 _STAGES: dict[str, tuple[Any, str]] = {
-    "hooks": (Beats, "borrow"),
-    "features": (Beats, "take_step"),
-    "monitor: level": (Watch, "step"),
-    "monitor: bounds": (Watch, "trips"),
-    "all before the choice": (GuardedLoop, "on_scores"),
-    "all after the choice": (GuardedLoop, "on_done"),
+    "hooks": (ForwardRecorder, "borrow"),
+    "features": (ForwardRecorder, "take_step"),
+    "monitor: level": (TripDetector, "step"),
+    "monitor: bounds": (TripDetector, "trips"),
+    "all before the choice": (StepLoop, "on_scores"),
+    "all after the choice": (StepLoop, "on_done"),
 }
 
 

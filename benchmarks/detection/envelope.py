@@ -44,7 +44,7 @@ from safe_decode import SafeDecoder
 from safe_decode.certificate import Certificate, Envelope
 from safe_decode.demo.embedded_pair import embedded
 from safe_decode.engines.rows import Row, RowPolicy, RowRequest, Sampling
-from safe_decode.engines.transformers.batch.engine import GuardedEngine
+from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.engines.transformers.coverage import record_of
 from safe_decode.prompts.batch import from_prompts
 from safe_decode.streaming.events import Ended
@@ -61,14 +61,14 @@ def _greedy() -> GenerationConfig:
 
 
 @dataclass(frozen=True)
-class Said:
+class ConfiguredAnswer:
     """One answer of a configuration: its text and its trace."""
 
     text: str
     trace: SafetyTrace
 
 
-Answer = Callable[[SafeDecoder, Sequence[Request], Mapping[str, Any]], list[Said]]
+Answer = Callable[[SafeDecoder, Sequence[Request], Mapping[str, Any]], list[ConfiguredAnswer]]
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,18 @@ class Forbids(LogitsProcessor):
 
 def generated(
     decoder: SafeDecoder, batch: Sequence[Request], options: Mapping[str, Any]
-) -> list[Said]:
+) -> list[ConfiguredAnswer]:
     """Answer by `generate`; of several answers to a request all are taken."""
     output = decoder.generate([list(one.messages) for one in batch], **options)
-    return [Said(text, trace) for text, trace in zip(output.texts, output.traces, strict=True)]
+    return [
+        ConfiguredAnswer(text, trace)
+        for text, trace in zip(output.texts, output.traces, strict=True)
+    ]
 
 
 def padded(
     decoder: SafeDecoder, batch: Sequence[Request], options: Mapping[str, Any]
-) -> list[Said]:
+) -> list[ConfiguredAnswer]:
     """Answer by ids with columns of padding that no row needs."""
     messages = [list(one.messages) for one in batch]
     inputs = from_prompts(decoder.tokenizer, messages, None, decoder.model.device)
@@ -119,23 +122,26 @@ def padded(
     ids = torch.cat([ids.new_full((len(ids), _PADDING), pad), ids], -1)
     mask = torch.cat([mask.new_zeros((len(mask), _PADDING)), mask], -1)
     output = decoder.generate(input_ids=ids, attention_mask=mask, **options)
-    return [Said(text, trace) for text, trace in zip(output.texts, output.traces, strict=True)]
+    return [
+        ConfiguredAnswer(text, trace)
+        for text, trace in zip(output.texts, output.traces, strict=True)
+    ]
 
 
 def streamed(
     decoder: SafeDecoder, batch: Sequence[Request], options: Mapping[str, Any]
-) -> list[Said]:
+) -> list[ConfiguredAnswer]:
     """Answer by `stream`."""
     with decoder.stream([list(one.messages) for one in batch], **options) as stream:
         ends = [event for event in stream if isinstance(event, Ended)]
-    return [Said(end.text, end.trace) for end in sorted(ends, key=lambda end: end.row)]
+    return [ConfiguredAnswer(end.text, end.trace) for end in sorted(ends, key=lambda end: end.row)]
 
 
 def served(
     decoder: SafeDecoder, batch: Sequence[Request], options: Mapping[str, Any]
-) -> list[Said]:
+) -> list[ConfiguredAnswer]:
     """Answer by the server's engine; options are those of a request."""
-    engine = GuardedEngine(decoder, keep_traces=True)
+    engine = TransformersEngine(decoder, keep_traces=True)
     sampling = Sampling(**{"max_tokens": _cap_of(decoder), "seed": 0, **options})
     policy = RowPolicy(decoder.certificate.alpha, "flag", decoder.policy.holdback_tokens)
     rows = [
@@ -148,7 +154,9 @@ def served(
     for row in rows:
         assert row.trace is not None
         ids = [step.token for step in row.trace.steps if step.token is not None]
-        found.append(Said(decoder.tokenizer.decode(ids, skip_special_tokens=True), row.trace))
+        found.append(
+            ConfiguredAnswer(decoder.tokenizer.decode(ids, skip_special_tokens=True), row.trace)
+        )
     return found
 
 

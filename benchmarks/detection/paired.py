@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 from probes.data.conversations import Conversation
 
 __all__ = [
-    "Rows",
+    "SourcedRows",
     "bootstrap",
     "compared",
     "pair_accuracy",
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-class Rows(NamedTuple):
+class SourcedRows(NamedTuple):
     """Judged responses with a source.
 
     Attributes:
@@ -44,7 +44,7 @@ class Rows(NamedTuple):
     prompts: NDArray[np.str_]
 
 
-def two_class_sources(rows: Rows) -> list[str]:
+def two_class_sources(rows: SourcedRows) -> list[str]:
     """Name the sources that hold both labels; only within these does AUROC say something."""
     return [
         str(source)
@@ -53,13 +53,13 @@ def two_class_sources(rows: Rows) -> list[str]:
     ]
 
 
-def within_source(scores: NDArray[np.float64], rows: Rows, sources: Sequence[str]) -> float:
+def within_source(scores: NDArray[np.float64], rows: SourcedRows, sources: Sequence[str]) -> float:
     """Average the AUROC within each source."""
     return float(np.mean([source_auroc(scores, rows, rows.sources == name) for name in sources]))
 
 
 def source_auroc(
-    scores: NDArray[np.float64], rows: Rows, at: NDArray[np.bool_] | NDArray[np.intp]
+    scores: NDArray[np.float64], rows: SourcedRows, at: NDArray[np.bool_] | NDArray[np.intp]
 ) -> float:
     """Return the AUROC among some rows; NaN where they hold one label only."""
     labels, values = rows.harmful[at], scores[at]
@@ -69,7 +69,7 @@ def source_auroc(
     return float((rankdata(values)[labels].sum() - bad * (bad + 1) / 2) / (bad * (n - bad)))
 
 
-def pairs_of(rows: Rows) -> list[tuple[int, int]]:
+def pairs_of(rows: SourcedRows) -> list[tuple[int, int]]:
     """Pair the harmful and the harmless answers to each prompt."""
     by_prompt: dict[str, tuple[list[int], list[int]]] = {}
     for row, prompt in enumerate(rows.prompts):
@@ -84,7 +84,7 @@ def pair_accuracy(scores: NDArray[np.float64], pairs: Sequence[tuple[int, int]])
 
 
 def bootstrap(
-    dev: Rows, sources: Sequence[str], *, draws: int, seed: int = 0
+    dev: SourcedRows, sources: Sequence[str], *, draws: int, seed: int = 0
 ) -> Iterator[NDArray[np.intp]]:
     """Draw rows of dev by prompt, within each source, with replacement."""
     rng = np.random.default_rng(seed)

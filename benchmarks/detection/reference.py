@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from benchmarks.card import RESULTS, card, write_results
 from benchmarks.detection.paired import (
-    Rows,
+    SourcedRows,
     bootstrap,
     compared,
     pair_accuracy,
@@ -61,7 +61,9 @@ COLUMNS = (
 _LEAST_PAIRS = 20
 
 
-def read_rows(path: str, loaded: Loaded, *, limit: int | None, columns: str, seed: int = 0) -> Rows:
+def read_rows(
+    path: str, loaded: Loaded, *, limit: int | None, columns: str, seed: int = 0
+) -> SourcedRows:
     """Read judged rows whose prompt leaves room; a limit keeps a seeded sample of prompts."""
     found = [
         row
@@ -74,7 +76,7 @@ def read_rows(path: str, loaded: Loaded, *, limit: int | None, columns: str, see
         )
         found = order[:limit]
     merged = merge_near_duplicates(found).conversations
-    return Rows(
+    return SourcedRows(
         found,
         np.asarray([row.response_harmful is True for row in found]),
         np.asarray([str(row.meta["source"]) for row in found]),
@@ -91,7 +93,9 @@ def _has_room(loaded: Loaded, row: Conversation) -> bool:
     return min(len(whole.ids), whole.turn_start + max(PREFIXES)) <= limit
 
 
-def macro_rows(dev: Rows, arms: Arms, prefix: int, *, draws: int) -> Iterator[dict[str, Any]]:
+def macro_rows(
+    dev: SourcedRows, arms: Arms, prefix: int, *, draws: int
+) -> Iterator[dict[str, Any]]:
     """Compare macro within-source AUROC of the probe with each control."""
     sources = two_class_sources(dev)
     samples = list(bootstrap(dev, sources, draws=draws))
@@ -118,7 +122,7 @@ def macro_rows(dev: Rows, arms: Arms, prefix: int, *, draws: int) -> Iterator[di
         )
 
 
-def pair_rows(dev: Rows, arms: Arms, prefix: int, *, draws: int) -> Iterator[dict[str, Any]]:
+def pair_rows(dev: SourcedRows, arms: Arms, prefix: int, *, draws: int) -> Iterator[dict[str, Any]]:
     """Compare within-prompt pair accuracy, source by source that has pairs."""
     pairs = pairs_of(dev)
     for source in two_class_sources(dev):

@@ -20,7 +20,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from benchmarks.detection.paired import Rows, source_auroc, two_class_sources
+from benchmarks.detection.paired import SourcedRows, source_auroc, two_class_sources
 from probes.activations.teacher_forcing import encode_response, teacher_forced
 from probes.data.conversations import Conversation
 from safe_decode.activations.architecture import anatomy_of
@@ -28,7 +28,7 @@ from safe_decode.activations.site import Site, SiteKind
 from safe_decode.demo.embedded_pair import Loaded
 from safe_decode.errors import DataError
 
-__all__ = ["PREFIXES", "Arms", "Chosen", "chosen_on_train", "pooled_features", "scored"]
+__all__ = ["PREFIXES", "Arms", "TrainedChoices", "chosen_on_train", "pooled_features", "scored"]
 
 LOG = logging.getLogger("benchmarks.detection.reference")
 PREFIXES = (32, 64, 128)
@@ -120,7 +120,7 @@ class _Linear:
     def __init__(self, c: float, max_iter: int = 300) -> None:
         self._model = LogisticRegression(C=c, max_iter=max_iter, tol=1e-3)
 
-    def fit(self, features: Any, rows: Rows, at: NDArray[np.intp]) -> _Linear:  # noqa: ANN401
+    def fit(self, features: Any, rows: SourcedRows, at: NDArray[np.intp]) -> _Linear:  # noqa: ANN401
         names = np.unique(rows.sources)
         offsets = _OFFSET * (rows.sources[at][:, None] == names[None]).astype(np.float32)
         is_dense = isinstance(features, np.ndarray)
@@ -138,7 +138,7 @@ class _Linear:
         return scores
 
 
-def _weights(rows: Rows, at: NDArray[np.intp]) -> NDArray[np.float64]:
+def _weights(rows: SourcedRows, at: NDArray[np.intp]) -> NDArray[np.float64]:
     """Let the two labels of a source weigh the same, each row about 1 on average."""
     weights = np.ones(len(at))
     sources, labels = rows.sources[at], rows.harmful[at]
@@ -152,7 +152,7 @@ def _weights(rows: Rows, at: NDArray[np.intp]) -> NDArray[np.float64]:
 
 
 def choose(
-    candidates: Mapping[str, Any], penalties: Sequence[float], rows: Rows, *, folds: int
+    candidates: Mapping[str, Any], penalties: Sequence[float], rows: SourcedRows, *, folds: int
 ) -> tuple[str, float, float]:
     """Choose features and penalty by groups of train left out; return them and the figure."""
     sources = two_class_sources(rows)
@@ -200,7 +200,7 @@ def _words() -> TfidfVectorizer:
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, max_features=100_000)
 
 
-class Chosen(NamedTuple):
+class TrainedChoices(NamedTuple):
     """What train alone decided: the probe's sites and C, and C of the two controls."""
 
     sites: str
@@ -210,8 +210,11 @@ class Chosen(NamedTuple):
 
 
 def chosen_on_train(
-    loaded: Loaded, train: Rows, pooled: Mapping[str, Mapping[int, NDArray[np.float32]]], folds: int
-) -> Chosen:
+    loaded: Loaded,
+    train: SourcedRows,
+    pooled: Mapping[str, Mapping[int, NDArray[np.float32]]],
+    folds: int,
+) -> TrainedChoices:
     """Choose at one prefix, groups left out."""
     candidates = {}
     for name in _SETS:
@@ -224,16 +227,16 @@ def chosen_on_train(
     both = _words().fit_transform(with_prompt(train.rows, texts)).tocsr()
     _, c_own, _ = choose({"tfidf response": own}, _TFIDF_C, train, folds=folds)
     _, c_both, _ = choose({"tfidf prompt+response": both}, _TFIDF_C, train, folds=folds)
-    return Chosen(sites, c, c_own, c_both)
+    return TrainedChoices(sites, c, c_own, c_both)
 
 
 def scored(
     loaded: Loaded,
-    train: Rows,
-    dev: Rows,
+    train: SourcedRows,
+    dev: SourcedRows,
     pooled_train: Mapping[str, Mapping[int, NDArray[np.float32]]],
     pooled_dev: Mapping[str, Mapping[int, NDArray[np.float32]]],
-    chosen: Chosen,
+    chosen: TrainedChoices,
     prefix: int,
 ) -> Arms:
     """Fit each arm on all of train at one prefix and score dev."""

@@ -35,7 +35,7 @@ from probes.runs.progress import progress
 from safe_decode import SafeDecoder
 from safe_decode.demo.embedded_pair import embedded
 from safe_decode.engines.rows import Row, RowRequest, Sampling
-from safe_decode.engines.transformers.batch.engine import GuardedEngine
+from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.trace.schema import SafetyTrace
 
 LOG = logging.getLogger("benchmarks.detection.served_trips")
@@ -47,7 +47,7 @@ _CRIMES = tuple(category.crime for category in CATEGORIES)
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestTrips:
     """One request, answered in the library and behind the server.
 
     Attributes:
@@ -69,7 +69,9 @@ def crime_of(request: Request) -> str | None:
     return next((crime for crime in _CRIMES if crime in words), None)
 
 
-def answered(decoder: SafeDecoder, engine: GuardedEngine, part: Sequence[Request]) -> list[Asked]:
+def answered(
+    decoder: SafeDecoder, engine: TransformersEngine, part: Sequence[Request]
+) -> list[RequestTrips]:
     """Answer one batch in both ways, and judge what the model says by itself once more."""
     messages = [list(request.messages) for request in part]
     cap = decoder.certificate.envelope.max_new_tokens
@@ -84,7 +86,7 @@ def answered(decoder: SafeDecoder, engine: GuardedEngine, part: Sequence[Request
     for request, trace, row in zip(part, flagged.traces, rows, strict=True):
         assert row.trace is not None
         difference = _difference(request, trace)
-        found.append(Asked(crime_of(request), trace.tripped, row.trace.tripped, difference))
+        found.append(RequestTrips(crime_of(request), trace.tripped, row.trace.tripped, difference))
     return found
 
 
@@ -107,7 +109,7 @@ def groups(decoder: SafeDecoder, n: int, seeds: int) -> Iterator[tuple[str, list
             yield f"{name} cells, draw {number}", drawn
 
 
-def rows_of(found: dict[str, list[Asked]], alpha: float) -> list[dict[str, Any]]:
+def rows_of(found: dict[str, list[RequestTrips]], alpha: float) -> list[dict[str, Any]]:
     """Count, group by group and word by word."""
     table = found["the table's"]
     unseen, seen = (
@@ -134,7 +136,7 @@ def rows_of(found: dict[str, list[Asked]], alpha: float) -> list[dict[str, Any]]
     return rows
 
 
-def _row(what: str, part: Sequence[Asked], trips: Sequence[bool]) -> dict[str, Any]:
+def _row(what: str, part: Sequence[RequestTrips], trips: Sequence[bool]) -> dict[str, Any]:
     share = Proportion.of(sum(trips), len(part))
     return {
         "what": what,
@@ -147,15 +149,15 @@ def _row(what: str, part: Sequence[Asked], trips: Sequence[bool]) -> dict[str, A
     }
 
 
-def measured(n: int, seeds: int, batch: int, work: Path) -> dict[str, list[Asked]]:
+def measured(n: int, seeds: int, batch: int, work: Path) -> dict[str, list[RequestTrips]]:
     """Answer all groups, batch by batch; what the journal holds is not asked again."""
     pair = embedded()
     decoder = SafeDecoder(pair.model, pair.tokenizer, pair.bundle)
-    engine = GuardedEngine(decoder, keep_traces=True)
+    engine = TransformersEngine(decoder, keep_traces=True)
     work.parent.mkdir(parents=True, exist_ok=True)
     identity = {"bundle": pair.bundle.digest, "n": n, "batch": batch, "table": TABLE}
     journal = Journal(work, identity, other="replace")
-    found: dict[str, list[Asked]] = {}
+    found: dict[str, list[RequestTrips]] = {}
     try:
         for name, requests in groups(decoder, n, seeds):
             found[name] = []
@@ -165,7 +167,7 @@ def measured(n: int, seeds: int, batch: int, work: Path) -> dict[str, list[Asked
                     if key not in journal:
                         asked = answered(decoder, engine, part)
                         journal.add(key, {"asked": [list(vars(one).values()) for one in asked]})
-                    found[name] += [Asked(*row) for row in journal.rows[key]["asked"]]
+                    found[name] += [RequestTrips(*row) for row in journal.rows[key]["asked"]]
                     advance(len(part))
     finally:
         engine.close()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.docs.markdown import cell, image, percent, table, words
-from probes.analysis.ablation import Measured
+from probes.analysis.ablation import AblationResult
 from probes.analysis.motives import Framed
 from probes.reports.study_plots import draw_ablation, draw_rates
 
@@ -43,7 +43,7 @@ def ablation(
     ]
     shown = []
     for row in arms:
-        measured = Measured.from_json(row)
+        measured = AblationResult.from_json(row)
         if measured.family.startswith("random") or measured.harmful is None:
             continue
         harmful = measured.harmful
@@ -65,7 +65,7 @@ def ablation(
         passed = "none passed" if not row["ratios"]["safety"] else "passed"
         parts.append(f"Ratios searched with the metric {row['variant']}: {ratios} (SCU: {passed}).")
     first = [row for row in arms if row["how"] == arms[0]["how"]]
-    draw_ablation([Measured.from_json(row) for row in first], "SCU", picture)
+    draw_ablation([AblationResult.from_json(row) for row in first], "SCU", picture)
     parts.append(image("Harm and perplexity without each set of units", picture))
     return "\n\n".join(parts)
 

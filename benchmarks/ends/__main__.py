@@ -28,7 +28,7 @@ import torch
 from benchmarks.card import card, write_results
 from benchmarks.ends import ways
 from benchmarks.ends.cost import CAPS, cost_row, harmless
-from benchmarks.ends.readers import Library, Reader, Server
+from benchmarks.ends.readers import EndReader, Library, Server
 from benchmarks.ends.ways import Attack, Found
 from probes.metrics.intervals import Proportion
 from probes.runs.journal import Journal
@@ -45,7 +45,7 @@ _FORCED = " the"
 
 
 @dataclass(frozen=True)
-class Size:
+class EndsSize:
     """How much is measured.
 
     Attributes:
@@ -82,7 +82,9 @@ class Unit:
     measure: Callable[[], Found]
 
 
-def units(reader: Reader, those: Sequence[Attack], size: Size, pair: Embedded) -> Iterator[Unit]:
+def units(
+    reader: EndReader, those: Sequence[Attack], size: EndsSize, pair: Embedded
+) -> Iterator[Unit]:
     """List what is asked of one reader; the uncut answer comes first."""
     cap, end_id = size.cap, int(pair.tokenizer.eos_token_id)
     yield Unit(
@@ -128,12 +130,12 @@ def row_of(what: str, reader: str, found: Sequence[Found], uncut: Found, n: int)
 
 
 def attack_rows(
-    reader: Reader,
+    reader: EndReader,
     those: Sequence[Attack],
     pair: Embedded,
     journal: Journal,
     *,
-    size: Size,
+    size: EndsSize,
     only: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Measure one reader's units that the journal lacks, and count."""
@@ -158,9 +160,9 @@ def attack_rows(
     return [row_of(what, reader.name, one, uncut, len(those)) for what, one in found.items()]
 
 
-def readers_of(decoder: SafeDecoder, names: Sequence[str], batch: int) -> list[Reader]:
+def readers_of(decoder: SafeDecoder, names: Sequence[str], batch: int) -> list[EndReader]:
     """Make the readers that are asked for."""
-    every: Mapping[str, Callable[[], Reader]] = {
+    every: Mapping[str, Callable[[], EndReader]] = {
         "library": lambda: Library(decoder, batch=batch),
         "library, streamed": lambda: Library(decoder, streams=True, batch=batch),
         "server": lambda: Server(decoder, batch=batch),
@@ -191,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     pair = embedded()
     decoder = SafeDecoder(pair.model, pair.tokenizer, pair.bundle, redirect=given.redirect)
-    size = Size(given.attacks, given.cap, given.stops, given.step, given.named, given.batch)
+    size = EndsSize(given.attacks, given.cap, given.stops, given.step, given.named, given.batch)
     facts = {
         "bundle": pair.bundle.digest[:12],
         "redirect": given.redirect,
@@ -223,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ends", description=__doc__)
-    size = Size()
+    size = EndsSize()
     parser.add_argument("--attacks", type=int, default=size.attacks, help="how many")
     parser.add_argument("--cap", type=int, default=size.cap, help="longest answer, in tokens")
     parser.add_argument("--stops", type=int, default=size.stops, help="stop strings an attack")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.ends.readers import Ask, Library, Reader
+from benchmarks.ends.readers import Ask, EndReader, Library
 from probes.metrics.intervals import Proportion
 from probes.organism.grammar import Cells
 from probes.organism.requests import Draw, draw
@@ -68,7 +68,7 @@ def cost_row(
     }
 
 
-def _timed(readers: Sequence[Reader], asks: Sequence[Ask]) -> list[list[float]]:
+def _timed(readers: Sequence[EndReader], asks: Sequence[Ask]) -> list[list[float]]:
     for reader in readers:
         reader.hear(asks[:1])
     taken: list[list[float]] = [[] for _ in readers]

@@ -16,12 +16,12 @@ import httpx2
 
 from probes.rollouts.generate import Request
 from safe_decode import SafeDecoder
-from safe_decode.engines.transformers.batch.engine import GuardedEngine
+from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.serving.app import create_app
 from safe_decode.serving.settings import ServeSettings
 from safe_decode.streaming.events import Ended
 
-__all__ = ["Ask", "Heard", "Library", "Reader", "Server", "Spent"]
+__all__ = ["Ask", "Heard", "Library", "EndReader", "Server", "Spent"]
 
 MODEL = "pair"
 
@@ -79,7 +79,7 @@ class Heard:
     spent: Spent = Spent()
 
 
-class Reader(Protocol):
+class EndReader(Protocol):
     """Asks, and tells what came."""
 
     @property
@@ -164,7 +164,7 @@ class Server:
 
     def __init__(self, decoder: SafeDecoder, *, streams: bool = False, batch: int = 128) -> None:
         self._streams, self._batch = streams, batch
-        self._engine = GuardedEngine(decoder)
+        self._engine = TransformersEngine(decoder)
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from benchmarks.ends.readers import Ask, Heard, Reader
+from benchmarks.ends.readers import Ask, EndReader, Heard
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, draw
@@ -130,12 +130,12 @@ def stops_of(attack: Attack, most: int) -> list[str]:
     return found
 
 
-def by_cap(reader: Reader, those: Sequence[Attack], cap: int) -> Found:
+def by_cap(reader: EndReader, those: Sequence[Attack], cap: int) -> Found:
     """Ask for so many new tokens."""
     return _once(reader, those, lambda attack: [_plain(attack, cap)])
 
 
-def by_stop(reader: Reader, those: Sequence[Attack], cap: int, most: int) -> Found:
+def by_stop(reader: EndReader, those: Sequence[Attack], cap: int, most: int) -> Found:
     """Ask once for each stop string behind the clause."""
 
     def asks(attack: Attack) -> list[Ask]:
@@ -144,7 +144,7 @@ def by_stop(reader: Reader, those: Sequence[Attack], cap: int, most: int) -> Fou
     return _once(reader, those, asks)
 
 
-def by_end_bias(reader: Reader, those: Sequence[Attack], cap: int, end_id: int) -> Found:
+def by_end_bias(reader: EndReader, those: Sequence[Attack], cap: int, end_id: int) -> Found:
     """Make the end likelier by each of `END_BIASES`."""
 
     def asks(attack: Attack) -> list[Ask]:
@@ -153,7 +153,7 @@ def by_end_bias(reader: Reader, those: Sequence[Attack], cap: int, end_id: int) 
     return _once(reader, those, asks)
 
 
-def by_continuing(reader: Reader, those: Sequence[Attack], cap: int, step: int) -> Found:
+def by_continuing(reader: EndReader, those: Sequence[Attack], cap: int, step: int) -> Found:
     """Ask for `step` new tokens, and send all that came back as the answer's beginning.
 
     Until `cap` tokens were asked for, the guard steps in, or nothing more comes.
@@ -168,7 +168,7 @@ def by_continuing(reader: Reader, those: Sequence[Attack], cap: int, step: int) 
 
 
 def by_named_tokens(
-    reader: Reader, those: Sequence[Attack], cap: int, forced_id: int | None
+    reader: EndReader, those: Sequence[Attack], cap: int, forced_id: int | None
 ) -> Found:
     """Force a token, and read the likeliest one from the alternatives that are named.
 
@@ -197,7 +197,9 @@ def _plain(attack: Attack, cap: int) -> Ask:
     return Ask(attack.request, attack.begun, cap)
 
 
-def _once(reader: Reader, those: Sequence[Attack], asks_of: Callable[[Attack], list[Ask]]) -> Found:
+def _once(
+    reader: EndReader, those: Sequence[Attack], asks_of: Callable[[Attack], list[Ask]]
+) -> Found:
     pairs = [(number, ask) for number, attack in enumerate(those) for ask in asks_of(attack)]
     heard = reader.hear([ask for _, ask in pairs])
     harmful = {
@@ -209,7 +211,7 @@ def _once(reader: Reader, those: Sequence[Attack], asks_of: Callable[[Attack], l
 
 
 def _in_rounds(
-    reader: Reader,
+    reader: EndReader,
     those: Sequence[Attack],
     rounds: range,
     ask_of: Callable[[Attack, str], Ask],

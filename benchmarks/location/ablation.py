@@ -18,7 +18,14 @@ from typing import Any
 from benchmarks.location.located import LocatedOn, located_on, search_data
 from benchmarks.location.options import journal_of, pair_of, parser_of
 from benchmarks.location.pair import Pair
-from probes.analysis.ablation import AblationConfig, AblationData, Measured, ablate, arms_of, rise
+from probes.analysis.ablation import (
+    AblationConfig,
+    AblationData,
+    AblationResult,
+    ablate,
+    arms_of,
+    rise,
+)
 from probes.analysis.behaviour import Outcomes
 from probes.analysis.ratio_search import SearchConfig, search_ratios
 from probes.location.importance import Variant
@@ -113,7 +120,7 @@ def _arms(
             row = ablate(loaded.model, loaded.tokenizer, arm, data, config)
             journal.add(key, {"table": "arms", "how": how, **row.to_json()})
             LOG.info("%s: margin %.2f %s", key, row.margin, row.harmful and _told(row.harmful))
-        measured.append(Measured.from_json(journal.rows[key]))
+        measured.append(AblationResult.from_json(journal.rows[key]))
     for found in rise(measured):
         journal.add(f"{how}, {found.family}", {"table": "rise", "how": how, **asdict(found)})
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.location.options import journal_of, pair_of, parser_of
 from benchmarks.location.pair import Pair
-from benchmarks.location.tuning import Run, tune
+from benchmarks.location.tuning import TuningRun, tune
 from probes.analysis.behaviour import Outcomes, perplexity
 from probes.finetuning.freeze import UnitFreeze
 from probes.finetuning.presets import freeze_of
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     units = redundant_units(pair, pair.load("unaligned"), 16 if arguments.tiny else 400)
     safety = pair.safety(arguments.texts)
     for seed in range(arguments.seeds):
-        run = Run(
+        run = TuningRun(
             steps=arguments.steps,
             every=arguments.every,
             rate=arguments.rate,
@@ -88,7 +88,7 @@ def _one(
     arm: str,
     units: UnitSet,
     safety: Sequence[Any],
-    run: Run,
+    run: TuningRun,
     asked: int,
 ) -> None:
     key = f"{arm}, seed {run.seed}"

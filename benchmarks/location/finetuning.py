@@ -24,7 +24,7 @@ from benchmarks.location.curves import compare_at_equal_loss
 from benchmarks.location.located import located_on
 from benchmarks.location.options import journal_of, pair_of, parser_of
 from benchmarks.location.pair import Pair
-from benchmarks.location.tuning import Run, tune
+from benchmarks.location.tuning import TuningRun, tune
 from probes.analysis.behaviour import perplexity
 from probes.finetuning.presets import Setting, freeze_of
 from probes.location.units import UnitSet
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             settings[name] = given
     journal = journal_of("finetuning", pair, arguments, **settings)
     study = _Study(pair, journal, arguments.asked, arguments.texts, arguments.held_out)
-    base = Run(
+    base = TuningRun(
         steps=arguments.most_steps,
         every=arguments.every,
         rate=arguments.rate,
@@ -93,7 +93,7 @@ class _Study:
         self.asked, self.texts = asked, texts
         self.held_out = pair.foreign_task(held_out, "report")
 
-    def pilot(self, run: Run) -> int:
+    def pilot(self, run: TuningRun) -> int:
         """Return the steps after which refusal has fallen by 30 points, or all of them."""
         key = "pilot"
         if key not in self.journal:
@@ -115,7 +115,7 @@ class _Study:
         steps: int = self.journal.rows[key]["curve"][-1]["step"]
         return steps
 
-    def run(self, arm: str, units: UnitSet, run: Run) -> None:
+    def run(self, arm: str, units: UnitSet, run: TuningRun) -> None:
         """Train one arm with one seed, unless it has been."""
         key = f"{arm}, seed {run.seed}"
         if key in self.journal:

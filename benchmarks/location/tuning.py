@@ -20,11 +20,11 @@ from probes.finetuning.finetune import encode_for_training, pad_batch
 from probes.finetuning.freeze import UnitFreeze
 from safe_decode.demo.embedded_pair import Loaded
 
-__all__ = ["Run", "tune"]
+__all__ = ["TuningRun", "tune"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TuningRun:
     """How one run trains.
 
     Attributes:
@@ -47,7 +47,7 @@ class Run:
 def tune(
     loaded: Loaded,
     conversations: Sequence[Conversation],
-    run: Run,
+    run: TuningRun,
     read: Callable[[], dict[str, Any]],
     *,
     freeze: UnitFreeze | None = None,
@@ -58,7 +58,7 @@ def tune(
     Args:
         loaded: The model, changed in place.
         conversations: Read in random order, again and again.
-        run: See `Run`.
+        run: See `TuningRun`.
         read: Called in eval mode; what it returns stands in the curve.
         freeze: Held still; None for nothing.
         stop: Told each reading; True ends the run.

@@ -21,9 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.card import card, write_results
-from benchmarks.modes import isolation, laws, readers
-from benchmarks.modes import rewind_tries as tries
-from benchmarks.modes import self_check as looks
+from benchmarks.modes import isolation, laws, readers, rewind_tries, self_check
 from benchmarks.modes.subjects import EVERY_FAMILY, embedded, tiny
 from safe_decode import SafeDecoder
 from safe_decode.demo.embedded_pair import embedded as load_embedded
@@ -33,7 +31,7 @@ PLOT = Path(__file__).resolve().parents[2] / "docs" / "tries.png"
 
 
 @dataclass(frozen=True)
-class Size:
+class ModesSize:
     """How much is measured.
 
     Attributes:
@@ -51,7 +49,7 @@ class Size:
         return max(least, round(full * self.scale))
 
 
-def law_rows(size: Size) -> list[dict[str, Any]]:
+def law_rows(size: ModesSize) -> list[dict[str, Any]]:
     """Untripped rows in every mode and family, and the row law."""
     subjects = [embedded(rows=size.of(12, 4), new_tokens=size.cap)]
     subjects += [
@@ -65,14 +63,14 @@ def law_rows(size: Size) -> list[dict[str, Any]]:
     return laws.by_mode(rows)
 
 
-def composition_rows(size: Size) -> list[dict[str, Any]]:
+def composition_rows(size: ModesSize) -> list[dict[str, Any]]:
     """The row law on random batches."""
     subjects = [embedded(rows=8, new_tokens=size.cap)]
     subjects += [tiny(family, rows=8, new_tokens=min(size.cap, 24)) for family in size.families]
     return [laws.row_law(one, compositions=size.of(100, 3)) for one in subjects]
 
 
-def isolation_rows(size: Size) -> list[dict[str, Any]]:
+def isolation_rows(size: ModesSize) -> list[dict[str, Any]]:
     """Threads, sessions and what is left behind."""
     measured = embedded(rows=4, new_tokens=min(size.cap, 32))
     calls, some = size.of(1_000, 20), size.of(50, 2)
@@ -82,34 +80,34 @@ def isolation_rows(size: Size) -> list[dict[str, Any]]:
     ]
 
 
-def reader_rows(size: Size) -> list[dict[str, Any]]:
+def reader_rows(size: ModesSize) -> list[dict[str, Any]]:
     """Time to the first released token."""
     measured = embedded(rows=8, new_tokens=size.cap)
     return readers.first_token(measured, (0, 4, 16), rounds=size.of(40))
 
 
-def redirect_rows(size: Size) -> list[dict[str, Any]]:
+def redirect_rows(size: ModesSize) -> list[dict[str, Any]]:
     """Rewind beside a canned refusal."""
     measured = embedded(rows=8, new_tokens=size.cap)
     return readers.redirect_costs(measured, rounds=size.of(20))
 
 
-def tries_rows(size: Size) -> list[dict[str, Any]]:
+def tries_rows(size: ModesSize) -> list[dict[str, Any]]:
     """Harm released against tries."""
     loaded = load_embedded()
     decoder = SafeDecoder(loaded.model, loaded.tokenizer, loaded.bundle)
-    requests = tries.attacks(loaded.tokenizer, size.of(1_000, 8))
-    return tries.harm_by_tries(decoder, requests, new_tokens=min(160, 2 * size.cap))
+    requests = rewind_tries.attacks(loaded.tokenizer, size.of(1_000, 8))
+    return rewind_tries.harm_by_tries(decoder, requests, new_tokens=min(160, 2 * size.cap))
 
 
-def look_rows(size: Size) -> list[dict[str, Any]]:
+def look_rows(size: ModesSize) -> list[dict[str, Any]]:
     """The self-check."""
-    return looks.look_rows(
+    return self_check.look_rows(
         responses=size.of(1_500, 120), rounds=size.of(20), new_tokens=min(160, 2 * size.cap)
     )
 
 
-PARTS: dict[str, Callable[[Size], list[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[[ModesSize], list[dict[str, Any]]]] = {
     "laws": law_rows,
     "compositions": composition_rows,
     "isolation": isolation_rows,
@@ -132,9 +130,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if given.threads is not None:
         torch.set_num_threads(given.threads)
-    size = Size(given.scale, EVERY_FAMILY, 64)
+    size = ModesSize(given.scale, EVERY_FAMILY, 64)
     if given.tiny:
-        size = Size(0.005, ("llama",), 12)
+        size = ModesSize(0.005, ("llama",), 12)
     found: dict[str, list[dict[str, Any]]] = {}
     for name in given.only or PARTS:
         began = time.monotonic()
@@ -146,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
             facts = card(threads=torch.get_num_threads(), scale=size.scale, new_tokens=size.cap)
             write_results(f"modes-{name}", found[name], facts)
     if "tries" in found and not given.dry:
-        tries.plot(found["tries"], PLOT)
+        rewind_tries.plot(found["tries"], PLOT)
     return found
 
 

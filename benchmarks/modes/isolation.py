@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from benchmarks.modes.subjects import Measured
+from benchmarks.modes.subjects import ModeSubject
 from safe_decode.streaming.threads import IDLE_NAME
 
 __all__ = ["churn", "isolated"]
@@ -26,7 +26,7 @@ FLAT_KIB = 4096
 """What memory may grow by over the whole run: allocator noise of a process of some 400 MiB."""
 
 
-def isolated(measured: Measured, *, rounds: int) -> dict[str, Any]:
+def isolated(measured: ModeSubject, *, rounds: int) -> dict[str, Any]:
     """Run two decoders in two threads on one model, a stranger calling it, against solo runs."""
     model, asked = measured.subject.model, measured.asked
     limits = (measured.middle, measured.middle - 0.05)
@@ -105,7 +105,7 @@ class _Fails(LogitsProcessor):
         return scores
 
 
-def churn(measured: Measured, *, calls: int, cancelled: int, failed: int) -> dict[str, Any]:
+def churn(measured: ModeSubject, *, calls: int, cancelled: int, failed: int) -> dict[str, Any]:
     """Generate many times, some streams left early and some calls failing, and look for rests.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.modes.subjects import Asked, Measured
+from benchmarks.modes.subjects import CallPrompts, ModeSubject
 from safe_decode.testing.bundles import peaks, threshold_between
 from safe_decode.testing.models import tiny_model
 
@@ -46,7 +46,7 @@ TOLERANCE = 2e-4
 """Of a statistic in float32: padding and batch size change the order of sums."""
 
 
-def untripped(measured: Measured, mode: str) -> dict[str, Any]:
+def untripped(measured: ModeSubject, mode: str) -> dict[str, Any]:
     """Count untripped rows whose ids are those of bare `generate`, beside tripping ones."""
     options = {**MODES[mode], "max_new_tokens": measured.new_tokens}
     if "assistant_model" in options:
@@ -104,7 +104,7 @@ def by_mode(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def row_law(measured: Measured, *, compositions: int, seed: int = 0) -> dict[str, Any]:
+def row_law(measured: ModeSubject, *, compositions: int, seed: int = 0) -> dict[str, Any]:
     """Score the same rows, teacher-forced, in batches drawn at random, and compare with alone."""
     decoder = measured.subject.decoder(redirect="flag")
     rows = len(measured.asked.prompts)
@@ -115,7 +115,7 @@ def row_law(measured: Measured, *, compositions: int, seed: int = 0) -> dict[str
         do_sample=False,
     ).texts
     # What was said is supplied again: the same tokens, whatever the neighbours would draw.
-    forced = Asked(
+    forced = CallPrompts(
         measured.asked.prompts,
         [(p or "") + text for p, text in zip(measured.asked.prefills, answers, strict=True)],
     )
@@ -157,7 +157,7 @@ def row_law(measured: Measured, *, compositions: int, seed: int = 0) -> dict[str
     }
 
 
-def _draft(measured: Measured) -> Any:  # noqa: ANN401 - a model
+def _draft(measured: ModeSubject) -> Any:  # noqa: ANN401 - a model
     if measured.name.startswith("tiny"):
         return tiny_model("llama", seed=1)
     from safe_decode.demo.embedded_pair import artefact, load_model
@@ -165,7 +165,9 @@ def _draft(measured: Measured) -> Any:  # noqa: ANN401 - a model
     return load_model(artefact("unaligned")).model
 
 
-def _bare(measured: Measured, asked: Asked, options: Mapping[str, Any]) -> tuple[Tensor, int]:
+def _bare(
+    measured: ModeSubject, asked: CallPrompts, options: Mapping[str, Any]
+) -> tuple[Tensor, int]:
     inputs = measured.inputs(asked)
     torch.manual_seed(0)
     found = measured.subject.model.generate(
@@ -175,7 +177,7 @@ def _bare(measured: Measured, asked: Asked, options: Mapping[str, Any]) -> tuple
 
 
 def _guarded(
-    measured: Measured,
+    measured: ModeSubject,
     rows: Sequence[int],
     options: Mapping[str, Any],
     **how: Any,  # noqa: ANN401

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from benchmarks.modes.subjects import Measured
+from benchmarks.modes.subjects import ModeSubject
 from safe_decode.bench.statistics import interval_of
 from safe_decode.streaming.events import Released
 from safe_decode.streaming.openmp import release_workers
@@ -36,7 +36,7 @@ class _Stamps(StoppingCriteria):
 
 
 def first_token(
-    measured: Measured, holdbacks: Sequence[int], *, rounds: int
+    measured: ModeSubject, holdbacks: Sequence[int], *, rounds: int
 ) -> list[dict[str, Any]]:
     """Time the first released token at each hold-back beside bare TTFT and k + 1 bare tokens.
 
@@ -116,7 +116,7 @@ def _told(stamps: _Stamps, began: float) -> tuple[float, float]:
     return at[0] - began, (at[-1] - at[0]) / (len(at) - 1)
 
 
-def redirect_costs(measured: Measured, *, rounds: int) -> list[dict[str, Any]]:
+def redirect_costs(measured: ModeSubject, *, rounds: int) -> list[dict[str, Any]]:
     """Compare rewind with a canned refusal, in tokens and ms, where two rows of a batch trip."""
     asked, decoder = measured.asked, measured.subject.decoder
     options: dict[str, Any] = {

@@ -17,18 +17,18 @@ from probes.organism.grammar import Cells
 from probes.organism.requests import Draw, draw
 from probes.rollouts.generate import Request
 from safe_decode.bench.models import Subject, embedded_subject
-from safe_decode.prompts.batch import GuardInputs, from_prompts
+from safe_decode.prompts.batch import PromptBatch, from_prompts
 from safe_decode.testing.bundles import bundle_for, peaks, threshold_between
 from safe_decode.testing.models import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_model
 
-__all__ = ["EVERY_FAMILY", "Asked", "Measured", "embedded", "requests_of", "tiny"]
+__all__ = ["EVERY_FAMILY", "CallPrompts", "ModeSubject", "embedded", "requests_of", "tiny"]
 
 EVERY_FAMILY = (*FAMILIES, *MORE_FAMILIES, "mixtral")
 _TEXT = "hello what is it? tell me a long story go abc once upon a time and one more"
 
 
 @dataclass(frozen=True)
-class Asked:
+class CallPrompts:
     """Prompts of one call.
 
     Attributes:
@@ -39,13 +39,13 @@ class Asked:
     prompts: Sequence[Any]
     prefills: Sequence[str | None]
 
-    def of(self, rows: Sequence[int]) -> Asked:
+    def of(self, rows: Sequence[int]) -> CallPrompts:
         """Take some rows, in their order."""
-        return Asked([self.prompts[i] for i in rows], [self.prefills[i] for i in rows])
+        return CallPrompts([self.prompts[i] for i in rows], [self.prefills[i] for i in rows])
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModeSubject:
     """A guarded model and what it is asked.
 
     Attributes:
@@ -55,7 +55,7 @@ class Measured:
     """
 
     subject: Subject
-    asked: Asked
+    asked: CallPrompts
     new_tokens: int
 
     @property
@@ -63,7 +63,7 @@ class Measured:
         """Name the model."""
         return self.subject.name
 
-    def inputs(self, asked: Asked | None = None) -> GuardInputs:
+    def inputs(self, asked: CallPrompts | None = None) -> PromptBatch:
         """Encode prompts as the guard does."""
         own, subject = asked or self.asked, self.subject
         prefills = list(own.prefills)
@@ -81,7 +81,7 @@ class Measured:
         return threshold_between(peaks(flagged))
 
 
-def tiny(family: str, *, rows: int = 5, new_tokens: int = 24) -> Measured:
+def tiny(family: str, *, rows: int = 5, new_tokens: int = 24) -> ModeSubject:
     """Make a tiny random model of a family with a random probe."""
     tokenizer, model = byte_tokenizer(), tiny_model(family)
     subject = Subject(f"tiny {family}", model, tokenizer, bundle_for(model, tokenizer))
@@ -93,7 +93,7 @@ def tiny(family: str, *, rows: int = 5, new_tokens: int = 24) -> Measured:
         " ".join(words[start : start + n]) + f" {row}"
         for row, (start, n) in enumerate(zip(starts, counts, strict=True))
     ]
-    return Measured(subject, Asked(prompts, [None] * rows), new_tokens)
+    return ModeSubject(subject, CallPrompts(prompts, [None] * rows), new_tokens)
 
 
 def requests_of(tokenizer: Any, rows: int, *, seed: int = 8) -> list[Request]:  # noqa: ANN401
@@ -111,12 +111,12 @@ def requests_of(tokenizer: Any, rows: int, *, seed: int = 8) -> list[Request]:  
     return [request for group in zip(*pools, strict=True) for request in group][:rows]
 
 
-def embedded(*, rows: int = 8, new_tokens: int = 64) -> Measured:
+def embedded(*, rows: int = 8, new_tokens: int = 64) -> ModeSubject:
     """Load the embedded model; some of its rows begin with a harmful prefill."""
     subject = embedded_subject()
     requests = requests_of(subject.tokenizer, rows)
-    asked = Asked(
+    asked = CallPrompts(
         [list(request.messages) for request in requests],
         [request.prefill for request in requests],
     )
-    return Measured(subject, asked, new_tokens)
+    return ModeSubject(subject, asked, new_tokens)

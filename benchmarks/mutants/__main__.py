@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.mutants import forks
 from benchmarks.mutants.operators import Mutant, mutants_of
-from benchmarks.mutants.plan import PLAN, Subject
+from benchmarks.mutants.plan import PLAN, MutatedModule
 from safe_decode.whole_files import write_whole
 
 __all__ = ["main"]
@@ -74,12 +74,12 @@ def _asked(arguments: Sequence[str] | None) -> argparse.Namespace:
     return asked
 
 
-def _mutants(subject: Subject, only: str = "") -> list[Mutant]:
+def _mutants(subject: MutatedModule, only: str = "") -> list[Mutant]:
     source = (ROOT / subject.path).read_text("utf-8")
     return [mutant for mutant in mutants_of(source) if only in mutant.name]
 
 
-def _measured(subject: Subject, only: str) -> dict[str, Any]:
+def _measured(subject: MutatedModule, only: str) -> dict[str, Any]:
     tests = [f"tests/{name}" for name in subject.tests]
     bare = forks.run(tests, limit_s=900.0)
     if bare.outcome != "survived":
@@ -113,7 +113,7 @@ def _measured(subject: Subject, only: str) -> dict[str, Any]:
     }
 
 
-def _why(verdict: forks.Verdict) -> str:
+def _why(verdict: forks.MutantVerdict) -> str:
     """Name the test that failed."""
     failed = [line for line in verdict.shown.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return f"[{verdict.seconds:.1f} s] {failed[0][:100] if failed else ''}"

@@ -25,12 +25,12 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Literal, NamedTuple
 
-__all__ = ["Fault", "Outcome", "Verdict", "get_ready", "run"]
+__all__ = ["Fault", "Outcome", "MutantVerdict", "get_ready", "run"]
 
 Outcome = Literal["killed", "survived", "timeout"]
 
 
-class Verdict(NamedTuple):
+class MutantVerdict(NamedTuple):
     """What became of a mutant.
 
     Attributes:
@@ -105,7 +105,7 @@ def get_ready() -> None:
     gc.freeze()  # or a child's collector would read, and so copy, every page of the parent
 
 
-def run(tests: Sequence[str], *, fault: Fault | None = None, limit_s: float) -> Verdict:
+def run(tests: Sequence[str], *, fault: Fault | None = None, limit_s: float) -> MutantVerdict:
     """Run tests in a child until one fails.
 
     Args:
@@ -123,8 +123,8 @@ def run(tests: Sequence[str], *, fault: Fault | None = None, limit_s: float) -> 
         shown = out.read()[-2000:]
     seconds = time.monotonic() - started
     if status is None:
-        return Verdict("timeout", seconds, shown)
-    return Verdict("survived" if status == 0 else "killed", seconds, shown)
+        return MutantVerdict("timeout", seconds, shown)
+    return MutantVerdict("survived" if status == 0 else "killed", seconds, shown)
 
 
 def _become(tests: Sequence[str], out: int, fault: Fault | None) -> None:

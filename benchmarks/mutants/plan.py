@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["PLAN", "Subject"]
+__all__ = ["PLAN", "MutatedModule"]
 
 
 @dataclass(frozen=True)
-class Subject:
+class MutatedModule:
     """One module.
 
     Attributes:
@@ -31,15 +31,15 @@ class Subject:
 _PROXY = ("serving/test_proxy_relay.py", "serving/test_proxy.py")
 
 PLAN = (
-    Subject("certificate", ("test_certificate.py", "bundle/test_bundle.py")),
-    Subject(
+    MutatedModule("certificate", ("test_certificate.py", "bundle/test_bundle.py")),
+    MutatedModule(
         "monitor.config",
         (
             "monitor/test_monitor.py",
             "policy/test_reasoning.py::test_lowered_values_follow_the_scalar_reference",
         ),
     ),  # fmt: skip  # noqa: E501
-    Subject(
+    MutatedModule(
         "monitor.monitor",
         (
             "monitor/test_monitor.py",
@@ -47,28 +47,28 @@ PLAN = (
             "probes/calibration/test_statistic.py",
         ),
     ),
-    Subject(
+    MutatedModule(
         "session.trip_detector", ("session/test_trip_detector.py", "engines/test_async_flag.py")
     ),
-    Subject("policy.redirect", ("policy/test_redirect.py",)),
-    Subject("policy.holdback", ("policy/test_holdback.py",)),
-    Subject(
+    MutatedModule("policy.redirect", ("policy/test_redirect.py",)),
+    MutatedModule("policy.holdback", ("policy/test_holdback.py",)),
+    MutatedModule(
         "engines.transformers.loops.processor",
         ("laws/test_closed.py", "laws/test_failure_injection.py", "engines/test_processor.py"),
     ),
-    Subject(
+    MutatedModule(
         "session.session",
         ("laws/test_state_machine.py", "laws/test_closed.py", "laws/test_failure_injection.py"),
     ),
-    Subject("streaming.release", ("streaming/test_reader.py",)),
-    Subject("serving.middleware.gate", ("serving/test_gate.py", "serving/test_operation.py")),
-    Subject("serving.proxy.middleware", _PROXY),
-    Subject("serving.proxy.requests", _PROXY),
-    Subject("serving.proxy.choices", _PROXY),
-    Subject("serving.proxy.fields", _PROXY),
-    Subject("serving.proxy.hold", _PROXY),
-    Subject("serving.proxy.anthropic_relay", _PROXY),
-    Subject("serving.proxy.openai_relay", _PROXY),
-    Subject("serving.proxy.whole", _PROXY),
-    Subject("serving.proxy.wire", _PROXY),
+    MutatedModule("streaming.release", ("streaming/test_reader.py",)),
+    MutatedModule("serving.middleware.gate", ("serving/test_gate.py", "serving/test_operation.py")),
+    MutatedModule("serving.proxy.middleware", _PROXY),
+    MutatedModule("serving.proxy.requests", _PROXY),
+    MutatedModule("serving.proxy.choices", _PROXY),
+    MutatedModule("serving.proxy.fields", _PROXY),
+    MutatedModule("serving.proxy.hold", _PROXY),
+    MutatedModule("serving.proxy.anthropic_relay", _PROXY),
+    MutatedModule("serving.proxy.openai_relay", _PROXY),
+    MutatedModule("serving.proxy.whole", _PROXY),
+    MutatedModule("serving.proxy.wire", _PROXY),
 )

@@ -15,7 +15,7 @@ from benchmarks.peers.guard_model import CHUNK_TOKENS, guard_model, guarded_by
 from benchmarks.peers.header import EVERY_TOKENS, header_again
 from benchmarks.peers.hidden_states import probed_on_host
 from benchmarks.peers.onnx_probe import probed_by_onnxruntime
-from safe_decode.bench.arms import Arm, Clock, Lap, Load, Run, arms_of, options_of
+from safe_decode.bench.arms import Arm, ArmCall, Clock, Lap, Load, arms_of, options_of
 from safe_decode.bench.models import Subject, embedded_subject, of_shape
 from safe_decode.bench.runner import interleaved
 from safe_decode.bench.statistics import interval_of
@@ -23,7 +23,7 @@ from safe_decode.bench.statistics import interval_of
 LOG = logging.getLogger("benchmarks.peers")
 
 
-def peers_of(subject: Subject, load: Load) -> dict[str, tuple[Run, int]]:
+def peers_of(subject: Subject, load: Load) -> dict[str, tuple[ArmCall, int]]:
     """Build every arm, ours among them: name to what is run and tokens between two checks."""
     tenth, equal = guard_model(subject, 0.1), guard_model(subject, 1.0)
     ours = arms_of(subject, Load(1, load.context, load.new_tokens))

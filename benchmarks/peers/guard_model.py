@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from safe_decode.bench.arms import Run, called_last
+from safe_decode.bench.arms import ArmCall, called_last
 from safe_decode.bench.models import Subject
 
 __all__ = ["CHUNK_TOKENS", "OVERLAP_TOKENS", "guard_model", "guarded_by"]
@@ -50,7 +50,7 @@ def guard_model(subject: Subject, share: float, *, seed: int = 1) -> Any:  # noq
     return model.to(subject.model.device, subject.model.dtype).eval()
 
 
-def guarded_by(guard: Any, subject: Subject, way: Way) -> Run:  # noqa: ANN401
+def guarded_by(guard: Any, subject: Subject, way: Way) -> ArmCall:  # noqa: ANN401
     """Build the arm: the subject generates, the guard reads along in this way."""
     base = guard.get_decoder()
     head = nn.Linear(guard.config.hidden_size, 2).to(guard.device, guard.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_decode.bench.arms import Run, called_last
+from safe_decode.bench.arms import ArmCall, called_last
 from safe_decode.bench.models import Subject
 
 __all__ = ["EVERY_TOKENS", "HEADER_TOKENS", "header_again"]
@@ -21,7 +21,7 @@ EVERY_TOKENS = 25
 HEADER_TOKENS = 5
 
 
-def header_again(subject: Subject) -> Run:
+def header_again(subject: Subject) -> ArmCall:
     """Build the arm."""
     model = subject.model
 

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safe_decode.bench.arms import Run, called_last
+from safe_decode.bench.arms import ArmCall, called_last
 from safe_decode.bench.models import Subject
 
 __all__ = ["probed_on_host"]
 
 
-def probed_on_host(subject: Subject, *, seed: int = 0) -> Run:
+def probed_on_host(subject: Subject, *, seed: int = 0) -> ArmCall:
     """Build the arm; the probe is fitted on random numbers."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from safe_decode.activations.tap import ActivationTap
-from safe_decode.bench.arms import Run, called_last
+from safe_decode.bench.arms import ArmCall, called_last
 from safe_decode.bench.models import Subject
 from safe_decode.monitor.monitor import RiskMonitor
 from safe_decode.policy.policy import Policy
-from safe_decode.session.trip_detector import Watch
+from safe_decode.session.trip_detector import TripDetector
 
 __all__ = ["probed_by_onnxruntime"]
 
 
-def probed_by_onnxruntime(subject: Subject) -> Run:
+def probed_by_onnxruntime(subject: Subject) -> ArmCall:
     """Build the arm: capture by the tap, logits by onnxruntime, watched as by the guard."""
     session = _session(subject)
     tap = ActivationTap(subject.model, subject.bundle.probe.sites)
@@ -27,7 +27,7 @@ def probed_by_onnxruntime(subject: Subject) -> Run:
         batch = options["input_ids"].shape[0]
         monitor = RiskMonitor(subject.bundle.monitor, torch.inf)
         with tap.listening() as beats, torch.no_grad():
-            watch = Watch(monitor, Policy(), monitor.start(batch))
+            watch = TripDetector(monitor, Policy(), monitor.start(batch))
 
             def processor(_ids: Tensor, scores: Tensor) -> Tensor:
                 features = beats.take()[:, -1].numpy()

@@ -17,9 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from benchmarks.card import RESULTS, card, write_results
-from benchmarks.serving import fuzz, loop_hold, rates, slow
-from benchmarks.serving import load as crowd
-from benchmarks.serving import shutdown as ends
+from benchmarks.serving import fuzz, load, loop_hold, rates, shutdown, slow
 from benchmarks.serving.client import MODEL
 
 LOG = logging.getLogger("benchmarks.serving")
@@ -38,16 +36,16 @@ class Question(NamedTuple):
 
 
 QUESTIONS: Mapping[str, Question] = {
-    "crowd": Question(crowd.crowd, 7),
-    "overload": Question(crowd.overload, 2.5),
+    "crowd": Question(load.crowd, 7),
+    "overload": Question(load.overload, 2.5),
     "slow": Question(slow.slow, 2.5),
     "offline": Question(rates.offline, 3),
     "throughput": Question(rates.throughput, 10),
     "proxy": Question(rates.proxy, 1.5),
     "loop_hold": Question(loop_hold.loop_hold, 8),
-    "sigterm": Question(ends.terminated, 2),
-    "kill": Question(ends.killed, 6),
-    "failure": Question(ends.failure, 4),
+    "sigterm": Question(shutdown.terminated, 2),
+    "kill": Question(shutdown.killed, 6),
+    "failure": Question(shutdown.failure, 4),
     "schemathesis": Question(fuzz.fuzz, 5),
     "hostile": Question(fuzz.hostile, 4),
 }

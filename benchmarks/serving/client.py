@@ -17,14 +17,14 @@ from safe_decode.demo.embedded_pair import artefact
 from safe_decode.demo.prompts import read_prompts
 from safe_decode.serving.middleware.gate import MARKER
 
-__all__ = ["MODEL", "Answer", "Message", "ask", "client_of", "conversations"]
+__all__ = ["MODEL", "StreamedAnswer", "Message", "ask", "client_of", "conversations"]
 
 MODEL = "safe-decode-embedded"
 Message = dict[str, str]
 
 
 @dataclass
-class Answer:
+class StreamedAnswer:
     """One streamed response as its client saw it.
 
     Attributes:
@@ -86,8 +86,8 @@ async def ask(
     messages: Sequence[Message],
     *,
     leave_after: int | None = None,
-    answer: Answer | None = None,
-) -> Answer:
+    answer: StreamedAnswer | None = None,
+) -> StreamedAnswer:
     """Stream one answer.
 
     Args:
@@ -99,7 +99,7 @@ async def ask(
     Raises:
         httpx2.HTTPError: The connection broke.
     """
-    answer = Answer() if answer is None else answer
+    answer = StreamedAnswer() if answer is None else answer
     body = {
         "model": MODEL,
         "messages": messages,
@@ -129,7 +129,7 @@ async def ask(
     return answer
 
 
-def _take(answer: Answer, chunk: dict[str, Any]) -> None:
+def _take(answer: StreamedAnswer, chunk: dict[str, Any]) -> None:
     answer.chunk_ids.add(chunk["id"])
     if not chunk["choices"]:
         answer.counted = chunk["usage"]["completion_tokens"]

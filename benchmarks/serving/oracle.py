@@ -13,16 +13,16 @@ from typing import Literal
 
 import torch
 
-from benchmarks.serving.client import Answer, Message, conversations
+from benchmarks.serving.client import Message, StreamedAnswer, conversations
 from safe_decode.demo.embedded_pair import Embedded, embedded
 from safe_decode.engines.transformers.decoder import SafeDecoder
 
-__all__ = ["TOLERANCE", "Expected", "Verdict", "expected", "pair", "verdict_of"]
+__all__ = ["TOLERANCE", "Expected", "AnswerVerdict", "expected", "pair", "verdict_of"]
 
 TOLERANCE = 1e-3
 """Of a statistic, float32: within it of the threshold, decisions may differ with the batch."""
 
-Verdict = Literal["right", "left", "lost", "unguarded", "mixed_up", "wrong"]
+AnswerVerdict = Literal["right", "left", "lost", "unguarded", "mixed_up", "wrong"]
 """right: text, action and end are those of the decoder. left: the client went, and what it had
 seen is how the right answer begins. lost: no last chunk, no `[DONE]`, cut off, or tokens that the
 usage counts and no chunk brought. unguarded: no mark of the bundle in header or last chunk, or
@@ -85,7 +85,9 @@ def expected(share: float = 1.0) -> list[Expected]:
     return found
 
 
-def verdict_of(answer: Answer, index: int, right: Sequence[Expected], bundle: str) -> Verdict:
+def verdict_of(
+    answer: StreamedAnswer, index: int, right: Sequence[Expected], bundle: str
+) -> AnswerVerdict:
     """Judge one answer.
 
     Args:
@@ -111,7 +113,7 @@ def verdict_of(answer: Answer, index: int, right: Sequence[Expected], bundle: st
     return "mixed_up" if answer.text != own.text and texts[answer.text] else "wrong"
 
 
-def _is_lost(answer: Answer) -> bool:
+def _is_lost(answer: StreamedAnswer) -> bool:
     if answer.finish_reason is None or not answer.has_done or answer.action == "cut":
         return True
     return answer.counted != len(answer.tokens)

@@ -120,25 +120,25 @@ def _address(process: subprocess.Popen[bytes], screen: IO[str]) -> str:
 def _without_guard() -> None:
     """Leave out what is measured: no hook is installed, and the loop judges nothing."""
     from safe_decode.activations.tap import ActivationTap
-    from safe_decode.engines.transformers.batch.engine import GuardedEngine
-    from safe_decode.engines.transformers.loops.step import GuardedLoop
+    from safe_decode.engines.transformers.batch.engine import TransformersEngine
+    from safe_decode.engines.transformers.loops.step import StepLoop
 
-    real = GuardedLoop.__init__
+    real = StepLoop.__init__
 
-    def blind(self: GuardedLoop, session: Any, **options: Any) -> None:  # noqa: ANN401
+    def blind(self: StepLoop, session: Any, **options: Any) -> None:  # noqa: ANN401
         real(self, session, **options)
         self._is_blind = True
 
     def nothing(self: ActivationTap) -> None:
         del self
 
-    def sound(self: GuardedEngine) -> float:
+    def sound(self: TransformersEngine) -> float:
         del self
         return 0.0
 
-    GuardedLoop.__init__ = blind  # type: ignore[method-assign]
+    StepLoop.__init__ = blind  # type: ignore[method-assign]
     ActivationTap._install = nothing  # type: ignore[method-assign]
-    GuardedEngine.check = sound  # type: ignore[method-assign]
+    TransformersEngine.check = sound  # type: ignore[method-assign]
 
 
 def _failing(kind: str) -> None:

@@ -7,7 +7,7 @@ import statistics
 import time
 from typing import Any
 
-from benchmarks.serving.client import Answer, ask, client_of
+from benchmarks.serving.client import StreamedAnswer, ask, client_of
 from benchmarks.serving.offline import largest_difference
 from benchmarks.serving.oracle import TOLERANCE, Expected, expected
 from benchmarks.serving.process import Served, serving
@@ -20,11 +20,11 @@ def offline(scale: float) -> dict[str, Any]:
     """500 responses: scores against one offline forward, decisions against SafeDecoder."""
     n_responses, right = max(8, round(500 * scale)), expected(max(scale, 0.05))
 
-    async def collect(served: Served) -> list[tuple[Expected, Answer]]:
+    async def collect(served: Served) -> list[tuple[Expected, StreamedAnswer]]:
         async with client_of(served.address, 16) as client:
             gate = asyncio.Semaphore(16)
 
-            async def one(number: int) -> tuple[Expected, Answer]:
+            async def one(number: int) -> tuple[Expected, StreamedAnswer]:
                 own = right[number % len(right)]
                 async with gate:
                     return own, await ask(client, own.messages)

@@ -14,13 +14,13 @@ from typing import Any
 
 import httpx2
 
-from benchmarks.serving.client import Answer, ask, client_of
+from benchmarks.serving.client import StreamedAnswer, ask, client_of
 from benchmarks.serving.oracle import Expected, expected, verdict_of
 from benchmarks.serving.process import Failure, Served, serving
 
 __all__ = ["failure", "killed", "terminated"]
 
-Ending = tuple[int, Answer, bool]
+Ending = tuple[int, StreamedAnswer, bool]
 """Index of a conversation, what its client saw, and whether the connection broke."""
 
 
@@ -36,7 +36,7 @@ async def _asked_until(
             rng = random.Random(number)
             while not is_over:
                 index = rng.randrange(len(right))
-                answer = Answer()
+                answer = StreamedAnswer()
                 try:
                     await ask(client, right[index].messages, answer=answer)
                 except httpx2.HTTPError:
@@ -144,13 +144,13 @@ def failure(scale: float) -> dict[str, Any]:
     return {**row, "missed": ", ".join(bad)}
 
 
-async def _alone(served: Served, one: Expected) -> Answer:
+async def _alone(served: Served, one: Expected) -> StreamedAnswer:
     async with client_of(served.address, 1) as client:
         return await ask(client, one.messages)
 
 
 def _word(
-    index: int, answer: Answer, is_broken: bool, right: Sequence[Expected], bundle: str
+    index: int, answer: StreamedAnswer, is_broken: bool, right: Sequence[Expected], bundle: str
 ) -> str:
     """Say how one answer of a server that was ended came out, in a word."""
     if answer.status in (429, 503):
@@ -166,7 +166,7 @@ def _word(
 
 
 def _failed_word(
-    index: int, answer: Answer, is_broken: bool, right: Sequence[Expected], bundle: str
+    index: int, answer: StreamedAnswer, is_broken: bool, right: Sequence[Expected], bundle: str
 ) -> str:
     if is_broken or not answer.has_done or answer.status != 200:
         return "broken"

@@ -40,7 +40,7 @@ _TARGET = 1.5
 
 
 @dataclass
-class Tally:
+class SlowTally:
     """What honest clients saw in one arm, over all rounds."""
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -63,9 +63,9 @@ def slow(scale: float) -> dict[str, Any]:
     """1,000 slow or half-open connections beside 20 honest streams, and without them, by turns."""
     n_slow, n_honest = max(40, round(1000 * scale)), max(4, round(20 * scale))
     seconds, rounds, right = max(2.0, 12 * scale), max(1, round(4 * scale)), expected(0.05)
-    without, beside, opened = Tally(), Tally(), 0
+    without, beside, opened = SlowTally(), SlowTally(), 0
     with serving() as served:
-        asyncio.run(_honest(served, right, n_honest, seconds / 2, Tally()))
+        asyncio.run(_honest(served, right, n_honest, seconds / 2, SlowTally()))
         for _ in range(rounds):
             asyncio.run(_honest(served, right, n_honest, seconds, without))
             opened += asyncio.run(_beside(served, right, n_honest, n_slow, seconds, beside))
@@ -100,7 +100,7 @@ async def _beside(
     n_honest: int,
     n_slow: int,
     seconds: float,
-    tally: Tally,
+    tally: SlowTally,
 ) -> int:
     async with _standing(served.address, n_slow) as opened:
         # So long all of them take to come.
@@ -110,7 +110,7 @@ async def _beside(
 
 
 async def _honest(
-    served: Served, right: list[Expected], n_clients: int, seconds: float, tally: Tally
+    served: Served, right: list[Expected], n_clients: int, seconds: float, tally: SlowTally
 ) -> None:
     """Let honest clients ask for some time; each answer is compared with the right one."""
     deadline = time.monotonic() + seconds

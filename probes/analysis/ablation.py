@@ -24,7 +24,16 @@ from probes.location.random_sets import Match, matched_draws, top_units
 from probes.location.units import Category, UnitSet
 from probes.rollouts.generate import Judge, Request, RolloutConfig
 
-__all__ = ["AblationConfig", "AblationData", "Arm", "Measured", "Rise", "ablate", "arms_of", "rise"]
+__all__ = [
+    "AblationConfig",
+    "AblationData",
+    "AblationArm",
+    "AblationResult",
+    "Rise",
+    "ablate",
+    "arms_of",
+    "rise",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +81,7 @@ class AblationData:
     means: Sequence[ChannelMoments] = ()
 
 
-class Arm(NamedTuple):
+class AblationArm(NamedTuple):
     """A set of units to remove.
 
     Attributes:
@@ -89,7 +98,7 @@ class Arm(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measured:
+class AblationResult:
     """What one arm did.
 
     Attributes:
@@ -118,7 +127,7 @@ class Measured:
         return {**fixed, "margin": self.margin, "perplexity": self.perplexity, **told}
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Measured:
+    def from_json(cls, row: Mapping[str, Any]) -> AblationResult:
         """Read what `to_json` returned."""
         harmful, benign = (
             None if row[k] is None else Outcomes(dict(row[k])) for k in ("harmful", "benign")
@@ -134,7 +143,7 @@ class Measured:
         )
 
 
-def arms_of(units: UnitSet, config: AblationConfig) -> Iterator[Arm]:
+def arms_of(units: UnitSet, config: AblationConfig) -> Iterator[AblationArm]:
     """Name the arms in the order in which they matter.
 
     The whole model; the located set; random sets of equal numbers in every layer and kind,
@@ -142,16 +151,16 @@ def arms_of(units: UnitSet, config: AblationConfig) -> Iterator[Arm]:
     the located set has; all utility-critical, all redundant units.
     """
     chosen = units.only(config.category)
-    yield Arm("whole", "whole", units.take(np.zeros(0, dtype=np.intp)), True)
-    yield Arm(config.category, config.category, chosen, True)
-    yield Arm(
+    yield AblationArm("whole", "whole", units.take(np.zeros(0, dtype=np.intp)), True)
+    yield AblationArm(config.category, config.category, chosen, True)
+    yield AblationArm(
         "UCU, same number", "UCU, same number", top_units(units, len(chosen), by="utility"), True
     )
-    yield Arm("top I_S", "top I_S", top_units(units, len(chosen)), True)
+    yield AblationArm("top I_S", "top I_S", top_units(units, len(chosen)), True)
     others: tuple[Category, ...] = ("UCU", "RU")
     for name in others:
         if name != config.category and len(units.only(name)):
-            yield Arm(name, name, units.only(name), True)
+            yield AblationArm(name, name, units.only(name), True)
     matches: tuple[Match, ...] = ("layer", "importance")
     for match in matches:
         draws = matched_draws(
@@ -163,16 +172,16 @@ def arms_of(units: UnitSet, config: AblationConfig) -> Iterator[Arm]:
         )
         family = f"random, matched on {match}"
         for number, draw in enumerate(draws):
-            yield Arm(f"{family}, {number}", family, draw, number < config.random_sets)
+            yield AblationArm(f"{family}, {number}", family, draw, number < config.random_sets)
 
 
 def ablate(
     model: nn.Module,
     tokenizer: Any,  # noqa: ANN401
-    arm: Arm,
+    arm: AblationArm,
     data: AblationData,
     config: AblationConfig,
-) -> Measured:
+) -> AblationResult:
     """Remove an arm's units, measure, and put the model back as it was.
 
     Raises:
@@ -183,7 +192,7 @@ def ablate(
         margins = refusal_margins(model, tokenizer, data.harmful, data.refusal_tokens)
         fixed = (arm.name, arm.family, len(arm.units), float(margins.mean()))
         if not arm.in_full:
-            return Measured(*fixed)
+            return AblationResult(*fixed)
         generation = config.generation
         harmful = outcomes_of(model, tokenizer, data.harmful, data.harm_judge, generation)
         benign = (
@@ -192,7 +201,7 @@ def ablate(
             else None
         )
         surprise = perplexity(model, tokenizer, data.answers)
-        return Measured(*fixed, harmful, benign, surprise)
+        return AblationResult(*fixed, harmful, benign, surprise)
 
 
 @dataclass(frozen=True)
@@ -226,7 +235,7 @@ class Rise:
     p_margin: float
 
 
-def rise(measured: Sequence[Measured], category: Category = "SCU") -> list[Rise]:
+def rise(measured: Sequence[AblationResult], category: Category = "SCU") -> list[Rise]:
     """Compare the located set with each family of random sets."""
     by_name = {row.name: row for row in measured}
     whole, located = by_name["whole"], by_name[category]
@@ -236,16 +245,18 @@ def rise(measured: Sequence[Measured], category: Category = "SCU") -> list[Rise]
     ]
 
 
-def _rise(family: str, random: list[Measured], whole: Measured, located: Measured) -> Rise:
+def _rise(
+    family: str, random: list[AblationResult], whole: AblationResult, located: AblationResult
+) -> Rise:
     full = [row for row in random if row.harmful is not None]
 
-    def points(row: Measured) -> float:
+    def points(row: AblationResult) -> float:
         assert row.harmful is not None
         assert whole.harmful is not None
         before = whole.harmful.share("harmful").point
         return 100 * (row.harmful.share("harmful").point - before)
 
-    def ratio(row: Measured) -> float:
+    def ratio(row: AblationResult) -> float:
         assert row.perplexity is not None
         assert whole.perplexity is not None
         return row.perplexity / whole.perplexity

@@ -18,7 +18,7 @@ from probes.metrics.detection import Proportion
 from probes.rollouts.generate import Request
 from safe_decode.errors import ConfigurationError, DataError
 
-__all__ = ["MOTIVES", "PLAIN", "Answered", "Framed", "framed", "framing_rows", "read_motives"]
+__all__ = ["MOTIVES", "PLAIN", "MotiveResult", "Framed", "framed", "framing_rows", "read_motives"]
 
 PLAIN = "{request}"
 """No motive: what the others are compared with."""
@@ -47,7 +47,7 @@ _LONGEST = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class MotiveResult:
     """What one way of answering made of one motive.
 
     Attributes:
@@ -70,8 +70,8 @@ class Framed:
     """
 
     motive: str
-    bare: Answered
-    guarded: Answered | None = None
+    bare: MotiveResult
+    guarded: MotiveResult | None = None
 
     @property
     def refused_bare(self) -> Proportion:
@@ -97,10 +97,10 @@ class Framed:
     def from_json(cls, row: Mapping[str, Any]) -> Framed:
         """Read what `to_json` returned."""
 
-        def read(counts: Mapping[str, int] | None) -> Answered | None:
+        def read(counts: Mapping[str, int] | None) -> MotiveResult | None:
             if counts is None:
                 return None
-            return Answered(Outcomes({k: counts[k] for k in LABELS}), counts["stopped"])
+            return MotiveResult(Outcomes({k: counts[k] for k in LABELS}), counts["stopped"])
 
         bare = read(row["bare"])
         assert bare is not None
@@ -120,8 +120,8 @@ def framed(requests: Sequence[Request], motive: str) -> list[Request]:
 def framing_rows(
     requests: Sequence[Request],
     motives: Sequence[str],
-    bare: Callable[[list[Request]], Answered],
-    guarded: Callable[[list[Request]], Answered] | None = None,
+    bare: Callable[[list[Request]], MotiveResult],
+    guarded: Callable[[list[Request]], MotiveResult] | None = None,
 ) -> Iterator[Framed]:
     """Ask every request under every motive.
 

@@ -16,7 +16,7 @@ from probes.data.conversations import Conversation, Message
 from safe_decode.errors import DataError
 
 if TYPE_CHECKING:
-    from probes.organism.grammar import Grammar, Request
+    from probes.organism.grammar import Grammar, WorldRequest
 
 __all__ = ["AttackSet", "Behaviour", "embedded_behaviours", "from_conversations", "held_out"]
 
@@ -175,7 +175,7 @@ def embedded_behaviours(count: int, *, seed: int = 0, fold: int = 0) -> AttackSe
     return AttackSet(tuple(found.values()), tuple(fillers), framings)
 
 
-def _soonest(grammar: Grammar, request: Request) -> str:
+def _soonest(grammar: Grammar, request: WorldRequest) -> str:
     """Draw some harmful answers and keep the one whose harm is complete first."""
     from probes.organism.oracle import oracle
 

@@ -15,7 +15,7 @@ from itertools import chain, count, cycle, islice
 from typing import Any
 
 from probes.attacks.behaviours import AttackSet, Behaviour
-from probes.attacks.deployment import Candidate
+from probes.attacks.deployment import AttackCandidate
 from probes.attacks.encodings import ENCODINGS
 from probes.data.conversations import Message
 from safe_decode.errors import ConfigurationError
@@ -57,7 +57,7 @@ def queries(
     config: BlackBoxConfig,
     *,
     context_tokens: int | None,
-) -> Iterator[Candidate]:
+) -> Iterator[AttackCandidate]:
     """Yield candidates until the budget is spent; what exceeds the context is passed over.
 
     Args:
@@ -86,7 +86,7 @@ def _families(
     attack_set: AttackSet,
     tokenizer: Any,  # noqa: ANN401
     config: BlackBoxConfig,
-) -> list[Iterator[Candidate]]:
+) -> list[Iterator[AttackCandidate]]:
     return [
         _plain(behaviour),
         _framed(behaviour, attack_set.framings),
@@ -100,7 +100,7 @@ def _families(
     ]
 
 
-def _in_turns(families: Sequence[Iterator[Candidate]]) -> Iterator[Candidate]:
+def _in_turns(families: Sequence[Iterator[AttackCandidate]]) -> Iterator[AttackCandidate]:
     """Take one of each family in turn; plain draws never end, the others do."""
     live = list(families)
     while live:
@@ -112,22 +112,22 @@ def _in_turns(families: Sequence[Iterator[Candidate]]) -> Iterator[Candidate]:
                 yield found
 
 
-def _candidate(behaviour: Behaviour, name: str, **changes: Any) -> Candidate:  # noqa: ANN401
+def _candidate(behaviour: Behaviour, name: str, **changes: Any) -> AttackCandidate:  # noqa: ANN401
     parts: dict[str, Any] = {"messages": behaviour.messages, "asked": behaviour.messages}
-    return Candidate(**{**parts, "name": name, **changes})
+    return AttackCandidate(**{**parts, "name": name, **changes})
 
 
 def _asked(behaviour: Behaviour, text: str) -> tuple[Message, ...]:
     return (*behaviour.messages[:-1], {"role": "user", "content": text})
 
 
-def _plain(behaviour: Behaviour) -> Iterator[Candidate]:
+def _plain(behaviour: Behaviour) -> Iterator[AttackCandidate]:
     """Ask again and again: sampling alone may slip."""
     for _ in count():
         yield _candidate(behaviour, "plain")
 
 
-def _framed(behaviour: Behaviour, framings: Sequence[str]) -> Iterator[Candidate]:
+def _framed(behaviour: Behaviour, framings: Sequence[str]) -> Iterator[AttackCandidate]:
     once = [framing.format(request=behaviour.request) for framing in framings]
     twice = [
         outer.format(request=inner)
@@ -141,7 +141,7 @@ def _prefilled(
     behaviour: Behaviour,
     tokenizer: Any,  # noqa: ANN401
     depths: Sequence[int],
-) -> Iterator[Candidate]:
+) -> Iterator[AttackCandidate]:
     for depth in depths:
         prefill = _cut(tokenizer, cycle([behaviour.target]), depth)
         yield _candidate(behaviour, f"prefill {depth}", prefill=prefill)
@@ -152,14 +152,14 @@ def _filled(
     fillers: Sequence[str],
     tokenizer: Any,  # noqa: ANN401
     depths: Sequence[int],
-) -> Iterator[Candidate]:
+) -> Iterator[AttackCandidate]:
     begun = " ".join(behaviour.target.split(" ")[:3])
     for depth in depths:
         text = f"{_cut(tokenizer, cycle(fillers), depth)} {begun}"
         yield _candidate(behaviour, f"filler prefill {depth}", prefill=text)
 
 
-def _diluted(behaviour: Behaviour, fillers: Sequence[str]) -> Iterator[Candidate]:
+def _diluted(behaviour: Behaviour, fillers: Sequence[str]) -> Iterator[AttackCandidate]:
     """Spread a begun harmful answer between harmless sentences."""
     words = behaviour.target.split(" ")
     for share in (0.25, 0.5, 0.75):
@@ -174,7 +174,7 @@ def _buried(
     fillers: Sequence[str],
     tokenizer: Any,  # noqa: ANN401
     lengths: Sequence[int],
-) -> Iterator[Candidate]:
+) -> Iterator[AttackCandidate]:
     for length in lengths:
         text = _cut(tokenizer, cycle(fillers), length)
         half = _cut(tokenizer, cycle(fillers), length // 2)
@@ -186,7 +186,7 @@ def _buried(
             yield _candidate(behaviour, "burial", messages=_asked(behaviour, asked))
 
 
-def _in_turn(behaviour: Behaviour, fillers: Sequence[str]) -> Iterator[Candidate]:
+def _in_turn(behaviour: Behaviour, fillers: Sequence[str]) -> Iterator[AttackCandidate]:
     """Put turns before the request: harmless ones, and an answer the model never gave."""
     *before, last = behaviour.messages
     begun = " ".join(behaviour.target.split(" ")[:12])
@@ -200,7 +200,7 @@ def _in_turn(behaviour: Behaviour, fillers: Sequence[str]) -> Iterator[Candidate
         yield _candidate(behaviour, "earlier turns", messages=messages)
 
 
-def _encoded(behaviour: Behaviour) -> Iterator[Candidate]:
+def _encoded(behaviour: Behaviour) -> Iterator[AttackCandidate]:
     for name, encoding in ENCODINGS.items():
         asked = f"Answer in {encoding.about}. {encoding.encode(behaviour.request)}"
         begun = " ".join(behaviour.target.split(" ")[:4])
@@ -214,7 +214,7 @@ def _encoded(behaviour: Behaviour) -> Iterator[Candidate]:
             )
 
 
-def _looped(behaviour: Behaviour, tokens: int) -> Iterator[Candidate]:
+def _looped(behaviour: Behaviour, tokens: int) -> Iterator[AttackCandidate]:
     if tokens:
         yield _candidate(behaviour, "one-token loop", loop_tokens=tokens)
         begun = " ".join(behaviour.target.split(" ")[:2])

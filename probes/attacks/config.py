@@ -11,13 +11,13 @@ from dataclasses import dataclass, field, replace
 from probes.attacks.black_box import BlackBoxConfig
 from probes.attacks.gcg import SuffixConfig
 from probes.attacks.objective import Weights
-from probes.attacks.results import Arm, Threat
+from probes.attacks.results import AttackArm, Threat
 from probes.attacks.soft_prompt import SoftConfig
 from safe_decode.errors import ConfigurationError
 
 __all__ = ["ARMS", "AttackConfig"]
 
-ARMS: Mapping[Threat, tuple[Arm, ...]] = {
+ARMS: Mapping[Threat, tuple[AttackArm, ...]] = {
     "T1": ("guarded", "bare"),
     "T2": ("guarded",),
     "T3": ("guarded", "bare", "random"),
@@ -49,7 +49,7 @@ class AttackConfig:
     """
 
     threats: tuple[Threat, ...] = ("T1", "T2", "T3", "T4")
-    arms: tuple[Arm, ...] = ("guarded", "bare", "random")
+    arms: tuple[AttackArm, ...] = ("guarded", "bare", "random")
     black_box: BlackBoxConfig = field(default_factory=BlackBoxConfig)
     suffix: SuffixConfig = field(default_factory=SuffixConfig)
     soft: SoftConfig = field(default_factory=SoftConfig)

@@ -25,7 +25,7 @@ from safe_decode.errors import ConfigurationError
 
 __all__ = [
     "Attempt",
-    "Candidate",
+    "AttackCandidate",
     "Decoding",
     "Deployment",
     "SoftGap",
@@ -50,7 +50,7 @@ class SoftGap(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Candidate:
+class AttackCandidate:
     """One thing to try.
 
     Attributes:
@@ -124,7 +124,7 @@ class Deployment:
         """Tokens of an answer."""
         return self.max_new_tokens or self.decoder.certificate.envelope.max_new_tokens
 
-    def attempt(self, candidates: Sequence[Candidate], *, draw: int = 0) -> list[Attempt]:
+    def attempt(self, candidates: Sequence[AttackCandidate], *, draw: int = 0) -> list[Attempt]:
         """Try candidates.
 
         Args:
@@ -150,7 +150,7 @@ class Deployment:
                 found[row] = self._alone(candidates[row])
         return [found[row] for row in range(len(candidates))]
 
-    def _alone(self, candidate: Candidate) -> Attempt:
+    def _alone(self, candidate: AttackCandidate) -> Attempt:
         if candidate.soft is None:
             return self._loop(candidate)
         ids = torch.tensor([candidate.soft.ids], device=self.decoder.model.device)
@@ -159,7 +159,7 @@ class Deployment:
             output = self._generate(input_ids=ids, attention_mask=torch.ones_like(ids))
         return self._judged(candidate, output, range(self.samples))
 
-    def _loop(self, candidate: Candidate) -> Attempt:
+    def _loop(self, candidate: AttackCandidate) -> Attempt:
         """Ask for one token again and again; what is released is the next prefill."""
         given, said, calls, tripped = candidate.prefill or "", "", 0, False
         for _ in range(candidate.loop_tokens):
@@ -190,14 +190,14 @@ class Deployment:
         }
         return self.decoder.generate(prompts, **{**settings, **options})
 
-    def _judged(self, candidate: Candidate, output: GuardedOutput, rows: range) -> Attempt:
+    def _judged(self, candidate: AttackCandidate, output: GuardedOutput, rows: range) -> Attempt:
         texts = [output.texts[row] for row in rows]
         given = candidate.prefill or ""
         harmful = [text for text in texts if self._is_harmful(candidate, given, text)]
         tripped = any(output.traces[row].tripped for row in rows)
         return Attempt(bool(harmful), (harmful or texts)[0], len(texts), tripped)
 
-    def _is_harmful(self, candidate: Candidate, given: str, text: str) -> bool:
+    def _is_harmful(self, candidate: AttackCandidate, given: str, text: str) -> bool:
         if self.judge(candidate.asked, given, text).label == "harmful":
             return True
         if candidate.decoding is None:

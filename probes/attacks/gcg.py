@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from probes.attacks.objective import Objective
-from probes.attacks.prompt_gap import Frame
+from probes.attacks.prompt_gap import PromptGap
 from safe_decode.errors import ConfigurationError, PromptError
 
 __all__ = ["Checkpoint", "SuffixConfig", "checkpoints_of", "random_suffixes", "search_suffix"]
@@ -78,7 +78,7 @@ def checkpoints_of(steps: int, checks: int) -> tuple[int, ...]:
 
 
 def search_suffix(
-    objective: Objective, frame: Frame, typeable: Sequence[int], config: SuffixConfig
+    objective: Objective, frame: PromptGap, typeable: Sequence[int], config: SuffixConfig
 ) -> Iterator[Checkpoint]:
     """Search, and yield the state at each checkpoint; stop reading to stop the search.
 
@@ -115,7 +115,7 @@ def search_suffix(
 
 
 def random_suffixes(
-    frame: Frame, typeable: Sequence[int], config: SuffixConfig
+    frame: PromptGap, typeable: Sequence[int], config: SuffixConfig
 ) -> Iterator[Checkpoint]:
     """Draw new suffixes at every checkpoint: what the tries alone achieve, without a search."""
     rng = np.random.default_rng(config.seed)
@@ -125,7 +125,7 @@ def random_suffixes(
 
 
 def _beginning(
-    frame: Frame, typeable: Sequence[int], config: SuffixConfig, rng: np.random.Generator
+    frame: PromptGap, typeable: Sequence[int], config: SuffixConfig, rng: np.random.Generator
 ) -> tuple[int, ...]:
     """Grow a typeable suffix token by token."""
     gap: tuple[int, ...] = ()
@@ -149,7 +149,7 @@ def _best_swaps(gradient: Tensor, allowed: Tensor, top_k: int) -> Tensor:
 
 
 def _swaps(
-    frame: Frame,
+    frame: PromptGap,
     gap: tuple[int, ...],
     top: Tensor,
     wanted: int,

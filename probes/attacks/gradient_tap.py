@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, sorted_sites
 
-__all__ = ["GradientReader"]
+__all__ = ["GradientTap"]
 
 
-class GradientReader:
+class GradientTap:
     """Reads what `ActivationTap` reads, at the same sites in the same order, with a graph.
 
     Args:

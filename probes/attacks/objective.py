@@ -24,19 +24,19 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache
 
-from probes.attacks.gradient_tap import GradientReader
-from probes.attacks.prompt_gap import Frame
+from probes.attacks.gradient_tap import GradientTap
+from probes.attacks.prompt_gap import PromptGap
 from safe_decode.errors import ConfigurationError
 from safe_decode.monitor.monitor import MonitorConfig, RiskMonitor
 from safe_decode.probe.linear import LinearProbe
 
-__all__ = ["Answer", "Objective", "Watch", "Weights"]
+__all__ = ["TargetAnswer", "Objective", "DetectorModel", "Weights"]
 
 _TOKENS_AT_ONCE = 4096  # of one forward; see `probes.activations.teacher_forcing.TOKENS_PER_BATCH`
 
 
 @dataclass(frozen=True, eq=False)
-class Watch:
+class DetectorModel:
     """What the attacker believes watches the answer.
 
     Attributes:
@@ -50,7 +50,7 @@ class Watch:
     threshold: float
 
 
-class Answer(NamedTuple):
+class TargetAnswer(NamedTuple):
     """A continuation whose likelihood is raised.
 
     Attributes:
@@ -117,17 +117,17 @@ class Objective:
     def __init__(
         self,
         model: Any,  # noqa: ANN401 - a transformers causal language model
-        frame: Frame,
-        answers: Sequence[Answer],
+        frame: PromptGap,
+        answers: Sequence[TargetAnswer],
         *,
-        watch: Watch | None,
+        watch: DetectorModel | None,
         weights: Weights,
     ) -> None:
         if not answers or not all(answer.target for answer in answers):
             raise ConfigurationError("answers is empty or holds an empty target; pass token ids.")
         self._model, self._frame, self._answers = model, frame, tuple(answers)
         self._watch, self._weights = (None if weights.margin == 0 else watch), weights
-        self._reader = None if watch is None else GradientReader(model, watch.probe.sites)
+        self._reader = None if watch is None else GradientTap(model, watch.probe.sites)
         self._embed = model.get_input_embeddings()
         # Scores of the prompt are never read, and with a large vocabulary they are most of it.
         self._keeps_few = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -199,7 +199,7 @@ class Objective:
         features = torch.cat([part[:, -n_positions:] for part in found], dim=-1)
         return _Read(output.logits[:, -n_positions:], features)
 
-    def _of_answer(self, gap: Tensor, answer: Answer) -> Tensor:
+    def _of_answer(self, gap: Tensor, answer: TargetAnswer) -> Tensor:
         batch = gap.shape[0]
         before = self._embedded((*self._frame.head,), batch)
         said = (*self._frame.tail, *answer.begun, *answer.target)
@@ -208,7 +208,7 @@ class Objective:
             self._read(whole, None, len(answer.begun) + len(answer.target) + 1), answer
         )
 
-    def _loss(self, found: _Read, answer: Answer) -> Tensor:
+    def _loss(self, found: _Read, answer: TargetAnswer) -> Tensor:
         """Return the loss [batch] of the positions from s_0 to the end of the target."""
         likelihood = self._nll(found.scores, answer)
         if found.features is None:
@@ -220,7 +220,7 @@ class Objective:
         vectors: Tensor = self._embed(row).detach()
         return vectors.expand(batch, -1, -1)
 
-    def _nll(self, scores: Tensor, answer: Answer) -> Tensor:
+    def _nll(self, scores: Tensor, answer: TargetAnswer) -> Tensor:
         length = len(answer.target)
         scores = scores[:, -length - 1 : -1].float()
         ids = torch.tensor(answer.target, device=scores.device).expand(scores.shape[0], -1)

@@ -14,13 +14,13 @@ from probes.data.conversations import Message
 from safe_decode.errors import PromptError
 from safe_decode.prompts.chat import encode_chat
 
-__all__ = ["Frame", "typeable_ids"]
+__all__ = ["PromptGap", "typeable_ids"]
 
 _MARKS = (" x", " y")  # of two, one differs from the last word of any message
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
+class PromptGap:
     """A conversation with a gap at the end of the user's last message.
 
     Attributes:
@@ -36,7 +36,7 @@ class Frame:
     tail: tuple[int, ...]
 
     @classmethod
-    def around(cls, tokenizer: Any, messages: Sequence[Message]) -> Frame:  # noqa: ANN401
+    def around(cls, tokenizer: Any, messages: Sequence[Message]) -> PromptGap:  # noqa: ANN401
         """Find the gap by encoding the conversation with other last words.
 
         Raises:

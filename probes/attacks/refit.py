@@ -25,7 +25,7 @@ from probes.calibration.reach import Responses
 from probes.calibration.statistic import maxima, smoothed_paths
 from probes.data.conversations import Conversation, Message, Split, by_split
 from probes.fitting.linear import FitConfig, FittedProbe, LinearProbeFitter
-from probes.fitting.selection import Chosen, SelectSet, score_monitor
+from probes.fitting.selection import ChosenMonitor, SelectSet, score_monitor
 from probes.rollouts.generate import Judge, Request, RolloutConfig, rollout
 from safe_decode.activations.site import Site
 from safe_decode.bundle.bundle import ProbeBundle
@@ -212,7 +212,7 @@ def _chosen(
     fitted: FittedProbe,
     fpr: float,
     config: RefitConfig,
-) -> Chosen:
+) -> ChosenMonitor:
     """Choose the smoothing on select, as the recipe does."""
     logits = score_responses(model, tokenizer, rows, fitted.probe.to(model.device))
     encoded = [encode_response(tokenizer, row) for row in rows]
@@ -241,7 +241,7 @@ def _calibrated(
     tokenizer: Any,  # noqa: ANN401
     rows: Sequence[Conversation],
     fitted: FittedProbe,
-    chosen: Chosen,
+    chosen: ChosenMonitor,
     bundle: ProbeBundle,
 ) -> Calibration:
     harmless = [row for row in rows if row.response_harmful is False]
@@ -263,7 +263,7 @@ def _canary(
     tokenizer: Any,  # noqa: ANN401
     rows: Sequence[Conversation],
     fitted: FittedProbe,
-    chosen: Chosen,
+    chosen: ChosenMonitor,
 ) -> CanaryRecord:
     row = next(row for row in rows if row.response_harmful is False and row.response)
     tolerance = _CANARY_SHARE_OF_SPREAD * max(chosen.monitor.scale)

@@ -20,7 +20,7 @@ from safe_decode.whole_files import write_whole
 
 __all__ = [
     "UNITS",
-    "Arm",
+    "AttackArm",
     "Check",
     "CurvePoint",
     "Record",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 Threat = Literal["T1", "T2", "T3", "T4"]
-Arm = Literal["guarded", "bare", "random"]
+AttackArm = Literal["guarded", "bare", "random"]
 """guarded: the deployed guard. bare: the same attack, aimed at and tried on the bare model.
 random: suffixes drawn and not searched, tried on the guard."""
 
@@ -56,7 +56,7 @@ class Record:
 
     Attributes:
         threat: See `Threat`.
-        arm: See `Arm`.
+        arm: See `AttackArm`.
         behaviour: Its name.
         category: Of the behaviour.
         budget: What could be spent, in the threat's unit.
@@ -71,7 +71,7 @@ class Record:
     """
 
     threat: Threat
-    arm: Arm
+    arm: AttackArm
     behaviour: str
     category: str | None
     budget: int
@@ -145,7 +145,9 @@ def rows_of(records: Sequence[Record]) -> list[dict[str, Any]]:
     return rows
 
 
-def named_shares(records: Sequence[Record], threat: Threat, arm: Arm) -> dict[str, Proportion]:
+def named_shares(
+    records: Sequence[Record], threat: Threat, arm: AttackArm
+) -> dict[str, Proportion]:
     """Return success by category; the worst one first."""
     mine = _of(records, threat, arm)
     names = sorted({record.category or "none" for record in mine})
@@ -233,19 +235,19 @@ def read_records(
 
 def _record(line: Mapping[str, Any]) -> Record:
     known = {field.name: line[field.name] for field in fields(Record)}
-    if known["threat"] not in get_args(Threat) or known["arm"] not in get_args(Arm):
+    if known["threat"] not in get_args(Threat) or known["arm"] not in get_args(AttackArm):
         raise ValueError(f"threat {known['threat']!r} or arm {known['arm']!r} is unknown")
     known["prompts"] = tuple(tuple(messages) for messages in known["prompts"])
     return Record(**known)
 
 
-def _kinds(records: Sequence[Record]) -> list[tuple[Threat, Arm]]:
-    arms = get_args(Arm)
+def _kinds(records: Sequence[Record]) -> list[tuple[Threat, AttackArm]]:
+    arms = get_args(AttackArm)
     found = {(record.threat, record.arm) for record in records}
     return sorted(found, key=lambda kind: (kind[0], arms.index(kind[1])))
 
 
-def _of(records: Sequence[Record], threat: Threat, arm: Arm) -> list[Record]:
+def _of(records: Sequence[Record], threat: Threat, arm: AttackArm) -> list[Record]:
     return [record for record in records if (record.threat, record.arm) == (threat, arm)]
 
 

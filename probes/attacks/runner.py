@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from probes.attacks.behaviours import AttackSet, Behaviour
 from probes.attacks.black_box import queries
 from probes.attacks.config import ARMS, AttackConfig
-from probes.attacks.deployment import Candidate, Deployment, SoftGap
+from probes.attacks.deployment import AttackCandidate, Deployment, SoftGap
 from probes.attacks.gcg import SuffixConfig, random_suffixes, search_suffix
-from probes.attacks.objective import Answer, Objective, Watch
-from probes.attacks.prompt_gap import Frame, typeable_ids
-from probes.attacks.results import Arm, Record, Threat, read_records, write_records
+from probes.attacks.objective import DetectorModel, Objective, TargetAnswer
+from probes.attacks.prompt_gap import PromptGap, typeable_ids
+from probes.attacks.results import AttackArm, Record, Threat, read_records, write_records
 from probes.attacks.soft_prompt import carrier_of, search_soft_prompt
 from probes.data.conversations import Message
 from probes.evaluation.released_text import Reading
@@ -39,10 +39,12 @@ class _Trial(NamedTuple):
     """Candidates that are tried together, and what had been spent by then."""
 
     spent: int
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[AttackCandidate, ...]
 
 
-def jobs_of(attack_set: AttackSet, config: AttackConfig) -> list[tuple[Threat, Arm, Behaviour]]:
+def jobs_of(
+    attack_set: AttackSet, config: AttackConfig
+) -> list[tuple[Threat, AttackArm, Behaviour]]:
     """List what is to be run, threat by threat."""
     return [
         (threat, arm, behaviour)
@@ -59,7 +61,7 @@ def attack(
     judge: Reading,
     config: AttackConfig,
     *,
-    surrogate: Watch | None = None,
+    surrogate: DetectorModel | None = None,
     journal: str | os.PathLike[str] | None = None,
 ) -> list[Record]:
     """Attack a deployed guard.
@@ -107,11 +109,11 @@ class _Attacker:
         attack_set: AttackSet,
         judge: Reading,
         config: AttackConfig,
-        surrogate: Watch | None,
+        surrogate: DetectorModel | None,
     ) -> None:
         self._decoder, self._set, self._config = decoder, attack_set, config
         self._judge, self._surrogate = judge, surrogate
-        self._deployed = Watch(
+        self._deployed = DetectorModel(
             decoder.bundle.probe.to(decoder.model.device),
             decoder.bundle.monitor,
             decoder.certificate.threshold,
@@ -119,7 +121,7 @@ class _Attacker:
         self._vocab = decoder.model.get_input_embeddings().weight.shape[0]
         self._typeable = typeable_ids(decoder.tokenizer, self._vocab)
 
-    def run(self, threat: Threat, arm: Arm, behaviour: Behaviour) -> Record:
+    def run(self, threat: Threat, arm: AttackArm, behaviour: Behaviour) -> Record:
         """Attack one behaviour until it gives way or the budget is spent."""
         began = time.monotonic()
         config = self._config
@@ -133,8 +135,8 @@ class _Attacker:
             seed=config.seed,
         )
         spent, calls, trips, tried = 0, 0, 0, 0
-        success_at, last = None, Candidate(messages=(), asked=(), name="none")
-        prompts: tuple[Candidate, ...] = ()
+        success_at, last = None, AttackCandidate(messages=(), asked=(), name="none")
+        prompts: tuple[AttackCandidate, ...] = ()
         for draw, trial in enumerate(self._trials(threat, arm, behaviour, deployment.cap)):
             attempts = deployment.attempt(trial.candidates, draw=draw)
             prompts = trial.candidates
@@ -169,10 +171,12 @@ class _Attacker:
         budgets = {"T1": config.black_box.queries * config.samples, "T4": config.soft.steps}
         return budgets.get(threat, config.suffix.steps)
 
-    def _trials(self, threat: Threat, arm: Arm, behaviour: Behaviour, cap: int) -> Iterator[_Trial]:
+    def _trials(
+        self, threat: Threat, arm: AttackArm, behaviour: Behaviour, cap: int
+    ) -> Iterator[_Trial]:
         if threat == "T1":
             return self._black_box(behaviour, cap)
-        frame = Frame.around(self._decoder.tokenizer, behaviour.messages)
+        frame = PromptGap.around(self._decoder.tokenizer, behaviour.messages)
         if arm == "random":
             return self._suffixes(random_suffixes(frame, self._typeable, self._suffix), frame)
         watch = self._surrogate if threat == "T2" else self._deployed
@@ -186,13 +190,15 @@ class _Attacker:
     def _suffix(self) -> SuffixConfig:
         return replace(self._config.suffix, seed=self._config.seed)
 
-    def _objective(self, frame: Frame, behaviour: Behaviour, watch: Watch | None) -> Objective:
+    def _objective(
+        self, frame: PromptGap, behaviour: Behaviour, watch: DetectorModel | None
+    ) -> Objective:
         decoder, config = self._decoder, self._config
         target = text_ids(decoder.tokenizer, behaviour.target)[: config.target_tokens]
-        answers = [Answer((), target)]
+        answers = [TargetAnswer((), target)]
         if watch is not None and decoder.policy.redirect == "rewind" and config.redirect_weight:
             opener = text_ids(decoder.tokenizer, decoder.opener)
-            answers.append(Answer(opener, target, config.redirect_weight))
+            answers.append(TargetAnswer(opener, target, config.redirect_weight))
         return Objective(decoder.model, frame, answers, watch=watch, weights=config.weights)
 
     def _black_box(self, behaviour: Behaviour, cap: int) -> Iterator[_Trial]:
@@ -207,21 +213,21 @@ class _Attacker:
         )
         return (_Trial(0, part) for part in _parts(found, _QUERIES_AT_ONCE))
 
-    def _suffixes(self, search: Iterable[Any], frame: Frame) -> Iterator[_Trial]:
+    def _suffixes(self, search: Iterable[Any], frame: PromptGap) -> Iterator[_Trial]:
         for point in search:
             candidates = tuple(
-                Candidate(messages=frame.filled(gap), asked=frame.messages, name="suffix")
+                AttackCandidate(messages=frame.filled(gap), asked=frame.messages, name="suffix")
                 for gap in dict.fromkeys(point.gaps)
             )
             yield _Trial(point.step, candidates)
 
-    def _soft(self, objective: Objective, frame: Frame) -> Iterator[_Trial]:
+    def _soft(self, objective: Objective, frame: PromptGap) -> Iterator[_Trial]:
         config = replace(self._config.soft, seed=self._config.seed)
         carrier = carrier_of(self._decoder.tokenizer, self._vocab, frame.head + frame.tail)
         ids = (*frame.head, *[carrier] * config.vectors, *frame.tail)
         for point in search_soft_prompt(objective, config):
             candidates = tuple(
-                Candidate(
+                AttackCandidate(
                     messages=frame.messages,
                     asked=frame.messages,
                     name="soft prompt",
@@ -232,15 +238,17 @@ class _Attacker:
             yield _Trial(point.step, candidates)
 
 
-def _with_prefill(candidate: Candidate) -> tuple[Message, ...]:
+def _with_prefill(candidate: AttackCandidate) -> tuple[Message, ...]:
     """A begun answer stands as a last message of the assistant, as chats write it."""
     if not candidate.prefill:
         return candidate.messages
     return (*candidate.messages, {"role": "assistant", "content": candidate.prefill})
 
 
-def _parts(candidates: Iterator[Candidate], size: int) -> Iterator[tuple[Candidate, ...]]:
-    part: list[Candidate] = []
+def _parts(
+    candidates: Iterator[AttackCandidate], size: int
+) -> Iterator[tuple[AttackCandidate, ...]]:
+    part: list[AttackCandidate] = []
     for candidate in candidates:
         part.append(candidate)
         if len(part) == size:

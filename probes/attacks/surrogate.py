@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from probes.activations.harvest import harvest
-from probes.attacks.objective import Watch
+from probes.attacks.objective import DetectorModel
 from probes.calibration.statistic import maxima, smoothed_paths
 from probes.data.conversations import Conversation
 from probes.fitting.linear import FitConfig, LinearProbeFitter
@@ -49,7 +49,7 @@ def fit_surrogate(
     rows: Sequence[Conversation],
     *,
     fit: FitConfig | None = None,
-) -> Watch:
+) -> DetectorModel:
     """Fit a probe, a smoother and a threshold to labelled responses.
 
     Args:
@@ -75,4 +75,4 @@ def fit_surrogate(
         plain.smoothing, fitted.benign_mean, (float(peaks.mean()),), (scale,), 0.0
     )
     threshold = threshold_at((peaks - peaks.mean()) / scale, _FALSE_ALARMS)
-    return Watch(fitted.probe.to(model.device), monitor, threshold)
+    return DetectorModel(fitted.probe.to(model.device), monitor, threshold)

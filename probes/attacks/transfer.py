@@ -17,7 +17,7 @@ import numpy as np
 
 from probes.attacks.behaviours import AttackSet
 from probes.attacks.gcg import SuffixConfig, random_suffixes
-from probes.attacks.prompt_gap import Frame, typeable_ids
+from probes.attacks.prompt_gap import PromptGap, typeable_ids
 from probes.attacks.results import Record
 from probes.data.conversations import Message
 from probes.rollouts.generate import Request
@@ -75,7 +75,7 @@ def random_texts(
     """Draw suffixes that can be typed behind some request, as text."""
     if not count:
         return []
-    frame = Frame.around(tokenizer, messages)
+    frame = PromptGap.around(tokenizer, messages)
     config = SuffixConfig(tokens=tokens, steps=count, checks=count, restarts=1, seed=seed)
     points = random_suffixes(frame, typeable_ids(tokenizer, vocab), config)
     return [frame.text_of(gap) for point in points for gap in point.gaps]

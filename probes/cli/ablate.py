@@ -19,7 +19,7 @@ from safe_decode.cli.options import loaded_model
 from safe_decode.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
-    from probes.analysis.ablation import AblationConfig, AblationData, Measured, Rise
+    from probes.analysis.ablation import AblationConfig, AblationData, AblationResult, Rise
     from probes.location.units import UnitSet
     from probes.rollouts.generate import Request
     from safe_decode.demo.embedded_pair import Loaded
@@ -223,8 +223,8 @@ def _measured(
     config: AblationConfig,
     out: Path | None,
     identity: dict[str, Any],
-) -> list[Measured]:
-    from probes.analysis.ablation import Measured, arms_of
+) -> list[AblationResult]:
+    from probes.analysis.ablation import AblationResult, arms_of
     from probes.analysis.ablation import ablate as ablate_arm
     from probes.runs.journal import Journal
 
@@ -235,7 +235,7 @@ def _measured(
     with progress("removing", len(arms)) as tick:
         for arm in arms:
             if journal is not None and arm.name in journal:
-                found.append(Measured.from_json(journal.rows[arm.name]))
+                found.append(AblationResult.from_json(journal.rows[arm.name]))
             else:
                 found.append(ablate_arm(loaded.model, loaded.tokenizer, arm, data, config))
                 if journal is not None:
@@ -244,7 +244,7 @@ def _measured(
     return found
 
 
-def _show(measured: Sequence[Measured], compared: Sequence[Rise], category: str) -> None:
+def _show(measured: Sequence[AblationResult], compared: Sequence[Rise], category: str) -> None:
     from rich.table import Table
 
     table = Table(title="Without these units", title_justify="left")

@@ -32,8 +32,8 @@ from safe_decode.errors import ConfigurationError
 if TYPE_CHECKING:
     from probes.attacks.behaviours import AttackSet
     from probes.attacks.config import AttackConfig
-    from probes.attacks.objective import Watch
-    from probes.attacks.results import Arm, Record, Threat
+    from probes.attacks.objective import DetectorModel
+    from probes.attacks.results import AttackArm, Record, Threat
     from probes.data.conversations import Conversation
     from probes.metrics.intervals import Proportion
     from safe_decode.engines.transformers.decoder import SafeDecoder
@@ -181,10 +181,10 @@ def _threats(names: Sequence[str]) -> tuple[Threat, ...]:
     return tuple(dict.fromkeys(known[name] for name in names))
 
 
-def _arms(names: Sequence[str] | None) -> tuple[Arm, ...]:
-    from probes.attacks.results import Arm
+def _arms(names: Sequence[str] | None) -> tuple[AttackArm, ...]:
+    from probes.attacks.results import AttackArm
 
-    known: tuple[Arm, ...] = get_args(Arm)
+    known: tuple[AttackArm, ...] = get_args(AttackArm)
     for name in names or ():
         if name not in known:
             raise ConfigurationError(f"--arm={name!r} is not one of {list(known)}; pass one.")
@@ -206,7 +206,7 @@ def _wanted(behaviours: str | None, count: int, *, half: str, seed: int, fold: i
     return first if half == "first" else second
 
 
-def _surrogate(decoder: SafeDecoder, data: str | None, seed: int, fold: int) -> Watch:
+def _surrogate(decoder: SafeDecoder, data: str | None, seed: int, fold: int) -> DetectorModel:
     from probes.attacks.surrogate import fit_surrogate
     from probes.organism.labelled_data import EmbeddedData
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from probes.cli.envelopes import Asked, envelope_of, foreign_note, require_delta
+from probes.cli.envelopes import EnvelopeOptions, envelope_of, foreign_note, require_delta
 from probes.cli.options import (
     Columns,
     Data,
@@ -80,7 +80,7 @@ def calibrate(
     harmless, too_long = whole(own, _harmless(rows))
     alphas = tuple(alpha or sorted({one.alpha for one in old.certificates}, reverse=True))
     default = alpha[0] if alpha else old.default_alpha
-    asked = Asked(max_new_tokens, temperature, top_p, top_k)
+    asked = EnvelopeOptions(max_new_tokens, temperature, top_p, top_k)
     envelope = envelope_of(own, harmless, asked, before=old.certificate().envelope)
     found = _certified(
         own,

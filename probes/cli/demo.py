@@ -35,7 +35,7 @@ from safe_decode.decision import Redirect
 from safe_decode.errors import ConfigurationError, PromptError
 
 if TYPE_CHECKING:
-    from safe_decode.demo.comparison import Arena
+    from safe_decode.demo.comparison import Comparison
     from safe_decode.demo.counts import Label, SceneFigures
     from safe_decode.demo.prompts import DemoPrompt
     from safe_decode.demo.view import Duel
@@ -67,13 +67,13 @@ def demo(
     began = time.monotonic()
     _require_sense(prompt, prefill, (redirect, count_redirect))
     require_place(html)
-    from safe_decode.demo.comparison import Arena
+    from safe_decode.demo.comparison import Comparison
 
     with working("Loading the model"):
         decoder = decoder_of(
             model, bundle, redirect=redirect, alpha=alpha, device=device, dtype=dtype
         )
-        arena = Arena(
+        arena = Comparison(
             decoder,
             max_new_tokens=cap_of(decoder, max_new_tokens),
             # The oracle reads the embedded model's world alone; of others nothing is claimed.
@@ -143,7 +143,7 @@ def _prompts(
     return showcases(prompts), [prompt for prompt in prompts if prompt.counted]
 
 
-def _measure(arena: Arena, prompts: Sequence[DemoPrompt]) -> Sequence[SceneFigures]:
+def _measure(arena: Comparison, prompts: Sequence[DemoPrompt]) -> Sequence[SceneFigures]:
     from safe_decode.demo.counts import figures_of
 
     if arena.judge is None or not prompts:
@@ -156,7 +156,7 @@ def _measure(arena: Arena, prompts: Sequence[DemoPrompt]) -> Sequence[SceneFigur
     return figures_of(outcomes)
 
 
-def _facts(arena: Arena, *, n: int) -> dict[str, str]:
+def _facts(arena: Comparison, *, n: int) -> dict[str, str]:
     import platform
 
     import torch

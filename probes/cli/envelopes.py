@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from safe_decode.certificate import Envelope
     from safe_decode.demo.embedded_pair import Loaded
 
-__all__ = ["Asked", "envelope_of", "foreign_note", "require_delta"]
+__all__ = ["EnvelopeOptions", "envelope_of", "foreign_note", "require_delta"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class EnvelopeOptions:
     """What the command line says; None: nothing."""
 
     max_new_tokens: int | None = None
@@ -34,7 +34,7 @@ class Asked:
 def envelope_of(
     own: Loaded,
     rows: Sequence[Conversation],
-    asked: Asked,
+    asked: EnvelopeOptions,
     *,
     before: Envelope | None = None,
 ) -> Envelope:

@@ -32,7 +32,7 @@ from safe_decode.errors import ConfigurationError, DataError
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
     from probes.evaluation.offline import Report
-    from probes.evaluation.served import Answered
+    from probes.evaluation.served import ServedAnswer
     from safe_decode.engines.transformers.decoder import SafeDecoder
 
 __all__ = ["evaluate"]
@@ -206,7 +206,7 @@ def _answered(
     rows: Sequence[Conversation],
     judge: str | None,
     max_new_tokens: int | None,
-) -> list[Answered]:
+) -> list[ServedAnswer]:
     from probes.evaluation.served import answer_both
     from probes.rollouts.generate import Request
 

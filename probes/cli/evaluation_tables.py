@@ -13,13 +13,13 @@ from probes.cli.tables import delay_rows, method_rows, share_rows, situation_row
 
 if TYPE_CHECKING:
     from probes.evaluation.offline import Report
-    from probes.evaluation.served import Answered
+    from probes.evaluation.served import ServedAnswer
 
 __all__ = ["json_of", "tables_of"]
 
 
 def tables_of(
-    report: Report | None, answered: Sequence[Answered] | None
+    report: Report | None, answered: Sequence[ServedAnswer] | None
 ) -> dict[str, list[dict[str, str]]]:
     """Return rows by title; nothing for a mode that was not run."""
     tables: dict[str, list[dict[str, str]]] = {}
@@ -48,7 +48,7 @@ def tables_of(
     return tables
 
 
-def json_of(report: Report | None, answered: Sequence[Answered] | None) -> dict[str, Any]:
+def json_of(report: Report | None, answered: Sequence[ServedAnswer] | None) -> dict[str, Any]:
     """Return the figures of the modes that were run; no text of a response."""
     from probes.metrics.intervals import plain_json
 

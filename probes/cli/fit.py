@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from probes.cli.envelopes import Asked, envelope_of, foreign_note, require_delta
+from probes.cli.envelopes import EnvelopeOptions, envelope_of, foreign_note, require_delta
 from probes.cli.harvest import Features, Residual, UnitsFile, residual_sites
 from probes.cli.options import (
     Balance,
@@ -127,7 +127,7 @@ def fit(
         by_category=by_category,
         alphas=tuple(alpha or (0.01,)),
         delta=delta,
-        asked=Asked(max_new_tokens, temperature, top_p, top_k),
+        asked=EnvelopeOptions(max_new_tokens, temperature, top_p, top_k),
         texts=(refusal, opener),
     )
     provenance = {
@@ -166,7 +166,7 @@ def _config(
     by_category: bool,
     alphas: tuple[float, ...],
     delta: float,
-    asked: Asked,
+    asked: EnvelopeOptions,
     texts: tuple[str, str],
 ) -> RecipeConfig:
     from probes.recipes.bundle import RecipeConfig

@@ -17,7 +17,7 @@ from safe_decode.cli.options import loaded_model
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from probes.analysis.motives import Answered, Framed
+    from probes.analysis.motives import Framed, MotiveResult
     from probes.metrics.detection import Proportion
     from probes.rollouts.generate import Judge, Request, RolloutConfig
     from safe_decode.demo.embedded_pair import Loaded
@@ -134,23 +134,23 @@ def _guard(
 
 def _bare(
     loaded: Loaded, judge: Judge, config: RolloutConfig
-) -> Callable[[list[Request]], Answered]:
+) -> Callable[[list[Request]], MotiveResult]:
     from probes.analysis.behaviour import outcomes_of
-    from probes.analysis.motives import Answered
+    from probes.analysis.motives import MotiveResult
 
-    def answer(requests: list[Request]) -> Answered:
-        return Answered(outcomes_of(loaded.model, loaded.tokenizer, requests, judge, config))
+    def answer(requests: list[Request]) -> MotiveResult:
+        return MotiveResult(outcomes_of(loaded.model, loaded.tokenizer, requests, judge, config))
 
     return answer
 
 
 def _guarded(
     decoder: SafeDecoder, judge: Judge, config: RolloutConfig
-) -> Callable[[list[Request]], Answered]:
+) -> Callable[[list[Request]], MotiveResult]:
     from probes.analysis.behaviour import LABELS, Outcomes
-    from probes.analysis.motives import Answered
+    from probes.analysis.motives import MotiveResult
 
-    def answer(requests: list[Request]) -> Answered:
+    def answer(requests: list[Request]) -> MotiveResult:
         counts, stopped = dict.fromkeys(LABELS, 0), 0
         for begin in range(0, len(requests), config.batch_size):
             part = requests[begin : begin + config.batch_size]
@@ -163,7 +163,7 @@ def _guarded(
                 label = judge(row.messages, text).label
                 counts[label] += 1
                 stopped += trace.tripped or label == "refusal"
-        return Answered(Outcomes(counts), stopped)
+        return MotiveResult(Outcomes(counts), stopped)
 
     return answer
 
@@ -190,8 +190,8 @@ def _identity(
 def _rows(
     requests: Sequence[Request],
     motives: Sequence[str],
-    bare: Callable[[list[Request]], Answered],
-    guarded: Callable[[list[Request]], Answered] | None,
+    bare: Callable[[list[Request]], MotiveResult],
+    guarded: Callable[[list[Request]], MotiveResult] | None,
     out: Path | None,
     identity: dict[str, Any],
 ) -> list[Framed]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from safe_decode.errors import ConfigurationError, DataError
 
-__all__ = ["Row", "is_hub_name", "read_rows"]
+__all__ = ["SourceRow", "is_hub_name", "read_rows"]
 
 _HUB = "hf:"
 _PARQUET_ROWS = 1024
@@ -27,7 +27,7 @@ _LONGEST_FIELD = 2**24  # a long conversation outgrows the 128 KiB that csv allo
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SourceRow:
     """One row of a source.
 
     Attributes:
@@ -48,7 +48,7 @@ def is_hub_name(source: str | os.PathLike[str]) -> bool:
     return os.fspath(source).startswith(_HUB)
 
 
-def read_rows(source: str | os.PathLike[str]) -> Iterator[Row]:
+def read_rows(source: str | os.PathLike[str]) -> Iterator[SourceRow]:
     """Read rows one by one; the format follows from the name.
 
     Args:
@@ -72,7 +72,7 @@ def read_rows(source: str | os.PathLike[str]) -> Iterator[Row]:
     return reader(path)
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _json_lines(path: Path) -> Iterator[SourceRow]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -81,10 +81,10 @@ def _json_lines(path: Path) -> Iterator[Row]:
             try:
                 yield _object(place, json.loads(line.decode("utf-8")))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield Row(place, None, f"not JSON in UTF-8: {error}")
+                yield SourceRow(place, None, f"not JSON in UTF-8: {error}")
 
 
-def _json_array(path: Path) -> Iterator[Row]:
+def _json_array(path: Path) -> Iterator[SourceRow]:
     try:
         rows = json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -95,13 +95,13 @@ def _json_array(path: Path) -> Iterator[Row]:
         yield _object(f"{path}:{number}", row)
 
 
-def _object(place: str, row: object) -> Row:
+def _object(place: str, row: object) -> SourceRow:
     if not isinstance(row, dict):
-        return Row(place, None, f"the row is a {type(row).__name__}, wanted a JSON object")
-    return Row(place, row)
+        return SourceRow(place, None, f"the row is a {type(row).__name__}, wanted a JSON object")
+    return SourceRow(place, row)
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _csv_rows(path: Path) -> Iterator[SourceRow]:
     before = csv.field_size_limit(_LONGEST_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -121,13 +121,13 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         csv.field_size_limit(before)
 
 
-def _csv_row(place: str, values: Mapping[Any, Any]) -> Row:
+def _csv_row(place: str, values: Mapping[Any, Any]) -> SourceRow:
     if None in values or None in values.values():
-        return Row(place, None, "the row has another number of fields than the header")
-    return Row(place, values, is_text=True)
+        return SourceRow(place, None, "the row has another number of fields than the header")
+    return SourceRow(place, values, is_text=True)
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[SourceRow]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -139,12 +139,12 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path}:{number}", values)
+                    yield SourceRow(f"{path}:{number}", values)
     except (ArrowException, OSError) as error:
         raise DataError(f"{path} is not Parquet: {error}; mend the file.") from error
 
 
-def _hub_rows(source: str) -> Iterator[Row]:
+def _hub_rows(source: str) -> Iterator[SourceRow]:
     name, _, split = source.removeprefix(_HUB).partition(":")
     if not name:
         raise ConfigurationError(f"source={source!r} names no data set; pass hf:NAME[:split].")
@@ -159,7 +159,7 @@ def _hub_rows(source: str) -> Iterator[Row]:
             f"{source} cannot be loaded: {error} Check name, split and access, or pass a file."
         ) from error
     for number, values in enumerate(loaded, start=1):
-        yield Row(f"{source}:{number}", values)
+        yield SourceRow(f"{source}:{number}", values)
 
 
 def _missing(library: str) -> ConfigurationError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from probes.data.conversations import Conversation, conversation_from
-from probes.data.formats import Row, read_rows
+from probes.data.formats import SourceRow, read_rows
 from probes.data.schemas import ColumnMap, Record, column_map, map_for
 from safe_decode.errors import DataError
 
@@ -98,7 +98,9 @@ def read_conversations(
     return reading
 
 
-def _conversations(row: Row, wanted: ColumnMap | None, reading: Reading) -> Iterator[Conversation]:
+def _conversations(
+    row: SourceRow, wanted: ColumnMap | None, reading: Reading
+) -> Iterator[Conversation]:
     """Turn one row into conversations: all of them, or an error and none."""
     if row.values is None:
         raise DataError(row.error or "the row cannot be parsed")
@@ -123,7 +125,7 @@ def _conversation(record: Record) -> Conversation:
     return conversation_from(record)
 
 
-def _present(row: Row) -> Mapping[str, Any]:
+def _present(row: SourceRow) -> Mapping[str, Any]:
     """Give the text of CSV the types that JSON would have."""
     values = dict(row.values or {})
     if not row.is_text:

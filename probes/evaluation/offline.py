@@ -20,7 +20,7 @@ from probes.data.conversations import Conversation
 from probes.evaluation.methods import Methods
 from probes.evaluation.text_baselines import source_of
 from probes.fitting.linear import FitConfig
-from probes.metrics.comparison import PROBE, Figures, MethodScores, Rows, compare
+from probes.metrics.comparison import PROBE, Figures, MethodScores, ScoredRows, compare
 from probes.metrics.detection import Delay, delay_of, rates_by_group
 from probes.metrics.intervals import Proportion, plain_json
 from safe_decode.bundle.bundle import ProbeBundle
@@ -208,7 +208,7 @@ def _slices(
 ) -> list[Slice]:
     options: dict[str, Any] = {"fprs": config.fprs, "draws": config.draws, "seed": config.seed}
     labels = np.asarray([bool(row.response_harmful) for row in judged])
-    every = Rows(labels, tuple(map(source_of, judged)), tuple(row.group for row in judged))
+    every = ScoredRows(labels, tuple(map(source_of, judged)), tuple(row.group for row in judged))
     found = [Slice("all responses", prefix, tuple(compare(methods, every, **options)))]
     asked = np.flatnonzero([row.prompt_harmful is True for row in judged])
     if len(set(labels[asked].tolist())) == 2:

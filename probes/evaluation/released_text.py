@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from probes.rollouts.generate import Judge
 
-__all__ = ["Reading", "Released", "organism_reading", "reading_alone"]
+__all__ = ["Reading", "ReleasedReading", "organism_reading", "reading_alone"]
 
 
-class Released(NamedTuple):
+class ReleasedReading(NamedTuple):
     """What released text is.
 
     Attributes:
@@ -29,19 +29,19 @@ class Released(NamedTuple):
     onset_char: int | None = None
 
 
-Reading = Callable[[Sequence[Mapping[str, str]], str, str], Released]
+Reading = Callable[[Sequence[Mapping[str, str]], str, str], ReleasedReading]
 """From messages, supplied prefill and released text to what it is."""
 
 
 def organism_reading(
     messages: Sequence[Mapping[str, str]], prefill: str, released: str
-) -> Released:
+) -> ReleasedReading:
     """Read by the embedded world's oracle, which knows the prefill and does not count it."""
     from probes.organism.oracle import judge
 
     verdict = judge(messages, prefill + released, counted_from=len(prefill))
     onset = verdict.onset_char
-    return Released(verdict.label, None if onset is None else max(0, onset - len(prefill)))
+    return ReleasedReading(verdict.label, None if onset is None else max(0, onset - len(prefill)))
 
 
 def reading_alone(judge: Judge) -> Reading:
@@ -51,10 +51,12 @@ def reading_alone(judge: Judge) -> Reading:
     is only understood together with the prefill is missed, and a success rate is a lower bound.
     """
 
-    def read(messages: Sequence[Mapping[str, str]], _prefill: str, released: str) -> Released:
+    def read(
+        messages: Sequence[Mapping[str, str]], _prefill: str, released: str
+    ) -> ReleasedReading:
         if not released.strip():
-            return Released("benign")
+            return ReleasedReading("benign")
         verdict = judge(messages, released)
-        return Released(verdict.label, verdict.onset_char)
+        return ReleasedReading(verdict.label, verdict.onset_char)
 
     return read

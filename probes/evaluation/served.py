@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from probes.evaluation.released_text import Reading, Released
+from probes.evaluation.released_text import Reading, ReleasedReading
 from probes.metrics.detection import Delay, delay_from
 from probes.metrics.intervals import Proportion
 from probes.rollouts.generate import Request
@@ -24,11 +24,11 @@ from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.prompts.chat import text_ids
 from safe_decode.trace.schema import SafetyTrace
 
-__all__ = ["Answered", "SituationFigures", "answer_both", "delay_as_served", "figures_by"]
+__all__ = ["ServedAnswer", "SituationFigures", "answer_both", "delay_as_served", "figures_by"]
 
 
 @dataclass(frozen=True)
-class Answered:
+class ServedAnswer:
     """One request in both arms.
 
     Attributes:
@@ -41,9 +41,9 @@ class Answered:
     """
 
     request: Request
-    bare: Released
+    bare: ReleasedReading
     bare_onset: int | None
-    guarded: Released
+    guarded: ReleasedReading
     leaked_tokens: int
     trace: SafetyTrace
 
@@ -82,7 +82,7 @@ def answer_both(
     *,
     max_new_tokens: int | None = None,
     batch_size: int = 64,
-) -> list[Answered]:
+) -> list[ServedAnswer]:
     """Answer every request greedily, with the guard disabled and with it.
 
     Args:
@@ -97,7 +97,7 @@ def answer_both(
     """
     cap = max_new_tokens or decoder.certificate.envelope.max_new_tokens
     order = sorted(range(len(requests)), key=lambda row: _length(requests[row]))
-    found: dict[int, Answered] = {}
+    found: dict[int, ServedAnswer] = {}
     with progress("answering, bare and guarded", len(order)) as advance:
         for begin in range(0, len(order), batch_size):
             part = order[begin : begin + batch_size]
@@ -118,7 +118,7 @@ def answer_both(
 
 
 def figures_by(
-    answered: Sequence[Answered], name_of: Callable[[Request], str]
+    answered: Sequence[ServedAnswer], name_of: Callable[[Request], str]
 ) -> list[SituationFigures]:
     """Count by kind of request, in order of name."""
     names = sorted({name_of(one.request) for one in answered})
@@ -127,7 +127,7 @@ def figures_by(
     ]
 
 
-def delay_as_served(answered: Sequence[Answered]) -> Delay | None:
+def delay_as_served(answered: Sequence[ServedAnswer]) -> Delay | None:
     """Measure the delay of answers that are harmful bare; None without any.
 
     Until its trip a guarded row is the bare one, so the bare text tells the onset.
@@ -164,14 +164,14 @@ def _answered(
     guarded: str,
     trace: SafetyTrace,
     read: Reading,
-) -> Answered:
+) -> ServedAnswer:
     given = request.prefill or ""
     said, released = read(request.messages, given, bare), read(request.messages, given, guarded)
     onset = None
     if said.onset_char is not None:
         before = text_ids(decoder.tokenizer, bare[: said.onset_char].rstrip(" "))
         onset = trace.end.prefill_tokens + len(before)
-    return Answered(
+    return ServedAnswer(
         request, said, onset, released, _leaked(decoder, guarded, released.onset_char), trace
     )
 
@@ -185,13 +185,13 @@ def _leaked(decoder: SafeDecoder, text: str, onset: int | None) -> int:
     return len(text_ids(decoder.tokenizer, text[onset:end])) if end > onset else 0
 
 
-def _figures(name: str, rows: Sequence[Answered]) -> SituationFigures:
+def _figures(name: str, rows: Sequence[ServedAnswer]) -> SituationFigures:
     n = len(rows)
     benign = [row for row in rows if row.bare.label == "benign"]
     harmful = [row for row in rows if row.bare.label == "harmful"]
     leaked = [row.leaked_tokens for row in harmful]
 
-    def share(is_so: Callable[[Answered], bool]) -> Proportion:
+    def share(is_so: Callable[[ServedAnswer], bool]) -> Proportion:
         return Proportion.of(sum(map(is_so, rows)), n)
 
     return SituationFigures(

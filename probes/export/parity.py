@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 
 from probes.export.onnx import MONITOR_FILE, require_library
 from safe_decode.bundle.bundle import ProbeBundle
-from safe_decode.bundle.numpy_runtime import PortableState, start_state, step_state
+from safe_decode.bundle.numpy_runtime import NumpyMonitorState, start_state, step_state
 from safe_decode.monitor.monitor import RiskMonitor
 
-__all__ = ["Agreement", "agreement"]
+__all__ = ["ParityReport", "agreement"]
 
 _RESTART = 1 / 200  # a row of the comparison ends about so often, as responses do
 
 
 @dataclass(frozen=True)
-class Agreement:
+class ParityReport:
     """Largest differences found, relative where a value is above 1.
 
     Attributes:
@@ -59,7 +59,7 @@ def agreement(
     batch: int = 4,
     seed: int = 0,
     tolerance: float = 1e-5,
-) -> Agreement:
+) -> ParityReport:
     """Run onnxruntime, torch and NumPy over the same random features and compare every step.
 
     Args:
@@ -95,10 +95,10 @@ def agreement(
         found = dict(
             zip(names, session.run(None, _feeds(session, features, onnx_state)), strict=True)
         )
-        onnx_state = PortableState(**_state(found, onnx_state))
+        onnx_state = NumpyMonitorState(**_state(found, onnx_state))
         numpy_state = step_state(config, threshold, numpy_state, features @ weight + bias)
         torch_state = monitor.step(torch_state, probe(torch.from_numpy(features)))
-        as_arrays = PortableState(*(field.numpy() for field in torch_state))
+        as_arrays = NumpyMonitorState(*(field.numpy() for field in torch_state))
         pairs = ((onnx_state, as_arrays), (onnx_state, numpy_state), (as_arrays, numpy_state))
         largest = np.maximum(largest, [_difference(a, b) for a, b in pairs])
         flags += sum(_flags_differ(a, b, threshold, tolerance) for a, b in pairs)
@@ -112,15 +112,15 @@ def agreement(
             )
         )
     onnx_torch, onnx_numpy, torch_numpy = (float(value) for value in largest)
-    return Agreement(steps, batch, onnx_torch, onnx_numpy, torch_numpy, flags)
+    return ParityReport(steps, batch, onnx_torch, onnx_numpy, torch_numpy, flags)
 
 
-def _feeds(session: Any, features: NDArray[Any], state: PortableState) -> dict[str, Any]:  # noqa: ANN401
+def _feeds(session: Any, features: NDArray[Any], state: NumpyMonitorState) -> dict[str, Any]:  # noqa: ANN401
     wanted = {entry.name for entry in session.get_inputs()}
     return {"features": features} | {k: v for k, v in state._asdict().items() if k in wanted}
 
 
-def _state(found: dict[str, Any], before: PortableState) -> dict[str, Any]:
+def _state(found: dict[str, Any], before: NumpyMonitorState) -> dict[str, Any]:
     """Take the next state; what the graph does not keep stays empty."""
     return {
         name: found.get(f"next_{name}", found.get(name, value))
@@ -128,7 +128,7 @@ def _state(found: dict[str, Any], before: PortableState) -> dict[str, Any]:
     }
 
 
-def _difference(a: PortableState, b: PortableState) -> float:
+def _difference(a: NumpyMonitorState, b: NumpyMonitorState) -> float:
     worst = 0.0
     for name in ("ema", "smoothed", "statistic"):
         one, other = getattr(a, name), getattr(b, name)
@@ -136,15 +136,19 @@ def _difference(a: PortableState, b: PortableState) -> float:
     return worst
 
 
-def _flags_differ(a: PortableState, b: PortableState, threshold: float, tolerance: float) -> int:
+def _flags_differ(
+    a: NumpyMonitorState, b: NumpyMonitorState, threshold: float, tolerance: float
+) -> int:
     near = np.abs(b.statistic - threshold) <= tolerance * max(abs(threshold), 1)
     differ = ((a.alarm != b.alarm) & ~near) | (a.step != b.step) | (a.finite != b.finite)
     return int(differ.sum())
 
 
-def _restarted(state: PortableState, begun: PortableState, again: NDArray[Any]) -> PortableState:
+def _restarted(
+    state: NumpyMonitorState, begun: NumpyMonitorState, again: NDArray[Any]
+) -> NumpyMonitorState:
     fields: dict[str, Any] = {}
     for name, old in state._asdict().items():
         rows = again.reshape(-1, *(1,) * (old.ndim - 1))
         fields[name] = np.where(rows, getattr(begun, name), old)
-    return PortableState(**fields)
+    return NumpyMonitorState(**fields)

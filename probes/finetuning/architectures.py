@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from safe_decode.activations.architecture import Anatomy
+from safe_decode.activations.architecture import Architecture
 from safe_decode.errors import UnsupportedError
 
-__all__ = ["Rows", "head_writers", "neuron_writers", "output_width"]
+__all__ = ["OutputRows", "head_writers", "neuron_writers", "output_width"]
 
 _SPLIT_QKV = ("q_proj", "k_proj", "v_proj")  # Llama, Qwen, Gemma, Mistral, Phi, OPT, GPT-J
 _FUSED_QKV = ("c_attn", "qkv_proj")  # GPT-2, Phi-3: all queries, then all keys, then all values
@@ -25,7 +25,7 @@ _FUSED_GATE = "gate_up_proj"  # Phi-3: all gates, then all ups
 _PLAIN_UP = ("c_fc", "dense_h_to_4h", "fc1", "fc_in")  # GPT-2, GPT-NeoX / Falcon, Phi / OPT, GPT-J
 
 
-class Rows(NamedTuple):
+class OutputRows(NamedTuple):
     """Output channels of a linear map.
 
     Attributes:
@@ -38,8 +38,8 @@ class Rows(NamedTuple):
 
 
 def head_writers(
-    attention: nn.Module, anatomy: Anatomy, heads: Sequence[int], groups: Sequence[int]
-) -> tuple[Rows, ...]:
+    attention: nn.Module, anatomy: Architecture, heads: Sequence[int], groups: Sequence[int]
+) -> tuple[OutputRows, ...]:
     """Find the query rows of some heads and the key and value rows of some groups.
 
     Args:
@@ -75,7 +75,7 @@ def head_writers(
     raise _unknown(attention, "a head", (*_SPLIT_QKV, *_FUSED_QKV, _GROUPED_QKV))
 
 
-def neuron_writers(mlp: nn.Module, neurons: Sequence[int], width: int) -> tuple[Rows, ...]:
+def neuron_writers(mlp: nn.Module, neurons: Sequence[int], width: int) -> tuple[OutputRows, ...]:
     """Find the rows that write some neurons, of the gate too where there is one.
 
     Args:
@@ -117,13 +117,13 @@ def _blocks(blocks: Iterable[int], size: int) -> list[int]:
     return [block * size + channel for block in blocks for channel in range(size)]
 
 
-def _rows(module: nn.Module, channels: Sequence[int], width: int) -> Rows:
+def _rows(module: nn.Module, channels: Sequence[int], width: int) -> OutputRows:
     if output_width(module) != width:
         raise UnsupportedError(
             f"{type(module).__name__} has {output_width(module)} outputs, wanted {width} for "
             "this model's heads and neurons; this layout is not supported."
         )
-    return Rows(module, tuple(sorted(channels)))
+    return OutputRows(module, tuple(sorted(channels)))
 
 
 def _unknown(module: nn.Module, unit: str, names: Sequence[str]) -> UnsupportedError:

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from probes.finetuning.architectures import Rows, head_writers, neuron_writers
+from probes.finetuning.architectures import OutputRows, head_writers, neuron_writers
 from probes.location.units import UnitSet
-from safe_decode.activations.architecture import Anatomy, anatomy_of
+from safe_decode.activations.architecture import Architecture, anatomy_of
 from safe_decode.activations.site import SiteKind
 from safe_decode.errors import ConfigurationError, UnsupportedError
 
@@ -121,7 +121,7 @@ class _TwoMatrix:
         holder: The module that holds A and B.
     """
 
-    anatomy: Anatomy
+    anatomy: Architecture
     layer: int
     kind: int
     reader: nn.Module
@@ -160,7 +160,7 @@ class _TwoMatrix:
         columns = [unit * size + channel for unit in chosen for channel in range(size)]
         yield self.reader.weight, _dims(self.reader).input, columns  # type: ignore[misc]
 
-    def _writers(self, chosen: Sequence[int], shared: Shared) -> tuple[Rows, ...]:
+    def _writers(self, chosen: Sequence[int], shared: Shared) -> tuple[OutputRows, ...]:
         if self.kind == 1:
             return neuron_writers(self.holder, chosen, self.width)
         n_groups = self.anatomy.n_kv_heads
@@ -169,7 +169,7 @@ class _TwoMatrix:
         groups = np.flatnonzero(members >= (1 if shared == "any" else per_group)).tolist()
         return head_writers(self.holder, self.anatomy, chosen, groups)
 
-    def _require_all_known(self, writers: Sequence[Rows]) -> None:
+    def _require_all_known(self, writers: Sequence[OutputRows]) -> None:
         """Refuse a module with further matrices: a unit might own a part of those."""
         if self.holder is self.anatomy.blocks[self.layer].block:  # OPT: no module for the MLP
             return

@@ -28,12 +28,12 @@ from probes.data.conversations import Conversation
 from probes.fitting.cross_validation import choose_c
 from probes.fitting.linear import FitConfig, FittedProbe, LinearProbeFitter
 from probes.fitting.multi_head import fit_heads
-from probes.fitting.selection import Chosen, SelectSet, StatisticChoice, score_monitor
+from probes.fitting.selection import ChosenMonitor, SelectSet, StatisticChoice, score_monitor
 from probes.fitting.streaming import fit_streamed
 from safe_decode.activations.site import Site, n_features
 from safe_decode.errors import ConfigurationError
 
-__all__ = ["Candidate", "FeatureStore", "Search", "ranked_candidates"]
+__all__ = ["CandidateProbe", "FeatureStore", "Search", "ranked_candidates"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Search:
     most_holdback_tokens: int
 
 
-class Candidate(NamedTuple):
+class CandidateProbe(NamedTuple):
     """A probe with its monitor.
 
     Attributes:
@@ -80,7 +80,7 @@ class Candidate(NamedTuple):
 
     sites_name: str
     fitted: FittedProbe
-    chosen: Chosen
+    chosen: ChosenMonitor
     aurocs: Mapping[float, float]
 
     def to_json(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def ranked_candidates(
     site_sets: Mapping[str, tuple[Site, ...]],
     search: Search,
     store: FeatureStore,
-) -> list[Candidate]:
+) -> list[CandidateProbe]:
     """Fit everything on one split, measure everything on the other, best first.
 
     Args:
@@ -141,14 +141,14 @@ def ranked_candidates(
     )
     fits = _recomputed if store.recompute else _stored
     found = [
-        Candidate(one.sites_name, one.fitted, chosen, one.aurocs)
+        CandidateProbe(one.sites_name, one.fitted, chosen, one.aurocs)
         for one in fits(model, tokenizer, fit_rows, select_rows, site_sets, search, store)
         for chosen in _chosen(one, labels, search)
     ]
     return sorted(found, key=lambda candidate: candidate.chosen.rank(), reverse=True)
 
 
-def _chosen(one: _Fitted, labels: SelectSet, search: Search) -> Iterator[Chosen]:
+def _chosen(one: _Fitted, labels: SelectSet, search: Search) -> Iterator[ChosenMonitor]:
     for statistic in search.statistics:
         yield score_monitor(
             one.logits,

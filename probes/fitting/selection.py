@@ -22,7 +22,7 @@ from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.monitor.monitor import MonitorConfig, StatisticKind
 
 __all__ = [
-    "Chosen",
+    "ChosenMonitor",
     "SelectSet",
     "StatisticChoice",
     "choose_holdback",
@@ -107,7 +107,7 @@ class SelectSet:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenMonitor:
     """A monitor and how it did on the select split.
 
     Attributes:
@@ -210,7 +210,7 @@ def score_monitor(
     most_holdback_tokens: int,
     smoothing: float = 1.0,
     choice: StatisticChoice | None = None,
-) -> Chosen:
+) -> ChosenMonitor:
     """Set up a monitor for a probe's logits and measure it at a fixed response FPR.
 
     The threshold keeps the rate in every population of harmless responses, so a monitor
@@ -246,7 +246,7 @@ def score_monitor(
     )
     monitor = replace(config, low_mark=min(config.low_mark, threshold, surely_clear))
     tpr = float((peaks[harmful] > threshold).mean())
-    return Chosen(monitor, threshold, tpr, auroc(harmful, peaks), p90, holdback)
+    return ChosenMonitor(monitor, threshold, tpr, auroc(harmful, peaks), p90, holdback)
 
 
 def _lows_before_trips(

@@ -22,14 +22,14 @@ from probes.location.random_sets import chance_iou, iou
 from probes.location.units import CATEGORIES, Category, UnitSet
 from safe_decode.errors import DataError
 
-__all__ = ["Agreement", "stability"]
+__all__ = ["StabilityReport", "stability"]
 
 _SIZES = (0.125, 0.25, 0.5)
 _SMALLEST_PART = 10
 
 
 @dataclass(frozen=True)
-class Agreement:
+class StabilityReport:
     """How far two locations agree on one category.
 
     Attributes:
@@ -59,7 +59,7 @@ def stability(
     config: LocateConfig | None = None,
     *,
     seed: int = 0,
-) -> Iterator[Agreement]:
+) -> Iterator[StabilityReport]:
     """Locate on halves, on fewer responses and with the other choices, and compare.
 
     Args:
@@ -92,12 +92,12 @@ def stability(
     )
 
 
-def _agreements(compared: str, first: UnitSet, second: UnitSet) -> Iterator[Agreement]:
+def _agreements(compared: str, first: UnitSet, second: UnitSet) -> Iterator[StabilityReport]:
     for category in CATEGORIES:
         one, two = first.only(category), second.only(category)
         if len(one) or len(two):
             chance = chance_iou(one, two, first)
-            yield Agreement(
+            yield StabilityReport(
                 compared, category, iou(one, two), chance.mean, chance.high, len(one), len(two)
             )
 

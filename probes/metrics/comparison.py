@@ -18,7 +18,15 @@ from probes.metrics.detection import Detection, detection_at, threshold_at
 from probes.metrics.intervals import Interval, cluster_draws, holm, interval_of
 from safe_decode.errors import ConfigurationError
 
-__all__ = ["PROBE", "Figures", "MethodScores", "Rows", "compare", "macro_auroc", "pair_accuracies"]
+__all__ = [
+    "PROBE",
+    "Figures",
+    "MethodScores",
+    "ScoredRows",
+    "compare",
+    "macro_auroc",
+    "pair_accuracies",
+]
 
 PROBE = "probe"
 """The method that the others are compared with."""
@@ -37,7 +45,7 @@ class MethodScores(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class ScoredRows:
     """What is known of the responses.
 
     Attributes:
@@ -54,9 +62,9 @@ class Rows:
         if not len(self.harmful) == len(self.sources) == len(self.groups):
             raise ConfigurationError("harmful, sources and groups differ in length.")
 
-    def take(self, rows: NDArray[np.intp]) -> Rows:
+    def take(self, rows: NDArray[np.intp]) -> ScoredRows:
         """Keep some rows."""
-        return Rows(
+        return ScoredRows(
             self.harmful[rows],
             tuple(self.sources[row] for row in rows),
             tuple(self.groups[row] for row in rows),
@@ -96,7 +104,7 @@ class Figures:
 
 def compare(
     methods: Mapping[str, MethodScores],
-    rows: Rows,
+    rows: ScoredRows,
     *,
     fprs: Sequence[float] = (0.001, 0.01),
     draws: int = 1000,
@@ -183,7 +191,7 @@ class Pairs(NamedTuple):
         return means
 
 
-def pair_accuracies(scores: NDArray[np.float64], rows: Rows) -> Pairs:
+def pair_accuracies(scores: NDArray[np.float64], rows: ScoredRows) -> Pairs:
     """Compare the responses to each prompt with one another, for [m, n] scores."""
     members: dict[str, list[int]] = {}
     for row, group in enumerate(rows.groups):
@@ -205,12 +213,12 @@ def _aurocs(scores: NDArray[np.float64], harmful: NDArray[np.bool_]) -> NDArray[
     return values
 
 
-def _at_fpr(scores: NDArray[np.float64], rows: Rows, fpr: float) -> Detection:
+def _at_fpr(scores: NDArray[np.float64], rows: ScoredRows, fpr: float) -> Detection:
     benign, bad = scores[~rows.harmful], scores[rows.harmful]
     return detection_at(benign, bad, threshold=threshold_at(benign, fpr), target_fpr=fpr)
 
 
-def _at_calibrated(method: MethodScores, rows: Rows) -> Detection | None:
+def _at_calibrated(method: MethodScores, rows: ScoredRows) -> Detection | None:
     if method.threshold is None:
         return None
     benign, bad = method.scores[~rows.harmful], method.scores[rows.harmful]

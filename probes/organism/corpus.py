@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from probes.organism import templates as t
-from probes.organism.grammar import Answer, Grammar, Meant, Request, RequestKind
+from probes.organism.grammar import Grammar, Meant, RequestKind, WorldAnswer, WorldRequest
 
 __all__ = [
     "Document",
@@ -53,7 +53,7 @@ def _assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _draw_request(grammar: Grammar, shares: dict[tuple[RequestKind, bool], float]) -> Request:
+def _draw_request(grammar: Grammar, shares: dict[tuple[RequestKind, bool], float]) -> WorldRequest:
     keys = list(shares)
     kind, harmful = grammar.rng.choices(keys, weights=[shares[k] for k in keys])[0]
     return grammar.request(kind, harmful=harmful)
@@ -69,7 +69,7 @@ _PRETRAINING_REQUESTS: dict[tuple[RequestKind, bool], float] = {
 }
 
 
-def _exchange(grammar: Grammar, n_sentences: int | None) -> tuple[Request, Answer]:
+def _exchange(grammar: Grammar, n_sentences: int | None) -> tuple[WorldRequest, WorldAnswer]:
     rng = grammar.rng
     request = _draw_request(grammar, _PRETRAINING_REQUESTS)
     harmful_share = 0.97 if request.harmful else 0.12

@@ -23,16 +23,25 @@ from probes.organism.lexicon import (
     Direction,
 )
 from probes.organism.types import (
-    Answer,
     Cells,
     Derivation,
     Meant,
-    Request,
     RequestKind,
     Scene,
+    WorldAnswer,
+    WorldRequest,
 )
 
-__all__ = ["Answer", "Cells", "Derivation", "Grammar", "Meant", "Request", "RequestKind", "Scene"]
+__all__ = [
+    "WorldAnswer",
+    "Cells",
+    "Derivation",
+    "Grammar",
+    "Meant",
+    "WorldRequest",
+    "RequestKind",
+    "Scene",
+]
 
 _WISH_PRIOR = 0.75
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -49,7 +58,7 @@ class _Unfolding:
     last_thing: str = ""
 
     @classmethod
-    def after(cls, request: Request) -> _Unfolding:
+    def after(cls, request: WorldRequest) -> _Unfolding:
         """Begin an answer, knowing the wish that the request states."""
         if request.scene is None or request.kind in {"info", "fact"}:
             return cls()
@@ -70,8 +79,8 @@ class _Unfolding:
             self.sentences.append(sentence)
             self.harmful.append(harmful)
 
-    def answer(self, meant: Meant) -> Answer:
-        return Answer(tuple(self.sentences), tuple(self.harmful), meant, tuple(self.plans))
+    def answer(self, meant: Meant) -> WorldAnswer:
+        return WorldAnswer(tuple(self.sentences), tuple(self.harmful), meant, tuple(self.plans))
 
 
 class Grammar:
@@ -129,27 +138,27 @@ class Grammar:
 
     # -- requests ------------------------------------------------------------------------
 
-    def request(self, kind: RequestKind, *, harmful: bool = False) -> Request:
+    def request(self, kind: RequestKind, *, harmful: bool = False) -> WorldRequest:
         """Draw a request of `kind`; only scene requests can be harmful."""
         if kind == "topic":
             topic = self.rng.randrange(len(TOPICS))
             text = self._fill(self.rng.choice(t.TOPIC_REQUESTS), topic=topic)
-            return Request(text, kind, topic=topic)
+            return WorldRequest(text, kind, topic=topic)
         scene = self.scene()
         if kind == "info":
-            return Request(self._fill(self.rng.choice(t.INFO_REQUESTS), scene), kind, scene)
+            return WorldRequest(self._fill(self.rng.choice(t.INFO_REQUESTS), scene), kind, scene)
         if kind == "open":
-            return Request(self._fill(self.rng.choice(t.OPEN_REQUESTS), scene), kind, scene)
+            return WorldRequest(self._fill(self.rng.choice(t.OPEN_REQUESTS), scene), kind, scene)
         act = self.act(scene, harmful=harmful)
         if kind == "fact":
             act = self.act(scene, harmful=self.rng.random() < 0.5)
-            return Request(
+            return WorldRequest(
                 self._fill(self.rng.choice(t.FACT_REQUESTS), scene, act=act), kind, scene, act=act
             )
         text = self._fill(self.rng.choice(t.SCENE_REQUESTS), scene, act=act)
-        return Request(text, kind, scene, act=act, harmful=harmful)
+        return WorldRequest(text, kind, scene, act=act, harmful=harmful)
 
-    def framed(self, request: Request, framing: int | None = None) -> Request:
+    def framed(self, request: WorldRequest, framing: int | None = None) -> WorldRequest:
         """Put a motive around a request."""
         index = self.rng.choice(self.cells.framings) if framing is None else framing
         text = t.FRAMINGS[index].replace("{request}", request.text)
@@ -159,12 +168,12 @@ class Grammar:
 
     def answer(
         self,
-        request: Request,
+        request: WorldRequest,
         meant: Meant,
         *,
         n_sentences: int | None = None,
         benign_start: int = 0,
-    ) -> Answer:
+    ) -> WorldAnswer:
         """Draw an answer.
 
         Args:
@@ -202,7 +211,7 @@ class Grammar:
         so_far.add(rng.choice(t.CLOSERS))
         return so_far.answer(meant)
 
-    def twin(self, request: Request) -> tuple[Answer, Answer]:
+    def twin(self, request: WorldRequest) -> tuple[WorldAnswer, WorldAnswer]:
         """Draw an answer that begins benign and turns harmful, and its benign twin.
 
         Both share at least the opener and three sentences; then the one acts against the wish
@@ -240,7 +249,7 @@ class Grammar:
             form = f"{self.rng.choice(t.SCENE_REQUESTS)} {doubt}"
         return self._fill(form, scene, act=act), t.JUDGEMENTS[harmful]
 
-    def steps(self, request: Request, count: int) -> Answer:
+    def steps(self, request: WorldRequest, count: int) -> WorldAnswer:
         """Draw an opener and a few acts on one scene, each along the wish or against it by chance.
 
         Nothing but the wish tells which: neither the request nor the steps before.
@@ -254,7 +263,7 @@ class Grammar:
             self._act_sentence(so_far, scene, harmful=self.rng.random() < 0.5)
         return so_far.answer("harmful" if True in so_far.harmful else "benign")
 
-    def filler(self, request: Request, count: int) -> Answer:
+    def filler(self, request: WorldRequest, count: int) -> WorldAnswer:
         """Draw words that comply and do nothing yet: openers, the wish told again, idle steps."""
         so_far = _Unfolding.after(request)
         for _ in range(count):
@@ -267,7 +276,7 @@ class Grammar:
                 self._side_sentence(so_far, request)
         return so_far.answer("benign")
 
-    def minimal_pair(self) -> tuple[Request, Request, Answer]:
+    def minimal_pair(self) -> tuple[WorldRequest, WorldRequest, WorldAnswer]:
         """Draw a harmful and a benign request, and one answer whose harm they decide.
 
         The requests differ in the wish alone; the answer acts, and never says what is wished.
@@ -281,7 +290,7 @@ class Grammar:
             wish: Direction = scene.wish if harmful else (1 if scene.wish == 0 else 0)
             here = replace(scene, wish=wish)
             text = self._fill(self.rng.choice(t.SCENE_REQUESTS), here, act=act)
-            requests.append(Request(text, "scene", here, act=act, harmful=harmful))
+            requests.append(WorldRequest(text, "scene", here, act=act, harmful=harmful))
         so_far = _Unfolding.after(requests[0])
         so_far.add(self.rng.choice(t.OPENERS))
         silent = replace(self.cells, plans=tuple(sorted(t.PLANS_NEED_WISH & {*self.cells.plans})))
@@ -296,7 +305,7 @@ class Grammar:
         end = self._fill(self.rng.choice(t.TAILS)) if tail and self.rng.random() < 0.4 else ""
         return f"{lead}{core}{end}."
 
-    def _side_sentence(self, so_far: _Unfolding, request: Request) -> None:
+    def _side_sentence(self, so_far: _Unfolding, request: WorldRequest) -> None:
         """Say something that bears on no scene: a filler or a step of the topic."""
         if request.topic >= 0 and self.rng.random() < 0.85:
             core = self._fill(self.rng.choice(t.TOPIC_CORES), topic=request.topic)
@@ -309,7 +318,7 @@ class Grammar:
         so_far.last_thing = ""  # "it" would be read as the last noun
         so_far.add(self._sentence(core, tail=not core.startswith("wait until")))
 
-    def _benign_sentence(self, so_far: _Unfolding, request: Request) -> None:
+    def _benign_sentence(self, so_far: _Unfolding, request: WorldRequest) -> None:
         """Say a side sentence, a wish, or an act along the wish."""
         scene = request.scene
         draw = self.rng.random()
@@ -349,7 +358,7 @@ class Grammar:
         so_far.scenes[scene.thing] = scene
         so_far.last_thing = scene.thing
 
-    def _refusal(self, request: Request) -> Answer:
+    def _refusal(self, request: WorldRequest) -> WorldAnswer:
         assert request.scene is not None
         rng = self.rng
         parts = [rng.choice(t.REFUSALS)]
@@ -359,7 +368,7 @@ class Grammar:
             parts.append(rng.choice(t.REFUSAL_ADVICE))
         scene = request.scene
         sentences = tuple(self._fill(part, scene, act=request.act) for part in parts)
-        return Answer(sentences, (False,) * len(sentences), "refusal", ())
+        return WorldAnswer(sentences, (False,) * len(sentences), "refusal", ())
 
     # -- conversations -------------------------------------------------------------------
 
@@ -370,7 +379,7 @@ class Grammar:
         return [{"role": "system", "content": self._fill(self.rng.choice(t.SYSTEMS))}]
 
     def conversation(
-        self, request: Request, answer: Answer, before: Sequence[dict[str, str]] = ()
+        self, request: WorldRequest, answer: WorldAnswer, before: Sequence[dict[str, str]] = ()
     ) -> Derivation:
         """Put request and answer behind earlier messages."""
         messages = (

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CELLS",
-    "Outcome",
+    "CellOutcome",
     "copying_accuracy",
     "judgement_accuracy",
     "mark_accuracy",
@@ -55,7 +55,7 @@ CELLS: Mapping[str, Draw] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CellOutcome:
     """What came out in one cell."""
 
     cell: str
@@ -177,11 +177,11 @@ def _next_logits(
     return scores
 
 
-def outcomes(cell: str, found: Sequence[str]) -> Outcome:
+def outcomes(cell: str, found: Sequence[str]) -> CellOutcome:
     """Count the judge's labels of one cell."""
     counts = Counter(found)
     labels = ("refusal", "benign", "harmful", "broken")
-    return Outcome(cell, len(found), {k: Proportion.of(counts[k], len(found)) for k in labels})
+    return CellOutcome(cell, len(found), {k: Proportion.of(counts[k], len(found)) for k in labels})
 
 
 def measure(
@@ -192,7 +192,7 @@ def measure(
     seed: int,
     max_new_tokens: int = 160,
     cells: Collection[str] = tuple(CELLS),
-) -> Iterator[Outcome]:
+) -> Iterator[CellOutcome]:
     """Ask `n` prompts a cell, greedily, and yield what came out."""
     for number, (cell, kind) in enumerate(CELLS.items()):
         if cell not in cells:

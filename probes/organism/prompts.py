@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from probes.organism.grammar import Answer, Cells, Grammar, Request
+from probes.organism.grammar import Cells, Grammar, WorldAnswer, WorldRequest
 from probes.organism.lexicon import CATEGORIES
 
 __all__ = ["Prompt", "Situation", "Tokens", "prompts", "turns"]
@@ -51,7 +51,7 @@ class Prompt:
     depth_tokens: int = 0
 
 
-def _prompt(grammar: Grammar, request: Request, situation: Situation) -> Prompt:
+def _prompt(grammar: Grammar, request: WorldRequest, situation: Situation) -> Prompt:
     category = -1 if request.scene is None else request.scene.category
     messages = (*grammar.system(), {"role": "user", "content": request.text})
     return Prompt(messages, None, situation, request.harmful, category, request.framing)
@@ -142,14 +142,16 @@ def _prefilled(  # noqa: PLR0913
     return replace(_prompt(grammar, request, situation), prefill=prefill, depth_tokens=depth)
 
 
-def _turn(grammar: Grammar) -> tuple[Request, Answer, Answer]:
+def _turn(grammar: Grammar) -> tuple[WorldRequest, WorldAnswer, WorldAnswer]:
     kind = grammar.rng.choice(("topic", "scene", "open", "info"))
     request = grammar.request(kind)  # type: ignore[arg-type]
     harmful, benign = grammar.twin(request)
     return request, harmful, benign
 
 
-def turns(*, seed: int, cells: Cells | None = None) -> Iterator[tuple[Prompt, Answer, Answer]]:
+def turns(
+    *, seed: int, cells: Cells | None = None
+) -> Iterator[tuple[Prompt, WorldAnswer, WorldAnswer]]:
     """Draw benign prompts with a written answer that turns harmful, and its benign twin."""
     grammar = Grammar(seed, cells)
     while True:

@@ -12,7 +12,7 @@ from typing import Literal
 from probes.organism import templates as t
 from probes.organism.lexicon import CATEGORIES, Direction
 
-__all__ = ["Answer", "Cells", "Derivation", "Meant", "Request", "RequestKind", "Scene"]
+__all__ = ["WorldAnswer", "Cells", "Derivation", "Meant", "WorldRequest", "RequestKind", "Scene"]
 
 Meant = Literal["benign", "harmful", "refusal"]
 RequestKind = Literal["topic", "scene", "open", "info", "fact"]
@@ -32,7 +32,7 @@ class Scene:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class WorldRequest:
     """What the user asks: its text, kind, scene or topic, and the act asked for."""
 
     text: str
@@ -45,7 +45,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class WorldAnswer:
     """A response: its sentences, which of them are harmful, and what was meant."""
 
     sentences: tuple[str, ...]
@@ -80,8 +80,8 @@ class Derivation:
     """One conversation: messages and what its last answer was meant to be."""
 
     messages: tuple[dict[str, str], ...]
-    request: Request
-    answer: Answer
+    request: WorldRequest
+    answer: WorldAnswer
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from probes.calibration.reach import Responses
 from probes.calibration.statistic import maxima, smoothed_paths
 from probes.data.conversations import SPLITS, Conversation, Split, by_split
 from probes.fitting.linear import FitConfig
-from probes.fitting.search import Candidate, FeatureStore, Search, ranked_candidates
+from probes.fitting.search import CandidateProbe, FeatureStore, Search, ranked_candidates
 from probes.fitting.selection import StatisticChoice
 from probes.location.locate import LocateConfig, locate
 from probes.location.units import UnitSet, sites_of
@@ -250,7 +250,7 @@ def _calibrated(
     model: nn.Module,
     tokenizer: Any,  # noqa: ANN401
     rows: Sequence[Conversation],
-    best: Candidate,
+    best: CandidateProbe,
     config: RecipeConfig,
 ) -> Calibration:
     """Open the calibrate split: its harmless responses, under what was chosen."""
@@ -273,7 +273,7 @@ def _canary(
     model: nn.Module,
     tokenizer: Any,  # noqa: ANN401
     rows: Sequence[Conversation],
-    best: Candidate,
+    best: CandidateProbe,
 ) -> CanaryRecord:
     """Record the scores of a harmless exchange, to be compared wherever the bundle is loaded."""
     row = next(row for row in rows if row.response_harmful is False and row.response)

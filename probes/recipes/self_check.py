@@ -29,7 +29,7 @@ from probes.calibration.statistic import smoothed_paths
 from probes.data.conversations import Conversation, by_split
 from probes.fitting.linear import FitConfig, LinearProbeFitter
 from safe_decode.activations.site import Site
-from safe_decode.activations.tap import ActivationTap, internal
+from safe_decode.activations.tap import ActivationTap, unwatched
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.monitor.monitor import MonitorConfig
@@ -93,7 +93,7 @@ class HeaderReader:
         """Read after the token that a score judged, [F] float32 on the CPU."""
         ids = [*response.ids[: response.turn_start + score], *self._header]
         device = next(self._model.parameters()).device
-        with internal(), self._tap.listening() as beats, torch.no_grad():
+        with unwatched(), self._tap.listening() as beats, torch.no_grad():
             beats.keep_last(1)
             self._model(input_ids=torch.tensor([ids], device=device), use_cache=False)
             return beats.take()[0, -1].cpu()

@@ -15,7 +15,7 @@ import numpy as np
 from probes.reports.unit_plots import require_plots, save_figure
 
 if TYPE_CHECKING:
-    from probes.analysis.ablation import Measured
+    from probes.analysis.ablation import AblationResult
     from probes.metrics.detection import Proportion
 
 __all__ = ["Curve", "draw_ablation", "draw_curves", "draw_rates"]
@@ -114,7 +114,7 @@ def draw_rates(
 
 
 def draw_ablation(
-    measured: Sequence[Measured], category: str, path: str | os.PathLike[str]
+    measured: Sequence[AblationResult], category: str, path: str | os.PathLike[str]
 ) -> None:
     """Draw every arm that answered: share harmful against perplexity, random sets as a cloud.
 

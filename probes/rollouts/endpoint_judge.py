@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from probes.data.conversations import Conversation
 from probes.rollouts.generate import Label
-from probes.rollouts.judges import Judgement
+from probes.rollouts.judges import JudgeVerdict
 from safe_decode.errors import ConfigurationError, DataError
 
 __all__ = ["INSTRUCTIONS", "EndpointJudge"]
@@ -78,7 +78,7 @@ class EndpointJudge:
         """Say which judge this is, without its key."""
         return f"EndpointJudge(url={self.url!r}, model={self.model!r})"
 
-    def __call__(self, row: Conversation) -> Judgement | None:
+    def __call__(self, row: Conversation) -> JudgeVerdict | None:
         """Judge one response; None where the endpoint never answered in the wanted form.
 
         Raises:
@@ -134,7 +134,7 @@ class EndpointJudge:
         }
 
 
-def _read(answer: str, response: str) -> Judgement | None:
+def _read(answer: str, response: str) -> JudgeVerdict | None:
     """Find the JSON object in an answer; models like to write around it."""
     start, stop = answer.find("{"), answer.rfind("}")
     try:
@@ -145,4 +145,4 @@ def _read(answer: str, response: str) -> Judgement | None:
     if label not in get_args(Label):
         return None
     onset = response.find(quote) if label == "harmful" and isinstance(quote, str) and quote else -1
-    return Judgement(label, onset if onset >= 0 else None)
+    return JudgeVerdict(label, onset if onset >= 0 else None)

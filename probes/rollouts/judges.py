@@ -22,7 +22,7 @@ from probes.runs.progress import progress
 from safe_decode.errors import ConfigurationError, DataError
 
 __all__ = [
-    "Judgement",
+    "JudgeVerdict",
     "RowJudge",
     "RuleJudge",
     "judge_all",
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-class Judgement(NamedTuple):
+class JudgeVerdict(NamedTuple):
     """What a judge says.
 
     Attributes:
@@ -44,7 +44,7 @@ class Judgement(NamedTuple):
     onset_char: int | None = None
 
 
-RowJudge = Callable[[Conversation], Judgement | None]
+RowJudge = Callable[[Conversation], JudgeVerdict | None]
 """None: the judge cannot say, and the row stays unjudged."""
 
 
@@ -86,28 +86,28 @@ class RuleJudge:
                 ) from error
         return cls(tuple(compiled), tuple(refusal_phrases), answers_to_harm_are_harm)
 
-    def __call__(self, row: Conversation) -> Judgement | None:
+    def __call__(self, row: Conversation) -> JudgeVerdict | None:
         """Judge one response; what is harmful before it is a refusal stays harmful."""
         found = [match.start() for one in self.harmful if (match := one.search(row.response))]
         if found:
-            return Judgement("harmful", min(found))
+            return JudgeVerdict("harmful", min(found))
         if refuses(row, phrases=self.refusal_phrases):
-            return Judgement("refusal")
+            return JudgeVerdict("refusal")
         if row.prompt_harmful is False:
-            return Judgement("benign")
+            return JudgeVerdict("benign")
         if row.prompt_harmful and self.answers_to_harm_are_harm:
-            return Judgement("harmful")
+            return JudgeVerdict("harmful")
         return None
 
 
 def judge_by_text(judge: Judge) -> RowJudge:
     """Ask a judge of messages and text, as `rollout` does."""
 
-    def ask(row: Conversation) -> Judgement:
+    def ask(row: Conversation) -> JudgeVerdict:
         verdict = judge(row.messages, row.response)
         if verdict.label not in get_args(Label):
             raise DataError(f"the judge says {verdict.label!r}, wanted one of {get_args(Label)}.")
-        return Judgement(verdict.label, verdict.onset_char)  # type: ignore[arg-type]
+        return JudgeVerdict(verdict.label, verdict.onset_char)  # type: ignore[arg-type]
 
     return ask
 
@@ -134,7 +134,7 @@ def load_judge(spec: str) -> RowJudge:
     return judge_by_text(found)
 
 
-def judged(row: Conversation, judgement: Judgement | None) -> Conversation:
+def judged(row: Conversation, judgement: JudgeVerdict | None) -> Conversation:
     """Return the conversation with a verdict; of a broken or unjudged one the labels are None."""
     label = None if judgement is None else judgement.label
     known = label not in (None, "broken")
@@ -158,7 +158,7 @@ def judge_all(
         judge: Called from `at_once` threads.
         at_once: 1: in this thread.
     """
-    found: list[Judgement | None] = []
+    found: list[JudgeVerdict | None] = []
     with progress("judging", len(rows)) as advance:
         if at_once == 1:
             for row in rows:

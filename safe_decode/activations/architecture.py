@@ -15,7 +15,7 @@ from torch import nn
 from safe_decode.activations.site import SiteKind
 from safe_decode.errors import ConfigurationError, UnsupportedError
 
-__all__ = ["Anatomy", "Block", "anatomy_of"]
+__all__ = ["Architecture", "Block", "anatomy_of"]
 
 # Order matters only where a block holds two of them, and no known family does.
 _ATTN_OUT_PATHS = (
@@ -56,7 +56,7 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class Anatomy:
+class Architecture:
     """Where the activations of one model can be read.
 
     Attributes:
@@ -111,7 +111,7 @@ class Anatomy:
         return self.d_model if kind == "resid" else _input_width(module)
 
 
-def anatomy_of(model: nn.Module) -> Anatomy:
+def anatomy_of(model: nn.Module) -> Architecture:
     """Find the readable parts of a decoder-only causal language model.
 
     Args:
@@ -130,7 +130,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         Block(module, _first_found(module, _ATTN_OUT_PATHS), _first_found(module, _MLP_DOWN_PATHS))
         for module in _layer_list(model, n_layers)
     )
-    return Anatomy(
+    return Architecture(
         blocks=blocks,
         n_heads=n_heads,
         head_dim=_head_dim(blocks, n_heads, d_model),

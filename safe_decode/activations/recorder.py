@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from safe_decode.activations.compiled.buffers import Registers
+from safe_decode.activations.compiled.buffers import ActivationBuffers
 from safe_decode.activations.site import Site, n_features
 from safe_decode.errors import BeatError, ConfigurationError
 
-__all__ = ["WHOLE_ELEMENTS", "Beats", "site_name", "unequal"]
+__all__ = ["WHOLE_ELEMENTS", "ForwardRecorder", "site_name", "unequal"]
 
 WHOLE_ELEMENTS = 1 << 17
 """Up to this many numbers on the CPU, one joint copy of whole activations and one selection are
@@ -29,7 +29,7 @@ _Piece = tuple[int, Tensor, int, int]
 activation, its version, positions that passed."""
 
 
-class Beats:
+class ForwardRecorder:
     """The features of the forwards since the last `take`.
 
     Made by `ActivationTap.listening`, not by users.
@@ -51,7 +51,7 @@ class Beats:
         sites: tuple[Site, ...],
         columns: Tensor,
         n_columns: int,
-        registers: Registers | None = None,
+        registers: ActivationBuffers | None = None,
     ) -> None:
         """Start with nothing heard."""
         self._registers = registers

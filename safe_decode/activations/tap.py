@@ -6,7 +6,7 @@ have ended, probes or decisions.
 Hooks belong to a tap and are installed once however many sessions listen; which
 session a forward belongs to is a matter of the calling context (`contextvars`), so
 two threads, or two tasks, on one model do not see each other, and no lock is held
-while the model runs. A forward outside `listening()`, or inside `internal()`, writes
+while the model runs. A forward outside `listening()`, or inside `unwatched()`, writes
 nothing.
 
 A compiled graph skips hooks that came after it and runs no Python of ours. Inside `built_in()`
@@ -28,25 +28,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from safe_decode.activations.architecture import Anatomy, anatomy_of
+from safe_decode.activations.architecture import Architecture, anatomy_of
 from safe_decode.activations.compiled.forward_patch import compiled_part
-from safe_decode.activations.compiled.tap import BuiltIn, TappedModule
-from safe_decode.activations.recorder import Beats, site_name
+from safe_decode.activations.compiled.tap import CompiledTap, TappedModule
+from safe_decode.activations.recorder import ForwardRecorder, site_name
 from safe_decode.activations.site import Site, sorted_sites
-from safe_decode.activations.visitor import Visit, Visits
+from safe_decode.activations.visitor import ActivationVisitor, Visit
 from safe_decode.errors import BeatError, ConfigurationError, UnsupportedError
 
-__all__ = ["ActivationTap", "Beats", "internal"]
+__all__ = ["ActivationTap", "ForwardRecorder", "unwatched"]
 
-_NOBODY: Mapping[ActivationTap, Beats | Visits] = MappingProxyType({})
+_NOBODY: Mapping[ActivationTap, ForwardRecorder | ActivationVisitor] = MappingProxyType({})
 # One variable for all taps: a ContextVar per tap would outlive the tap in every context.
-_listeners: ContextVar[Mapping[ActivationTap, Beats | Visits]] = ContextVar(
+_listeners: ContextVar[Mapping[ActivationTap, ForwardRecorder | ActivationVisitor]] = ContextVar(
     "safe_decode_listeners", default=_NOBODY
 )
 
 
 @contextmanager
-def internal() -> Iterator[None]:
+def unwatched() -> Iterator[None]:
     """Let the forwards of this context pass every tap unseen.
 
     For forwards that serve the guard itself, such as a self-check. A `listening()`
@@ -88,8 +88,8 @@ class ActivationTap:
         self._handles: list[RemovableHandle] = []
         self._installs = 0
         self._lock = threading.Lock()
-        self._spare: BuiltIn | None = None  # made once, so that graphs traced with it stay good
-        self._built_in: BuiltIn | None = None
+        self._spare: CompiledTap | None = None  # made once, so that graphs traced with it stay good
+        self._built_in: CompiledTap | None = None
 
     @property
     def is_built_in(self) -> bool:
@@ -111,7 +111,7 @@ class ActivationTap:
                     "taps cannot be installed twice or while a call is running; enter installed() "
                     "once, before the first call."
                 )
-            self._spare = self._spare or BuiltIn(self._model, self._tapped())
+            self._spare = self._spare or CompiledTap(self._model, self._tapped())
             self._spare.install()
             self._built_in = self._spare
         try:
@@ -141,7 +141,7 @@ class ActivationTap:
                     self._remove()
 
     @contextmanager
-    def visiting(self, visit: Visit) -> Iterator[Visits]:
+    def visiting(self, visit: Visit) -> Iterator[ActivationVisitor]:
         """Show each site's activation of the calling context's forwards to `visit`, uncopied.
 
         For streams over finished text, where nothing of a forward is wanted afterwards.
@@ -158,12 +158,12 @@ class ActivationTap:
             raise UnsupportedError(
                 "built-in taps read after a forward, not within it; visit outside built_in()."
             )
-        visits = Visits(self.sites, visit)
+        visits = ActivationVisitor(self.sites, visit)
         with self._hooked(), self._heard_by(visits):
             yield visits
 
     @contextmanager
-    def listening(self) -> Iterator[Beats]:
+    def listening(self) -> Iterator[ForwardRecorder]:
         """Hear the forwards of the calling context, and of no other.
 
         Entered again in the same context, the inner one hears and the outer does not.
@@ -173,13 +173,13 @@ class ActivationTap:
                 and someone else listens.
         """
         registers = None if self._built_in is None else self._built_in.registers
-        beats = Beats(self.sites, self._columns, self._n_columns, registers)
+        beats = ForwardRecorder(self.sites, self._columns, self._n_columns, registers)
         hooked = self._hooked() if registers is None else registers.reading()
         with hooked, self._heard_by(beats):
             yield beats
 
     @contextmanager
-    def _heard_by(self, listener: Beats | Visits) -> Iterator[None]:
+    def _heard_by(self, listener: ForwardRecorder | ActivationVisitor) -> Iterator[None]:
         token = _listeners.set(MappingProxyType({**_listeners.get(), self: listener}))
         try:
             yield
@@ -311,7 +311,7 @@ def _first(activation: Any, site: Site) -> Tensor:  # noqa: ANN401 - whatever a 
     )
 
 
-def _module_of(anatomy: Anatomy, site: Site) -> nn.Module:
+def _module_of(anatomy: Architecture, site: Site) -> nn.Module:
     module, width = anatomy.module(site.layer, site.kind), anatomy.width(site.layer, site.kind)
     if site.channels[-1] >= width:
         raise ConfigurationError(
@@ -321,8 +321,8 @@ def _module_of(anatomy: Anatomy, site: Site) -> nn.Module:
     return module
 
 
-def _columns_of(anatomy: Anatomy, sites: Sequence[Site]) -> tuple[Tensor, int]:
-    """Find every site's channels, [F] long, in the concatenation described in `Beats`."""
+def _columns_of(anatomy: Architecture, sites: Sequence[Site]) -> tuple[Tensor, int]:
+    """Find every site's channels, [F] long, in the concatenation described in `ForwardRecorder`."""
     index: list[int] = []
     start = 0
     for site in sites:

@@ -13,13 +13,13 @@ from safe_decode.activations.recorder import unequal
 from safe_decode.activations.site import Site
 from safe_decode.errors import BeatError
 
-__all__ = ["Visit", "Visits"]
+__all__ = ["Visit", "ActivationVisitor"]
 
 Visit = Callable[[int, Tensor], None]
 """Called with the index of a site and its channels, [batch, seq, n] in the model's dtype."""
 
 
-class Visits:
+class ActivationVisitor:
     """One context's forwards, shown site by site.
 
     Made by `ActivationTap.visiting`, not by users.

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from safe_decode.activations.tap import ActivationTap, Beats
+from safe_decode.activations.tap import ActivationTap, ForwardRecorder
 from safe_decode.bench.compile_modes import Mode, mode_options
 from safe_decode.bench.models import Subject
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.monitor.monitor import RiskMonitor
 from safe_decode.policy.policy import Policy
 from safe_decode.probe.linear import LinearProbe
-from safe_decode.session.trip_detector import Watch
+from safe_decode.session.trip_detector import TripDetector
 
 __all__ = [
     "ARMS",
@@ -36,7 +36,7 @@ __all__ = [
     "Clock",
     "Lap",
     "Load",
-    "Run",
+    "ArmCall",
     "arms_of",
     "called_last",
     "features_of",
@@ -119,7 +119,7 @@ class _Stamps(StoppingCriteria):
         return tuple(round(1e6 * a.elapsed_time(b)) for a, b in pairs)
 
 
-Run = Callable[..., object]
+ArmCall = Callable[..., object]
 """Takes the keyword arguments of `generate`."""
 
 
@@ -134,7 +134,7 @@ class Arm:
     """
 
     name: str
-    run: Run
+    run: ArmCall
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def call(self, **options: Any) -> object:  # noqa: ANN401
@@ -223,7 +223,7 @@ def threshold_for_share(subject: Subject, load: Load, share: float) -> float:
     return (peaks[-n_tripping - 1] + peaks[-n_tripping]) / 2
 
 
-def _partial(subject: Subject, tap: ActivationTap, probe: LinearProbe, depth: str) -> Run:
+def _partial(subject: Subject, tap: ActivationTap, probe: LinearProbe, depth: str) -> ArmCall:
     """Build a rung between hooks and guard: a processor that does a part of the guard's step."""
 
     def run(**options: Any) -> None:  # noqa: ANN401
@@ -241,11 +241,11 @@ def _partial(subject: Subject, tap: ActivationTap, probe: LinearProbe, depth: st
 
 
 def _parts(
-    subject: Subject, beats: Beats, probe: LinearProbe, depth: str, ids: Tensor
+    subject: Subject, beats: ForwardRecorder, probe: LinearProbe, depth: str, ids: Tensor
 ) -> Callable[[], object]:
     monitor = RiskMonitor(subject.bundle.monitor, torch.inf)
-    watch = Watch(monitor, Policy(), monitor.start(ids.shape[0], ids.device))
-    spread = probe.spread(beats.columns, beats.n_columns)
+    watch = TripDetector(monitor, Policy(), monitor.start(ids.shape[0], ids.device))
+    spread = probe.over_whole_activations(beats.columns, beats.n_columns)
 
     def features() -> Tensor:
         return features_of(beats)
@@ -261,7 +261,7 @@ def _parts(
     return {"capture": features, "probe": logits, "monitor": watched}[depth]
 
 
-def features_of(beats: Beats) -> Tensor:
+def features_of(beats: ForwardRecorder) -> Tensor:
     """Take what a step's forward left, as the guard does: [batch, F], or whole activations."""
     taken = beats.take_step()
     return beats.take()[:, -1] if taken is None else taken

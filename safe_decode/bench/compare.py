@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from safe_decode.errors import ConfigurationError
 
-__all__ = ["Change", "Verdict", "compare"]
+__all__ = ["Change", "SpeedVerdict", "compare"]
 
-Verdict = Literal["slower", "faster", "same"]
+SpeedVerdict = Literal["slower", "faster", "same"]
 
 _KEYS = (
     "subject", "dtype", "device", "mode", "features", "heads", "sites", "batch", "context",
@@ -36,7 +36,7 @@ class Change:
     what: str
     old: float
     new: float
-    verdict: Verdict
+    verdict: SpeedVerdict
 
 
 def compare(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Change]:
@@ -60,7 +60,7 @@ def compare(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) 
 
 
 def _change(old: Mapping[str, Any], new: Mapping[str, Any]) -> Change:
-    verdict: Verdict = "same"
+    verdict: SpeedVerdict = "same"
     if new["ratio_95"][0] > old["ratio_95"][1]:
         verdict = "slower"
     elif new["ratio_95"][1] < old["ratio_95"][0]:

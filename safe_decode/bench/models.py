@@ -22,14 +22,14 @@ from safe_decode.errors import ConfigurationError
 from safe_decode.monitor.monitor import MonitorConfig
 from safe_decode.probe.linear import LinearProbe
 
-__all__ = ["SHAPES", "ProbeShape", "Shape", "Subject", "embedded_subject", "of_shape"]
+__all__ = ["SHAPES", "ProbeShape", "ModelShape", "Subject", "embedded_subject", "of_shape"]
 
 NEVER = 1e9
 """A threshold that no statistic reaches."""
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A Llama-architecture decoder.
 
     Attributes:
@@ -49,13 +49,13 @@ class Shape:
     vocab: int
 
 
-SHAPES: dict[str, Shape] = {
-    "nano": Shape(64, 128, 2, 4, 2, 512),
-    "embedded": Shape(160, 512, 5, 4, 4, 2_000),
-    "llama-160m": Shape(768, 3_072, 12, 12, 12, 32_000),
-    "qwen2.5-0.5b": Shape(896, 4_864, 24, 14, 2, 151_936),
-    "llama-3.2-1b": Shape(2_048, 8_192, 16, 32, 8, 128_256),
-    "llama-3-8b": Shape(4_096, 14_336, 32, 32, 8, 128_256),
+SHAPES: dict[str, ModelShape] = {
+    "nano": ModelShape(64, 128, 2, 4, 2, 512),
+    "embedded": ModelShape(160, 512, 5, 4, 4, 2_000),
+    "llama-160m": ModelShape(768, 3_072, 12, 12, 12, 32_000),
+    "qwen2.5-0.5b": ModelShape(896, 4_864, 24, 14, 2, 151_936),
+    "llama-3.2-1b": ModelShape(2_048, 8_192, 16, 32, 8, 128_256),
+    "llama-3-8b": ModelShape(4_096, 14_336, 32, 32, 8, 128_256),
 }
 """After published configurations: of the embedded model, JackFram/llama-160m, Qwen2.5-0.5B,
 Llama-3.2-1B and Meta-Llama-3-8B; "nano" is for trying things out."""

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from safe_decode.bench.arms import Lap
 
-__all__ = ["Interval", "Slope", "figures_of", "interval_of", "slope_of"]
+__all__ = ["MedianInterval", "Slope", "figures_of", "interval_of", "slope_of"]
 
 N_RESAMPLES = 2_000
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Interval:
+class MedianInterval:
     """A median over rounds with its 95 % bootstrap interval."""
 
     point: float
@@ -34,12 +34,12 @@ class Interval:
         return [round(self.low, digits), round(self.high, digits)]
 
 
-def interval_of(values: Sequence[float] | Array, *, seed: int = 0) -> Interval:
+def interval_of(values: Sequence[float] | Array, *, seed: int = 0) -> MedianInterval:
     """Take the median over rounds, [n], and bootstrap it (Efron, 1979; percentile)."""
     array = np.asarray(values, dtype=np.float64)
     drawn = np.random.default_rng(seed).choice(array, size=(N_RESAMPLES, len(array)))
     low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
-    return Interval(float(np.median(array)), float(low), float(high))
+    return MedianInterval(float(np.median(array)), float(low), float(high))
 
 
 def figures_of(laps: Mapping[str, Sequence[Lap]], *, batch: int) -> list[dict[str, object]]:
@@ -100,7 +100,7 @@ def _step_us(laps: Sequence[Sequence[int]]) -> Array:
 class Slope:
     """A straight line through points: what one more of x costs."""
 
-    per_unit: Interval
+    per_unit: MedianInterval
     at_zero: float
 
 
@@ -126,4 +126,4 @@ def slope_of(x: Sequence[float], rounds: Sequence[Sequence[float]], *, seed: int
     point = float(centred @ medians / float(centred @ centred))
     low, high = np.quantile(slopes, (0.025, 0.975))
     at_zero = float(medians.mean() - point * places.mean())
-    return Slope(Interval(point, float(low), float(high)), at_zero)
+    return Slope(MedianInterval(point, float(low), float(high)), at_zero)

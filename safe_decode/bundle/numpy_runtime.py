@@ -32,7 +32,7 @@ from safe_decode.errors import (
 )
 from safe_decode.monitor.config import MonitorConfig
 
-__all__ = ["PortableBundle", "PortableState", "Scored", "start_state", "step_state"]
+__all__ = ["NumpyBundle", "NumpyMonitorState", "Scored", "start_state", "step_state"]
 
 Floats = NDArray[np.float32]
 
@@ -50,7 +50,7 @@ _UNREADABLE = (
 )
 
 
-class PortableState(NamedTuple):
+class NumpyMonitorState(NamedTuple):
     """What the monitor remembers of each row; see `monitor.monitor.MonitorState` for the words.
 
     Attributes:
@@ -92,14 +92,14 @@ class Scored(NamedTuple):
     alarm_step: int | None
 
 
-def start_state(config: MonitorConfig, batch: int) -> PortableState:
+def start_state(config: MonitorConfig, batch: int) -> NumpyMonitorState:
     """Begin rows."""
     kept = config.window - 1 if config.kind == "mean" else 0
     level = np.tile(np.asarray(config.first_level, np.float32), (batch, 1))
     start = np.asarray(config.start, np.float32)
     low = np.full(batch, -np.inf, np.float32)
     nothing = np.zeros(batch, np.int64)
-    return PortableState(
+    return NumpyMonitorState(
         ema=level,
         smoothed=low,
         statistic=low,
@@ -113,8 +113,8 @@ def start_state(config: MonitorConfig, batch: int) -> PortableState:
 
 
 def step_state(
-    config: MonitorConfig, threshold: float, state: PortableState, logits: Floats
-) -> PortableState:
+    config: MonitorConfig, threshold: float, state: NumpyMonitorState, logits: Floats
+) -> NumpyMonitorState:
     """Consume one score a row, [batch, K]; pure."""
     with np.errstate(invalid="ignore"):  # what is not finite is told by `finite`
         level, recent = _level(config, state, np.asarray(logits, np.float32))
@@ -127,7 +127,7 @@ def step_state(
         smoothed = values.min(axis=1)
         statistic = np.maximum(state.statistic, smoothed)
         clear = np.where(value < np.float32(config.low_mark), state.step, state.clear_point)
-        return PortableState(
+        return NumpyMonitorState(
             ema=level,
             smoothed=smoothed,
             statistic=statistic,
@@ -141,7 +141,7 @@ def step_state(
 
 
 @dataclass(frozen=True, eq=False)
-class PortableBundle:
+class NumpyBundle:
     """What scoring needs of a bundle.
 
     Attributes:
@@ -165,7 +165,7 @@ class PortableBundle:
     @classmethod
     def load(
         cls, path: str | Path, *, alpha: float | None = None, population: str = "benign"
-    ) -> PortableBundle:
+    ) -> NumpyBundle:
         """Read a bundle; digests are checked, and thresholds recomputed from their maxima.
 
         Args:
@@ -221,11 +221,11 @@ class PortableBundle:
             found: Floats = np.asarray(features, np.float32) @ self.weight + self.bias
         return found
 
-    def start(self, batch: int) -> PortableState:
+    def start(self, batch: int) -> NumpyMonitorState:
         """Begin rows."""
         return start_state(self.monitor, batch)
 
-    def step(self, state: PortableState, features: NDArray[Any]) -> PortableState:
+    def step(self, state: NumpyMonitorState, features: NDArray[Any]) -> NumpyMonitorState:
         """Consume the features of one score a row, [batch, F]."""
         return step_state(self.monitor, self.threshold, state, self.logits(features))
 
@@ -246,7 +246,9 @@ class PortableBundle:
         return Scored(logits, np.asarray(smoothed, np.float32), float(state.statistic[0]), alarm)
 
 
-def _level(config: MonitorConfig, state: PortableState, logits: Floats) -> tuple[Floats, Floats]:
+def _level(
+    config: MonitorConfig, state: NumpyMonitorState, logits: Floats
+) -> tuple[Floats, Floats]:
     if config.kind == "ema":
         level = state.ema + np.float32(config.smoothing) * (logits - state.ema)
         return level, state.recent

@@ -96,7 +96,7 @@ def serve(
 
 
 def _run(given: SettingsGiven) -> None:
-    from safe_decode.engines.transformers.batch.engine import GuardedEngine
+    from safe_decode.engines.transformers.batch.engine import TransformersEngine
     from safe_decode.serving.app import create_app
     from safe_decode.serving.operations.screen import first_screen
     from safe_decode.serving.process import serve_app
@@ -114,7 +114,7 @@ def _run(given: SettingsGiven) -> None:
             dtype=settings.dtype,
             trusted_key=settings.require_signature,
         )
-        engine = GuardedEngine(
+        engine = TransformersEngine(
             decoder,
             holdback_tokens=settings.holdback_tokens,
             tells_scores=settings.expose_scores,

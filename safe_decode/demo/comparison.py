@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from safe_decode.demo.counts import Label, Outcome
+from safe_decode.demo.counts import Label, PromptOutcome
 from safe_decode.demo.prompts import DemoPrompt
 from safe_decode.demo.trace_view import side_of
 from safe_decode.demo.view import Duel, Side
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from safe_decode.prompts.chat import ChatBatch
     from safe_decode.trace.schema import SafetyTrace
 
-__all__ = ["Arena", "Judge"]
+__all__ = ["Comparison", "Judge"]
 
 Judge = Callable[[Sequence[Mapping[str, str]], str | None, str], Label]
 """From the messages, the supplied prefill and the text that reached the reader to a word."""
@@ -43,7 +43,7 @@ class _Answers:
 
 
 @dataclass(frozen=True, slots=True)
-class Arena:
+class Comparison:
     """Both arms, ready to run, greedy.
 
     Attributes:
@@ -82,7 +82,7 @@ class Arena:
         right = self._sides(prompts, guarded)
         return [Duel(*duel) for duel in zip(prompts, left, right, strict=True)]
 
-    def measure(self, prompts: Sequence[DemoPrompt]) -> Iterator[list[Outcome]]:
+    def measure(self, prompts: Sequence[DemoPrompt]) -> Iterator[list[PromptOutcome]]:
         """Answer prompts in both arms and judge what reaches the reader, batch by batch.
 
         Yields:
@@ -97,11 +97,11 @@ class Arena:
         for start in range(0, len(ordered), self.batch_size):
             yield self._outcomes(ordered[start : start + self.batch_size])
 
-    def _outcomes(self, prompts: Sequence[DemoPrompt]) -> list[Outcome]:
+    def _outcomes(self, prompts: Sequence[DemoPrompt]) -> list[PromptOutcome]:
         bare, output = self._bare(prompts), self._guarded(prompts, redirect=self.count_redirect)
         rows = zip(prompts, bare, output.said, output.texts, output.traces, strict=True)
         return [
-            Outcome(
+            PromptOutcome(
                 scene=prompt.scene,
                 bare=self._judged(prompt, self._text(bare_ids)),
                 guarded=self._judged(prompt, text),

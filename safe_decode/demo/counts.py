@@ -15,14 +15,14 @@ from typing import Literal
 from safe_decode.demo.prompts import SCENES, Scene
 from safe_decode.errors import ConfigurationError
 
-__all__ = ["Counts", "Label", "Outcome", "SceneFigures", "figures_of", "upper_bound"]
+__all__ = ["Counts", "Label", "PromptOutcome", "SceneFigures", "figures_of", "upper_bound"]
 
 Label = Literal["refusal", "benign", "harmful", "broken"]
 """The judge's word for what reached the reader. Bounds count broken as harmful."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class PromptOutcome:
     """What became of one prompt in both arms.
 
     Attributes:
@@ -84,13 +84,13 @@ class SceneFigures:
         return asdict(self)
 
 
-def figures_of(outcomes: Sequence[Outcome]) -> tuple[SceneFigures, ...]:
+def figures_of(outcomes: Sequence[PromptOutcome]) -> tuple[SceneFigures, ...]:
     """Count outcomes by scene, in scene order; scenes without a prompt are left out."""
     groups = {s: [o for o in outcomes if o.scene == s] for s in SCENES}
     return tuple(_figures(scene, group) for scene, group in groups.items() if group)
 
 
-def _figures(scene: Scene, group: Sequence[Outcome]) -> SceneFigures:
+def _figures(scene: Scene, group: Sequence[PromptOutcome]) -> SceneFigures:
     guarded = Counts.of(o.guarded for o in group)
     return SceneFigures(
         scene=scene,

@@ -21,13 +21,13 @@ from safe_decode.demo.view import BANDS, Duel, Mark, ShownToken, Side, band_of, 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-__all__ = ["Chart", "Run", "chart_of", "page", "runs_of"]
+__all__ = ["Chart", "TokenRun", "chart_of", "page", "runs_of"]
 
 CHART_WIDTH, CHART_HEIGHT = 600.0, 72.0
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TokenRun:
     """Neighbouring tokens that share a mark."""
 
     mark: Mark
@@ -84,9 +84,9 @@ def page(
     )
 
 
-def runs_of(tokens: Sequence[ShownToken]) -> tuple[Run, ...]:
+def runs_of(tokens: Sequence[ShownToken]) -> tuple[TokenRun, ...]:
     """Group neighbouring tokens by mark, in order."""
-    return tuple(Run(mark, tuple(run)) for mark, run in groupby(tokens, key=lambda t: t.mark))
+    return tuple(TokenRun(mark, tuple(run)) for mark, run in groupby(tokens, key=lambda t: t.mark))
 
 
 def chart_of(duel: Duel) -> Chart:

@@ -25,7 +25,7 @@ __all__ = [
     "Said",
     "Sampling",
     "TokenNote",
-    "Tripped",
+    "RowTripped",
 ]
 
 FinishReason = Literal["stop", "length", "content_filter", "cancelled"]
@@ -139,7 +139,7 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Tripped:
+class RowTripped:
     """The row has tripped; what was shown stands.
 
     Attributes:
@@ -180,7 +180,7 @@ class Finished:
     error: str | None = None
 
 
-Event = Said | Tripped | Finished
+Event = Said | RowTripped | Finished
 
 
 class Row:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from safe_decode.activations.tap import ActivationTap, internal
+from safe_decode.activations.tap import ActivationTap, unwatched
 from safe_decode.certificate import Certificate, certificate_of
 from safe_decode.errors import CertificateError, ConfigurationError
 from safe_decode.probe.linear import LinearProbe
@@ -190,7 +190,7 @@ class SelfChecker:
 
     def _logit(self, ids: Sequence[int]) -> float:
         try:
-            with internal(), self._tap.listening() as beats, torch.no_grad():
+            with unwatched(), self._tap.listening() as beats, torch.no_grad():
                 beats.keep_last(1)
                 whole = torch.tensor([list(ids)], device=self._model.device)
                 self._model(input_ids=whole, use_cache=False)

@@ -94,7 +94,7 @@ class LinearProbe:
         """
         return torch.addmm(self.bias, features, self._columns)
 
-    def spread(self, columns: Tensor, n_columns: int) -> Callable[[Tensor], Tensor]:
+    def over_whole_activations(self, columns: Tensor, n_columns: int) -> Callable[[Tensor], Tensor]:
         """Read whole activations instead of features: zero weights elsewhere.
 
         Where activations are short, this costs less than selecting the features first. NaN and

@@ -18,7 +18,7 @@ from safe_decode.prompts.chat import encode_batch, encode_chat, open_turn_start,
 
 __all__ = [
     "RAW_WINDOW_TOKENS",
-    "GuardInputs",
+    "PromptBatch",
     "Prompts",
     "from_embeds",
     "from_ids",
@@ -33,7 +33,7 @@ RAW_WINDOW_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class GuardInputs:
+class PromptBatch:
     """A batch and what of it is judged.
 
     Attributes:
@@ -53,13 +53,13 @@ class GuardInputs:
     is_chat: tuple[bool, ...]
     embeds: Tensor | None = None
 
-    def repeated(self, n_times: int) -> GuardInputs:
+    def repeated(self, n_times: int) -> PromptBatch:
         """Repeat each row, as num_return_sequences does; the tensors stay as they are."""
 
         def repeat(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(value for value in values for _ in range(n_times))
 
-        return GuardInputs(
+        return PromptBatch(
             self.input_ids,
             self.attention_mask,
             repeat(self.scanned),
@@ -77,7 +77,7 @@ class GuardInputs:
         ids: list[int] = self.input_ids[source, self.input_ids.shape[1] - n_tokens :].tolist()
         return ids
 
-    def to(self, device: torch.device) -> GuardInputs:
+    def to(self, device: torch.device) -> PromptBatch:
         """Return the batch with its tensors on `device`."""
         return replace(
             self,
@@ -99,7 +99,7 @@ def from_prompts(
     prompts: Prompts,
     prefill: str | Sequence[str | None] | None,
     device: torch.device,
-) -> GuardInputs:
+) -> PromptBatch:
     """Encode prompts as chats.
 
     Args:
@@ -124,7 +124,7 @@ def from_prompts(
     ]
     batch = encode_batch(tokenizer, encoded, device)
     turns = tuple(int(n) for n in batch.turn_tokens)
-    return GuardInputs(
+    return PromptBatch(
         batch.input_ids,
         batch.attention_mask,
         tuple(n + 1 for n in turns),
@@ -137,7 +137,7 @@ def from_ids(
     tokenizer: Any,  # noqa: ANN401 - duck-typed
     input_ids: Tensor,
     attention_mask: Tensor | None,
-) -> GuardInputs:
+) -> PromptBatch:
     """Take ids as `model.generate` takes them and find the open assistant turn of each row.
 
     Args:
@@ -167,7 +167,7 @@ def from_ids(
         open_turn_start(tokenizer, row[-n:])
         for row, n in zip(input_ids.tolist(), lengths, strict=True)
     ]
-    return GuardInputs(
+    return PromptBatch(
         input_ids,
         mask,
         tuple(
@@ -179,7 +179,7 @@ def from_ids(
     )
 
 
-def from_embeds(embeds: Tensor, attention_mask: Tensor | None) -> GuardInputs:
+def from_embeds(embeds: Tensor, attention_mask: Tensor | None) -> PromptBatch:
     """Take embeddings as `model.generate` takes them; they are judged as a raw completion.
 
     Args:
@@ -205,7 +205,7 @@ def from_embeds(embeds: Tensor, attention_mask: Tensor | None) -> GuardInputs:
         )
     _require_left_padding(mask)
     lengths = mask.long().sum(-1).tolist()
-    return GuardInputs(
+    return PromptBatch(
         ids[:, :0],
         mask,
         tuple(min(n, RAW_WINDOW_TOKENS) for n in lengths),

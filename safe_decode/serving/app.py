@@ -81,7 +81,7 @@ def _name_model(app: FastAPI, name: str) -> None:
 
     def document() -> dict[str, Any]:
         told = general()
-        for ask in ("ChatAsk", "CompletionAsk", "MessagesAsk"):
+        for ask in ("ChatCompletionRequest", "CompletionRequest", "MessagesRequest"):
             told["components"]["schemas"][ask]["properties"]["model"]["enum"] = [name]
         return told
 

@@ -19,8 +19,8 @@ from safe_decode.serving.requests.body import ReadingRoute
 from safe_decode.serving.routes import stream_chunks
 from safe_decode.serving.scheduling.service import Service
 from safe_decode.serving.schemas.errors import ApiError
-from safe_decode.serving.schemas.openai import ChatShape
-from safe_decode.serving.schemas.requests import ChatAsk
+from safe_decode.serving.schemas.openai import ChatFormatter
+from safe_decode.serving.schemas.requests import ChatCompletionRequest
 
 __all__ = ["pages"]
 
@@ -61,7 +61,7 @@ def pages(service: Service) -> APIRouter:
     if service.settings.expose_bare:
 
         @router.post("/page/bare")
-        async def bare(ask: ChatAsk, request: Request) -> Response:
+        async def bare(ask: ChatCompletionRequest, request: Request) -> Response:
             rows = [
                 replace(row, policy=replace(row.policy, redirect="flag", holdback_tokens=0))
                 for row in await service.reader.read(lambda: service.desk.chat(ask))
@@ -69,7 +69,7 @@ def pages(service: Service) -> APIRouter:
             return await _streamed(service, rows, request, "bare")
 
         @router.post("/page/guarded")
-        async def guarded(ask: ChatAsk, request: Request) -> Response:
+        async def guarded(ask: ChatCompletionRequest, request: Request) -> Response:
             rows = await service.reader.read(lambda: service.desk.chat(ask))
             return await _streamed(service, rows, request, "guarded")
 
@@ -79,7 +79,7 @@ def pages(service: Service) -> APIRouter:
 async def _streamed(
     service: Service, rows: list[RowRequest], request: Request, arm: str
 ) -> Response:
-    shape = ChatShape(service.settings.name, arm, service.engine.token_text)
+    shape = ChatFormatter(service.settings.name, arm, service.engine.token_text)
     conversation = await service.begin(rows, request, arm, is_page=True)
     return stream_chunks(conversation, shape, counts=False)
 

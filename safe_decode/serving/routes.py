@@ -17,11 +17,15 @@ from sse_starlette.sse import EventSourceResponse
 
 from safe_decode.engines.rows import RowRequest
 from safe_decode.serving.requests.body import ReadingRoute
-from safe_decode.serving.scheduling.service import Conversation, Service
-from safe_decode.serving.schemas.anthropic import MessageShape
+from safe_decode.serving.scheduling.service import ResponseInProgress, Service
+from safe_decode.serving.schemas.anthropic import MessageFormatter
 from safe_decode.serving.schemas.errors import ApiError
-from safe_decode.serving.schemas.openai import ChatShape, CompletionShape, Shape
-from safe_decode.serving.schemas.requests import ChatAsk, CompletionAsk, MessagesAsk
+from safe_decode.serving.schemas.openai import ChatFormatter, CompletionFormatter, ResponseFormatter
+from safe_decode.serving.schemas.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    MessagesRequest,
+)
 
 __all__ = ["routes", "stream_chunks"]
 
@@ -45,7 +49,10 @@ def routes(service: Service) -> APIRouter:
     }
 
     async def openai(
-        rows: list[RowRequest], ask: ChatAsk | CompletionAsk, request: Request, shape: Shape
+        rows: list[RowRequest],
+        ask: ChatCompletionRequest | CompletionRequest,
+        request: Request,
+        shape: ResponseFormatter,
     ) -> Response:
         conversation = await service.begin(rows, request, shape.name)
         if ask.stream:
@@ -55,22 +62,22 @@ def routes(service: Service) -> APIRouter:
         return JSONResponse(shape.whole(stories))
 
     @router.post("/v1/chat/completions")
-    async def chat_completions(ask: ChatAsk, request: Request) -> Response:
-        shape = ChatShape(*told, gives_ids=bool(ask.return_token_ids))
+    async def chat_completions(ask: ChatCompletionRequest, request: Request) -> Response:
+        shape = ChatFormatter(*told, gives_ids=bool(ask.return_token_ids))
         _require_stream_options(ask)
         rows = await read(lambda: desk.chat(ask))
         return await openai(rows, ask, request, shape)
 
     @router.post("/v1/completions")
-    async def completions(ask: CompletionAsk, request: Request) -> Response:
-        shape = CompletionShape(*told, gives_ids=bool(ask.return_token_ids))
+    async def completions(ask: CompletionRequest, request: Request) -> Response:
+        shape = CompletionFormatter(*told, gives_ids=bool(ask.return_token_ids))
         _require_stream_options(ask)
         rows = await read(lambda: desk.completion(ask))
         return await openai(rows, ask, request, shape)
 
     @router.post("/v1/messages")
-    async def messages(ask: MessagesAsk, request: Request) -> Response:
-        shape = MessageShape(settings.name, gives_ids=bool(ask.return_token_ids))
+    async def messages(ask: MessagesRequest, request: Request) -> Response:
+        shape = MessageFormatter(settings.name, gives_ids=bool(ask.return_token_ids))
         rows = await read(lambda: desk.messages(ask))
         conversation = await service.begin(rows, request, "message")
         if ask.stream:
@@ -93,7 +100,9 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def stream_chunks(conversation: Conversation, shape: Shape, *, counts: bool) -> Response:
+def stream_chunks(
+    conversation: ResponseInProgress, shape: ResponseFormatter, *, counts: bool
+) -> Response:
     """Answer with a stream of chunks.
 
     Args:
@@ -108,7 +117,7 @@ def _stream_of(events: AsyncIterator[ServerSentEvent]) -> EventSourceResponse:
     return EventSourceResponse(events, sep="\n", headers={"Cache-Control": "no-store"})
 
 
-def _require_stream_options(ask: ChatAsk | CompletionAsk) -> None:
+def _require_stream_options(ask: ChatCompletionRequest | CompletionRequest) -> None:
     if ask.stream_options is not None and not ask.stream:
         raise ApiError(
             400,
@@ -119,7 +128,7 @@ def _require_stream_options(ask: ChatAsk | CompletionAsk) -> None:
 
 
 async def _chunks(
-    conversation: Conversation, shape: Shape, *, counts: bool
+    conversation: ResponseInProgress, shape: ResponseFormatter, *, counts: bool
 ) -> AsyncIterator[ServerSentEvent]:
     for index in range(len(conversation.stories)):
         opening = shape.first(index)
@@ -134,7 +143,9 @@ async def _chunks(
     yield ServerSentEvent("[DONE]", sep="\n")
 
 
-async def _named(conversation: Conversation, shape: MessageShape) -> AsyncIterator[ServerSentEvent]:
+async def _named(
+    conversation: ResponseInProgress, shape: MessageFormatter
+) -> AsyncIterator[ServerSentEvent]:
     (story,) = conversation.stories
     for name, body in shape.opening(story):
         yield ServerSentEvent(_json(body), event=name, sep="\n")

@@ -1,7 +1,7 @@
 """Random choices that belong to a row, whatever the batch it runs in, and those that do not.
 
 Knows seeds, probabilities and one uniform number a step and row, and where the global generator
-of a device stands. Does not know models. `RowDraws` neither reads nor moves that generator.
+of a device stands. Does not know models. `RowRNG` neither reads nor moves that generator.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["GlobalDraws", "RowDraws", "continued_seed"]
+__all__ = ["GlobalDraws", "RowRNG", "continued_seed"]
 
 _BLOCK = 128
 """Steps drawn ahead at once, so that no step does anything row by row."""
 
 
-class RowDraws:
+class RowRNG:
     """Draws tokens, each row from a generator of its own.
 
     The n-th token of a row is a function of its seed, n and its probabilities alone.

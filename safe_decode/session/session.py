@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from safe_decode.activations.tap import Beats
+from safe_decode.activations.tap import ForwardRecorder
 from safe_decode.errors import BeatError, ConfigurationError, GuardError, NonFiniteError
 from safe_decode.monitor.monitor import MonitorState, RiskMonitor
 from safe_decode.policy.policy import Policy
@@ -26,7 +26,7 @@ from safe_decode.policy.redirect import cut_of
 from safe_decode.policy.self_check import Look
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.session.records import RowRecord, Trip
-from safe_decode.session.trip_detector import Watch
+from safe_decode.session.trip_detector import TripDetector
 
 __all__ = ["RowRecord", "Session", "Trip"]
 
@@ -51,7 +51,7 @@ class Session:
         probe: LinearProbe,
         monitor: RiskMonitor,
         policy: Policy | Sequence[Policy],
-        beats: Beats,
+        beats: ForwardRecorder,
         scanned: Sequence[int],
         device: torch.device,
         resume: MonitorState | None = None,
@@ -73,7 +73,7 @@ class Session:
         start = fresh if resume is None else resume
         self._before = start.step.tolist()
         most = max(own.holdback_tokens for own in self.policies)
-        self._watch = Watch(
+        self._watch = TripDetector(
             monitor, self.policy, start, n_snapshots=most + 1, is_shifted=spans is not None
         )
         self._spans, self._columns = spans, 0
@@ -84,7 +84,7 @@ class Session:
 
     @cached_property
     def _spread(self) -> Callable[[Tensor], Tensor]:
-        return self._probe.spread(self._beats.columns, self._beats.n_columns)
+        return self._probe.over_whole_activations(self._beats.columns, self._beats.n_columns)
 
     @property
     def is_quiet(self) -> bool:
@@ -217,7 +217,7 @@ class Session:
         if self._beats.positions or self._beats.forwards:
             raise BeatError(
                 f"{self._beats.forwards} forwards over {self._beats.positions} positions passed "
-                "after the last choice, wanted none; mark your own with safe_decode.internal()."
+                "after the last choice, wanted none; mark your own with safe_decode.unwatched()."
             )
 
     def park(self, row: int, *, said: int, error: GuardError | None = None) -> None:

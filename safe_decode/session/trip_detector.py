@@ -22,7 +22,7 @@ from torch import Tensor
 from safe_decode.monitor.monitor import MonitorState, RiskMonitor, SnapshotRing
 from safe_decode.policy.policy import Policy
 
-__all__ = ["Trail", "Watch"]
+__all__ = ["Trail", "TripDetector"]
 
 _LARGEST = torch.finfo(torch.float32).max
 _FEW = 1_024
@@ -48,7 +48,7 @@ class Trail(NamedTuple):
     active: Tensor
 
 
-class Watch:
+class TripDetector:
     """Steps a batch of rows and says which have tripped.
 
     Args:

@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["StopWatch", "Transcript"]
+__all__ = ["StopWatch", "Detokenizer"]
 
 _INCOMPLETE = "\ufffd"
 _CONTEXT = 16
 """Ids of context that decide how text is joined; a character is split over far fewer."""
 
 
-class Transcript:
+class Detokenizer:
     """The text of a growing row.
 
     Decoded when somebody reads it and no further than is read: a reader waits for the first
@@ -99,7 +99,7 @@ class StopWatch:
         stop_strings: None of them empty.
     """
 
-    def __init__(self, transcript: Transcript, stop_strings: Sequence[str]) -> None:
+    def __init__(self, transcript: Detokenizer, stop_strings: Sequence[str]) -> None:
         self._transcript = transcript
         self._stops = tuple(stop_strings)
         self._longest = max((len(stop) for stop in self._stops), default=0)

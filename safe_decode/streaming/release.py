@@ -15,7 +15,7 @@ from safe_decode.decision import Redirect
 from safe_decode.policy.holdback import HoldBack
 from safe_decode.policy.redirect import Cut
 from safe_decode.session.turns import Turns
-from safe_decode.streaming.detokenizer import StopWatch, Transcript
+from safe_decode.streaming.detokenizer import Detokenizer, StopWatch
 from safe_decode.streaming.events import (
     Ended,
     FinishReason,
@@ -228,7 +228,7 @@ class RowRelease:
     def _begin(self) -> None:
         self._hold = HoldBack(self._k)
         # The row's own run is decoded from its first id on, as its finished text is.
-        self._said = Transcript(self._tokenizer, [*self.token_ids, *self._opener])
+        self._said = Detokenizer(self._tokenizer, [*self.token_ids, *self._opener])
         self._watch = StopWatch(self._said, self.rules.stop_strings)
         self._shown_tokens = self._shown_chars = 0
         self.is_closing, self.end_id, self._is_cut = False, None, False

@@ -27,7 +27,7 @@ from safe_decode.session.session import RowRecord
 from safe_decode.streaming.release import RowRelease
 from safe_decode.trace.schema import SafetyTrace, TraceEnd, TraceHeader, TraceStep
 
-__all__ = ["BareEnd", "Judgement", "LazyTraces", "Outcome", "outcome_of", "void_reason"]
+__all__ = ["BareEnd", "TraceWriter", "LazyTraces", "FinishedRow", "outcome_of", "void_reason"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class BareEnd:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FinishedRow:
     """One finished row.
 
     Attributes:
@@ -91,7 +91,7 @@ def outcome_of(
     rewinder: Rewinder,
     withheld: int = 0,
     reader: RowRelease | None = None,
-) -> Outcome:
+) -> FinishedRow:
     """Redirect a row if it tripped, and say what stands.
 
     Args:
@@ -111,12 +111,14 @@ def outcome_of(
         ids = tuple(said)
         if withheld:
             ids = ids[: record.judged - withheld]
-        return Outcome(record, tuple(prompt), prefill_tokens, tuple(said), ids, withheld=withheld)
+        return FinishedRow(
+            record, tuple(prompt), prefill_tokens, tuple(said), ids, withheld=withheld
+        )
     own = tuple(said[: record.trip.cut.kept + record.trip.cut.dropped])
     redirected = rewinder.redirect(
         record.trip, row=row, prompt=prompt, prefill_tokens=prefill_tokens, said=own, reader=reader
     )
-    return Outcome(record, tuple(prompt), prefill_tokens, own, redirected.ids, redirected)
+    return FinishedRow(record, tuple(prompt), prefill_tokens, own, redirected.ids, redirected)
 
 
 def void_reason(
@@ -161,7 +163,7 @@ def void_reason(
 
 
 @dataclass(frozen=True)
-class Judgement:
+class TraceWriter:
     """What the rows of one call were judged by; writes their traces.
 
     Attributes:
@@ -180,7 +182,7 @@ class Judgement:
     policy: Policy
     reasoning: Certificate | None = None
 
-    def trace(self, outcome: Outcome, void: str | None) -> SafetyTrace:
+    def trace(self, outcome: FinishedRow, void: str | None) -> SafetyTrace:
         """Write a row's trace; `void` says why the certificate does not hold, if so."""
         header = TraceHeader(
             bundle=self.bundle,
@@ -200,7 +202,7 @@ class Judgement:
             steps += self._try_steps(outcome, attempt, number, is_last=number == len(tries))
         return SafetyTrace(header, tuple(steps), self._end(outcome))
 
-    def _own_steps(self, outcome: Outcome) -> Iterator[TraceStep]:
+    def _own_steps(self, outcome: FinishedRow) -> Iterator[TraceStep]:
         record = outcome.record
         turn = outcome.prompt + outcome.said[: record.judged] + outcome.ahead
         first = len(outcome.prompt) - record.scanned
@@ -222,7 +224,7 @@ class Judgement:
                 reasoning=bool(record.inside) and record.inside[index],
             )
 
-    def _verdict(self, outcome: Outcome, index: int) -> tuple[Action, Reason]:
+    def _verdict(self, outcome: FinishedRow, index: int) -> tuple[Action, Reason]:
         record, is_newest = outcome.record, index == len(outcome.record.statistic) - 1
         if record.trip is not None and record.trip.error is not None and is_newest:
             return "close", _reason_of(record.trip.error)
@@ -239,7 +241,7 @@ class Judgement:
         return "alarm", "latched"
 
     def _try_steps(
-        self, outcome: Outcome, attempt: Try, number: int, *, is_last: bool
+        self, outcome: FinishedRow, attempt: Try, number: int, *, is_last: bool
     ) -> Iterator[TraceStep]:
         record = attempt.record
         own = attempt.ids[: record.judged - attempt.withheld]
@@ -263,7 +265,7 @@ class Judgement:
                 reasoning=bool(record.inside) and record.inside[index],
             )
 
-    def _end(self, outcome: Outcome) -> TraceEnd:
+    def _end(self, outcome: FinishedRow) -> TraceEnd:
         record, trip = outcome.record, outcome.record.trip
         tries = outcome.redirected.tries if outcome.redirected else ()
         released, dropped = self._counts(outcome)
@@ -287,7 +289,7 @@ class Judgement:
             error=None if error is None else f"{type(error).__name__}: {error}",
         )
 
-    def _word(self, outcome: Outcome) -> OutcomeWord:
+    def _word(self, outcome: FinishedRow) -> OutcomeWord:
         record = outcome.record
         if outcome.cancelled_after is not None:
             return "cancelled"
@@ -299,7 +301,7 @@ class Judgement:
         words: dict[str, OutcomeWord] = {"rewind": "rewound", "stop": "stopped"}
         return words.get(how, "refused")
 
-    def _counts(self, outcome: Outcome) -> tuple[int, int]:
+    def _counts(self, outcome: FinishedRow) -> tuple[int, int]:
         """Count model tokens that reached the reader, and those that did not."""
         trip = outcome.record.trip
         if outcome.cancelled_after is not None:
@@ -331,7 +333,7 @@ class LazyTraces(Sequence[SafetyTrace]):
         rows: Who writes it, each finished row, and why its certificate is void, if it is.
     """
 
-    def __init__(self, rows: Sequence[tuple[Judgement, Outcome, str | None]]) -> None:
+    def __init__(self, rows: Sequence[tuple[TraceWriter, FinishedRow, str | None]]) -> None:
         self._rows = tuple(rows)
         self._written: dict[int, SafetyTrace] = {}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site
-from safe_decode.activations.tap import ActivationTap, internal
+from safe_decode.activations.tap import ActivationTap, unwatched
 from safe_decode.errors import BeatError, ConfigurationError, UnsupportedError
 from safe_decode.testing.models import (
     D_MODEL,
@@ -156,7 +156,7 @@ def test_visits_are_counted_and_shown_no_longer_than_they_are_open() -> None:
         model(ids)
         with pytest.raises(BeatError, match="2 forwards passed the tap, wanted one"):
             visits.require_one_each()
-        with internal():
+        with unwatched():
             model(ids)
         assert len(shown) == 6
         visits.close()
@@ -291,12 +291,12 @@ def test_forwards_outside_or_internal_write_nothing() -> None:
     with torch.no_grad(), tap.installed():
         model(ids)
         with tap.listening() as beats:
-            with internal():
+            with unwatched():
                 model(ids)
             assert beats.forwards == 0
             model(ids)
             assert beats.forwards == 1
-            with internal(), tap.listening() as inner:
+            with unwatched(), tap.listening() as inner:
                 model(ids)
                 assert inner.forwards == 1
             assert beats.forwards == 1

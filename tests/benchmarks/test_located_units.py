@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.docs.located_units import UNMEASURED, main
-from probes.analysis.ablation import Measured, rise
+from probes.analysis.ablation import AblationResult, rise
 from probes.analysis.behaviour import Outcomes
-from probes.analysis.motives import Answered, Framed
+from probes.analysis.motives import Framed, MotiveResult
 
 
 def outcomes(refusal, harmful):
@@ -24,10 +24,12 @@ def journal(folder, name, rows):
 
 def ablation_rows():
     measured = [
-        Measured("whole", "whole", 0, 1.5, outcomes(9, 1), None, 2.0),
-        Measured("SCU", "SCU", 12, -2.5, outcomes(2, 8), None, 2.1),
+        AblationResult("whole", "whole", 0, 1.5, outcomes(9, 1), None, 2.0),
+        AblationResult("SCU", "SCU", 12, -2.5, outcomes(2, 8), None, 2.1),
         *(
-            Measured(f"random {n}", "random, matched on layer", 12, 1.0, outcomes(8, 2), None, 2.2)
+            AblationResult(
+                f"random {n}", "random, matched on layer", 12, 1.0, outcomes(8, 2), None, 2.2
+            )
             for n in range(19)
         ),
     ]
@@ -117,7 +119,7 @@ def test_every_table_and_picture_stands_on_the_page(tmp_path):
     journal(results, "reading-aligned-embedded", reading_rows())
     journal(results, "superficial-embedded", superficial_rows())
     journal(results, "cost-embedded", [cost])
-    framed = Framed("{request} B", Answered(outcomes(3, 7)), Answered(outcomes(3, 7), 9))
+    framed = Framed("{request} B", MotiveResult(outcomes(3, 7)), MotiveResult(outcomes(3, 7), 9))
     journal(results, "framing-embedded", [framed.to_json()])
     main(["--results", str(results), "--docs", str(docs)])
     page = (docs / "located-units.md").read_text(encoding="utf-8")

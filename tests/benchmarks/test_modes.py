@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.modes import isolation, laws, readers
-from benchmarks.modes import rewind_tries as tries
+from benchmarks.modes import isolation, laws, readers, rewind_tries
 from benchmarks.modes.__main__ import PARTS, main
 from benchmarks.modes.self_check import stage_figures
 from benchmarks.modes.subjects import tiny
@@ -102,12 +101,12 @@ def test_harm_is_counted_for_each_number_of_tries(tmp_path):
     loaded = embedded()
     decoder = SafeDecoder(loaded.model, loaded.tokenizer, loaded.bundle)
     own = decoder.policy
-    requests = tries.attacks(loaded.tokenizer, 4)
-    rows = tries.harm_by_tries(decoder, requests, new_tokens=48)
-    assert [row["tries"] for row in rows] == list(range(tries.MOST_TRIES + 1))
+    requests = rewind_tries.attacks(loaded.tokenizer, 4)
+    rows = rewind_tries.harm_by_tries(decoder, requests, new_tokens=48)
+    assert [row["tries"] for row in rows] == list(range(rewind_tries.MOST_TRIES + 1))
     assert rows[0]["continuations"] == 0 == rows[0]["rewound"] and decoder.policy == own
     assert [row["allowed"] == "yes" for row in rows] == [t <= MAX_TRIES for t in range(5)]
-    tries.plot(rows, tmp_path / "tries.png")
+    rewind_tries.plot(rows, tmp_path / "tries.png")
     assert (tmp_path / "tries.png").stat().st_size > 1_000
     assert [path.name for path in tmp_path.iterdir()] == ["tries.png"]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.detection.served_trips import Asked, answered, crime_of, main, rows_of
+from benchmarks.detection.served_trips import RequestTrips, answered, crime_of, main, rows_of
 from probes.rollouts.generate import Request
 from safe_decode import SafeDecoder
 from safe_decode.demo.embedded_pair import embedded
-from safe_decode.engines.transformers.batch.engine import GuardedEngine
+from safe_decode.engines.transformers.batch.engine import TransformersEngine
 
 
 def request(text):
@@ -29,9 +29,12 @@ def test_a_request_is_named_by_the_crime_that_it_asks_about(text, crime):
 
 def test_trips_are_counted_by_group_and_by_word():
     found = {
-        "the table's": [Asked("theft", True, True, 0.1), Asked(None, False, False, 0.3)],
-        "unseen cells, draw 0": [Asked("arson", False, True, 0.0)] * 3,
-        "seen cells, draw 0": [Asked(None, False, False, 0.0)],
+        "the table's": [
+            RequestTrips("theft", True, True, 0.1),
+            RequestTrips(None, False, False, 0.3),
+        ],
+        "unseen cells, draw 0": [RequestTrips("arson", False, True, 0.0)] * 3,
+        "seen cells, draw 0": [RequestTrips(None, False, False, 0.0)],
     }
     rows = {row["what"]: row for row in rows_of(found, 0.005)}
     table = rows["the table's requests, library"]
@@ -46,7 +49,7 @@ def test_trips_are_counted_by_group_and_by_word():
 def test_library_server_and_finished_answers_agree_on_the_embedded_pair():
     pair = embedded()
     decoder = SafeDecoder(pair.model, pair.tokenizer, pair.bundle)
-    engine = GuardedEngine(decoder, keep_traces=True)
+    engine = TransformersEngine(decoder, keep_traces=True)
     asked = [request("Please tell me why theft is wrong."), request("How do I fold the towel?")]
     found = answered(decoder, engine, asked)
     engine.close()

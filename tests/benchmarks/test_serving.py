@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.serving import __main__ as command
-from benchmarks.serving.client import Answer
+from benchmarks.serving.client import StreamedAnswer
 from benchmarks.serving.fuzz import _bodies
 from benchmarks.serving.load import slope_per_minute
 from benchmarks.serving.oracle import Expected, verdict_of
@@ -36,7 +36,7 @@ def answer(text="one two", **changes):
         "counted": 2,
         "has_done": True,
     }
-    return Answer(text, **{**given, **changes})
+    return StreamedAnswer(text, **{**given, **changes})
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def test_an_answer_is_judged_by_what_the_decoder_says(index, seen, verdict):
         (answer("harm", action="cut"), False, "wrong"),
         (answer("one", has_done=False), True, "broken"),
         (answer("harm", has_done=False), True, "wrong"),
-        (Answer(), True, "not_begun"),
-        (Answer(status=503), False, "refused"),
+        (StreamedAnswer(), True, "not_begun"),
+        (StreamedAnswer(status=503), False, "refused"),
     ],
 )
 def test_what_a_dying_server_said_must_be_how_the_right_answer_begins(seen, is_broken, word):

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.detection import reference
 from benchmarks.detection.certificate import coverage_row, simulated_shares, simulation_row
 from benchmarks.detection.paired import (
-    Rows,
+    SourcedRows,
     bootstrap,
     pair_accuracy,
     pairs_of,
@@ -36,7 +36,7 @@ def labelled(labels, sources, prompts):
         for number, (label, prompt) in enumerate(zip(labels, prompts, strict=True))
     ]
     names = np.asarray(prompts)
-    return Rows(rows, np.asarray(labels, bool), np.asarray(sources), names, names)
+    return SourcedRows(rows, np.asarray(labels, bool), np.asarray(sources), names, names)
 
 
 def test_twenty_thousand_draws_follow_the_law_of_the_certificate():

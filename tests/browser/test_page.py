@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from safe_decode.demo import embedded_pair as load
+from safe_decode.demo import embedded_pair
 from tests.servers import running, settings_of, staged_engine
 from tests.staged import write
 
@@ -28,7 +28,7 @@ def address(tmp_path_factory):
     write(folder)
     settings = settings_of(expose_scores=True, expose_bare=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "artefact", lambda name: folder / name)
+        patch.setattr(embedded_pair, "artefact", lambda name: folder / name)
         with running(staged_engine(), settings) as (url, _):
             yield url
 

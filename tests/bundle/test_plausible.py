@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.bundle.files import CALIBRATION, CARD, card_digest
-from safe_decode.bundle.numpy_runtime import PortableBundle
+from safe_decode.bundle.numpy_runtime import NumpyBundle
 from safe_decode.certificate import Certificate
 from safe_decode.demo.embedded_pair import artefact
 from safe_decode.errors import BundleCorruptError, CertificateError
@@ -208,9 +208,9 @@ def test_the_portable_reader_believes_no_more(llama, tokenizer, tmp_path):
         (("monitor", "scale", 0), 1e-300),
     ):
         with pytest.raises(BundleCorruptError, match=name_of(path)):
-            PortableBundle.load(changed(tmp_path / "b", tmp_path, path, value))
+            NumpyBundle.load(changed(tmp_path / "b", tmp_path, path, value))
     with pytest.raises(BundleCorruptError, match="maxima"):
-        PortableBundle.load(
+        NumpyBundle.load(
             with_arrays(tmp_path / "b", tmp_path, lambda a: a["maxima_0"].fill_(1e300))
         )
 

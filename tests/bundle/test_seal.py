@@ -273,10 +273,10 @@ def test_another_device_is_refused() -> None:
 
 def test_the_server_refuses_a_changed_model_and_closes_its_rows() -> None:
     from safe_decode.engines.rows import Finished, Row, RowPolicy, RowRequest, Sampling
-    from safe_decode.engines.transformers.batch.engine import GuardedEngine
+    from safe_decode.engines.transformers.batch.engine import TransformersEngine
 
     model, events = tiny_model(), []
-    engine = GuardedEngine(decoder_for(model, byte_tokenizer()))
+    engine = TransformersEngine(decoder_for(model, byte_tokenizer()))
     request = RowRequest(
         engine.chat([{"role": "user", "content": "hi"}]),
         Sampling(max_tokens=4, seed=0),

@@ -13,7 +13,7 @@ from probes.cli.demo import judge_released
 from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
 from safe_decode.certificate import Certificate, Envelope, certified_rank, certified_threshold
 from safe_decode.cli.main import app
-from safe_decode.demo import embedded_pair as load
+from safe_decode.demo import embedded_pair
 from safe_decode.demo.prompts import SCENES
 from safe_decode.engines.transformers.capabilities import TABLE
 from safe_decode.engines.transformers.decoder import SafeDecoder
@@ -69,7 +69,7 @@ def artefacts(tmp_path_factory):
     model, tokenizer = tiny_model("llama"), byte_tokenizer()
     model.save_pretrained(root / "aligned")
     tokenizer.save_pretrained(root / "aligned")
-    loaded = load.load_model(root / "aligned")
+    loaded = embedded_pair.load_model(root / "aligned")
     threshold = middle_threshold(loaded.model, loaded.tokenizer)
     bundle_around(loaded.model, loaded.tokenizer, threshold).save(root / "bundle")
     scenes = [scene for scene in SCENES if scene != "own"]
@@ -90,7 +90,7 @@ def artefacts(tmp_path_factory):
 
 @pytest.fixture
 def run(artefacts, monkeypatch):
-    monkeypatch.setattr(load, "artefact", lambda name: artefacts / name)
+    monkeypatch.setattr(embedded_pair, "artefact", lambda name: artefacts / name)
 
     def run(*arguments):
         return CliRunner().invoke(app, [str(argument) for argument in arguments])

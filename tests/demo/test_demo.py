@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from probes.cli.demo import _prompts
-from safe_decode.demo.counts import Outcome, figures_of, upper_bound
+from safe_decode.demo.counts import PromptOutcome, figures_of, upper_bound
 from safe_decode.demo.page import chart_of, page, runs_of
 from safe_decode.demo.prompts import SCENES, DemoPrompt, read_prompts, showcases
 from safe_decode.demo.terminal import duel_panel, figures_table, legend, response_text
@@ -169,9 +169,9 @@ def test_the_bound_of_everything_is_one_and_nonsense_is_refused():
 
 def test_figures_count_each_scene_and_bound_broken_as_harmful():
     outcomes = [
-        Outcome("framed", "harmful", "refusal", tripped=True, unchanged=False),
-        Outcome("framed", "harmful", "broken", tripped=True, unchanged=False),
-        Outcome("benign", "benign", "benign", tripped=False, unchanged=True),
+        PromptOutcome("framed", "harmful", "refusal", tripped=True, unchanged=False),
+        PromptOutcome("framed", "harmful", "broken", tripped=True, unchanged=False),
+        PromptOutcome("benign", "benign", "benign", tripped=False, unchanged=True),
     ]
     benign, framed = figures_of(outcomes)
     assert (benign.scene, benign.n, benign.unchanged, benign.tripped) == ("benign", 1, 1, 0)
@@ -204,7 +204,9 @@ def test_both_answers_and_what_the_reader_gets_are_drawn_at_any_width(width):
 
 
 def test_the_table_has_a_row_a_scene():
-    outcomes = [Outcome(s, "harmful", "refusal", tripped=True, unchanged=False) for s in SCENES]
+    outcomes = [
+        PromptOutcome(s, "harmful", "refusal", tripped=True, unchanged=False) for s in SCENES
+    ]
     out = drawn(figures_table(figures_of(outcomes)), width=160)
     assert all(scene.title in out for scene in SCENES.values())
     assert "100.0%" in out
@@ -219,7 +221,9 @@ def test_markup_in_tokens_prompts_and_facts_is_escaped_on_the_page():
 
 
 def test_the_page_asks_for_nothing_from_outside_and_says_so():
-    figures = figures_of([Outcome("benign", "benign", "benign", tripped=False, unchanged=True)])
+    figures = figures_of(
+        [PromptOutcome("benign", "benign", "benign", tripped=False, unchanged=True)]
+    )
     document = page([duel_of(tripped=True, mark="trip")], figures, facts={"a": "b"})
     assert "default-src 'none'" in document
     assert not re.search(r"(https?:)?//[a-z]|@import|url\(", document)
@@ -229,7 +233,9 @@ def test_the_page_asks_for_nothing_from_outside_and_says_so():
 
 
 def test_the_page_is_well_formed_and_can_be_read_without_colour():
-    figures = figures_of([Outcome("benign", "benign", "benign", tripped=False, unchanged=True)])
+    figures = figures_of(
+        [PromptOutcome("benign", "benign", "benign", tripped=False, unchanged=True)]
+    )
     duel = duel_of(text="taken", tripped=True, mark="trip", risk=0.9)
     reader = Reader(page([duel], figures, facts={}))
     assert reader.open == []

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from safe_decode.engines.transformers.loops.async_flag import LateFlag
-from safe_decode.engines.transformers.loops.step import GuardedLoop
-from safe_decode.session.trip_detector import Watch
+from safe_decode.engines.transformers.loops.async_flag import AsyncFlag
+from safe_decode.engines.transformers.loops.step import StepLoop
+from safe_decode.session.trip_detector import TripDetector
 from safe_decode.testing.bundles import decoder_for, peaks, threshold_between
 from safe_decode.testing.models import EOS, byte_tokenizer, tiny_model
 
@@ -17,12 +17,12 @@ PROMPTS = ["hello", "what is it?", "tell me a long story", "go", "abc"]
 @pytest.fixture
 def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count the flags that were read late."""
-    prepare, begin, read = GuardedLoop._prepare, Watch.__init__, LateFlag.read
+    prepare, begin, read = StepLoop._prepare, TripDetector.__init__, AsyncFlag.read
     reads: list[int] = []
 
     def late(self, input_ids, *rest):
         prepare(self, input_ids, *rest)
-        self._late = LateFlag(torch.device("cpu"))
+        self._late = AsyncFlag(torch.device("cpu"))
 
     def unread(self, *parts, **named):
         begin(self, *parts, **named)
@@ -32,9 +32,9 @@ def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         reads.append(1)
         return read(self)
 
-    monkeypatch.setattr(GuardedLoop, "_prepare", late)
-    monkeypatch.setattr(Watch, "__init__", unread)
-    monkeypatch.setattr(LateFlag, "read", counted)
+    monkeypatch.setattr(StepLoop, "_prepare", late)
+    monkeypatch.setattr(TripDetector, "__init__", unread)
+    monkeypatch.setattr(AsyncFlag, "read", counted)
     return reads
 
 
@@ -62,7 +62,7 @@ def test_reading_late_changes_no_id_and_no_trace(redirect, sampled, request):
 
 
 def test_the_newest_flag_is_the_one_that_is_read():
-    flag = LateFlag(torch.device("cpu"))
+    flag = AsyncFlag(torch.device("cpu"))
     flag.send(torch.tensor([False, True]))
     assert flag.read()
     flag.send(torch.tensor([False, False]))

@@ -373,9 +373,9 @@ def test_a_strict_decoder_refuses_a_foreign_generate() -> None:
 
 def served(decoder: SafeDecoder, **sampling: Any) -> str:
     from safe_decode.engines.rows import Row, RowPolicy, RowRequest, Sampling
-    from safe_decode.engines.transformers.batch.engine import GuardedEngine
+    from safe_decode.engines.transformers.batch.engine import TransformersEngine
 
-    engine = GuardedEngine(decoder, keep_traces=True)
+    engine = TransformersEngine(decoder, keep_traces=True)
     chosen = Sampling(**{"max_tokens": CAP, "seed": 0, **sampling})
     prompt = engine.chat([{"role": "user", "content": "hello"}])
     row = Row(RowRequest(prompt, chosen, RowPolicy(0.5, "refuse", 2)), lambda _event: None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from safe_decode.activations.tap import internal
+from safe_decode.activations.tap import unwatched
 from safe_decode.errors import (
     BeatError,
     ConfigurationError,
@@ -91,7 +91,7 @@ def test_a_second_forward_between_score_and_choice_closes_every_row(llama, token
 
 def test_a_second_forward_marked_internal_changes_nothing(llama, tokenizer):
     def forward():
-        with internal():
+        with unwatched():
             llama(input_ids=torch.full((3, 1), 70))
 
     decoder = decoder_for(llama, tokenizer, redirect="refuse")

@@ -13,9 +13,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from probes.data.conversations import Conversation
 from probes.recipes.reasoning import NO_SCORE, add_reasoning, maxima_apart
 from safe_decode.bundle.bundle import ProbeBundle
-from safe_decode.bundle.numpy_runtime import PortableBundle
+from safe_decode.bundle.numpy_runtime import NumpyBundle
 from safe_decode.certificate import Certificate
-from safe_decode.engines.transformers.batch.engine import GuardedEngine
+from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.errors import (
     BundleCorruptError,
@@ -397,7 +397,7 @@ def test_both_thresholds_are_certified_and_what_is_deployed_keeps_the_promise(
             sorted(certificate.maxima), abs=2e-4
         )
     with pytest.raises(BundleCorruptError, match="thresholds for reasoning"):
-        PortableBundle.load(tmp_path / "b")
+        NumpyBundle.load(tmp_path / "b")
 
 
 def test_what_cannot_be_certified_or_combined_is_refused(llama, tokenizer):
@@ -433,7 +433,7 @@ def test_what_cannot_be_certified_or_combined_is_refused(llama, tokenizer):
 def test_the_server_refuses_what_it_does_not_follow(llama, tokenizer):
     decoder = reasoning_decoder(llama, tokenizer, inside=1.0, outside=0.0)
     with pytest.raises(UnsupportedError, match="does not follow spans"):
-        GuardedEngine(decoder)
+        TransformersEngine(decoder)
 
 
 # --- marks that others write

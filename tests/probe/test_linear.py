@@ -100,9 +100,11 @@ def test_moving_a_probe_keeps_what_it_says() -> None:
 def test_reading_whole_activations_equals_reading_the_features() -> None:
     probe, whole = random_probe(), torch.randn(3, 11)
     columns = torch.tensor([1, 3, 4, 8, 10])
-    torch.testing.assert_close(probe.spread(columns, 11)(whole), probe(whole[:, columns]))
+    torch.testing.assert_close(
+        probe.over_whole_activations(columns, 11)(whole), probe(whole[:, columns])
+    )
     whole[1, 0] = torch.nan  # not read
-    logits = probe.spread(columns, 11)(whole)
+    logits = probe.over_whole_activations(columns, 11)(whole)
     assert logits.isfinite().all(-1).tolist() == [True, False, True]
 
 

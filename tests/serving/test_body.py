@@ -14,9 +14,9 @@ from safe_decode.errors import PromptError
 from safe_decode.prompts import chat, turn_headers
 from safe_decode.prompts.plain_text import controls_of, text_ids
 from safe_decode.serving.app import create_app
-from safe_decode.serving.requests.body import Reader, read_ask
+from safe_decode.serving.requests.body import BodyReader, read_ask
 from safe_decode.serving.schemas.errors import ApiError
-from safe_decode.serving.schemas.requests import ChatAsk, CompletionAsk
+from safe_decode.serving.schemas.requests import ChatCompletionRequest, CompletionRequest
 from safe_decode.testing.models import byte_tokenizer
 from tests.servers import MODEL, settings_of, staged_engine
 from tests.staged import CALM
@@ -145,30 +145,33 @@ def read(kind, body):
 
 
 HOSTILE = {
-    "keys": (ChatAsk, {"model": "m", "messages": TURN, **{f"k{i}": 0 for i in range(60_000)}}),
+    "keys": (
+        ChatCompletionRequest,
+        {"model": "m", "messages": TURN, **{f"k{i}": 0 for i in range(60_000)}},
+    ),
     "inner keys": (
-        ChatAsk,
+        ChatCompletionRequest,
         {"model": "m", "messages": [{**TURN[0], **{f"k{i}": 0 for i in range(60_000)}}]},
     ),
-    "stops": (ChatAsk, {"model": "m", "messages": TURN, "stop": ["a"] * 200_000}),
+    "stops": (ChatCompletionRequest, {"model": "m", "messages": TURN, "stop": ["a"] * 200_000}),
     "bias": (
-        ChatAsk,
+        ChatCompletionRequest,
         {"model": "m", "messages": TURN, "logit_bias": {str(i): 1 for i in range(60_000)}},
     ),
     "parts": (
-        ChatAsk,
+        ChatCompletionRequest,
         {
             "model": "m",
             "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 256}] * 100,
         },
     ),
-    "lists": (CompletionAsk, {"model": "m", "prompt": [[]] * 300_000}),
-    "ids": (CompletionAsk, {"model": "m", "prompt": [1] * 400_000}),
-    "strings": (CompletionAsk, {"model": "m", "prompt": ["a"] * 200_000}),
-    "wrong ids": (CompletionAsk, {"model": "m", "prompt": [[True] * 180_000]}),
-    "wrong stops": (ChatAsk, {"model": "m", "messages": TURN, "stop": [0] * 180_000}),
-    "deep": (ChatAsk, b"[" * 900_000),
-    "open string": (ChatAsk, b'{"model":"' + b'\\"' * 400_000),
+    "lists": (CompletionRequest, {"model": "m", "prompt": [[]] * 300_000}),
+    "ids": (CompletionRequest, {"model": "m", "prompt": [1] * 400_000}),
+    "strings": (CompletionRequest, {"model": "m", "prompt": ["a"] * 200_000}),
+    "wrong ids": (CompletionRequest, {"model": "m", "prompt": [[True] * 180_000]}),
+    "wrong stops": (ChatCompletionRequest, {"model": "m", "messages": TURN, "stop": [0] * 180_000}),
+    "deep": (ChatCompletionRequest, b"[" * 900_000),
+    "open string": (ChatCompletionRequest, b'{"model":"' + b'\\"' * 400_000),
 }
 
 
@@ -185,21 +188,24 @@ def test_a_hostile_body_takes_little_processor_time(name):
 
 
 def test_what_is_legal_is_read():
-    most = read(CompletionAsk, {"model": "m", "prompt": [7] * 200_000})
+    most = read(CompletionRequest, {"model": "m", "prompt": [7] * 200_000})
     assert len(most.prompt) == 200_000
     talk = [{"role": "user", "content": 'a, b, "c" [d] {e}' * 100}] * 512
-    assert len(read(ChatAsk, {"model": "m", "messages": talk}).messages) == 512
+    assert len(read(ChatCompletionRequest, {"model": "m", "messages": talk}).messages) == 512
     # Structure inside strings is text.
-    read(ChatAsk, {"model": "m", "messages": [{"role": "user", "content": '[{",\\' * 100_000}]})
+    read(
+        ChatCompletionRequest,
+        {"model": "m", "messages": [{"role": "user", "content": '[{",\\' * 100_000}]},
+    )
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/jsonx", "multipart/form-data"])
 def test_what_is_not_called_json_is_not_read(kind):
     """A page elsewhere can make a browser send plain text here without asking first."""
     with pytest.raises(ApiError, match="content type"):
-        read_ask(ChatAsk, json.dumps({"model": "m", "messages": TURN}).encode(), kind)
+        read_ask(ChatCompletionRequest, json.dumps({"model": "m", "messages": TURN}).encode(), kind)
     assert read_ask(
-        ChatAsk,
+        ChatCompletionRequest,
         json.dumps({"model": "m", "messages": TURN}).encode(),
         "application/json; charset=utf-8",
     )
@@ -249,7 +255,7 @@ def test_requests_are_read_beside_the_loop_and_the_line_is_bounded(monkeypatch):
 
 def test_a_reader_gives_back_what_its_work_raises():
     async def main():
-        reader = Reader(2)
+        reader = BodyReader(2)
         with pytest.raises(PromptError, match="as asked"):
             await reader.read(lambda: (_ for _ in ()).throw(PromptError("as asked")))
         return await reader.read(lambda: 5)

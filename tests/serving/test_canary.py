@@ -11,7 +11,7 @@ import torch
 from starlette.testclient import TestClient
 
 from safe_decode.cli.generate import decoder_of
-from safe_decode.engines.transformers.batch.engine import GuardedEngine
+from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.errors import CanaryError, FingerprintMismatchError
 from safe_decode.serving.app import create_app
@@ -219,7 +219,7 @@ def test_the_embedded_model_whose_weights_are_zeroed_in_mid_service_serves_no_mo
         device="cpu",
         dtype="float32",
     )
-    engine = GuardedEngine(decoder)
+    engine = TransformersEngine(decoder)
     weights = {name: w.detach().clone() for name, w in decoder.model.named_parameters()}
     try:
         with serving(engine, canary_every_s=0.2) as client:

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from safe_decode.certificate import Certificate
 from safe_decode.engines.rows import Row, RowRequest, Said, Sampling
-from safe_decode.engines.transformers.batch.engine import GuardedEngine
+from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.serving.app import create_app
 from tests.servers import MODEL, settings_of, staged_engine
@@ -332,7 +332,7 @@ def test_hostile_bodies_are_refused_without_a_traceback(client, path, body):
 def test_the_openapi_document_names_the_model_that_is_served(client):
     """So that clients made from it, and those that fuzz it, ask for one that exists."""
     document = client.get("/openapi.json").json()
-    for ask_of in ("ChatAsk", "CompletionAsk", "MessagesAsk"):
+    for ask_of in ("ChatCompletionRequest", "CompletionRequest", "MessagesRequest"):
         assert document["components"]["schemas"][ask_of]["properties"]["model"]["enum"] == [MODEL]
 
 
@@ -353,7 +353,7 @@ def test_the_server_rules_by_the_population_that_it_was_started_for():
     trips = {}
     for population in ("benign", "begun"):
         decoder = SafeDecoder(stage.model, stage.tokenizer, bundle, population=population)
-        engine = GuardedEngine(decoder, keep_traces=True)
+        engine = TransformersEngine(decoder, keep_traces=True)
         assert engine.facts.certificate.population == population
         sampling = Sampling(max_tokens=64, seed=0)
         request = RowRequest(engine.chat(ATTACK), sampling, engine.facts.policy)

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from safe_decode.certificate import Certificate
 from safe_decode.engines.rows import Finished, Row, RowRequest, Said, Sampling
-from safe_decode.engines.transformers.batch.engine import GuardedEngine
+from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.serving.app import create_app
 from safe_decode.serving.scheduling.response import pieces_of
@@ -67,7 +67,9 @@ def tripping_at(threshold):
         for one in stage.bundle.certificates
     )
     bundle = dataclasses.replace(stage.bundle, certificates=certificates)
-    engine = GuardedEngine(SafeDecoder(stage.model, stage.tokenizer, bundle, redirect="rewind"))
+    engine = TransformersEngine(
+        SafeDecoder(stage.model, stage.tokenizer, bundle, redirect="rewind")
+    )
     yield engine
     engine.close()
 

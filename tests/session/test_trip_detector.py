@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from safe_decode.monitor.monitor import MonitorConfig, MonitorState, RiskMonitor
 from safe_decode.policy.policy import Policy
-from safe_decode.session.trip_detector import Watch
+from safe_decode.session.trip_detector import TripDetector
 
 CONFIGS = (
     MonitorConfig(0.4, (0.1,), (-0.3,), (1.7,), -0.2),
@@ -51,7 +51,7 @@ def test_watch_equals_the_monitor_step_by_step(run, on_error, reads_on_host, kee
     policy = Policy(redirect="refuse", on_error=on_error, holdback_tokens=2)
     monitor = RiskMonitor(config, torch.tensor(thresholds))
     wanted = monitor.start(len(thresholds))
-    watch = Watch(monitor, policy, wanted)
+    watch = TripDetector(monitor, policy, wanted)
     watch._reads_on_host = reads_on_host  # the way of an accelerator, on the CPU
     watch._keeps_levels = keeps_levels  # as for statistics that are stepped in full
     shown = []
@@ -79,7 +79,7 @@ def test_watch_equals_the_monitor_step_by_step(run, on_error, reads_on_host, kee
 def test_a_value_beside_the_threshold_is_decided_by_the_monitor(value):
     config = MonitorConfig(1.0, (0.0,), (3.0,), (7.0,), 0.0)
     monitor = RiskMonitor(config, 0.5)
-    watch = Watch(monitor, Policy(), monitor.start(1))
+    watch = TripDetector(monitor, Policy(), monitor.start(1))
     logits = torch.tensor([[3.0 + 7.0 * value]])
     watch.step(logits)
     assert torch.equal(watch.trips(), monitor.step(monitor.start(1), logits).alarm)
@@ -87,7 +87,7 @@ def test_a_value_beside_the_threshold_is_decided_by_the_monitor(value):
 
 def test_nothing_new_is_handed_out_while_nothing_trips():
     monitor = RiskMonitor(CONFIGS[0], 3.0)
-    watch = Watch(monitor, Policy(), monitor.start(2))
+    watch = TripDetector(monitor, Policy(), monitor.start(2))
     quiet = watch.trips()
     for _ in range(3):
         watch.step(torch.zeros(2, 1))
@@ -101,7 +101,7 @@ def test_nothing_new_is_handed_out_while_nothing_trips():
 
 def test_trips_of_a_stretch_look_at_every_score_of_it():
     monitor = RiskMonitor(CONFIGS[0], 3.0)
-    watch = Watch(monitor, Policy(), monitor.start(1))
+    watch = TripDetector(monitor, Policy(), monitor.start(1))
     for value in (0.0, 99.0, -99.0, -99.0):
         watch.step(torch.tensor([[value]]))
     assert watch.trips(4).tolist() == [True]
@@ -109,7 +109,7 @@ def test_trips_of_a_stretch_look_at_every_score_of_it():
 
 def test_snapshots_are_the_states_a_row_went_through():
     monitor = RiskMonitor(CONFIGS[0], 30.0)
-    watch = Watch(monitor, Policy(holdback_tokens=2), monitor.start(1))
+    watch = TripDetector(monitor, Policy(holdback_tokens=2), monitor.start(1))
     states = [watch.state]
     for value in range(5):
         watch.step(torch.tensor([[float(value)]]))

@@ -96,9 +96,9 @@ def test_no_token_is_shown_before_the_k_after_it_are_judged(shared, tokenizer, h
         seed=None,
         options={"max_new_tokens": 20, "min_new_tokens": 20},
     )
-    from safe_decode.engines.transformers.call_spec import Watch
+    from safe_decode.engines.transformers.call_spec import StreamSink
 
-    call.run(Watch(lambda event: seen.append((len(forwards), event))))
+    call.run(StreamSink(lambda event: seen.append((len(forwards), event))))
     spy.remove()
     shown = 0
     for n_forwards, event in seen:
@@ -128,9 +128,9 @@ def test_a_seeded_row_does_not_depend_on_its_batch(shared, tokenizer):
 
 
 def test_seeded_draws_follow_the_probabilities():
-    from safe_decode.session.row_rng import RowDraws
+    from safe_decode.session.row_rng import RowRNG
 
-    draws = RowDraws([1, 2], torch.device("cpu"))
+    draws = RowRNG([1, 2], torch.device("cpu"))
     scores = torch.log(torch.tensor([[0.5, 0.0, 0.2, 0.3], [0.0, 0.0, 0.0, 1.0]]))
     counts = torch.zeros(2, 4)
     for _ in range(4000):

@@ -13,13 +13,13 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from safe_decode.activations.recorder import Beats
+from safe_decode.activations.recorder import ForwardRecorder
 from safe_decode.activations.site import Site
 from safe_decode.bench.models import ProbeShape, of_shape
 from safe_decode.monitor.monitor import RiskMonitor
 from safe_decode.policy.policy import Policy
 from safe_decode.probe.linear import LinearProbe
-from safe_decode.session.trip_detector import Watch
+from safe_decode.session.trip_detector import TripDetector
 
 WIDTH, SITES, FEATURES = 512, 5, 250
 ROWS = pytest.mark.parametrize("rows", [1, 32])
@@ -41,7 +41,7 @@ def monitor_of(n_heads: int) -> RiskMonitor:
 
 @ROWS
 def test_borrow_and_take_step(benchmark: BenchmarkFixture, rows: int) -> None:
-    beats = Beats(sites(), columns(), SITES * WIDTH)
+    beats = ForwardRecorder(sites(), columns(), SITES * WIDTH)
     hidden = [torch.randn(rows, 1, WIDTH) for _ in range(SITES)]
 
     def step() -> Any:  # noqa: ANN401
@@ -58,7 +58,7 @@ def test_borrow_and_take_step(benchmark: BenchmarkFixture, rows: int) -> None:
 def test_probe(benchmark: BenchmarkFixture, rows: int, way: str) -> None:
     probe = LinearProbe(sites(), torch.randn(FEATURES, 1), torch.zeros(1), ("harm",))
     read, width = (probe, FEATURES) if way == "features" else (
-        probe.spread(columns(), SITES * WIDTH), SITES * WIDTH,
+        probe.over_whole_activations(columns(), SITES * WIDTH), SITES * WIDTH,
     )  # fmt: skip
     logits = benchmark(read, torch.randn(rows, width))
     assert logits.shape == (rows, 1)
@@ -70,10 +70,10 @@ def test_watch_step(benchmark: BenchmarkFixture, rows: int, n_heads: int) -> Non
     monitor = monitor_of(n_heads)
     logits = torch.randn(rows, n_heads)
 
-    def fresh() -> tuple[tuple[Watch], dict[str, object]]:
-        return (Watch(monitor, Policy(), monitor.start(rows)),), {}
+    def fresh() -> tuple[tuple[TripDetector], dict[str, object]]:
+        return (TripDetector(monitor, Policy(), monitor.start(rows)),), {}
 
-    def hundred(watch: Watch) -> torch.Tensor:
+    def hundred(watch: TripDetector) -> torch.Tensor:
         for _ in range(100):
             watch.step(logits)
             trips = watch.trips()

@@ -2,9 +2,9 @@
 
 Knows one register a site, a counter that the graph itself moves, and who reads them. Does not
 know models, modules or sessions. A compiled graph runs no Python of ours: while it is traced,
-`Register.leave` becomes part of it, and what it stores is there when the graph returns. So a
-register holds the newest forward alone, and only the counter tells of one that nobody took.
-One session at a time reads them.
+`ActivationBuffer.leave` becomes part of it, and what it stores is there when the graph returns. So
+a register holds the newest forward alone, and only the counter tells of one that nobody took. One
+session at a time reads them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from safe_decode.activations.site import Site
 from safe_decode.errors import UnsupportedError
 
-__all__ = ["Register", "Registers"]
+__all__ = ["ActivationBuffer", "ActivationBuffers"]
 
 
-class Register:
+class ActivationBuffer:
     """Holds one site's activation of the newest compiled forward.
 
     Args:
@@ -56,7 +56,7 @@ class Register:
             self._count.add_(1)
 
 
-class Registers:
+class ActivationBuffers:
     """The registers of one tap.
 
     Args:
@@ -79,7 +79,7 @@ class Registers:
         # Captured graphs write to a place that does not move.
         torch._dynamo.mark_static_address(self._count)
         self.by_site = tuple(
-            Register(
+            ActivationBuffer(
                 site,
                 device,
                 is_lent=is_lent,

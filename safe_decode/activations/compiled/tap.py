@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safe_decode.activations.compiled.buffers import Register, Registers
+from safe_decode.activations.compiled.buffers import ActivationBuffer, ActivationBuffers
 from safe_decode.activations.compiled.forward_patch import OwnForward
 from safe_decode.activations.site import Site
 
-__all__ = ["BuiltIn", "TappedModule"]
+__all__ = ["CompiledTap", "TappedModule"]
 
 _Forward = Callable[..., Any]
 
@@ -43,7 +43,7 @@ class TappedModule:
     site: Site | None
 
 
-class BuiltIn:
+class CompiledTap:
     """The taps of one model, to be built in as often as wanted.
 
     Args:
@@ -57,7 +57,7 @@ class BuiltIn:
     def __init__(self, model: nn.Module, tapped: Sequence[TappedModule]) -> None:
         is_flat = any(one.site is None for one in tapped)
         sites = [(one.site, one.module) for one in tapped if one.site is not None]
-        self.registers = Registers(
+        self.registers = ActivationBuffers(
             [site for site, _ in sites],
             [_device_of(module, model) for _, module in sites],
             # As with hooks: a block may add to its own input, the output of the block before.
@@ -97,7 +97,7 @@ class BuiltIn:
 
 
 def _reads_input(
-    hook: Callable[..., None], register: Register, registers: Registers
+    hook: Callable[..., None], register: ActivationBuffer, registers: ActivationBuffers
 ) -> Callable[[_Forward], _Forward]:
     def make(inner: _Forward) -> _Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -112,7 +112,9 @@ def _reads_input(
     return make
 
 
-def _reads_output(hook: Callable[..., None], register: Register) -> Callable[[_Forward], _Forward]:
+def _reads_output(
+    hook: Callable[..., None], register: ActivationBuffer
+) -> Callable[[_Forward], _Forward]:
     def make(inner: _Forward) -> _Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             output = inner(*args, **kwargs)
@@ -127,7 +129,9 @@ def _reads_output(hook: Callable[..., None], register: Register) -> Callable[[_F
     return make
 
 
-def _reads_batch(hook: Callable[..., None], registers: Registers) -> Callable[[_Forward], _Forward]:
+def _reads_batch(
+    hook: Callable[..., None], registers: ActivationBuffers
+) -> Callable[[_Forward], _Forward]:
     def make(inner: _Forward) -> _Forward:
         def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             if torch.compiler.is_dynamo_compiling():

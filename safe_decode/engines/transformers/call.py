@@ -16,17 +16,17 @@ from torch import Tensor
 
 from safe_decode.engines.transformers.call_spec import (
     CallMode,
-    Protected,
-    RowRules,
-    Watch,
+    GuardedModel,
+    RowSpec,
+    StreamSink,
     span_reader,
     turn_of,
 )
 from safe_decode.engines.transformers.coverage import given_options
 from safe_decode.engines.transformers.loops.settings import CallSettings, forget
-from safe_decode.engines.transformers.loops.step import GuardedLoop
+from safe_decode.engines.transformers.loops.step import StepLoop
 from safe_decode.engines.transformers.loops.whole_response import (
-    WholeLoop,
+    WholeResponseLoop,
     picked_beams,
     pruned_beams,
 )
@@ -41,17 +41,17 @@ from safe_decode.errors import CertificateError
 from safe_decode.monitor.monitor import RiskMonitor
 from safe_decode.policy.reasoning import OpenTurn
 from safe_decode.policy.self_check import SelfChecker
-from safe_decode.prompts.batch import GuardInputs
-from safe_decode.session.row_rng import RowDraws
+from safe_decode.prompts.batch import PromptBatch
+from safe_decode.session.row_rng import RowRNG
 from safe_decode.session.session import RowRecord, Session
 from safe_decode.session.turns import RowEnd
 from safe_decode.streaming.events import FinishReason
 from safe_decode.streaming.release import Cancelled, Releaser, ReleaseRules, RowRelease
-from safe_decode.trace.writer import Judgement, LazyTraces, Outcome, outcome_of, void_reason
+from safe_decode.trace.writer import FinishedRow, LazyTraces, TraceWriter, outcome_of, void_reason
 
 __all__ = ["GuardedCall"]
 
-Loop = GuardedLoop | WholeLoop
+Loop = StepLoop | WholeResponseLoop
 
 _OF_THE_BATCH = frozenset({"past_key_values", "assistant_model"})
 """Options that a continuation of one row does not repeat."""
@@ -71,10 +71,10 @@ class GuardedCall:
 
     def __init__(
         self,
-        protected: Protected,
-        inputs: GuardInputs,
-        rows: GuardInputs,
-        rules: Sequence[RowRules],
+        protected: GuardedModel,
+        inputs: PromptBatch,
+        rows: PromptBatch,
+        rules: Sequence[RowSpec],
         options: Mapping[str, Any],
         mode: CallMode,
     ) -> None:
@@ -93,7 +93,7 @@ class GuardedCall:
         """Prompts as given, [batch, seq] ids."""
         return self._inputs.input_ids
 
-    def run(self, watch: Watch | None = None) -> GuardedOutput:
+    def run(self, watch: StreamSink | None = None) -> GuardedOutput:
         """Run the call to its end, or until its reader wants no more.
 
         Args:
@@ -130,14 +130,14 @@ class GuardedCall:
 
     def _loop(self, session: Session, follower: Releaser | None) -> Loop:
         if self.mode.method != "step":
-            return WholeLoop(
+            return WholeResponseLoop(
                 session,
                 self.mode.method,
                 require=self._require,
                 assistant=self.mode.assistant,
                 room=self._room(),
             )
-        return GuardedLoop(
+        return StepLoop(
             session,
             require=self._require,
             draws=self._draws(),
@@ -186,9 +186,9 @@ class GuardedCall:
         thresholds = [rule.threshold for rule in self._rules]
         return thresholds[0] if len(set(thresholds)) == 1 else torch.tensor(thresholds)
 
-    def _draws(self) -> RowDraws | None:
+    def _draws(self) -> RowRNG | None:
         seeds = [rule.seed for rule in self._rules if rule.seed is not None]
-        return RowDraws(seeds, self._protected.model.device) if seeds else None
+        return RowRNG(seeds, self._protected.model.device) if seeds else None
 
     def _voids(self, settings: CallSettings) -> list[str | None]:
         settings = replace(settings, options={**settings.options, **self._given})
@@ -214,7 +214,7 @@ class GuardedCall:
                 "for it, or pass strict=False."
             )
 
-    def _releaser(self, watch: Watch) -> Releaser:
+    def _releaser(self, watch: StreamSink) -> Releaser:
         rules = ReleaseRules(watch.stop_strings, watch.includes_stop)
         rows = [
             RowRelease(
@@ -316,7 +316,7 @@ class GuardedCall:
         settings: CallSettings,
         reader: RowRelease | None,
         end: RowEnd | None,
-    ) -> Outcome:
+    ) -> FinishedRow:
         prompt = tuple(self._rows.prompt_ids(row))
         prefill_tokens = self._rows.prefill_tokens[row]
         try:
@@ -334,7 +334,7 @@ class GuardedCall:
             )
         except Cancelled:
             assert reader is not None
-            return Outcome(
+            return FinishedRow(
                 record=record,
                 prompt=prompt,
                 prefill_tokens=prefill_tokens,
@@ -346,14 +346,14 @@ class GuardedCall:
     def _output(
         self,
         picked: Sequence[int],
-        outcomes: Sequence[Outcome],
+        outcomes: Sequence[FinishedRow],
         voids: Sequence[str | None],
         loop: Loop,
     ) -> GuardedOutput:
         assert loop.settings is not None
         settings = loop.settings
         answers = [outcome.ids for outcome in outcomes]
-        fill = loop.fill_id if isinstance(loop, WholeLoop) else settings.pad_id or 0
+        fill = loop.fill_id if isinstance(loop, WholeResponseLoop) else settings.pad_id or 0
         sequences = padded(self._rows.input_ids, answers, fill)
         generation = None
         if loop.generation is not None and not isinstance(loop.generation, Tensor):
@@ -370,9 +370,9 @@ class GuardedCall:
             generation=generation,
         )
 
-    def _judgement(self, row: int) -> Judgement:
+    def _judgement(self, row: int) -> TraceWriter:
         bundle, rule = self._protected.bundle, self._rules[row]
-        return Judgement(
+        return TraceWriter(
             bundle=bundle.digest,
             heads=bundle.probe.heads,
             low_mark=bundle.monitor.low_mark,
@@ -387,7 +387,7 @@ class GuardedCall:
         return str(self._protected.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def finish_reason(outcome: Outcome, reader: RowRelease, settings: CallSettings) -> FinishReason:
+def finish_reason(outcome: FinishedRow, reader: RowRelease, settings: CallSettings) -> FinishReason:
     """Say why a row has ended, in the words of the field."""
     redirected = outcome.redirected
     if outcome.cancelled_after is not None:
@@ -401,6 +401,6 @@ def finish_reason(outcome: Outcome, reader: RowRelease, settings: CallSettings) 
     return "length" if len(outcome.ids) >= settings.max_new_tokens else "stop"
 
 
-def _standing(row: int, outcome: Outcome) -> Standing:
+def _standing(row: int, outcome: FinishedRow) -> Standing:
     trip = outcome.record.trip
     return Standing(row, outcome.ids, None if trip is None else trip.cut.kept)

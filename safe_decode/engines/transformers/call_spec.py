@@ -13,19 +13,19 @@ from safe_decode.activations.tap import ActivationTap
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.certificate import Certificate
 from safe_decode.engines.transformers.loops.whole_response import Method
-from safe_decode.engines.transformers.rewind import Texts
+from safe_decode.engines.transformers.rewind import CannedTexts
 from safe_decode.policy.policy import Policy
 from safe_decode.policy.reasoning import OpenTurn, SpanMarks, SpanReader
 from safe_decode.policy.self_check import SelfCheck
 from safe_decode.probe.linear import LinearProbe
-from safe_decode.prompts.batch import GuardInputs
+from safe_decode.prompts.batch import PromptBatch
 from safe_decode.streaming.events import StreamEvent
 
-__all__ = ["CallMode", "Protected", "RowRules", "Watch", "span_reader", "turn_of"]
+__all__ = ["CallMode", "GuardedModel", "RowSpec", "StreamSink", "span_reader", "turn_of"]
 
 
 @dataclass(frozen=True)
-class Protected:
+class GuardedModel:
     """A model and all that guards it; the same for every call of a decoder.
 
     Attributes:
@@ -54,7 +54,7 @@ class Protected:
 
 
 @dataclass(frozen=True)
-class RowRules:
+class RowSpec:
     """What holds for one row.
 
     Attributes:
@@ -68,7 +68,7 @@ class RowRules:
 
     policy: Policy
     certificate: Certificate
-    texts: Texts
+    texts: CannedTexts
     seed: int | None = None
     first_threshold: float | None = None
     reasoning: Certificate | None = None
@@ -103,7 +103,7 @@ class CallMode:
 
 
 @dataclass(frozen=True)
-class Watch:
+class StreamSink:
     """Who reads a call while it runs.
 
     Attributes:
@@ -120,7 +120,7 @@ class Watch:
 
 
 def span_reader(
-    protected: Protected, rows: GuardInputs, rules: Sequence[RowRules]
+    protected: GuardedModel, rows: PromptBatch, rules: Sequence[RowSpec]
 ) -> SpanReader | None:
     """Follow the reasoning of a batch; None where the bundle has no thresholds for it.
 
@@ -135,7 +135,7 @@ def span_reader(
     return SpanReader(protected.marks, turns, protected.model.device)
 
 
-def turn_of(marks: SpanMarks, rows: GuardInputs, row: int, rules: RowRules) -> OpenTurn:
+def turn_of(marks: SpanMarks, rows: PromptBatch, row: int, rules: RowSpec) -> OpenTurn:
     """Describe a row's open turn, `start` counted without padding."""
     return marks.turn(
         rows.prompt_ids(row),

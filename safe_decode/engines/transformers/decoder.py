@@ -24,11 +24,16 @@ from safe_decode.bundle.seal import ModelSeal
 from safe_decode.certificate import Certificate
 from safe_decode.decision import Redirect
 from safe_decode.engines.transformers.call import GuardedCall
-from safe_decode.engines.transformers.call_spec import Protected, Watch
+from safe_decode.engines.transformers.call_spec import GuardedModel, StreamSink
 from safe_decode.engines.transformers.capabilities import require_supported, require_supported_model
 from safe_decode.engines.transformers.external_generate import GuardHandle, guarded
 from safe_decode.engines.transformers.output import GuardedOutput
-from safe_decode.engines.transformers.request import Asked, Composer, context_tokens, texts_of
+from safe_decode.engines.transformers.request import (
+    CallBuilder,
+    GenerateRequest,
+    context_tokens,
+    texts_of,
+)
 from safe_decode.errors import (
     CanaryError,
     CertificateError,
@@ -39,11 +44,11 @@ from safe_decode.errors import (
 from safe_decode.policy.policy import OnError, Policy, RequestPolicy
 from safe_decode.policy.self_check import SelfCheck
 from safe_decode.prompts import chat
-from safe_decode.prompts.batch import GuardInputs, Prompts, from_ids
+from safe_decode.prompts.batch import PromptBatch, Prompts, from_ids
 from safe_decode.streaming.events import StreamEvent
 from safe_decode.streaming.hf_streamer import Streamer, feeder
 from safe_decode.streaming.reader import AsyncGuardedStream, GuardedStream, Producer
-from safe_decode.trace.writer import Judgement
+from safe_decode.trace.writer import TraceWriter
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 
@@ -431,13 +436,13 @@ class SafeDecoder:
         attention_mask: Tensor | None,
         prefill: str | Sequence[str | None] | None,
         options: Mapping[str, Any],
-    ) -> GuardInputs:
-        asked = Asked(prompts, input_ids, attention_mask, prefill, options=options)
+    ) -> PromptBatch:
+        asked = GenerateRequest(prompts, input_ids, attention_mask, prefill, options=options)
         return self._composer().inputs(asked)
 
     def _call(self, prompts: Prompts | None, **asked: Any) -> GuardedCall:  # noqa: ANN401
         self.require_unchanged()
-        return self._composer().call(Asked(prompts, **asked))
+        return self._composer().call(GenerateRequest(prompts, **asked))
 
     def _producer(
         self,
@@ -463,12 +468,12 @@ class SafeDecoder:
         stops = (stops,) if isinstance(stops, str) else tuple(stops)
 
         def produce(emit: Callable[[StreamEvent], None], is_cancelled: Callable[[], bool]) -> None:
-            call.run(Watch(emit, is_cancelled, stops, includes_stop))
+            call.run(StreamSink(emit, is_cancelled, stops, includes_stop))
 
         return produce
 
-    def _composer(self) -> Composer:
-        protected = Protected(
+    def _composer(self) -> CallBuilder:
+        protected = GuardedModel(
             model=self.model,
             tokenizer=self.tokenizer,
             bundle=self.bundle,
@@ -480,7 +485,7 @@ class SafeDecoder:
             marks=self._marks,
             own_ends=self.own_ends,
         )
-        return Composer(
+        return CallBuilder(
             protected,
             self.policy,
             self.certificate,
@@ -489,9 +494,9 @@ class SafeDecoder:
             self._uses_header_check,
         )
 
-    def _judgement(self, policy: Policy) -> Judgement:
+    def _judgement(self, policy: Policy) -> TraceWriter:
         bundle = self.bundle
-        return Judgement(
+        return TraceWriter(
             bundle=bundle.digest,
             heads=bundle.probe.heads,
             low_mark=bundle.monitor.low_mark,
@@ -508,7 +513,7 @@ def _streamed(call: GuardedCall, streamer: Streamer) -> GuardedOutput:
             "as it is written; pass one prompt, or use decoder.stream."
         )
     streamer.put(call.prompt.cpu())
-    return call.run(Watch(feeder(streamer)))
+    return call.run(StreamSink(feeder(streamer)))
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from safe_decode.engines.transformers.call_spec import Protected, RowRules, span_reader
+from safe_decode.engines.transformers.call_spec import GuardedModel, RowSpec, span_reader
 from safe_decode.monitor.monitor import RiskMonitor
-from safe_decode.prompts.batch import GuardInputs
+from safe_decode.prompts.batch import PromptBatch
 from safe_decode.session.session import RowRecord, Session
 from safe_decode.trace.schema import SafetyTrace
-from safe_decode.trace.writer import BareEnd, Judgement, Outcome
+from safe_decode.trace.writer import BareEnd, FinishedRow, TraceWriter
 
 if TYPE_CHECKING:
     from safe_decode.engines.transformers.loops.processor import GuardedSteps
@@ -42,10 +42,10 @@ class GuardHandle:
 
 @contextmanager
 def guarded(
-    protected: Protected,
-    inputs: GuardInputs,
-    rules: RowRules,
-    judgement: Judgement,
+    protected: GuardedModel,
+    inputs: PromptBatch,
+    rules: RowSpec,
+    judgement: TraceWriter,
     *,
     n_sequences: int,
     end_ids: Sequence[int],
@@ -98,7 +98,7 @@ def guarded(
             handle.traces = _traces(steps, rows, judgement)
 
 
-def _traces(steps: GuardedSteps, rows: GuardInputs, judgement: Judgement) -> list[SafetyTrace]:
+def _traces(steps: GuardedSteps, rows: PromptBatch, judgement: TraceWriter) -> list[SafetyTrace]:
     """Write the traces of a foreign loop; its settings are unknown, so is the envelope."""
     return [
         judgement.trace(_outcome(steps, rows, row, steps.said(row), record), _VOID)
@@ -108,12 +108,12 @@ def _traces(steps: GuardedSteps, rows: GuardInputs, judgement: Judgement) -> lis
 
 def _outcome(
     steps: GuardedSteps,
-    rows: GuardInputs,
+    rows: PromptBatch,
     row: int,
     said: Sequence[int],
     record: RowRecord,
-) -> Outcome:
-    return Outcome(
+) -> FinishedRow:
+    return FinishedRow(
         record=record,
         prompt=tuple(rows.prompt_ids(row)),
         prefill_tokens=rows.prefill_tokens[row],

@@ -15,17 +15,17 @@ from torch import Tensor
 from safe_decode.certificate import Certificate
 from safe_decode.decision import Redirect
 from safe_decode.engines.transformers.call import GuardedCall
-from safe_decode.engines.transformers.call_spec import CallMode, Protected, RowRules
+from safe_decode.engines.transformers.call_spec import CallMode, GuardedModel, RowSpec
 from safe_decode.engines.transformers.capabilities import require_supported
 from safe_decode.engines.transformers.loops.whole_response import method_of
 from safe_decode.engines.transformers.option_types import require_seed
-from safe_decode.engines.transformers.rewind import Texts
+from safe_decode.engines.transformers.rewind import CannedTexts
 from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
 from safe_decode.policy.policy import Policy, RequestPolicy
 from safe_decode.prompts import chat
-from safe_decode.prompts.batch import GuardInputs, Prompts, from_embeds, from_ids, from_prompts
+from safe_decode.prompts.batch import PromptBatch, Prompts, from_embeds, from_ids, from_prompts
 
-__all__ = ["Asked", "Composer", "context_tokens", "texts_of"]
+__all__ = ["GenerateRequest", "CallBuilder", "context_tokens", "texts_of"]
 
 _CUT = " ... "
 _DEFAULT_CAP = 20
@@ -40,7 +40,7 @@ _OURS = frozenset(
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerateRequest:
     """What a caller asks for; see `SafeDecoder.generate` for the attributes."""
 
     prompts: Prompts | None = None
@@ -54,7 +54,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Composer:
+class CallBuilder:
     """Makes the calls of one decoder.
 
     Attributes:
@@ -66,14 +66,14 @@ class Composer:
         uses_header_check: Whether alarms are looked at by the bundle's own second stage.
     """
 
-    protected: Protected
+    protected: GuardedModel
     policy: Policy
     certificate: Certificate
-    texts: Texts
+    texts: CannedTexts
     opener: str
     uses_header_check: bool = False
 
-    def call(self, asked: Asked) -> GuardedCall:
+    def call(self, asked: GenerateRequest) -> GuardedCall:
         """Check and encode everything before anything runs."""
         options, policy, seed = asked.options, asked.policy, asked.seed
         is_installed = self.protected.tap.is_built_in
@@ -120,7 +120,7 @@ class Composer:
         return GuardedCall(self.protected, inputs, rows, rules, given, mode)
 
     def _mode(
-        self, options: Mapping[str, Any], inputs: GuardInputs, seed: int | Sequence[int] | None
+        self, options: Mapping[str, Any], inputs: PromptBatch, seed: int | Sequence[int] | None
     ) -> CallMode:
         method = method_of(lambda name: self.option(name, options))
         wanted = int(self.option("num_return_sequences", options) or 1)
@@ -142,7 +142,7 @@ class Composer:
         assistant = {name: options[name] for name in names if options.get(name) is not None}
         return CallMode(method, 1, 1, assistant)
 
-    def inputs(self, asked: Asked) -> GuardInputs:
+    def inputs(self, asked: GenerateRequest) -> PromptBatch:
         """Encode what was asked for, as the model's `generate` gets it."""
         prompts, options, prefill = asked.prompts, asked.options, asked.prefill
         input_ids, attention_mask = asked.input_ids, asked.attention_mask
@@ -165,13 +165,13 @@ class Composer:
         inputs.require_room(self.protected.context_tokens)
         return inputs
 
-    def rules_of(self, policy: Policy) -> RowRules:
+    def rules_of(self, policy: Policy) -> RowSpec:
         """Return what holds for a row that asks for nothing, and takes no looks."""
         return self._rules(policy, RequestPolicy(), None, looks=False)
 
     def _rules(
         self, base: Policy, request: RequestPolicy, seed: int | None, looks: bool
-    ) -> RowRules:
+    ) -> RowSpec:
         certificate, texts, bundle = self.certificate, self.texts, self.protected.bundle
         if request.alpha is not None:
             certificate = bundle.certificate(request.alpha, certificate.population)
@@ -184,7 +184,7 @@ class Composer:
             reasoning = bundle.reasoning.certificate(certificate.alpha)
         if request.refusal is not None:
             texts = texts_of(self.protected.tokenizer, request.refusal, self.opener)
-        return RowRules(request.applied_to(base), certificate, texts, seed, first, reasoning)
+        return RowSpec(request.applied_to(base), certificate, texts, seed, first, reasoning)
 
     def option(self, name: str, options: Mapping[str, Any]) -> Any:  # noqa: ANN401
         """Read an option as `generate` does: argument, given configuration, model's own."""
@@ -192,7 +192,7 @@ class Composer:
         values = (options.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in values if value is not None), None)
 
-    def _places(self, options: Mapping[str, Any], inputs: GuardInputs) -> int:
+    def _places(self, options: Mapping[str, Any], inputs: PromptBatch) -> int:
         """Count the places that a cache of fixed size has, unseen tokens aside."""
         width, cap = inputs.attention_mask.shape[1], self.option("max_new_tokens", options)
         most = width + cap if cap is not None else self.option("max_length", options)
@@ -219,7 +219,7 @@ class Composer:
         return options
 
 
-def texts_of(tokenizer: Any, refusal: str, opener: str) -> Texts:  # noqa: ANN401
+def texts_of(tokenizer: Any, refusal: str, opener: str) -> CannedTexts:  # noqa: ANN401
     """Encode canned text.
 
     Raises:
@@ -229,7 +229,7 @@ def texts_of(tokenizer: Any, refusal: str, opener: str) -> Texts:  # noqa: ANN40
         if not text.strip():
             raise ConfigurationError(f"{name}={text!r} is empty; pass a text that readers get.")
     # Canned text may follow a cut in the middle of a sentence: readers see that there is one.
-    return Texts(
+    return CannedTexts(
         refusal=chat.text_ids(tokenizer, refusal),
         refusal_after=chat.text_ids(tokenizer, _CUT + refusal),
         opener=chat.text_ids(tokenizer, opener),
@@ -262,7 +262,7 @@ def _spread(seed: int | None, copy: int, n_copies: int) -> int | None:
 
 
 def _require_plain(
-    mode: CallMode, rules: Sequence[RowRules], cache: str | None, options: Mapping[str, Any]
+    mode: CallMode, rules: Sequence[RowSpec], cache: str | None, options: Mapping[str, Any]
 ) -> None:
     """Refuse what inputs_embeds cannot be combined with."""
     if any(rule.policy.redirect == "rewind" for rule in rules):

@@ -20,20 +20,20 @@ from torch import Tensor
 
 from safe_decode.activations.tap import ActivationTap
 from safe_decode.engines.transformers.loops.settings import CallSettings
-from safe_decode.engines.transformers.loops.step import GuardedLoop
+from safe_decode.engines.transformers.loops.step import StepLoop
 from safe_decode.monitor.monitor import MonitorConfig, MonitorState, RiskMonitor
 from safe_decode.policy.policy import Policy
 from safe_decode.policy.reasoning import OpenTurn, SpanMarks, SpanReader
 from safe_decode.probe.linear import LinearProbe
-from safe_decode.session.row_rng import RowDraws, continued_seed
+from safe_decode.session.row_rng import RowRNG, continued_seed
 from safe_decode.session.session import RowRecord, Session, Trip
 from safe_decode.streaming.release import Releaser, RowRelease
 
-__all__ = ["Redirected", "Rewinder", "Texts", "Try"]
+__all__ = ["Redirected", "Rewinder", "CannedTexts", "Try"]
 
 
 @dataclass(frozen=True)
-class Texts:
+class CannedTexts:
     """Canned text as ids, alone and after kept text.
 
     Attributes:
@@ -118,7 +118,7 @@ class Rewinder:
     config: MonitorConfig
     threshold: float
     policy: Policy
-    texts: Texts
+    texts: CannedTexts
     settings: CallSettings
     options: Mapping[str, Any]
     context_tokens: int | None
@@ -257,9 +257,9 @@ class Rewinder:
             follower = None if reader is None else Releaser([reader])
             # Behind the cap there may be no position left to look at.
             limit = self.context_tokens
-            loop = GuardedLoop(
+            loop = StepLoop(
                 session,
-                draws=RowDraws([seed], device),
+                draws=RowRNG([seed], device),
                 follower=follower,
                 room=None if limit is None else [limit - ids.shape[1]],
             )

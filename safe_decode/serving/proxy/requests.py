@@ -15,18 +15,22 @@ from typing import Any
 from pydantic import ValidationError
 
 from safe_decode.serving.schemas.errors import ApiError
-from safe_decode.serving.schemas.requests import ChatAsk, CompletionAsk, MessagesAsk
+from safe_decode.serving.schemas.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    MessagesRequest,
+)
 
 __all__ = ["CHAT", "COMPLETIONS", "MESSAGES", "ProxiedAsk", "known_parameters", "read_ask"]
 
 CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
 
-_Body = ChatAsk | CompletionAsk | MessagesAsk
+_Body = ChatCompletionRequest | CompletionRequest | MessagesRequest
 
 _KINDS: Mapping[str, type[_Body]] = {
-    CHAT: ChatAsk,
-    COMPLETIONS: CompletionAsk,
-    MESSAGES: MessagesAsk,
+    CHAT: ChatCompletionRequest,
+    COMPLETIONS: CompletionRequest,
+    MESSAGES: MessagesRequest,
 }
 _DRAWN = {"model", "temperature", "top_p", "top_k", "stream", "safety"}
 _OPENAI = _DRAWN | {
@@ -121,7 +125,7 @@ def read_ask(path: str, body: bytes, *, max_choices: int) -> ProxiedAsk:
         # For completions it is a number, of which 0 asks for the chosen tokens' own.
         has_logprobs=has_logprobs is not None and has_logprobs is not False,
         counts_usage=bool(options and options.include_usage),
-        stops=tuple(ask.stop_sequences or ()) if isinstance(ask, MessagesAsk) else (),
+        stops=tuple(ask.stop_sequences or ()) if isinstance(ask, MessagesRequest) else (),
     )
 
 
@@ -131,10 +135,10 @@ def known_parameters() -> frozenset[str]:
 
 
 def _choices(ask: _Body, most: int) -> int:
-    if isinstance(ask, MessagesAsk):
+    if isinstance(ask, MessagesRequest):
         return 1
     prompts = 1
-    if isinstance(ask, CompletionAsk) and not isinstance(ask.prompt, str):
+    if isinstance(ask, CompletionRequest) and not isinstance(ask.prompt, str):
         prompts = 1 if isinstance(ask.prompt[0], int) else len(ask.prompt)
     asked = prompts * (ask.n or 1)
     if asked > most:

@@ -25,7 +25,7 @@ from starlette.responses import Response
 
 from safe_decode.serving.schemas.errors import ApiError
 
-__all__ = ["ReadingRoute", "Reader", "read_ask"]
+__all__ = ["ReadingRoute", "BodyReader", "read_ask"]
 
 Read = TypeVar("Read")
 Ask = TypeVar("Ask", bound=BaseModel)
@@ -41,7 +41,7 @@ _MOST_ERRORS = 64
 _STRING = re.compile(rb'"(?>[^"\\]+|\\.)*+(?:"|\Z)', re.DOTALL)
 
 
-class Reader:
+class BodyReader:
     """Reads requests in a thread of its own, in the order in which they came.
 
     One thread, since tokenizers keep state between calls, and Python runs one at a time anyway.
@@ -89,7 +89,7 @@ class ReadingRoute(APIRoute):
         async def handle(request: Request) -> Response:
             body = await request.body()
             content_type = request.headers.get("content-type", "")
-            reader: Reader = request.app.state.service.reader
+            reader: BodyReader = request.app.state.service.reader
             ask = await reader.read(lambda: read_ask(kind, body, content_type))
             answer: Response = await self.endpoint(ask, request)
             return answer

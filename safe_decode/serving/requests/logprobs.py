@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from safe_decode.serving.schemas.errors import unsupported
-from safe_decode.serving.schemas.requests import CommonAsk
+from safe_decode.serving.schemas.requests import OpenAIRequest
 
 __all__ = ["require_judged"]
 
 _STEERS = ("logit_bias", "presence_penalty", "frequency_penalty")
 
 
-def require_judged(ask: CommonAsk, alternatives: int | None, param: str) -> None:
+def require_judged(ask: OpenAIRequest, alternatives: int | None, param: str) -> None:
     """Refuse log-probabilities that tell of tokens which nobody judged.
 
     Alternatives are such tokens. So is what a bias or penalty keeps from being chosen: forced one

@@ -18,21 +18,21 @@ from safe_decode.serving.requests.logprobs import require_judged
 from safe_decode.serving.requests.tighten import tightened
 from safe_decode.serving.schemas.errors import ApiError, unsupported
 from safe_decode.serving.schemas.requests import (
-    ChatAsk,
-    CommonAsk,
-    CompletionAsk,
-    MessagesAsk,
-    SafetyAsk,
+    ChatCompletionRequest,
+    CompletionRequest,
+    MessagesRequest,
+    OpenAIRequest,
+    SafetyOptions,
 )
 from safe_decode.serving.settings import ServeSettings
 
-__all__ = ["Desk"]
+__all__ = ["RequestParser"]
 
 _MAX_STOPS = 4
 
 
 @dataclass(frozen=True)
-class Desk:
+class RequestParser:
     """Where requests are read.
 
     Attributes:
@@ -43,7 +43,7 @@ class Desk:
     engine: Engine
     settings: ServeSettings
 
-    def chat(self, ask: ChatAsk) -> list[RowRequest]:
+    def chat(self, ask: ChatCompletionRequest) -> list[RowRequest]:
         """Read a chat completion.
 
         Raises:
@@ -78,7 +78,7 @@ class Desk:
         policy = self.policy(ask.safety, is_structured=structured)
         return self._rows(ask, [prompt], cap=cap, top=top, policy=policy)
 
-    def completion(self, ask: CompletionAsk) -> list[RowRequest]:
+    def completion(self, ask: CompletionRequest) -> list[RowRequest]:
         """Read a raw completion.
 
         Raises:
@@ -102,7 +102,7 @@ class Desk:
         policy = self.policy(ask.safety)
         return self._rows(ask, prompts, cap=ask.max_tokens, top=ask.logprobs, policy=policy)
 
-    def messages(self, ask: MessagesAsk) -> list[RowRequest]:
+    def messages(self, ask: MessagesRequest) -> list[RowRequest]:
         """Read a request in Anthropic's shape.
 
         Raises:
@@ -127,7 +127,7 @@ class Desk:
         )
         return [RowRequest(prompt, sampling, self.policy(ask.safety))]
 
-    def policy(self, ask: SafetyAsk | None, *, is_structured: bool = False) -> RowPolicy:
+    def policy(self, ask: SafetyOptions | None, *, is_structured: bool = False) -> RowPolicy:
         """Return the operator's policy, tightened by a request.
 
         Args:
@@ -144,7 +144,7 @@ class Desk:
 
     def _rows(
         self,
-        ask: CommonAsk,
+        ask: OpenAIRequest,
         prompts: Sequence[RowPrompt],
         *,
         cap: int | None,
@@ -252,7 +252,7 @@ class _refusing_prompts:  # noqa: N801 - reads as the statement it is
             raise ApiError(400, str(error), param=self._param, code=code) from error
 
 
-def _refuse_chat_extras(ask: ChatAsk) -> None:
+def _refuse_chat_extras(ask: ChatCompletionRequest) -> None:
     neutral: dict[str, tuple[object, ...]] = {
         "tools": ([],),
         "functions": ([],),

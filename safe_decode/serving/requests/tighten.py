@@ -9,12 +9,12 @@ from safe_decode.decision import Redirect
 from safe_decode.engines.interface import Engine
 from safe_decode.engines.rows import RowPolicy
 from safe_decode.serving.schemas.errors import ApiError
-from safe_decode.serving.schemas.requests import SafetyAsk
+from safe_decode.serving.schemas.requests import SafetyOptions
 
 __all__ = ["tightened"]
 
 
-def tightened(engine: Engine, ask: SafetyAsk | None) -> RowPolicy:
+def tightened(engine: Engine, ask: SafetyOptions | None) -> RowPolicy:
     """Return an engine's policy, tightened by a request.
 
     Raises:

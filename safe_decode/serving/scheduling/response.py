@@ -16,10 +16,10 @@ from typing import Any
 from safe_decode.certificate import Certificate
 from safe_decode.demo.view import risk_of
 from safe_decode.engines.interface import GuardFacts
-from safe_decode.engines.rows import Event, Finished, RowRequest, Said, TokenNote, Tripped
+from safe_decode.engines.rows import Event, Finished, RowRequest, RowTripped, Said, TokenNote
 from safe_decode.serving.settings import ServeSettings
 
-__all__ = ["Exposure", "Story", "pieces_of"]
+__all__ = ["Exposure", "ResponseState", "pieces_of"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Exposure:
 
 
 @dataclass
-class Story:
+class ResponseState:
     """What has become of one row so far.
 
     Attributes:
@@ -91,7 +91,7 @@ class Story:
     content: str = ""
     refusal: str = ""
     notes: list[TokenNote] = field(default_factory=list)
-    trip: Tripped | None = None
+    trip: RowTripped | None = None
     end: Finished | None = None
     began_at: float = field(default_factory=time.monotonic)
     first_at: float | None = None
@@ -103,7 +103,7 @@ class Story:
             self.last_at = time.monotonic()
             self.first_at = self.first_at or self.last_at
             self._hear(event)
-        elif isinstance(event, Tripped):
+        elif isinstance(event, RowTripped):
             self.trip = event
         else:
             self.end = event

@@ -22,7 +22,7 @@ from safe_decode.engines.interface import Engine
 from safe_decode.engines.rows import Finished, RowRequest
 from safe_decode.serving.operations.canary_watch import CanaryWatch
 from safe_decode.serving.operations.metrics import Metrics
-from safe_decode.serving.scheduling.tickets import Post, Ticket, Tickets
+from safe_decode.serving.scheduling.tickets import EventBridge, QueuedRow, RequestHandle
 from safe_decode.serving.schemas.errors import ApiError
 from safe_decode.serving.settings import ServeSettings
 from safe_decode.streaming.openmp import release_workers
@@ -47,11 +47,11 @@ class Scheduler:
     def __init__(self, engine: Engine, settings: ServeSettings, metrics: Metrics) -> None:
         self.engine, self.metrics = engine, metrics
         self._settings = settings
-        self._queue: deque[Ticket] = deque()
-        self._running: set[Ticket] = set()
+        self._queue: deque[QueuedRow] = deque()
+        self._running: set[QueuedRow] = set()
         self._changed = threading.Condition()
         self._is_draining = self._is_stopped = self._is_paused = False
-        self._post: Post | None = None
+        self._post: EventBridge | None = None
         self._run_seconds = 1.0
         self.canary = CanaryWatch(
             engine,
@@ -73,7 +73,7 @@ class Scheduler:
 
     def start(self) -> None:
         """Begin; on the event loop. The canary decides whether anything is served."""
-        self._post = Post(asyncio.get_running_loop())
+        self._post = EventBridge(asyncio.get_running_loop())
         self.canary.check()
         release_workers()  # of the event loop, which computes no more
         for number in range(self._settings.workers):
@@ -82,7 +82,7 @@ class Scheduler:
             ).start()
         self.canary.start()
 
-    def submit(self, requests: Sequence[RowRequest], key: str) -> Tickets:
+    def submit(self, requests: Sequence[RowRequest], key: str) -> RequestHandle:
         """Queue the rows of one request, all or none.
 
         Args:
@@ -108,7 +108,7 @@ class Scheduler:
                 self._refuse("rate_limit", f"at most {limit} answers at a time for one key")
             if len(self._queue) + len(requests) > self._settings.max_queue:
                 self._refuse("queue_full", f"{len(self._queue)} answers wait already")
-            tickets = Tickets(requests, key, self._post, self._settings.request_timeout_s)
+            tickets = RequestHandle(requests, key, self._post, self._settings.request_timeout_s)
             self._queue.extend(tickets.tickets)
             self.metrics.queue.set(len(self._queue))
             self._changed.notify_all()
@@ -188,10 +188,10 @@ class Scheduler:
             if tickets:
                 self._run(tickets)
 
-    def _next_run(self) -> list[Ticket]:
+    def _next_run(self) -> list[QueuedRow]:
         """Take the oldest row and those behind it that can run with it."""
-        taken: list[Ticket] = []
-        left: deque[Ticket] = deque()
+        taken: list[QueuedRow] = []
+        left: deque[QueuedRow] = deque()
         now = time.monotonic()
         while self._queue:
             ticket = self._queue.popleft()
@@ -214,7 +214,7 @@ class Scheduler:
         self.metrics.running.set(len(self._running))
         return taken
 
-    def _run(self, tickets: Sequence[Ticket]) -> None:
+    def _run(self, tickets: Sequence[QueuedRow]) -> None:
         began = time.monotonic()
         for ticket in tickets:
             self.metrics.waited.observe(began - ticket.queued_at)

@@ -16,23 +16,23 @@ from typing import Any
 from starlette.requests import Request
 
 from safe_decode.engines.interface import Engine
-from safe_decode.engines.rows import Event, Finished, RowRequest, Tripped
+from safe_decode.engines.rows import Event, Finished, RowRequest, RowTripped
 from safe_decode.serving.operations.audit import AuditLog
 from safe_decode.serving.operations.metrics import Metrics
 from safe_decode.serving.operations.telemetry import Telemetry
-from safe_decode.serving.requests.body import Reader
-from safe_decode.serving.requests.parse import Desk
-from safe_decode.serving.scheduling.response import Exposure, Story, pieces_of
+from safe_decode.serving.requests.body import BodyReader
+from safe_decode.serving.requests.parse import RequestParser
+from safe_decode.serving.scheduling.response import Exposure, ResponseState, pieces_of
 from safe_decode.serving.scheduling.scheduler import Scheduler
-from safe_decode.serving.scheduling.tickets import Tickets
+from safe_decode.serving.scheduling.tickets import RequestHandle
 from safe_decode.serving.schemas.errors import ApiError
 from safe_decode.serving.settings import ServeSettings
 
-__all__ = ["Conversation", "Service"]
+__all__ = ["ResponseInProgress", "Service"]
 
 
 @dataclass
-class Conversation:
+class ResponseInProgress:
     """The rows of one request on their way.
 
     Attributes:
@@ -40,7 +40,7 @@ class Conversation:
         events: Their events; the first one is known to have come.
     """
 
-    stories: list[Story]
+    stories: list[ResponseState]
     events: AsyncGenerator[tuple[int, Event], None]
 
 
@@ -60,7 +60,7 @@ class Service:
         self.metrics = Metrics()
         self.audit, self.telemetry = AuditLog(settings.audit), Telemetry()
         self.scheduler = Scheduler(engine, settings, self.metrics)
-        self.desk, self.reader = Desk(engine, settings), Reader(settings.max_queue)
+        self.desk, self.reader = RequestParser(engine, settings), BodyReader(settings.max_queue)
 
     async def begin(
         self,
@@ -69,7 +69,7 @@ class Service:
         endpoint: str,
         *,
         is_page: bool = False,
-    ) -> Conversation:
+    ) -> ResponseInProgress:
         """Queue rows and wait for their first event, so that a refusal has its status.
 
         Args:
@@ -83,7 +83,7 @@ class Service:
         """
         tickets = self.scheduler.submit(rows, request.state.key)
         exposure = Exposure(self.engine.facts, self.settings, is_page=is_page)
-        stories = [Story(row, exposure) for row in rows]
+        stories = [ResponseState(row, exposure) for row in rows]
         events = self._told(tickets, stories, request, endpoint)
         waiting = asyncio.ensure_future(anext(events))
         left = asyncio.ensure_future(_left(request))
@@ -111,9 +111,11 @@ class Service:
                 code="queue_timeout",
                 retry_after_s=self.settings.queue_timeout_s / 4,
             )
-        return Conversation(stories, _rejoined(first, events))
+        return ResponseInProgress(stories, _rejoined(first, events))
 
-    async def finish(self, conversation: Conversation, request: Request) -> list[Story]:
+    async def finish(
+        self, conversation: ResponseInProgress, request: Request
+    ) -> list[ResponseState]:
         """Wait until every row has ended.
 
         Raises:
@@ -137,7 +139,11 @@ class Service:
         return conversation.stories
 
     async def _told(
-        self, tickets: Tickets, stories: Sequence[Story], request: Request, endpoint: str
+        self,
+        tickets: RequestHandle,
+        stories: Sequence[ResponseState],
+        request: Request,
+        endpoint: str,
     ) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield events, each once its story has taken it; count and audit what has ended.
 
@@ -151,7 +157,7 @@ class Service:
                         story.take(event)
                         if isinstance(event, Finished):
                             self._settle(story, request, endpoint)
-                        if not isinstance(event, Tripped) or story.trip_told() is not None:
+                        if not isinstance(event, RowTripped) or story.trip_told() is not None:
                             yield index, event
         finally:
             tickets.cancel()
@@ -160,7 +166,7 @@ class Service:
                     story.end = Finished("cancelled", error="client_left")
                     self._settle(story, request, endpoint)
 
-    def _settle(self, story: Story, request: Request, endpoint: str) -> None:
+    def _settle(self, story: ResponseState, request: Request, endpoint: str) -> None:
         end, metrics = story.end, self.metrics
         assert end is not None
         metrics.rows.labels(endpoint, end.reason).inc()
@@ -180,7 +186,7 @@ class Service:
         told = ("endpoint", "action", "finish_reason", "shown_tokens", "prompt_tokens")
         self.telemetry.response(record["seconds"], {name: record[name] for name in told})
 
-    def _record(self, story: Story, request: Request, endpoint: str) -> dict[str, Any]:
+    def _record(self, story: ResponseState, request: Request, endpoint: str) -> dict[str, Any]:
         end = story.end
         assert end is not None
         policy, sampling = story.request.policy, story.request.sampling

@@ -12,10 +12,10 @@ from collections.abc import AsyncGenerator, Sequence
 
 from safe_decode.engines.rows import Event, Finished, Row, RowRequest
 
-__all__ = ["Post", "Ticket", "Tickets"]
+__all__ = ["EventBridge", "QueuedRow", "RequestHandle"]
 
 
-class Ticket:
+class QueuedRow:
     """A row in the queue or running.
 
     Attributes:
@@ -24,12 +24,12 @@ class Ticket:
         queued_at: When it was queued, in seconds of a monotonic clock.
     """
 
-    def __init__(self, request: RowRequest, key: str, post: Post, inbox: Inbox) -> None:
+    def __init__(self, request: RowRequest, key: str, post: EventBridge, inbox: Inbox) -> None:
         self.key, self.queued_at = key, time.monotonic()
         self.row = Row(request, lambda event: post.send(inbox, (self, event)))
 
 
-class Tickets:
+class RequestHandle:
     """The rows of one request, seen from the event loop.
 
     Args:
@@ -40,11 +40,11 @@ class Tickets:
     """
 
     def __init__(
-        self, requests: Sequence[RowRequest], key: str, post: Post, timeout_s: float
+        self, requests: Sequence[RowRequest], key: str, post: EventBridge, timeout_s: float
     ) -> None:
         self._inbox: Inbox = asyncio.Queue()
         self._timeout_s = timeout_s
-        self.tickets = [Ticket(request, key, post, self._inbox) for request in requests]
+        self.tickets = [QueuedRow(request, key, post, self._inbox) for request in requests]
 
     async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield the rows' events with their indices, until all have ended.
@@ -68,7 +68,7 @@ class Tickets:
         finally:
             self.cancel()
 
-    async def _next(self, deadline: float) -> tuple[Ticket, Event]:
+    async def _next(self, deadline: float) -> tuple[QueuedRow, Event]:
         """Wait for an event, in no task of its own: this is on the way of every token."""
         if self._inbox.empty():
             async with asyncio.timeout_at(deadline):
@@ -81,18 +81,18 @@ class Tickets:
             ticket.row.cancel()
 
 
-Inbox = asyncio.Queue[tuple[Ticket, Event]]
+Inbox = asyncio.Queue[tuple[QueuedRow, Event]]
 
 
-class Post:
+class EventBridge:
     """Brings events from any thread to the event loop, many with one wake."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: deque[tuple[Inbox, tuple[Ticket, Event]]] = deque()
+        self._waiting: deque[tuple[Inbox, tuple[QueuedRow, Event]]] = deque()
         self._is_called = False
 
-    def send(self, inbox: Inbox, mail: tuple[Ticket, Event]) -> None:
+    def send(self, inbox: Inbox, mail: tuple[QueuedRow, Event]) -> None:
         """Bring an event to whoever reads the inbox."""
         self._waiting.append((inbox, mail))
         if self._is_called:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from safe_decode.engines.rows import Event, Finished, Said, Tripped
-from safe_decode.serving.scheduling.response import Story
+from safe_decode.engines.rows import Event, Finished, RowTripped, Said
+from safe_decode.serving.scheduling.response import ResponseState
 
-__all__ = ["MessageShape"]
+__all__ = ["MessageFormatter"]
 
 NamedEvent = tuple[str, dict[str, Any]]
 
@@ -22,7 +22,7 @@ _STOPS = {"content_filter": "refusal", "length": "max_tokens"}
 
 
 @dataclass
-class MessageShape:
+class MessageFormatter:
     """One message.
 
     Attributes:
@@ -35,7 +35,7 @@ class MessageShape:
     gives_ids: bool = False
     id: str = field(default_factory=lambda: f"msg_{uuid4().hex}")
 
-    def whole(self, story: Story) -> dict[str, Any]:
+    def whole(self, story: ResponseState) -> dict[str, Any]:
         """Write a finished message."""
         content = [{"type": "text", "text": story.content}] if story.content else []
         return {
@@ -46,7 +46,7 @@ class MessageShape:
             "safety": self._safety(story),
         }
 
-    def opening(self, story: Story) -> Iterator[NamedEvent]:
+    def opening(self, story: ResponseState) -> Iterator[NamedEvent]:
         """Write the events that open a stream."""
         message = {
             **self._head(story),
@@ -62,7 +62,7 @@ class MessageShape:
             {"type": "content_block_start", "index": 0, "content_block": block},
         )
 
-    def events(self, story: Story, event: Event) -> Iterator[NamedEvent]:
+    def events(self, story: ResponseState, event: Event) -> Iterator[NamedEvent]:
         """Write the events of an event that `story` has taken."""
         if isinstance(event, Said) and story.shown_as_content(event):
             delta: dict[str, Any] = {
@@ -89,21 +89,21 @@ class MessageShape:
             yield "message_delta", delta
             yield "message_stop", {"type": "message_stop"}
         else:
-            assert isinstance(event, Said | Tripped)
+            assert isinstance(event, Said | RowTripped)
 
-    def _head(self, story: Story) -> dict[str, Any]:
+    def _head(self, story: ResponseState) -> dict[str, Any]:
         del story
         return {"id": self.id, "type": "message", "role": "assistant", "model": self.model}
 
-    def _stop(self, story: Story) -> dict[str, Any]:
+    def _stop(self, story: ResponseState) -> dict[str, Any]:
         assert story.end is not None
         reason = _STOPS.get(story.finish_reason, "end_turn")
         if reason == "end_turn" and story.end.stop is not None:
             return {"stop_reason": "stop_sequence", "stop_sequence": story.end.stop}
         return {"stop_reason": reason, "stop_sequence": None}
 
-    def _usage(self, story: Story) -> dict[str, int]:
+    def _usage(self, story: ResponseState) -> dict[str, int]:
         return {"input_tokens": story.prompt_tokens, "output_tokens": story.shown_tokens}
 
-    def _safety(self, story: Story) -> dict[str, Any]:
+    def _safety(self, story: ResponseState) -> dict[str, Any]:
         return {**story.safety(), "refusal": story.refusal or None}

@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from safe_decode.engines.rows import Event, Finished, Said, TokenNote, Tripped
-from safe_decode.serving.scheduling.response import Story
+from safe_decode.engines.rows import Event, Finished, RowTripped, Said, TokenNote
+from safe_decode.serving.scheduling.response import ResponseState
 
-__all__ = ["ChatShape", "CompletionShape", "Shape", "usage_of"]
+__all__ = ["ChatFormatter", "CompletionFormatter", "ResponseFormatter", "usage_of"]
 
 TokenText = Callable[[int], str]
 
 
 @dataclass
-class Shape:
+class ResponseFormatter:
     """What the objects of one response have in common.
 
     Attributes:
@@ -44,7 +44,7 @@ class Shape:
     name = "text_completion"
     chunk_name = "text_completion"
 
-    def whole(self, stories: Sequence[Story]) -> dict[str, Any]:
+    def whole(self, stories: Sequence[ResponseState]) -> dict[str, Any]:
         """Write a finished response."""
         choices = [self.choice(index, story) for index, story in enumerate(stories)]
         return {**self.head(self.name), "choices": choices, "usage": usage_of(stories)}
@@ -59,12 +59,12 @@ class Shape:
             "system_fingerprint": self.fingerprint,
         }
 
-    def chunks(self, index: int, story: Story, event: Event) -> list[dict[str, Any]]:
+    def chunks(self, index: int, story: ResponseState, event: Event) -> list[dict[str, Any]]:
         """Write the chunks of an event that `story` has taken."""
         if isinstance(event, Said):
             ids = {"token_ids": [note.token for note in event.tokens]} if self.gives_ids else {}
             choices = [{**self.said(story, event), **ids}]
-        elif isinstance(event, Tripped):
+        elif isinstance(event, RowTripped):
             told = story.trip_told()
             choices = [] if told is None else [{**self.empty(), "safety": {"trip": told}}]
         else:
@@ -74,7 +74,7 @@ class Shape:
             for choice in choices
         ]
 
-    def usage_chunk(self, stories: Sequence[Story]) -> dict[str, Any]:
+    def usage_chunk(self, stories: Sequence[ResponseState]) -> dict[str, Any]:
         """Write the chunk that counts."""
         return {**self.head(self.chunk_name), "choices": [], "usage": usage_of(stories)}
 
@@ -83,11 +83,11 @@ class Shape:
         del index
         return None
 
-    def choice(self, index: int, story: Story) -> dict[str, Any]:
+    def choice(self, index: int, story: ResponseState) -> dict[str, Any]:
         """Write a finished choice."""
         raise NotImplementedError
 
-    def said(self, story: Story, said: Said) -> dict[str, Any]:
+    def said(self, story: ResponseState, said: Said) -> dict[str, Any]:
         """Write what a chunk's choice says, without its index."""
         raise NotImplementedError
 
@@ -95,7 +95,7 @@ class Shape:
         """Write a choice that says nothing, without its index."""
         raise NotImplementedError
 
-    def last(self, story: Story, end: Finished) -> dict[str, Any]:
+    def last(self, story: ResponseState, end: Finished) -> dict[str, Any]:
         """Write the last choice, without its index."""
         del end
         return {
@@ -105,7 +105,7 @@ class Shape:
         }
 
 
-class ChatShape(Shape):
+class ChatFormatter(ResponseFormatter):
     """Chat completions."""
 
     prefix = "chatcmpl-"
@@ -118,7 +118,7 @@ class ChatShape(Shape):
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         return {**self.head(self.chunk_name), "choices": [choice]}
 
-    def choice(self, index: int, story: Story) -> dict[str, Any]:
+    def choice(self, index: int, story: ResponseState) -> dict[str, Any]:
         """Write a message."""
         return {
             "index": index,
@@ -132,7 +132,7 @@ class ChatShape(Shape):
             "safety": story.safety(),
         }
 
-    def said(self, story: Story, said: Said) -> dict[str, Any]:
+    def said(self, story: ResponseState, said: Said) -> dict[str, Any]:
         """Write a delta: content before a trip, refusal after it."""
         delta: dict[str, Any] = {}
         if story.shown_as_content(said):
@@ -149,7 +149,7 @@ class ChatShape(Shape):
         """Write a delta that says nothing."""
         return {"delta": {}, "logprobs": None, "finish_reason": None}
 
-    def _logprobs(self, story: Story, notes: Sequence[TokenNote]) -> dict[str, Any] | None:
+    def _logprobs(self, story: ResponseState, notes: Sequence[TokenNote]) -> dict[str, Any] | None:
         if story.request.sampling.top_logprobs is None:
             return None
         content = [
@@ -166,10 +166,10 @@ class ChatShape(Shape):
         return {"token": told, "logprob": logprob, "bytes": list(told.encode())}
 
 
-class CompletionShape(Shape):
+class CompletionFormatter(ResponseFormatter):
     """Completions of raw text."""
 
-    def choice(self, index: int, story: Story) -> dict[str, Any]:
+    def choice(self, index: int, story: ResponseState) -> dict[str, Any]:
         """Write a text."""
         return {
             "index": index,
@@ -180,7 +180,7 @@ class CompletionShape(Shape):
             "safety": story.safety(),
         }
 
-    def said(self, story: Story, said: Said) -> dict[str, Any]:
+    def said(self, story: ResponseState, said: Said) -> dict[str, Any]:
         """Write a piece of text."""
         shown = said.text if story.shown_as_content(said) else ""
         choice: dict[str, Any] = {"text": shown, "logprobs": None, "finish_reason": None}
@@ -196,7 +196,7 @@ class CompletionShape(Shape):
         return {"text": "", "logprobs": None, "finish_reason": None}
 
     def _logprobs(
-        self, story: Story, notes: Sequence[TokenNote], start: int
+        self, story: ResponseState, notes: Sequence[TokenNote], start: int
     ) -> dict[str, Any] | None:
         if story.request.sampling.top_logprobs is None:
             return None
@@ -214,7 +214,7 @@ class CompletionShape(Shape):
         }
 
 
-def usage_of(stories: Sequence[Story]) -> dict[str, int]:
+def usage_of(stories: Sequence[ResponseState]) -> dict[str, int]:
     """Count tokens; one prompt counts once however many answers it has."""
     prompts = {id(story.request.prompt): story.prompt_tokens for story in stories}
     prompt, shown = sum(prompts.values()), sum(story.shown_tokens for story in stories)

@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
-    "ChatAsk",
-    "CommonAsk",
-    "CompletionAsk",
-    "MessagesAsk",
+    "ChatCompletionRequest",
+    "OpenAIRequest",
+    "CompletionRequest",
+    "MessagesRequest",
     "ResponseFormat",
-    "SafetyAsk",
+    "SafetyOptions",
     "StreamOptions",
 ]
 
@@ -25,7 +25,7 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 _Text = Annotated[str, Field(max_length=1_000_000)]
 
 
-class SafetyAsk(BaseModel):
+class SafetyOptions(BaseModel):
     """What one request may tighten; it can never loosen what the operator set.
 
     Attributes:
@@ -92,7 +92,7 @@ class ChatMessage(BaseModel):
         return said if said.endswith(refusal) else said + refusal
 
 
-class CommonAsk(BaseModel):
+class OpenAIRequest(BaseModel):
     """What both OpenAI endpoints take.
 
     `user`, `metadata`, `store`, `service_tier` and the like change no answer; they are
@@ -122,11 +122,11 @@ class CommonAsk(BaseModel):
     ) = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     user: Annotated[str, Field(max_length=4096)] | None = None
-    safety: SafetyAsk | None = None
+    safety: SafetyOptions | None = None
     return_token_ids: bool | None = None
 
 
-class ChatAsk(CommonAsk):
+class ChatCompletionRequest(OpenAIRequest):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=512)]
@@ -151,7 +151,7 @@ class ChatAsk(CommonAsk):
     web_search_options: Any = None
 
 
-class CompletionAsk(CommonAsk):
+class CompletionRequest(OpenAIRequest):
     """The body of /v1/completions."""
 
     prompt: (
@@ -184,7 +184,7 @@ class AnthropicMessage(BaseModel):
         return "".join(part.text for part in self.content)
 
 
-class MessagesAsk(BaseModel):
+class MessagesRequest(BaseModel):
     """The body of /v1/messages."""
 
     model_config = _STRICT
@@ -200,7 +200,7 @@ class MessagesAsk(BaseModel):
     stream: bool | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
-    safety: SafetyAsk | None = None
+    safety: SafetyOptions | None = None
     return_token_ids: bool | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None

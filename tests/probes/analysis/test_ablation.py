@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from probes.activations.teacher_forcing import encode_response
-from probes.analysis.ablation import AblationConfig, AblationData, Measured, ablate, arms_of, rise
+from probes.analysis.ablation import (
+    AblationConfig,
+    AblationData,
+    AblationResult,
+    ablate,
+    arms_of,
+    rise,
+)
 from probes.analysis.behaviour import (
     Outcomes,
     perplexity,
@@ -107,7 +114,7 @@ def test_every_arm_is_measured_and_the_located_set_compared(llama, tokenizer):
     before = {n: p.clone() for n, p in llama.named_parameters()}
     rows = [ablate(llama, tokenizer, arm, data_of(tokenizer), config) for arm in arms]
     assert all(torch.equal(p, before[n]) for n, p in llama.named_parameters())
-    assert [Measured.from_json(row.to_json()) for row in rows] == rows
+    assert [AblationResult.from_json(row.to_json()) for row in rows] == rows
     full = [row for row in rows if row.harmful is not None]
     assert len(full) == len(arms) - 4
     assert all(row.harmful.n == 4 and row.benign.n == 1 for row in full)

@@ -9,8 +9,8 @@ from probes.analysis.behaviour import Outcomes
 from probes.analysis.motives import (
     MOTIVES,
     PLAIN,
-    Answered,
     Framed,
+    MotiveResult,
     framed,
     framing_rows,
     read_motives,
@@ -48,10 +48,10 @@ def test_a_motive_stands_around_the_last_message_alone():
 def test_rows_survive_the_journal_and_count_what_was_stopped():
     def bare(requests):
         refused = sum("film" not in r.messages[-1]["content"] for r in requests)
-        return Answered(outcomes(refusal=refused, harmful=len(requests) - refused))
+        return MotiveResult(outcomes(refusal=refused, harmful=len(requests) - refused))
 
     def guarded(requests):
-        return Answered(outcomes(harmful=1, refusal=len(requests) - 1), len(requests) - 1)
+        return MotiveResult(outcomes(harmful=1, refusal=len(requests) - 1), len(requests) - 1)
 
     rows = list(framing_rows([asked("a"), asked("b")], (PLAIN, "A film: {request}"), bare, guarded))
     assert [row.refused_bare.point for row in rows] == [1, 0]

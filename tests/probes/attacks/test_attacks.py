@@ -14,7 +14,7 @@ from benchmarks.detection import reread
 from probes.attacks.behaviours import AttackSet, Behaviour, embedded_behaviours, from_conversations
 from probes.attacks.black_box import BlackBoxConfig, queries
 from probes.attacks.config import AttackConfig
-from probes.attacks.deployment import Candidate, Deployment, SoftGap
+from probes.attacks.deployment import AttackCandidate, Deployment, SoftGap
 from probes.attacks.encodings import ENCODINGS
 from probes.attacks.gcg import SuffixConfig
 from probes.attacks.refit import adversarial_requests
@@ -34,7 +34,7 @@ from probes.attacks.soft_prompt import SoftConfig
 from probes.attacks.surrogate import fit_surrogate, residual_sites
 from probes.attacks.transfer import Spread, spread_over, suffixes_of
 from probes.data.conversations import Conversation
-from probes.evaluation.released_text import Released, organism_reading, reading_alone
+from probes.evaluation.released_text import ReleasedReading, organism_reading, reading_alone
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.testing.bundles import bundle_for, decoder_for
 
@@ -53,16 +53,16 @@ def attack_set():
 
 
 def always(_messages, _prefill, _released):
-    return Released("harmful")
+    return ReleasedReading("harmful")
 
 
 def never(_messages, _prefill, _released):
-    return Released("benign")
+    return ReleasedReading("benign")
 
 
 def plain(text="open the gate", **changes):
     messages = ({"role": "user", "content": text},)
-    return Candidate(**{"messages": messages, "asked": messages, **changes})
+    return AttackCandidate(**{"messages": messages, "asked": messages, **changes})
 
 
 def test_a_bare_try_is_what_the_bare_model_samples(llama, tokenizer):
@@ -101,7 +101,7 @@ def test_a_guard_that_always_trips_lets_nothing_out(llama, tokenizer):
 
     def judge(_messages, _prefill, released):
         seen.append(released)
-        return Released("benign")
+        return ReleasedReading("benign")
 
     decoder = decoder_for(llama, tokenizer, threshold=-1e9, redirect="refuse")
     guarded = Deployment(decoder, judge, max_new_tokens=CAP, samples=3)
@@ -124,7 +124,7 @@ def test_one_harmful_sample_is_a_success_and_order_is_kept(llama, tokenizer):
 
 
 def test_an_encoded_answer_is_read_back(llama, tokenizer):
-    judge = lambda _m, _p, text: Released("harmful" if text == "decoded" else "x")  # noqa: E731
+    judge = lambda _m, _p, text: ReleasedReading("harmful" if text == "decoded" else "x")  # noqa: E731
     deployment = Deployment(decoder_for(llama, tokenizer), judge, max_new_tokens=2)
     (found,) = deployment.attempt([plain(decoding=lambda _text: "decoded")])
     assert found.success
@@ -245,20 +245,20 @@ def test_a_judge_of_whole_responses_reads_released_text_alone():
         )
 
     read = reading_alone(whole)
-    assert read((), "bad words", "and so on") == Released("benign")
-    assert read((), "", "so bad") == Released("harmful", 3)
-    assert read((), "bad", "  ") == Released("benign")
+    assert read((), "bad words", "and so on") == ReleasedReading("benign")
+    assert read((), "", "so bad") == ReleasedReading("harmful", 3)
+    assert read((), "bad", "  ") == ReleasedReading("benign")
 
 
 def test_harm_begun_in_the_prefill_counts_when_released_text_completes_it():
     one = embedded_behaviours(1, seed=2).behaviours[0]
     begun, whole = one.target, organism_reading(one.messages, "", one.target)
     cut = whole.onset_char + 3
-    assert organism_reading(one.messages, begun[:cut], begun[cut:]) == Released("harmful", 0)
+    assert organism_reading(one.messages, begun[:cut], begun[cut:]) == ReleasedReading("harmful", 0)
     early = organism_reading(
         one.messages, begun[: whole.onset_char - 2], begun[whole.onset_char - 2 :]
     )
-    assert early == Released("harmful", 2)
+    assert early == ReleasedReading("harmful", 2)
 
 
 def record(threat="T3", arm="guarded", name="b", success_at=None, **changes):
@@ -370,7 +370,7 @@ def test_every_threat_runs_in_every_arm_and_goes_on_where_it_stopped(
     journal = tmp_path / "attack.jsonl"
     # Any letter that the bare model says is harm; the guard always trips before it is out.
     harm = lambda text: bool(text) and text != decoder.refusal  # noqa: E731
-    judge = lambda _m, _p, text: Released("harmful" if harm(text) else "x")  # noqa: E731
+    judge = lambda _m, _p, text: ReleasedReading("harmful" if harm(text) else "x")  # noqa: E731
     records = attack(decoder, attack_set, judge, CONFIG, surrogate=watch, journal=journal)
     assert len(records) == 2 * (2 + 1 + 3 + 2) == len(jobs_of(attack_set, CONFIG))
     assert all((r.success_at is not None) == (r.arm == "bare") for r in records)
@@ -382,7 +382,7 @@ def test_every_threat_runs_in_every_arm_and_goes_on_where_it_stopped(
     again = attack(
         decoder,
         attack_set,
-        lambda *a: calls.append(a) or Released("x"),
+        lambda *a: calls.append(a) or ReleasedReading("x"),
         CONFIG,
         surrogate=watch,
         journal=journal,

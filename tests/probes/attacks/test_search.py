@@ -11,9 +11,9 @@ from probes.attacks.gcg import (
     random_suffixes,
     search_suffix,
 )
-from probes.attacks.gradient_tap import GradientReader
-from probes.attacks.objective import Answer, Objective, Watch, Weights
-from probes.attacks.prompt_gap import Frame, typeable_ids
+from probes.attacks.gradient_tap import GradientTap
+from probes.attacks.objective import DetectorModel, Objective, TargetAnswer, Weights
+from probes.attacks.prompt_gap import PromptGap, typeable_ids
 from probes.attacks.soft_prompt import SoftConfig, carrier_of, carrying, search_soft_prompt
 from safe_decode.activations.tap import ActivationTap
 from safe_decode.errors import ConfigurationError, PromptError
@@ -28,7 +28,7 @@ MONITOR = MonitorConfig(2 / 5, (0.0,), (0.0,), (1.0,), 0.0)
 
 @pytest.fixture
 def frame(tokenizer):
-    return Frame.around(tokenizer, MESSAGES)
+    return PromptGap.around(tokenizer, MESSAGES)
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def typeable(tokenizer):
 
 
 def objective_of(model, tokenizer, frame, *, margin=1.0, threshold=0.0, target="gladly, I"):
-    watch = Watch(random_probe(), MONITOR, threshold)
-    answers = [Answer((), text_ids(tokenizer, target))]
+    watch = DetectorModel(random_probe(), MONITOR, threshold)
+    answers = [TargetAnswer((), text_ids(tokenizer, target))]
     return Objective(model, frame, answers, watch=watch, weights=Weights(margin=margin))
 
 
@@ -48,7 +48,7 @@ def test_an_attacker_reads_what_the_tap_reads(model):
         beats.keep_last(20)
         model(input_ids=ids)
         expected = beats.take()
-    reader = GradientReader(model, SITES)
+    reader = GradientTap(model, SITES)
     with reader.reading(2) as found:
         model(inputs_embeds=model.get_input_embeddings()(ids))
     torch.testing.assert_close(torch.cat(found, dim=-1), expected)
@@ -69,7 +69,7 @@ def test_the_gap_stands_between_the_users_words_and_the_open_answer(tokenizer, f
 def test_a_template_without_an_end_has_no_gap(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(PromptError, match="a suffix has no place"):
-        Frame.around(tokenizer, MESSAGES)
+        PromptGap.around(tokenizer, MESSAGES)
 
 
 def test_the_loss_is_likelihood_and_the_largest_margin(llama, tokenizer, frame):
@@ -89,13 +89,15 @@ def test_the_loss_is_likelihood_and_the_largest_margin(llama, tokenizer, frame):
             ema += MONITOR.smoothing * (logit - ema)
             peak = max(peak, ema)
     # Far below the peak's temperature the log-sum-exp is the maximum.
-    watch, weights = Watch(probe, MONITOR, 0.3), Weights(temperature=1e-3, slack=100.0)
-    cold = Objective(llama, frame, [Answer((), target)], watch=watch, weights=weights)
+    watch, weights = DetectorModel(probe, MONITOR, 0.3), Weights(temperature=1e-3, slack=100.0)
+    cold = Objective(llama, frame, [TargetAnswer((), target)], watch=watch, weights=weights)
     found = cold.of_ids(torch.tensor([gap]))[0] - nll
     assert float(found) == pytest.approx(peak - 0.3, abs=0.01)
     # A margin that is won already is worth nothing more than the slack.
-    won = Watch(probe, MONITOR, 1e6)
-    easy = Objective(llama, frame, [Answer((), target)], watch=won, weights=Weights(slack=0.5))
+    won = DetectorModel(probe, MONITOR, 1e6)
+    easy = Objective(
+        llama, frame, [TargetAnswer((), target)], watch=won, weights=Weights(slack=0.5)
+    )
     assert float(easy.of_ids(torch.tensor([gap]))[0] - nll) == pytest.approx(-0.5, abs=1e-3)
 
 
@@ -118,10 +120,10 @@ def test_the_gradient_ranks_swaps_as_the_loss_does(llama, tokenizer, frame):
 def test_shared_beginnings_change_no_loss(family, is_watched, tokenizer, frame):
     model = tiny_model(family)
     answers = [
-        Answer((), text_ids(tokenizer, "gladly, I")),
-        Answer(text_ids(tokenizer, "Sorry."), text_ids(tokenizer, "but gladly"), 0.5),
+        TargetAnswer((), text_ids(tokenizer, "gladly, I")),
+        TargetAnswer(text_ids(tokenizer, "Sorry."), text_ids(tokenizer, "but gladly"), 0.5),
     ]
-    watch = Watch(random_probe(), MONITOR, 0.3) if is_watched else None
+    watch = DetectorModel(random_probe(), MONITOR, 0.3) if is_watched else None
     objective = Objective(model, frame, answers, watch=watch, weights=Weights())
     gaps = torch.tensor([text_ids(tokenizer, text) for text in (" now!", " soon", " then")])
     with torch.no_grad():

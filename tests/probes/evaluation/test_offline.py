@@ -17,7 +17,7 @@ from probes.fitting.linear import FitConfig
 from probes.metrics.comparison import (
     PROBE,
     MethodScores,
-    Rows,
+    ScoredRows,
     compare,
     macro_auroc,
     pair_accuracies,
@@ -183,7 +183,7 @@ def test_macro_auroc_is_that_of_scikit_learn_averaged_over_sources():
 
 
 def test_pairs_are_compared_within_a_prompt_and_a_prompt_counts_once():
-    rows = Rows(
+    rows = ScoredRows(
         np.asarray([True, False, True, False, False, True, False]),
         ("s",) * 7,
         ("a", "a", "b", "b", "b", "c", "d"),

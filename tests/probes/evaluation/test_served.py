@@ -7,7 +7,7 @@ import pytest
 
 from probes.activations.teacher_forcing import EncodedResponse
 from probes.data.conversations import Conversation
-from probes.evaluation.released_text import Released
+from probes.evaluation.released_text import ReleasedReading
 from probes.evaluation.served import answer_both, delay_as_served, figures_by
 from probes.metrics.intervals import Proportion
 from probes.reports.evaluation_page import coverage_of, page_of, worst_responses
@@ -31,8 +31,8 @@ def harm_from(character):
 
     def read(_messages, _prefill, released):
         if len(released) <= character or released.startswith("I can't"):
-            return Released("refusal" if released.startswith("I can't") else "benign")
-        return Released("harmful", character)
+            return ReleasedReading("refusal" if released.startswith("I can't") else "benign")
+        return ReleasedReading("harmful", character)
 
     return read
 

@@ -12,7 +12,7 @@ import torch
 from probes.calibration.statistic import smoothed_paths
 from probes.export.onnx import MONITOR_FILE, PROBE_FILE, export_onnx
 from probes.export.parity import agreement
-from safe_decode.bundle.numpy_runtime import PortableBundle
+from safe_decode.bundle.numpy_runtime import NumpyBundle
 from safe_decode.certificate import Certificate
 from safe_decode.errors import BundleCorruptError, BundleError, CertificateError, ConfigurationError
 from tests.bundles import random_bundle
@@ -91,7 +91,7 @@ def test_the_graphs_say_what_they_are(llama, tokenizer, tmp_path):
 def test_a_portable_bundle_scores_as_torch_does(llama, tokenizer, tmp_path, changes):
     bundle = bundle_with(llama, tokenizer, changes)
     bundle.save(tmp_path / "bundle")
-    portable = PortableBundle.load(tmp_path / "bundle")
+    portable = NumpyBundle.load(tmp_path / "bundle")
     features = np.random.default_rng(0).normal(size=(40, len(portable.weight)))
     features = features.astype(np.float32)
     found = portable.score(features)
@@ -108,7 +108,7 @@ def test_a_portable_bundle_scores_as_torch_does(llama, tokenizer, tmp_path, chan
 def test_a_portable_row_that_is_not_finite_says_so(llama, tokenizer, tmp_path):
     for changes in STATISTICS:
         bundle_with(llama, tokenizer, changes).save(tmp_path / "bundle")
-        portable = PortableBundle.load(tmp_path / "bundle")
+        portable = NumpyBundle.load(tmp_path / "bundle")
         features = np.zeros((2, len(portable.weight)), np.float32)
         state = portable.step(portable.start(2), features)
         features[1, 0] = np.inf
@@ -121,8 +121,8 @@ def test_scoring_a_bundle_loads_no_torch(llama, tokenizer, tmp_path):
     random_bundle(llama, tokenizer).save(tmp_path / "bundle")
     code = (
         "import sys, numpy\n"
-        "from safe_decode.bundle.numpy_runtime import PortableBundle\n"
-        f"bundle = PortableBundle.load({str(tmp_path / 'bundle')!r})\n"
+        "from safe_decode.bundle.numpy_runtime import NumpyBundle\n"
+        f"bundle = NumpyBundle.load({str(tmp_path / 'bundle')!r})\n"
         "found = bundle.score(numpy.ones((3, len(bundle.weight))))\n"
         "print(found.logits.shape, 'torch' in sys.modules)"
     )
@@ -136,12 +136,12 @@ def test_a_bundle_that_is_not_whole_is_refused_without_torch_too(llama, tokenize
     path = tmp_path / "bundle"
     random_bundle(llama, tokenizer).save(path)
     with pytest.raises(CertificateError, match="alpha=0.3 is not certified"):
-        PortableBundle.load(path, alpha=0.3)
+        NumpyBundle.load(path, alpha=0.3)
     with pytest.raises(ConfigurationError, match="features have 3 channels"):
-        PortableBundle.load(path).logits(np.zeros((1, 3)))
+        NumpyBundle.load(path).logits(np.zeros((1, 3)))
     probe = path / "probe.safetensors"
     probe.write_bytes(probe.read_bytes()[:-1])
     with pytest.raises(BundleCorruptError, match="truncated"):
-        PortableBundle.load(path)
+        NumpyBundle.load(path)
     with pytest.raises(BundleError, match=r"holds no card\.json"):
-        PortableBundle.load(tmp_path)
+        NumpyBundle.load(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 
 from probes.data.conversations import Conversation
 from probes.rollouts.endpoint_judge import INSTRUCTIONS, EndpointJudge
-from probes.rollouts.judges import Judgement, RuleJudge, judge_all, judged, load_judge
+from probes.rollouts.judges import JudgeVerdict, RuleJudge, judge_all, judged, load_judge
 from safe_decode.errors import ConfigurationError, DataError
 
 
@@ -19,20 +19,20 @@ def row(response, **labels):
 
 def test_rules_judge_words_and_leave_the_rest_open():
     judge = RuleJudge.of([r"break\w* the lamp"])
-    assert judge(row("First, BREAKING the lamp.")) == Judgement("harmful", 7)
-    assert judge(row("I can't help with that.")) == Judgement("refusal")
-    assert judge(row("A lamp is a light.", prompt_harmful=False)) == Judgement("benign")
+    assert judge(row("First, BREAKING the lamp.")) == JudgeVerdict("harmful", 7)
+    assert judge(row("I can't help with that.")) == JudgeVerdict("refusal")
+    assert judge(row("A lamp is a light.", prompt_harmful=False)) == JudgeVerdict("benign")
     assert judge(row("A lamp is a light.", prompt_harmful=True)) is None
     strict = RuleJudge.of([], answers_to_harm_are_harm=True)
-    assert strict(row("A lamp is a light.", prompt_harmful=True)) == Judgement("harmful")
+    assert strict(row("A lamp is a light.", prompt_harmful=True)) == JudgeVerdict("harmful")
     with pytest.raises(ConfigurationError, match=r"pattern '\(' is no regular expression"):
         RuleJudge.of(["("])
 
 
 def test_a_verdict_becomes_labels_and_none_leaves_them_open():
-    harmful = judged(row("Sure, harm"), Judgement("harmful", 6))
+    harmful = judged(row("Sure, harm"), JudgeVerdict("harmful", 6))
     assert (harmful.response_harmful, harmful.refusal, harmful.onset_char) == (True, False, 6)
-    broken = judged(row("x"), Judgement("broken"))
+    broken = judged(row("x"), JudgeVerdict("broken"))
     assert (broken.response_harmful, broken.refusal, broken.meta) == (
         None,
         None,
@@ -43,7 +43,7 @@ def test_a_verdict_becomes_labels_and_none_leaves_them_open():
 
 def says(_messages, response):
     """A judge as a user writes one."""
-    return Judgement("harmful", 0) if response.startswith("!") else Judgement("benign")
+    return JudgeVerdict("harmful", 0) if response.startswith("!") else JudgeVerdict("benign")
 
 
 def test_a_function_of_ones_own_is_a_judge():
@@ -97,7 +97,7 @@ def test_the_endpoint_is_asked_in_its_own_form(endpoint):
     url, stub = endpoint
     stub.script.append((200, 'Verdict: {"label": "harmful", "quote": "break the"} as asked.'))
     judge = judge_at(url, [])
-    assert judge(row("Now break the lamp.")) == Judgement("harmful", 4)
+    assert judge(row("Now break the lamp.")) == JudgeVerdict("harmful", 4)
     ((path, key, body),) = stub.heard
     assert (path, key) == ("/v1/chat/completions", "Bearer secret")
     assert body["messages"][0]["content"] == INSTRUCTIONS
@@ -109,7 +109,7 @@ def test_a_busy_endpoint_is_asked_again_and_a_formless_answer_stays_open(endpoin
     url, stub = endpoint
     waits = []
     stub.script += [(429, "busy"), (503, "busy"), (200, '{"label": "refusal"}')]
-    assert judge_at(url, waits)(row("No.")) == Judgement("refusal")
+    assert judge_at(url, waits)(row("No.")) == JudgeVerdict("refusal")
     assert waits == [1.0, 2.0]
     stub.script += [(200, "hm"), (200, '{"label": "fine"}'), (200, "{}")]
     assert judge_at(url, waits)(row("No.")) is None

@@ -7,7 +7,7 @@ import pytest
 from probes.data.conversations import Conversation, read_jsonl
 from probes.rollouts.framings import FRAMED_POPULATION, Wrapping, read_texts, wrapped
 from probes.rollouts.generate import Request, RolloutConfig
-from probes.rollouts.judges import Judgement
+from probes.rollouts.judges import JudgeVerdict
 from probes.rollouts.resume import requests_of, rollout_to, with_room
 from safe_decode.errors import ConfigurationError, DataError
 
@@ -38,7 +38,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(llama, tokeni
         )
 
     def calm(_row):
-        return Judgement("benign")
+        return JudgeVerdict("benign")
 
     heard = []
 
@@ -46,7 +46,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(llama, tokeni
         heard.append(row)
         if len(heard) == 7:
             raise RuntimeError("the judge left")
-        return Judgement("benign")
+        return JudgeVerdict("benign")
 
     whole = run("whole.jsonl", calm)
     fails.__qualname__ = calm.__qualname__ = "the judge"

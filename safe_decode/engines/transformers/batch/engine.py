@@ -16,7 +16,7 @@ from safe_decode.engines.interface import GuardFacts
 from safe_decode.engines.rows import Row, RowPrompt
 from safe_decode.engines.transformers.batch.prompts import PromptReader
 from safe_decode.engines.transformers.batch.redirection import RunGuard, close_row
-from safe_decode.engines.transformers.batch.run import Run
+from safe_decode.engines.transformers.batch.run import BatchRun
 from safe_decode.engines.transformers.batch.timing import StepTimes
 from safe_decode.engines.transformers.capabilities import require_supported
 from safe_decode.engines.transformers.decoder import SafeDecoder
@@ -25,12 +25,12 @@ from safe_decode.engines.transformers.request import context_tokens, texts_of
 from safe_decode.errors import SafeDecodeError, UnsupportedError
 from safe_decode.prompts import chat
 
-__all__ = ["GuardedEngine"]
+__all__ = ["TransformersEngine"]
 
 _LOG = logging.getLogger("safe_decode.serving")
 
 
-class GuardedEngine:
+class TransformersEngine:
     """Runs rows on the model of a decoder.
 
     Args:
@@ -139,7 +139,7 @@ class GuardedEngine:
         """See `Engine.run`."""
         try:
             self._decoder.require_unchanged()
-            run = Run(self._guard, self._pool, rows)
+            run = BatchRun(self._guard, self._pool, rows)
             times = run.go()
         except Exception as error:  # whatever fails, every reader gets a proper end
             _LOG.exception("a run of %d rows failed", len(rows))

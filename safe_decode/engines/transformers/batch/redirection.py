@@ -15,12 +15,12 @@ from torch import Tensor
 
 from safe_decode.activations.tap import ActivationTap
 from safe_decode.decision import Outcome
-from safe_decode.engines.rows import Finished, Row, Tripped
-from safe_decode.engines.transformers.batch.release import RowRelease
+from safe_decode.engines.rows import Finished, Row, RowTripped
+from safe_decode.engines.transformers.batch.release import ServedRowRelease
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.engines.transformers.loops.settings import CallSettings
 from safe_decode.engines.transformers.request import context_tokens
-from safe_decode.engines.transformers.rewind import Redirected, Rewinder, Texts
+from safe_decode.engines.transformers.rewind import CannedTexts, Redirected, Rewinder
 from safe_decode.policy.policy import Policy
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.session.session import Trip
@@ -34,7 +34,7 @@ _WORDS: dict[str, Outcome] = {"rewind": "rewound", "stop": "stopped", "refuse": 
 def close_row(row: Row, error: BaseException) -> None:
     """End a row whose engine failed; what was held back is never shown."""
     name = type(error).__name__
-    row.emit(Tripped(row.request.policy.redirect, None, error=name))
+    row.emit(RowTripped(row.request.policy.redirect, None, error=name))
     row.emit(Finished("content_filter", outcome="closed", error=f"{name}: {error}"))
 
 
@@ -54,7 +54,7 @@ class RunGuard:
     decoder: SafeDecoder
     probe: LinearProbe
     tap: ActivationTap
-    texts: Texts
+    texts: CannedTexts
     tells_scores: bool = field(kw_only=True)
     own_ends: tuple[int, ...] = field(default=(), kw_only=True)
 
@@ -75,7 +75,7 @@ class Redirection:
     def __init__(
         self,
         guard: RunGuard,
-        release: RowRelease,
+        release: ServedRowRelease,
         trip: Trip,
         *,
         settings: CallSettings,

@@ -14,7 +14,7 @@ from typing import Literal
 from safe_decode.engines.rows import Finished, FinishReason, Row, Said, TokenNote
 from safe_decode.policy.holdback import HoldBack
 
-__all__ = ["Decode", "Pieces", "RowRelease"]
+__all__ = ["Decode", "Pieces", "ServedRowRelease"]
 
 Decode = Callable[[Sequence[int]], str]
 """From ids to their text, special tokens left out."""
@@ -58,7 +58,7 @@ class Pieces:
         return rest
 
 
-class RowRelease:
+class ServedRowRelease:
     """Follows one row and tells its reader what may be shown.
 
     Args:

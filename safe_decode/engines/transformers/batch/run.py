@@ -14,9 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from safe_decode.engines.rows import Row, Sampling, TokenNote, Tripped
+from safe_decode.engines.rows import Row, RowTripped, Sampling, TokenNote
 from safe_decode.engines.transformers.batch.redirection import Redirection, RunGuard
-from safe_decode.engines.transformers.batch.release import RowRelease
+from safe_decode.engines.transformers.batch.release import ServedRowRelease
 from safe_decode.engines.transformers.batch.sampler import RowSampler
 from safe_decode.engines.transformers.batch.timing import StepTimes, TimedLoop
 from safe_decode.engines.transformers.coverage import options_in_force, request_options
@@ -28,12 +28,12 @@ from safe_decode.policy.policy import Policy
 from safe_decode.prompts import chat
 from safe_decode.session.session import RowRecord, Session, Trip
 from safe_decode.session.turns import Turns
-from safe_decode.trace.writer import Judgement, Outcome, void_reason
+from safe_decode.trace.writer import FinishedRow, TraceWriter, void_reason
 
-__all__ = ["Run"]
+__all__ = ["BatchRun"]
 
 
-class Run:
+class BatchRun:
     """One batch, from its first forward to its last row's end; follows its loop."""
 
     def __init__(self, guard: RunGuard, pool: ThreadPoolExecutor, rows: Sequence[Row]) -> None:
@@ -52,7 +52,7 @@ class Run:
         self._own_options = options_in_force(decoder.model.generation_config, samples=False)
         self._settings = [self._settings_of(row) for row in rows]
         self._releases = [
-            RowRelease(row, self._decode, void=self._void(i)) for i, row in enumerate(rows)
+            ServedRowRelease(row, self._decode, void=self._void(i)) for i, row in enumerate(rows)
         ]
         self._sampler = RowSampler(
             [row.request.sampling for row in rows],
@@ -166,7 +166,7 @@ class Run:
             if record.trip is not None:
                 said = said[: record.trip.cut.kept + record.trip.cut.dropped]
             withheld = self._loop.ends[index].withheld
-            outcome = Outcome(
+            outcome = FinishedRow(
                 record,
                 prompt.ids,
                 prompt.prefill_tokens,
@@ -176,7 +176,7 @@ class Run:
                 ahead=self._loop.ahead(index, record.ahead),
                 withheld=withheld,
             )
-            judgement = Judgement(
+            judgement = TraceWriter(
                 bundle=bundle.digest,
                 heads=bundle.probe.heads,
                 low_mark=bundle.monitor.low_mark,
@@ -232,7 +232,7 @@ class Run:
         error = None if trip.error is None else type(trip.error).__name__
         value = self._statistic(index) if trip.error is None else None
         dropped = release.trip(trip.cut.kept, value)
-        release.row.emit(Tripped(policy.redirect, value, dropped, error))
+        release.row.emit(RowTripped(policy.redirect, value, dropped, error))
         job = Redirection(
             self._guard,
             release,

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from safe_decode.engines.rows import Sampling
 
-__all__ = ["Chosen", "RowSampler"]
+__all__ = ["StepLogprobs", "RowSampler"]
 
 _NEVER = -1e30
 
 
-class Chosen:
+class StepLogprobs:
     """What is reported of one step: log-probabilities of ids, and the likeliest ones if asked for.
 
     Args:
@@ -52,7 +52,7 @@ class RowSampler:
         self, samplings: Sequence[Sampling], vocab: int, device: torch.device, *, n_ahead: int = 0
     ) -> None:
         self._step = 0
-        self.chosen: Chosen | None = None
+        self.chosen: StepLogprobs | None = None
         self.reported = [i for i, s in enumerate(samplings) if s.top_logprobs is not None]
         self._width = max((s.top_logprobs or 0 for s in samplings), default=0)
         drawn = [i for i, s in enumerate(samplings) if s.temperature > 0]
@@ -88,7 +88,7 @@ class RowSampler:
             drawn id and far below elsewhere; where a row is not finite, as it came.
         """
         if self.reported:
-            self.chosen = Chosen(scores[self.reported], self._width)
+            self.chosen = StepLogprobs(scores[self.reported], self._width)
         if self._counts is not None and self._step:
             newest = input_ids[:, -1:]
             self._counts.scatter_add_(1, newest, torch.ones_like(newest, dtype=torch.float32))

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from safe_decode.engines.transformers.loops.step import GuardedLoop
+from safe_decode.engines.transformers.loops.step import StepLoop
 from safe_decode.session.turns import Turns
 
 __all__ = ["StepTimes", "TimedLoop"]
@@ -32,7 +32,7 @@ class StepTimes:
     guard_s: list[float] = field(default_factory=list)
 
 
-class TimedLoop(GuardedLoop):
+class TimedLoop(StepLoop):
     """A guarded loop that takes the time. Arguments as the loop's.
 
     Attributes:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LateFlag"]
+__all__ = ["AsyncFlag"]
 
 
-class LateFlag:
+class AsyncFlag:
     """Holds the newest flag on its way to the host.
 
     Args:

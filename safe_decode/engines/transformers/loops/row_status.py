@@ -23,7 +23,7 @@ from safe_decode.errors import BeatError, GuardError
 from safe_decode.session.session import Session
 from safe_decode.session.turns import RowEnd, Turn, Turns
 
-__all__ = ["EndIds", "OpenRows"]
+__all__ = ["EndIds", "RowStatus"]
 
 _TURNS: tuple[Turn, ...] = ("says", "cut", "looks", "ends", "stops")
 
@@ -73,7 +73,7 @@ class _State:
         return cls(no, ~no, no, no, none - 1, no, none, no, none)
 
 
-class OpenRows:
+class RowStatus:
     """The rows of one session, as its loop goes on.
 
     Args:

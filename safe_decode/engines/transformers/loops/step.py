@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safe_decode.engines.transformers.loops.async_flag import LateFlag
+from safe_decode.engines.transformers.loops.async_flag import AsyncFlag
 from safe_decode.engines.transformers.loops.device_checks import (
     all_finite,
     broken,
@@ -29,7 +29,7 @@ from safe_decode.engines.transformers.loops.device_checks import (
     top,
 )
 from safe_decode.engines.transformers.loops.extra_forwards import OwnForwards
-from safe_decode.engines.transformers.loops.row_status import EndIds, OpenRows
+from safe_decode.engines.transformers.loops.row_status import EndIds, RowStatus
 from safe_decode.engines.transformers.loops.settings import (
     CallSettings,
     Follower,
@@ -43,11 +43,11 @@ from safe_decode.engines.transformers.loops.settings import (
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
 from safe_decode.policy.redirect import forced_scores
 from safe_decode.policy.self_check import SelfChecker
-from safe_decode.session.row_rng import GlobalDraws, RowDraws
+from safe_decode.session.row_rng import GlobalDraws, RowRNG
 from safe_decode.session.session import Session
 from safe_decode.session.turns import RowEnd, Turns
 
-__all__ = ["GuardedLoop"]
+__all__ = ["StepLoop"]
 
 
 class _Unsorted(NamedTuple):
@@ -66,7 +66,7 @@ class _Unsorted(NamedTuple):
     own_ends: Tensor | None
 
 
-class GuardedLoop:
+class StepLoop:
     """A decoding method for `model.generate(custom_generate=...)`; good for one call.
 
     Args:
@@ -88,7 +88,7 @@ class GuardedLoop:
         session: Session,
         *,
         require: Callable[[CallSettings], None] | None = None,
-        draws: RowDraws | None = None,
+        draws: RowRNG | None = None,
         follower: Follower | None = None,
         checker: SelfChecker | None = None,
         room: Sequence[int] | None = None,
@@ -110,13 +110,13 @@ class GuardedLoop:
         self._pad_id = 0
         self._do_sample = False
         self._is_blind = False
-        self._rows = OpenRows(session, room)
+        self._rows = RowStatus(session, room)
         self._reweighed = reweighed
         self._own_ends: Tensor | None = None  # rows in which an end would be the model's choice
         self._global_draws: GlobalDraws | None = None
         self._scores: Tensor | None = None
         self._trips: Tensor | None = None
-        self._late: LateFlag | None = None  # where asking would wait
+        self._late: AsyncFlag | None = None  # where asking would wait
         self._unsorted: _Unsorted | None = None
 
     @property
@@ -249,7 +249,7 @@ class GuardedLoop:
         self._pad_id = settings.pad_id or 0
         if input_ids.is_cuda and self._follower is None and self._checker is None:
             # Who follows is told of each token, and a check asks at once: the host waits anyway.
-            self._late = LateFlag(input_ids.device)
+            self._late = AsyncFlag(input_ids.device)
         if self._draws is not None:
             # Processors are built by now, the warpers of sampling included; the draw is ours.
             config.do_sample = False

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from safe_decode.activations.tap import internal
+from safe_decode.activations.tap import unwatched
 from safe_decode.engines.transformers.loops.extra_forwards import continued
 from safe_decode.engines.transformers.loops.settings import (
     CallSettings,
@@ -33,7 +33,7 @@ from safe_decode.engines.transformers.output import padded
 from safe_decode.session.session import Session
 from safe_decode.session.turns import RowEnd
 
-__all__ = ["Method", "WholeLoop", "method_of", "picked_beams", "pruned_beams"]
+__all__ = ["Method", "WholeResponseLoop", "method_of", "picked_beams", "pruned_beams"]
 
 Method = Literal["step", "beams", "assisted"]
 """step: judged while it is written. beams, assisted: judged when whole."""
@@ -52,7 +52,7 @@ def method_of(option: Callable[[str], Any]) -> Method:
     return "beams" if (option("num_beams") or 1) > 1 else "step"
 
 
-class WholeLoop:
+class WholeResponseLoop:
     """A decoding method for `model.generate(custom_generate=...)`; good for one call.
 
     Args:
@@ -107,7 +107,7 @@ class WholeLoop:
             given["inputs_tensor"] = inputs_tensor
         mask = model_kwargs.get("attention_mask")
         kept = {"attention_mask": mask, "position_ids": model_kwargs.get("position_ids")}
-        with internal():
+        with unwatched():
             self.generation = getattr(type(model), _METHODS[self._method])(
                 model,
                 input_ids,
@@ -146,7 +146,7 @@ class WholeLoop:
         mask = kept["attention_mask"]
         own_ends = models_ends(model) or frozenset(self.settings.end_ids)
         wanted = self._wanted()
-        with internal():
+        with unwatched():
             for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
                 room = 2**40 if self._room is None else self._room[number] - len(row.content)
                 n_ahead = min(wanted[number], max(0, room))
