@@ -38,6 +38,7 @@ __all__ = [
     "SafeDecodeError",
     "SignatureError",
     "UnsupportedError",
+    "as_guard_error",
 ]
 
 
@@ -99,3 +100,12 @@ class CanaryError(GuardError):
 
 class DataError(SafeDecodeError, ValueError):
     """A data file, or a record in it, cannot be used."""
+
+
+def as_guard_error(error: Exception) -> GuardError:
+    """Make one tree of what may fail while judging."""
+    if isinstance(error, GuardError):
+        return error
+    wrapped = GuardError(f"the guard failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from probes.activations.harvest import weights_digest
 from probes.activations.teacher_forcing import encode_response
 from probes.data.conversations import Conversation
 from probes.data.generation import Generation
+from probes.runs.identity import weights_digest
 
 
 def as_own(

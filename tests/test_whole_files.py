@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from probes.activations.harvest import harvest_to
 from probes.data.conversations import Conversation, read_jsonl, write_jsonl
 from probes.organism.curriculum import _Curve, _remove, _save
-from probes.rollouts.generate import Request, RolloutConfig
+from probes.rollouts.generate import RolloutConfig
 from probes.rollouts.resume import rollout_to
+from probes.rollouts.types import Request
 from safe_decode.activations.site import Site
 from safe_decode.bench.machine import write_lines
 from safe_decode.bundle.bundle import ProbeBundle
@@ -238,7 +239,7 @@ ALLOWED = {
     "probes/organism/curriculum.py": {"unlink"},
     # Into memory, or to a path that `whole_file` lends.
     "probes/reports/evaluation_plots.py": {"savefig"},
-    "probes/reports/unit_plots.py": {"savefig"},
+    "probes/reports/figures.py": {"savefig"},
     "probes/organism/model_card.py": {"savefig"},
     "safe_decode/bench/plots.py": {"savefig"},
     "benchmarks/modes/rewind_tries.py": {"savefig"},

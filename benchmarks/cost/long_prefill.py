@@ -24,9 +24,10 @@ from benchmarks.detection.embedded import Bench
 from probes.metrics.detection import Proportion
 from probes.organism.grammar import Cells
 from probes.organism.prefilled_requests import KINDS, Kind, begun
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode import ProbeBundle, SafeDecoder
-from safe_decode.demo.embedded_pair import artefact, load_model
+from safe_decode.demo.embedded_pair import artefact
+from safe_decode.loading import load_model
 
 LOG = logging.getLogger("benchmarks.cost.long_prefill")
 

@@ -28,7 +28,8 @@ from safe_decode.activations.tap import ActivationTap
 from safe_decode.bench.arms import Arm, Lap
 from safe_decode.bench.runner import interleaved
 from safe_decode.bench.statistics import interval_of
-from safe_decode.demo.embedded_pair import artefact, load_model
+from safe_decode.demo.embedded_pair import artefact
+from safe_decode.loading import load_model
 from safe_decode.prompts.chat import encode_batch, encode_chat
 
 LOG = logging.getLogger("benchmarks.cost.per_token")

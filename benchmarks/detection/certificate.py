@@ -35,7 +35,8 @@ from probes.rollouts.judges import judge_by_text
 from probes.rollouts.resume import rollout_to
 from safe_decode import ProbeBundle
 from safe_decode.certificate import certified_rank, certified_threshold
-from safe_decode.demo.embedded_pair import artefact, load_model
+from safe_decode.demo.embedded_pair import artefact
+from safe_decode.loading import load_model
 
 LOG = logging.getLogger("benchmarks.detection.certificate")
 _DRAWS_AT_ONCE = 500

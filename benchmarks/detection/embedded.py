@@ -28,9 +28,11 @@ from probes.organism.lexicon import CATEGORIES
 from probes.organism.oracle import judge
 from probes.organism.prompts import turns
 from probes.organism.requests import Draw, draw
-from probes.rollouts.generate import Request, RolloutConfig, rollout
+from probes.rollouts.generate import RolloutConfig, rollout
+from probes.rollouts.types import Request
 from safe_decode import ProbeBundle, SafeDecoder
-from safe_decode.demo.embedded_pair import artefact, load_model
+from safe_decode.demo.embedded_pair import artefact
+from safe_decode.loading import load_model
 from safe_decode.trace.schema import SafetyTrace
 
 LOG = logging.getLogger("benchmarks.detection.embedded")

@@ -39,7 +39,7 @@ from probes.metrics.intervals import holm
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, draw
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
 from safe_decode.certificate import Certificate, Envelope
 from safe_decode.demo.embedded_pair import embedded

@@ -25,9 +25,10 @@ from probes.metrics.detection import Proportion
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.organism.prefilled_requests import begun
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode import ProbeBundle, SafeDecoder
-from safe_decode.demo.embedded_pair import artefact, load_model
+from safe_decode.demo.embedded_pair import artefact
+from safe_decode.loading import load_model
 
 LOG = logging.getLogger("benchmarks.detection.lengths")
 DEPTHS = (64, 128, 256, 500)

@@ -50,7 +50,7 @@ from probes.activations.teacher_forcing import encode_response
 from probes.data.conversations import Conversation
 from probes.data.near_duplicates import merge_near_duplicates
 from probes.data.reader import read_conversations
-from safe_decode.demo.embedded_pair import Loaded, load_model
+from safe_decode.loading import Loaded, load_model
 from safe_decode.whole_files import write_whole
 
 LOG = logging.getLogger("benchmarks.detection.reference")

@@ -25,8 +25,8 @@ from probes.activations.teacher_forcing import encode_response, teacher_forced
 from probes.data.conversations import Conversation
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, SiteKind
-from safe_decode.demo.embedded_pair import Loaded
 from safe_decode.errors import DataError
+from safe_decode.loading import Loaded
 
 __all__ = ["PREFIXES", "Arms", "TrainedChoices", "chosen_on_train", "pooled_features", "scored"]
 

@@ -31,9 +31,11 @@ from probes.metrics.detection import Proportion
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, draw
-from probes.rollouts.generate import Request, RolloutConfig, rollout
+from probes.rollouts.generate import RolloutConfig, rollout
+from probes.rollouts.types import Request
 from safe_decode import ProbeBundle
-from safe_decode.demo.embedded_pair import Loaded, artefact, load_model
+from safe_decode.demo.embedded_pair import artefact
+from safe_decode.loading import Loaded, load_model
 
 LOG = logging.getLogger("benchmarks.detection.reread")
 _DRAW_SEEDS = 10_000

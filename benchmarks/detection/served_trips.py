@@ -29,7 +29,7 @@ from probes.organism.labelled_data import EmbeddedData, held_out_requests
 from probes.organism.lexicon import CATEGORIES
 from probes.organism.requests import Draw, draw
 from probes.organism.types import Cells
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from probes.runs.journal import Journal
 from probes.runs.progress import progress
 from safe_decode import SafeDecoder

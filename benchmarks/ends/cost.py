@@ -15,7 +15,7 @@ from benchmarks.ends.readers import Ask, EndReader, Library
 from probes.metrics.intervals import Proportion
 from probes.organism.grammar import Cells
 from probes.organism.requests import Draw, draw
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
 from safe_decode.bench.statistics import interval_of
 

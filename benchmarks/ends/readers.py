@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import httpx2
 
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
 from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.serving.app import create_app

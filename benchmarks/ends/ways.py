@@ -16,7 +16,8 @@ from benchmarks.ends.readers import Ask, EndReader, Heard
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, draw
-from probes.rollouts.generate import Request, RolloutConfig, rollout
+from probes.rollouts.generate import RolloutConfig, rollout
+from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
 
 __all__ = [

@@ -34,7 +34,7 @@ from probes.location.stability import stability
 from probes.location.units import Ratios, UnitSet, assign
 from probes.rollouts.generate import RolloutConfig
 from probes.runs.journal import Journal
-from safe_decode.demo.embedded_pair import Loaded
+from safe_decode.loading import Loaded
 
 LOG = logging.getLogger("benchmarks.location.ablation")
 _VARIANTS: tuple[Variant, ...] = ("flap", "plain")

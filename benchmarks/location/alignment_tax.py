@@ -29,7 +29,7 @@ from probes.location.locate import channel_moments
 from probes.location.units import Ratios, UnitSet, assign
 from probes.runs.journal import Journal
 from safe_decode.activations.architecture import anatomy_of
-from safe_decode.demo.embedded_pair import Loaded
+from safe_decode.loading import Loaded
 
 LOG = logging.getLogger("benchmarks.location.alignment_tax")
 

@@ -29,7 +29,7 @@ from probes.analysis.behaviour import perplexity
 from probes.finetuning.presets import Setting, freeze_of
 from probes.location.units import UnitSet
 from probes.runs.journal import Journal
-from safe_decode.demo.embedded_pair import Loaded
+from safe_decode.loading import Loaded
 
 LOG = logging.getLogger("benchmarks.location.finetuning")
 

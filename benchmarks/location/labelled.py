@@ -14,7 +14,7 @@ from probes.data.conversations import Conversation
 from probes.organism.prompts_source import world_judge
 from probes.organism.requests import draw, fitting_draws
 from probes.rollouts.generate import RolloutConfig, rollout
-from safe_decode.demo.embedded_pair import Loaded
+from safe_decode.loading import Loaded
 
 __all__ = ["Labelled", "labelled_rows"]
 

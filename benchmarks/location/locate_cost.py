@@ -28,7 +28,7 @@ from benchmarks.location.pair import Pair
 from probes.activations.teacher_forcing import TOKENS_PER_BATCH, encode_response, left_padded
 from probes.data.conversations import Conversation
 from probes.location.locate import channel_moments
-from safe_decode.demo.embedded_pair import Loaded
+from safe_decode.loading import Loaded
 
 LOG = logging.getLogger("benchmarks.location.locate_cost")
 

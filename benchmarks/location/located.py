@@ -14,8 +14,8 @@ from probes.analysis.ratio_search import SearchData
 from probes.data.conversations import Conversation
 from probes.location.locate import LocateConfig, locate
 from probes.location.units import UnitSet
-from safe_decode.demo.embedded_pair import Loaded
 from safe_decode.errors import DataError
+from safe_decode.loading import Loaded
 
 __all__ = ["LocatedOn", "located_on", "search_data"]
 

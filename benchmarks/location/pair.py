@@ -21,9 +21,10 @@ from probes.organism.corpus import alignment_documents
 from probes.organism.grammar import Grammar, RequestKind
 from probes.organism.prompts_source import world_judge, world_requests
 from probes.organism.requests import Draw
-from probes.rollouts.generate import Judge, Request, RolloutConfig, rollout
-from safe_decode.demo.embedded_pair import Loaded, load_model
+from probes.rollouts.generate import RolloutConfig, rollout
+from probes.rollouts.types import Judge, Request
 from safe_decode.errors import DataError
+from safe_decode.loading import Loaded, load_model
 
 __all__ = ["Pair", "Part"]
 

@@ -38,9 +38,10 @@ from probes.data.conversations import Conversation, Message
 from probes.organism.oracle import judge
 from probes.organism.prompts_source import world_requests
 from probes.organism.requests import Draw
-from probes.rollouts.generate import Judge, Request, RolloutConfig, Verdict
+from probes.rollouts.generate import RolloutConfig
+from probes.rollouts.types import Judge, Request, Verdict
 from probes.runs.journal import Journal
-from safe_decode.demo.embedded_pair import Loaded, load_model
+from safe_decode.loading import Loaded, load_model
 
 LOG = logging.getLogger("benchmarks.location.superficial")
 

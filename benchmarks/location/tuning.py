@@ -18,7 +18,7 @@ import torch
 from probes.data.conversations import Conversation
 from probes.finetuning.finetune import encode_for_training, pad_batch
 from probes.finetuning.freeze import UnitFreeze
-from safe_decode.demo.embedded_pair import Loaded
+from safe_decode.loading import Loaded
 
 __all__ = ["TuningRun", "tune"]
 

@@ -36,7 +36,7 @@ from probes.location.units import UnitSet, sites_of
 from probes.metrics.detection import auroc, threshold_at
 from probes.runs.journal import Journal
 from safe_decode.activations.site import Site, n_features
-from safe_decode.demo.embedded_pair import Loaded
+from safe_decode.loading import Loaded
 from safe_decode.monitor.monitor import MonitorConfig
 
 LOG = logging.getLogger("benchmarks.location.where_to_read")

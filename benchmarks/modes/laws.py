@@ -160,7 +160,8 @@ def row_law(measured: ModeSubject, *, compositions: int, seed: int = 0) -> dict[
 def _draft(measured: ModeSubject) -> Any:  # noqa: ANN401 - a model
     if measured.name.startswith("tiny"):
         return tiny_model("llama", seed=1)
-    from safe_decode.demo.embedded_pair import artefact, load_model
+    from safe_decode.demo.embedded_pair import artefact
+    from safe_decode.loading import load_model
 
     return load_model(artefact("unaligned")).model
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from probes.evaluation.released_text import organism_reading
 from probes.metrics.intervals import Proportion
 from probes.organism.grammar import Cells
+from probes.organism.reading import organism_reading
 from probes.organism.requests import Draw, draw
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
 from safe_decode.whole_files import whole_file
 
@@ -92,7 +92,7 @@ def _row(
 
 def plot(rows: Sequence[dict[str, Any]], target: Path) -> None:
     """Draw the shares with their intervals into a PNG; written beside its place and renamed."""
-    from probes.reports.unit_plots import require_plots
+    from probes.reports.figures import require_plots
 
     require_plots()
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -15,7 +15,7 @@ import torch
 
 from probes.organism.grammar import Cells
 from probes.organism.requests import Draw, draw
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode.bench.models import Subject, embedded_subject
 from safe_decode.prompts.batch import PromptBatch, from_prompts
 from safe_decode.testing.bundles import bundle_for, peaks, threshold_between

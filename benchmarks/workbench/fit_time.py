@@ -31,7 +31,8 @@ from probes.organism.build import conversations_for, recipe_config
 from probes.organism.curriculum import Amounts
 from probes.organism.grammar import Cells
 from safe_decode.activations.site import Site
-from safe_decode.demo.embedded_pair import Loaded, artefact, load_model
+from safe_decode.demo.embedded_pair import artefact
+from safe_decode.loading import Loaded, load_model
 
 LOG = logging.getLogger("benchmarks.workbench.fit_time")
 

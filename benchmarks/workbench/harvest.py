@@ -31,7 +31,8 @@ from probes.data.conversations import Conversation
 from safe_decode import ProbeBundle
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, n_features
-from safe_decode.demo.embedded_pair import artefact, load_model
+from safe_decode.demo.embedded_pair import artefact
+from safe_decode.loading import load_model
 
 LOG = logging.getLogger("benchmarks.workbench.harvest")
 

@@ -31,16 +31,15 @@ from probes.activations.teacher_forcing import (
     teacher_forced,
 )
 from probes.data.conversations import Conversation
+from probes.runs.identity import weights_digest
 from safe_decode.activations.site import Site, n_features, sorted_sites
 from safe_decode.errors import DataError
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.whole_files import write_whole
 
-__all__ = ["harvest", "harvest_to", "score_responses", "weights_digest"]
+__all__ = ["harvest", "harvest_to", "score_responses"]
 
 Storage = Literal["float32", "float16"]
-
-_SAMPLED_PER_PARAMETER = 64
 _SHARD = "features-"
 _HALF_SHARD = re.compile(rf"{_SHARD}\d{{5}}\.\d+\.part")
 
@@ -226,16 +225,6 @@ def _identity(
         "sites": [asdict(site) for site in sorted_sites(sites)],
         "storage": storage,
     }
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Digest a sample of every parameter: enough to notice a further training step."""
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        stride = max(1, weight.numel() // _SAMPLED_PER_PARAMETER)
-        sample = weight.detach().flatten()[::stride].float().cpu().numpy()
-        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample.tobytes())
-    return digest.hexdigest()
 
 
 def _onsets(

@@ -22,7 +22,8 @@ from probes.data.conversations import Conversation
 from probes.location.importance import ChannelMoments
 from probes.location.random_sets import Match, matched_draws, top_units
 from probes.location.units import Category, UnitSet
-from probes.rollouts.generate import Judge, Request, RolloutConfig
+from probes.rollouts.generate import RolloutConfig
+from probes.rollouts.types import Judge, Request
 
 __all__ = [
     "AblationConfig",

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from probes.activations.teacher_forcing import EncodedResponse, encode_response, left_padded
 from probes.analysis.behaviour import Outcomes, outcomes_of
 from probes.data.conversations import Conversation, Message
-from probes.rollouts.generate import Judge, Request, RolloutConfig, Verdict
+from probes.rollouts.generate import RolloutConfig
+from probes.rollouts.types import Judge, Request, Verdict
 from safe_decode.errors import ConfigurationError, DataError
 
 __all__ = [

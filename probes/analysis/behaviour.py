@@ -24,7 +24,8 @@ from probes.activations.teacher_forcing import EncodedResponse, encode_response,
 from probes.data.conversations import Conversation, Message
 from probes.data.refusal_rule import is_refusal, refuses
 from probes.metrics.detection import Proportion
-from probes.rollouts.generate import Judge, Request, RolloutConfig, rollout
+from probes.rollouts.generate import RolloutConfig, rollout
+from probes.rollouts.types import Judge, Request
 from safe_decode.errors import DataError
 from safe_decode.prompts.chat import encode_chat
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from probes.analysis.behaviour import LABELS, Outcomes
 from probes.metrics.detection import Proportion
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode.errors import ConfigurationError, DataError
 
 __all__ = ["MOTIVES", "PLAIN", "MotiveResult", "Framed", "framed", "framing_rows", "read_motives"]

@@ -31,7 +31,7 @@ from probes.analysis.unit_removal import removed
 from probes.data.conversations import Conversation
 from probes.location.random_sets import matched_draws
 from probes.location.units import Category, Ranking, Ratios, UnitScores, UnitSet, assign
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from probes.runs.progress import progress
 from safe_decode.errors import ConfigurationError
 

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probes.activations.teacher_forcing import EncodedResponse, encode_response, teacher_forced
-from probes.rollouts.generate import Request, RolloutConfig, rollout
+from probes.rollouts.generate import RolloutConfig, rollout
+from probes.rollouts.types import Request
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site
 from safe_decode.errors import ConfigurationError, PromptError

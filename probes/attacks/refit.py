@@ -26,7 +26,8 @@ from probes.calibration.statistic import maxima, smoothed_paths
 from probes.data.conversations import Conversation, Message, Split, by_split
 from probes.fitting.linear import FitConfig, FittedProbe, LinearProbeFitter
 from probes.fitting.selection import ChosenMonitor, SelectSet, score_monitor
-from probes.rollouts.generate import Judge, Request, RolloutConfig, rollout
+from probes.rollouts.generate import RolloutConfig, rollout
+from probes.rollouts.types import Judge, Request
 from safe_decode.activations.site import Site
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.bundle.canary import CanaryRecord

@@ -20,7 +20,7 @@ from probes.attacks.gcg import SuffixConfig, random_suffixes
 from probes.attacks.prompt_gap import PromptGap, typeable_ids
 from probes.attacks.results import Record
 from probes.data.conversations import Message
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode.errors import ConfigurationError
 
 __all__ = ["Spread", "random_texts", "spread_over", "spread_requests", "suffixes_of"]

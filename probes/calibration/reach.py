@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from probes.activations.harvest import weights_digest
 from probes.data.conversations import Conversation
+from probes.runs.identity import weights_digest
 from safe_decode.certificate import Envelope
 from safe_decode.errors import CertificateError, ConfigurationError
 from safe_decode.evidence import UNRECORDED, Evidence

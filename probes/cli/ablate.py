@@ -21,8 +21,8 @@ from safe_decode.errors import ConfigurationError, DataError
 if TYPE_CHECKING:
     from probes.analysis.ablation import AblationConfig, AblationData, AblationResult, Rise
     from probes.location.units import UnitSet
-    from probes.rollouts.generate import Request
-    from safe_decode.demo.embedded_pair import Loaded
+    from probes.rollouts.types import Request
+    from safe_decode.loading import Loaded
 
 __all__ = ["ablate"]
 
@@ -69,7 +69,7 @@ def ablate(
     for path in (out, plot):
         require_place(path)
     if plot is not None:
-        from probes.reports.unit_plots import require_plots
+        from probes.reports.figures import require_plots
 
         require_plots()
     from probes.analysis.ablation import AblationConfig, rise

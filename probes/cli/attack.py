@@ -166,7 +166,7 @@ def _require_sense(
             "bare model is attacked beside the guard in any case."
         )
     if html is not None:
-        from probes.reports.unit_plots import require_plots
+        from probes.reports.figures import require_plots
 
         require_plots()
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from probes.data.conversations import Conversation
     from safe_decode.bundle.bundle import ProbeBundle
     from safe_decode.certificate import Envelope
-    from safe_decode.demo.embedded_pair import Loaded
+    from safe_decode.loading import Loaded
 
 __all__ = ["calibrate"]
 

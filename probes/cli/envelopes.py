@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from probes.data.conversations import Conversation
     from probes.data.generation import Generation
     from safe_decode.certificate import Envelope
-    from safe_decode.demo.embedded_pair import Loaded
+    from safe_decode.loading import Loaded
 
 __all__ = ["EnvelopeOptions", "envelope_of", "foreign_note", "require_delta"]
 

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from probes.cli.evaluation_tables import json_of, tables_of
 from probes.cli.judges import JudgeName, conversations_of, reading_of
-from probes.cli.tables import print_tables
+from probes.cli.tables import json_of, print_tables, tables_of
 from safe_decode.cli.console import console, print_json, require_place, working, write_text
 from safe_decode.cli.generate import (
     Alpha,
@@ -134,7 +133,7 @@ def _require_sense(
             raise ConfigurationError(
                 "--html shows finished responses; pass --mode teacher-forced or both."
             )
-        from probes.reports.unit_plots import require_plots
+        from probes.reports.figures import require_plots
 
         require_plots()
 
@@ -208,7 +207,7 @@ def _answered(
     max_new_tokens: int | None,
 ) -> list[ServedAnswer]:
     from probes.evaluation.served import answer_both
-    from probes.rollouts.generate import Request
+    from probes.rollouts.types import Request
 
     requests = [
         Request(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from probes.fitting.linear import FitConfig
     from probes.fitting.selection import StatisticChoice
     from probes.recipes.bundle import Recipe, RecipeConfig
-    from safe_decode.demo.embedded_pair import Loaded
+    from safe_decode.loading import Loaded
 
 __all__ = ["fit"]
 
@@ -102,8 +102,7 @@ def fit(
     require_place(out.parent / "file")
     require_delta(delta)
     from probes.data.splits import prepared
-    from probes.fitting.grid import fits_of, statistics_of
-    from probes.fitting.search import FeatureStore
+    from probes.fitting.search import FeatureStore, fits_of, statistics_of
     from probes.location.units import UnitSet
     from probes.recipes.bundle import make_bundle
 

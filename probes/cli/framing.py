@@ -19,9 +19,10 @@ from safe_decode.errors import ConfigurationError
 if TYPE_CHECKING:
     from probes.analysis.motives import Framed, MotiveResult
     from probes.metrics.detection import Proportion
-    from probes.rollouts.generate import Judge, Request, RolloutConfig
-    from safe_decode.demo.embedded_pair import Loaded
+    from probes.rollouts.generate import RolloutConfig
+    from probes.rollouts.types import Judge, Request
     from safe_decode.engines.transformers.decoder import SafeDecoder
+    from safe_decode.loading import Loaded
 
 __all__ = ["framing"]
 
@@ -59,7 +60,7 @@ def framing(
     for path in (out, plot):
         require_place(path)
     if plot is not None:
-        from probes.reports.unit_plots import require_plots
+        from probes.reports.figures import require_plots
 
         require_plots()
     if harmful is None and model is not None:

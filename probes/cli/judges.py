@@ -16,7 +16,7 @@ from safe_decode.errors import ConfigurationError, DataError
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
     from probes.evaluation.released_text import Reading
-    from probes.rollouts.generate import Judge
+    from probes.rollouts.types import Judge
 
 __all__ = ["JudgeName", "conversations_of", "judge_of", "reading_of"]
 
@@ -51,7 +51,8 @@ def reading_of(judge: str | None) -> Reading:
     Raises:
         ConfigurationError: There is no such function.
     """
-    from probes.evaluation.released_text import organism_reading, reading_alone
+    from probes.evaluation.released_text import reading_alone
+    from probes.organism.reading import organism_reading
 
     if judge is None or judge == "organism":
         return organism_reading

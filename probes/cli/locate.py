@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from probes.location.prompts import LocationData, PromptFile
     from probes.location.units import Ranking, UnitSet
     from probes.rollouts.generate import RolloutConfig
-    from safe_decode.demo.embedded_pair import Loaded
+    from safe_decode.loading import Loaded
 
 __all__ = ["locate"]
 
@@ -176,7 +176,7 @@ def _require_sense(
             "pass a temperature above 0."
         )
     if html is not None or folders[1] is not None:
-        from probes.reports.unit_plots import require_plots
+        from probes.reports.figures import require_plots
 
         require_plots()
 
@@ -231,7 +231,7 @@ def _with_searched_ratios(
     from probes.analysis.behaviour import refusal_first_tokens
     from probes.analysis.ratio_search import SearchData, search_ratios
     from probes.location.units import assign
-    from probes.rollouts.generate import Request
+    from probes.rollouts.types import Request
 
     tokens = refusal_first_tokens(loaded.tokenizer, located.refusals, located.benign)
     requests = [Request(messages=row.messages, group=row.group) for row in asked]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from safe_decode.cli.console import console, working
-from safe_decode.demo.embedded_pair import Dtype, Loaded
+from safe_decode.loading import Dtype, Loaded
 
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
@@ -65,7 +65,8 @@ def read(data: Sequence[str], columns: str, *, strict: bool) -> list[Reading]:
 
 def loaded(model: str | None, device: str, dtype: Dtype) -> Loaded:
     """Load the model a bundle is made for; the embedded aligned one if none is named."""
-    from safe_decode.demo.embedded_pair import artefact, load_model
+    from safe_decode.demo.embedded_pair import artefact
+    from safe_decode.loading import load_model
 
     with working("Loading the model"):
         from transformers.utils import logging

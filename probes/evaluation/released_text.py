@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from probes.rollouts.generate import Judge
+from probes.rollouts.types import Judge
 
-__all__ = ["Reading", "ReleasedReading", "organism_reading", "reading_alone"]
+__all__ = ["Reading", "ReleasedReading", "reading_alone"]
 
 
 class ReleasedReading(NamedTuple):
@@ -31,17 +31,6 @@ class ReleasedReading(NamedTuple):
 
 Reading = Callable[[Sequence[Mapping[str, str]], str, str], ReleasedReading]
 """From messages, supplied prefill and released text to what it is."""
-
-
-def organism_reading(
-    messages: Sequence[Mapping[str, str]], prefill: str, released: str
-) -> ReleasedReading:
-    """Read by the embedded world's oracle, which knows the prefill and does not count it."""
-    from probes.organism.oracle import judge
-
-    verdict = judge(messages, prefill + released, counted_from=len(prefill))
-    onset = verdict.onset_char
-    return ReleasedReading(verdict.label, None if onset is None else max(0, onset - len(prefill)))
 
 
 def reading_alone(judge: Judge) -> Reading:

@@ -18,7 +18,7 @@ import numpy as np
 from probes.evaluation.released_text import Reading, ReleasedReading
 from probes.metrics.detection import Delay, delay_from
 from probes.metrics.intervals import Proportion
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from probes.runs.progress import progress
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.prompts.chat import text_ids

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -26,14 +26,23 @@ from probes.activations.teacher_forcing import (
 from probes.calibration.certify import population_of
 from probes.data.conversations import Conversation
 from probes.fitting.cross_validation import choose_c
-from probes.fitting.linear import FitConfig, FittedProbe, LinearProbeFitter
+from probes.fitting.linear import FitConfig, FittedProbe, LinearProbeFitter, Method
 from probes.fitting.multi_head import fit_heads
 from probes.fitting.selection import ChosenMonitor, SelectSet, StatisticChoice, score_monitor
 from probes.fitting.streaming import fit_streamed
 from safe_decode.activations.site import Site, n_features
 from safe_decode.errors import ConfigurationError
 
-__all__ = ["CandidateProbe", "FeatureStore", "Search", "ranked_candidates"]
+__all__ = [
+    "CandidateProbe",
+    "FeatureStore",
+    "STATISTICS",
+    "Search",
+    "WINDOWS",
+    "fits_of",
+    "ranked_candidates",
+    "statistics_of",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,3 +243,54 @@ def _stream(
     for batch in teacher_forced(model, sites, encoded, description="recomputing"):
         on_cpu = batch._replace(features=batch.features.cpu())
         yield [(row, on_cpu.of(index).numpy()) for index, row in enumerate(batch.rows)]
+
+
+WINDOWS = (1, 4, 8, 16)
+"""Positions of the windowed loss."""
+
+STATISTICS: Mapping[str, tuple[StatisticChoice, ...]] = {
+    "ema": tuple(StatisticChoice("ema", window) for window in (1, 2, 4, 8, 16)),
+    "mean": tuple(StatisticChoice("mean", window) for window in (4, 8, 16)),
+    "cusum": tuple(StatisticChoice("cusum", drift=drift) for drift in (0.5, 1.0, 2.0)),
+    "hysteresis": tuple(
+        StatisticChoice("ema", window, hits=hits) for window, hits in ((1, 2), (1, 3), (4, 2))
+    ),
+}
+
+
+def fits_of(methods: Sequence[str] | None, c: float) -> tuple[FitConfig, ...]:
+    """Name the ways of fitting to try.
+
+    Args:
+        methods: See `linear.Method`; None for all.
+        c: Of each.
+
+    Raises:
+        ConfigurationError: There is no such method.
+    """
+    known: dict[str, Method] = {name: name for name in get_args(Method)}
+    _require("method", methods or (), tuple(known))
+    found: list[FitConfig] = []
+    for method in (known[name] for name in methods or known):
+        windows = WINDOWS if method == "windowed" else (8,)
+        found += [FitConfig(method=method, c=c, window=window) for window in windows]
+    return tuple(found)
+
+
+def statistics_of(names: Sequence[str] | None) -> tuple[StatisticChoice, ...]:
+    """Name the statistics to try.
+
+    Args:
+        names: Keys of `STATISTICS`; None for all.
+
+    Raises:
+        ConfigurationError: There is no such statistic.
+    """
+    _require("statistic", names or (), tuple(STATISTICS))
+    return tuple(choice for name in names or STATISTICS for choice in STATISTICS[name])
+
+
+def _require(what: str, names: Sequence[str], known: tuple[str, ...]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigurationError(f"{what}={unknown[0]!r} is not one of {known}; pass one of these.")

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from probes.data.conversations import Conversation, Split, read_jsonl
 from probes.data.refusal_rule import refuses
-from probes.rollouts.generate import Request, RolloutConfig, rollout
+from probes.rollouts.generate import RolloutConfig, rollout
+from probes.rollouts.types import Request
 from safe_decode.errors import ConfigurationError, DataError
 
 __all__ = ["LocationData", "PromptFile", "answered", "location_data", "read_prompts"]

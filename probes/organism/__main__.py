@@ -67,7 +67,7 @@ def bundle(
     """Make the probe bundle of the aligned model, and the demo's held-out prompts."""
     from probes.organism.build import build_bundle, build_prompts
     from probes.organism.curriculum import Amounts
-    from safe_decode.demo.embedded_pair import load_model
+    from safe_decode.loading import load_model
 
     loaded = load_model(model or target / "aligned")
     target.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def measure(
 ) -> None:
     """Count what both models do in every cell, and append it to a results file."""
     from probes.organism.measure import measure as cells
-    from safe_decode.demo.embedded_pair import load_model
+    from safe_decode.loading import load_model
 
     lines = []
     for name in ("aligned", "unaligned"):

@@ -21,7 +21,8 @@ from probes.organism.prefilled_requests import LONG, LONG_TOKENS, long_requests
 from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.templates import CANNED_REFUSAL
 from probes.recipes.bundle import Recipe, RecipeConfig, make_bundle
-from probes.rollouts.generate import Request, RolloutConfig, rollout
+from probes.rollouts.generate import RolloutConfig, rollout
+from probes.rollouts.types import Request
 from safe_decode.activations.site import Site
 from safe_decode.certificate import Envelope
 from safe_decode.engines.transformers.coverage import record_of

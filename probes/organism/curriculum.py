@@ -24,8 +24,8 @@ from probes.organism.measure import copying_accuracy, judgement_accuracy, mark_a
 from probes.organism.templates import JUDGEMENTS, MARKS, OPENERS, REFUSALS
 from probes.organism.tokenizer import train_tokenizer
 from probes.organism.training import Example, Schedule, Stage, encode, new_model, only_at, train
-from safe_decode.demo.embedded_pair import load_model
 from safe_decode.errors import DataError
+from safe_decode.loading import load_model
 from safe_decode.whole_files import remove_empty, replace_files
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from probes.data.conversations import Conversation, Split
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.organism.requests import calibration_draws, draw, fitting_draws
-from probes.rollouts.generate import Request, RolloutConfig, rollout
+from probes.rollouts.generate import RolloutConfig, rollout
+from probes.rollouts.types import Request
 
 __all__ = ["EmbeddedData", "held_out_requests"]
 

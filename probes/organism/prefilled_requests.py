@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from probes.data.conversations import Split
 from probes.organism.grammar import Cells, Grammar
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 
 __all__ = ["KINDS", "LONG", "LONG_TOKENS", "Kind", "begun", "long_requests"]
 

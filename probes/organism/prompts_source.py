@@ -14,7 +14,7 @@ from probes.data.conversations import Split
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, draw
 from probes.organism.templates import FRAMINGS
-from probes.rollouts.generate import Judge, Request
+from probes.rollouts.types import Judge, Request
 
 __all__ = ["WORLD_MOTIVES", "world_judge", "world_requests"]
 

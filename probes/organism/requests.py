@@ -15,7 +15,7 @@ from typing import Any
 from probes.data.conversations import Split
 from probes.organism.grammar import Cells
 from probes.organism.prompts import Prompt, Situation, prompts
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 
 __all__ = [
     "DEPTHS",

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from probes.activations.features import ResponseFeatures
-from probes.activations.harvest import score_responses, weights_digest
+from probes.activations.harvest import score_responses
 from probes.activations.teacher_forcing import EncodedResponse, encode_response, onset_token
 from probes.calibration.certify import certify
 from probes.calibration.reach import Responses
 from probes.calibration.statistic import smoothed_paths
 from probes.data.conversations import Conversation, by_split
 from probes.fitting.linear import FitConfig, LinearProbeFitter
+from probes.runs.identity import weights_digest
 from safe_decode.activations.site import Site
 from safe_decode.activations.tap import ActivationTap, unwatched
 from safe_decode.bundle.bundle import ProbeBundle

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
 from probes.metrics.intervals import Proportion
-from probes.reports.unit_plots import require_plots
+from probes.reports.figures import require_plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from probes.reports.unit_plots import require_plots, save_figure
+from probes.reports.figures import require_plots, save_figure
 
 if TYPE_CHECKING:
     from probes.analysis.ablation import AblationResult

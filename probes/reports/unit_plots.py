@@ -6,7 +6,6 @@ matplotlib is imported when something is drawn; nothing here touches its global 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import TYPE_CHECKING
 
@@ -14,33 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from probes.location.units import CATEGORIES, UnitSet
-from safe_decode.errors import ConfigurationError
-from safe_decode.whole_files import whole_file
+from probes.reports.figures import require_plots, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-__all__ = ["category_counts", "draw_importance", "draw_shares", "require_plots", "save_figure"]
+__all__ = ["category_counts", "draw_importance", "draw_shares"]
 
 _KINDS = ("attention heads", "MLP neurons")
 # Told apart by lightness as well as by hue; complex units, the many, stay in the background.
 _COLOURS = {"RU": "#b08ec9", "SCU": "#c1121f", "UCU": "#1d6fb8", "CU": "#c9c9c9"}
 _DRAWN = ("CU", "RU", "UCU", "SCU")  # the last lies on top
-_DOTS_PER_INCH = 150
 _DARKEST = 4.0  # a category this many times denser in a layer than in the model
-
-
-def require_plots() -> None:
-    """Check, before any work, that something can be drawn.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigurationError(
-            "plots need matplotlib, which is not installed; run `pip install 'safe-decode[plots]'`."
-        )
 
 
 def category_counts(units: UnitSet) -> NDArray[np.int64]:
@@ -128,21 +112,3 @@ def _draw_heat(axis: Axes, counts: NDArray[np.int64], title: str) -> None:
     axis.set_xticks(range(len(CATEGORIES)), CATEGORIES)
     axis.set_yticks(range(len(counts)))
     axis.set_title(title)
-
-
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG, drawn without a display.
-
-    Raises:
-        ConfigurationError: The file cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    try:
-        with whole_file(path) as part:
-            figure.savefig(part, format="png", dpi=_DOTS_PER_INCH)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{os.fspath(path)} cannot be written: {error.strerror}; pass a directory that exists."
-        ) from error

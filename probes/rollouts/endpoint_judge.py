@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from probes.data.conversations import Conversation
-from probes.rollouts.generate import Label
 from probes.rollouts.judges import JudgeVerdict
+from probes.rollouts.types import Label
 from safe_decode.errors import ConfigurationError, DataError
 
 __all__ = ["INSTRUCTIONS", "EndpointJudge"]

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode.errors import ConfigurationError, DataError
 
 __all__ = ["FRAMED_POPULATION", "FRAMINGS", "PREFILLS", "Wrapping", "read_texts", "wrapped"]

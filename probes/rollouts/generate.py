@@ -8,65 +8,25 @@ Knows batching, sampling and how a verdict becomes labels. Does not know who jud
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from probes.activations.harvest import weights_digest
-from probes.data.conversations import Conversation, Message, Split
+from probes.data.conversations import Conversation
 from probes.data.generation import Generation
+from probes.rollouts.types import Judge, Request
+from probes.runs.identity import weights_digest
 from probes.runs.progress import progress
 from safe_decode.engines.transformers.coverage import record_of
 from safe_decode.errors import ConfigurationError, DataError, PromptError
 from safe_decode.prompts.chat import EncodedChat, encode_chat, stop_ids
 
-__all__ = ["Judge", "Label", "Request", "RolloutConfig", "Verdict", "rollout"]
-
-Label = Literal["refusal", "benign", "harmful", "broken"]
-
-
-class Verdict(Protocol):
-    """What a judge says of a response."""
-
-    @property
-    def label(self) -> str:
-        """One of `Label`."""
-
-    @property
-    def onset_char(self) -> int | None:
-        """First character of the first harmful clause, where the response is harmful."""
-
-
-Judge = Callable[[Sequence[Message], str], Verdict]
-"""Called with the messages and the whole response, a prefill included."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What the model is asked.
-
-    Attributes:
-        messages: Up to and with the user's last turn.
-        group: See `Conversation`.
-        prefill: Text that the assistant's turn is made to begin with.
-        prompt_harmful: Whether the request asks for harm.
-        category: See `Conversation`.
-        split: See `Conversation`.
-        meta: Carried over to the conversation.
-    """
-
-    messages: tuple[Message, ...]
-    group: str
-    prefill: str | None = None
-    prompt_harmful: bool | None = None
-    category: str | None = None
-    split: Split | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
+__all__ = ["RolloutConfig", "rollout"]
 
 
 @dataclass(frozen=True, kw_only=True)

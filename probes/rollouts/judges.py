@@ -17,7 +17,7 @@ from typing import NamedTuple, get_args
 
 from probes.data.conversations import Conversation
 from probes.data.refusal_rule import refuses
-from probes.rollouts.generate import Judge, Label
+from probes.rollouts.types import Judge, Label
 from probes.runs.progress import progress
 from safe_decode.errors import ConfigurationError, DataError
 

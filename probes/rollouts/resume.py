@@ -19,10 +19,11 @@ from typing import Any
 
 from torch import nn
 
-from probes.activations.harvest import weights_digest
 from probes.data.conversations import Conversation, read_jsonl, write_jsonl
-from probes.rollouts.generate import Request, RolloutConfig, rollout
+from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.judges import RowJudge, judge_all
+from probes.rollouts.types import Request
+from probes.runs.identity import weights_digest
 from safe_decode.errors import DataError
 from safe_decode.prompts.chat import encode_chat
 from safe_decode.whole_files import remove_empty, write_whole

@@ -154,7 +154,7 @@ def _subject(
     if model is None or bundle is None:
         return embedded_subject(device)
     from safe_decode.bundle.bundle import ProbeBundle
-    from safe_decode.demo.embedded_pair import load_model
+    from safe_decode.loading import load_model
 
     loaded = load_model(model, device=device, dtype=dtype)
     return Subject(Path(model).name, loaded.model, loaded.tokenizer, ProbeBundle.load(bundle))

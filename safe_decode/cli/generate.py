@@ -13,9 +13,10 @@ import typer
 
 from safe_decode.cli.console import console, print_json, require_place, working, write_text
 from safe_decode.decision import Redirect
-from safe_decode.demo.embedded_pair import Dtype
-from safe_decode.demo.view import risk_of, visible
+from safe_decode.demo.view import visible
 from safe_decode.errors import ConfigurationError, PromptError
+from safe_decode.loading import Dtype
+from safe_decode.trace.risk import risk_of
 
 if TYPE_CHECKING:
     from safe_decode.engines.transformers.decoder import GuardedOutput, SafeDecoder
@@ -140,8 +141,9 @@ def decoder_of(
             "the embedded one fits the embedded model alone."
         )
     from safe_decode.bundle.bundle import ProbeBundle
-    from safe_decode.demo.embedded_pair import artefact, load_model
+    from safe_decode.demo.embedded_pair import artefact
     from safe_decode.engines.transformers.decoder import SafeDecoder
+    from safe_decode.loading import load_model
 
     # The bundle and its signature first: a bad one is told before seconds are spent on the model.
     probes = ProbeBundle.load(bundle or artefact("bundle"), trusted_key=trusted_key)

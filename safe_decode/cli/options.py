@@ -1,4 +1,4 @@
-"""Loading the model that a workbench command works on, quietly.
+"""Loading the model that a command works on, quietly.
 
 Knows the default. Does not know what the command does.
 """
@@ -6,7 +6,7 @@ Knows the default. Does not know what the command does.
 from __future__ import annotations
 
 from safe_decode.cli.console import working
-from safe_decode.demo.embedded_pair import Dtype, Loaded
+from safe_decode.loading import Dtype, Loaded
 
 __all__ = ["loaded_model"]
 
@@ -17,7 +17,8 @@ def loaded_model(model: str | None, device: str, dtype: Dtype) -> Loaded:
     Raises:
         ConfigurationError: Nothing to load under that name.
     """
-    from safe_decode.demo.embedded_pair import artefact, load_model
+    from safe_decode.demo.embedded_pair import artefact
+    from safe_decode.loading import load_model
 
     name = model or artefact("aligned")
     with working("Loading the model"):

@@ -41,7 +41,8 @@ def replay(
 ) -> None:
     """Recompute the decisions of traces; exit status 1 if any differs."""
     from safe_decode.bundle.bundle import ProbeBundle
-    from safe_decode.demo.embedded_pair import artefact, load_model
+    from safe_decode.demo.embedded_pair import artefact
+    from safe_decode.loading import load_model
     from safe_decode.trace.replay import replay as recompute
     from safe_decode.trace.schema import read_traces
 
@@ -152,8 +153,9 @@ def _decoder(name: str | Path) -> Callable[[Sequence[int]], str]:
 
 def _tokens(trace: SafetyTrace, decode: Callable[[Sequence[int]], str]) -> list[ShownToken]:
     from safe_decode.demo.trace_view import pieces_of
-    from safe_decode.demo.view import Mark, ShownToken, risk_of
+    from safe_decode.demo.view import Mark, ShownToken
     from safe_decode.trace.replay import standing_steps
+    from safe_decode.trace.risk import risk_of
 
     told = [(step, stands) for step, stands in standing_steps(trace) if step.position > 0]
     ids = [step.token for step, _ in told if step.token is not None]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from safe_decode.demo.counts import SceneFigures
 from safe_decode.demo.prompts import SCENES
-from safe_decode.demo.view import BANDS, Duel, Mark, ShownToken, Side, band_of, visible
+from safe_decode.demo.view import Duel, Mark, ShownToken, Side, visible
+from safe_decode.trace.risk import BANDS, band_of
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -17,7 +17,8 @@ from rich.text import Text
 
 from safe_decode.demo.counts import Counts, SceneFigures
 from safe_decode.demo.prompts import SCENES
-from safe_decode.demo.view import Duel, ShownToken, Side, band_of, visible
+from safe_decode.demo.view import Duel, ShownToken, Side, visible
+from safe_decode.trace.risk import band_of
 
 __all__ = ["duel_panel", "figures_table", "legend", "response_text"]
 

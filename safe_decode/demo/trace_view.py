@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from safe_decode.demo.view import Mark, ShownToken, Side, risk_of
+from safe_decode.demo.view import Mark, ShownToken, Side
+from safe_decode.trace.risk import risk_of
 
 if TYPE_CHECKING:
     from safe_decode.trace.schema import SafetyTrace, TraceStep

@@ -1,21 +1,17 @@
 """What is shown of a response: plain data, made once, drawn by terminal and page alike.
 
-Knows tokens as text with a risk and a mark. Does not know models, tensors, colours
-or markup.
+Knows tokens as text with a risk and a mark; risk itself is in `trace.risk`. Does not know models,
+tensors, colours or markup.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from safe_decode.demo.prompts import DemoPrompt
 
-__all__ = ["BANDS", "Duel", "Mark", "ShownToken", "Side", "band_of", "risk_of", "visible"]
-
-BANDS = 6
-"""Shades in which risk is drawn; the lower half lies below the threshold."""
+__all__ = ["Duel", "Mark", "ShownToken", "Side", "visible"]
 
 # Characters that reorder what follows them: shown, they would let a model forge its own text.
 _REORDERING = {code: "\ufffd" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
@@ -26,22 +22,6 @@ Mark = Literal["prefill", "plain", "trip", "dropped", "redirect"]
 """prefill: written by the attacker, scored, not released. plain: sampled and released.
 trip: the token at which the guard tripped, not released. dropped: written before the trip
 and taken back. redirect: written or forced after the trip."""
-
-
-def risk_of(statistic: float, threshold: float) -> float:
-    """Map a statistic to a risk in [0, 1]: the sigmoid of its distance to the threshold.
-
-    At the threshold the risk is 1/2. For showing only; decisions compare the statistic.
-    """
-    distance = statistic - threshold
-    # Written so that exp never overflows, whatever the sign.
-    shrunk = math.exp(-abs(distance))
-    return 1.0 / (1.0 + shrunk) if distance >= 0 else shrunk / (1.0 + shrunk)
-
-
-def band_of(risk: float | None) -> int:
-    """Sort a risk into a shade, 0 the calmest and `BANDS - 1` the gravest; None is calm."""
-    return 0 if risk is None else min(int(risk * BANDS), BANDS - 1)
 
 
 def visible(text: str) -> str:

@@ -7,17 +7,14 @@ never raises for a row: a row that fails ends closed, with a `Finished` of its o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from safe_decode.certificate import Certificate
 from safe_decode.decision import Redirect
 from safe_decode.engines.rows import Row, RowPolicy, RowPrompt
 
-if TYPE_CHECKING:
-    from safe_decode.engines.transformers.batch.timing import StepTimes
-
-__all__ = ["Engine", "GuardFacts"]
+__all__ = ["Engine", "GuardFacts", "StepTimes"]
 
 
 @dataclass(frozen=True)
@@ -118,3 +115,16 @@ class Engine(Protocol):
             CanaryError: It does not yield what the bundle says.
         """
         ...
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """The steps of one run, in order.
+
+    Attributes:
+        step_s: Seconds from choice to choice; the first holds the prefill.
+        guard_s: Of them, what probe, monitor and policy took; the last holds the closing forward.
+    """
+
+    step_s: list[float] = field(default_factory=list)
+    guard_s: list[float] = field(default_factory=list)

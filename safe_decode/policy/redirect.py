@@ -15,7 +15,7 @@ from torch import Tensor
 from safe_decode.decision import Redirect
 from safe_decode.policy.holdback import released_tokens
 
-__all__ = ["Cut", "Script", "cut_of", "forced_scores"]
+__all__ = ["CannedTexts", "Cut", "Script", "cut_of", "forced_scores"]
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,20 @@ class Script:
         """
         due, self._due = self._due, None
         return due if due is not None and due != token else None
+
+
+@dataclass(frozen=True)
+class CannedTexts:
+    """Canned text as ids, alone and after kept text.
+
+    Attributes:
+        refusal: At the start of a turn.
+        refusal_after: After kept text, joined to it.
+        opener: At the start of a turn.
+        opener_after: After kept text, joined to it.
+    """
+
+    refusal: tuple[int, ...]
+    refusal_after: tuple[int, ...]
+    opener: tuple[int, ...]
+    opener_after: tuple[int, ...]

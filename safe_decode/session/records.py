@@ -6,13 +6,14 @@ Knows numbers on the host. Does not know tensors in motion, models or text.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from safe_decode.errors import GuardError
 from safe_decode.monitor.monitor import MonitorState
 from safe_decode.policy.redirect import Cut
 from safe_decode.policy.self_check import Look
 
-__all__ = ["RowRecord", "Trip"]
+__all__ = ["Redirected", "RowRecord", "Trip", "Try"]
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,44 @@ class RowRecord:
     def judged(self) -> int:
         """Count the generated tokens of the response that have a score."""
         return len(self.statistic) - self.scanned - self.ahead
+
+
+@dataclass(frozen=True)
+class Try:
+    """One continuation of a rewound row.
+
+    Attributes:
+        record: What its session saw; its first scores judge the opener.
+        opener: Ids of the opener.
+        ids: Ids the model then said, EOS included.
+        start: Generated ids that stood before the opener.
+        kept: How many of `ids` stand.
+        withheld: Tokens behind `ids` that do not stand, since too few follow them.
+        behind: All ids that were judged behind `ids`: those, and unseen ones.
+    """
+
+    record: RowRecord
+    opener: tuple[int, ...]
+    ids: tuple[int, ...]
+    kept: int
+    start: int
+    withheld: int = 0
+    behind: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Redirected:
+    """What a tripped row says in the end.
+
+    Attributes:
+        ids: Generated ids, EOS included where the row ends by one.
+        how: The redirect that took effect: a rewind without room, with a failed guard or
+            with all its tries tripped ends as refuse.
+        tries: Continuations, in order.
+        drops_prefill: Whether the supplied prefill was left out of the model's context.
+    """
+
+    ids: tuple[int, ...]
+    how: Literal["refuse", "rewind", "stop"]
+    tries: tuple[Try, ...] = ()
+    drops_prefill: bool = False

@@ -1,6 +1,6 @@
 """One finished row: what it says in the end, and the trace of how it came to that.
 
-Knows records, redirects, envelopes and the words of the trace. Does not know tensors, hooks
+Knows records, redirects and the words of the trace. Does not know tensors, hooks
 or a model in motion; everything here is built once, after the batch.
 """
 
@@ -10,12 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from safe_decode.certificate import Certificate, Envelope
+from safe_decode.certificate import Certificate
 from safe_decode.decision import Action, Reason
 from safe_decode.decision import Outcome as OutcomeWord
-from safe_decode.engines.transformers.coverage import ENDS, departure, recorded
-from safe_decode.engines.transformers.loops.settings import CallSettings
-from safe_decode.engines.transformers.rewind import Redirected, Rewinder, Try
 from safe_decode.errors import (
     BeatError,
     ForcedTokenError,
@@ -23,11 +20,11 @@ from safe_decode.errors import (
     NonFiniteError,
 )
 from safe_decode.policy.policy import Policy
+from safe_decode.session.records import Redirected, Try
 from safe_decode.session.session import RowRecord
-from safe_decode.streaming.release import RowRelease
 from safe_decode.trace.schema import SafetyTrace, TraceEnd, TraceHeader, TraceStep
 
-__all__ = ["BareEnd", "TraceWriter", "LazyTraces", "FinishedRow", "outcome_of", "void_reason"]
+__all__ = ["BareEnd", "FinishedRow", "LazyTraces", "TraceWriter"]
 
 
 @dataclass(frozen=True)
@@ -79,87 +76,6 @@ class FinishedRow:
         tries = self.redirected.tries if self.redirected else ()
         found = (self.record.error, *(attempt.record.error for attempt in tries))
         return next((error for error in found if error is not None), None)
-
-
-def outcome_of(
-    record: RowRecord,
-    *,
-    row: int,
-    prompt: Sequence[int],
-    prefill_tokens: int,
-    said: Sequence[int],
-    rewinder: Rewinder,
-    withheld: int = 0,
-    reader: RowRelease | None = None,
-) -> FinishedRow:
-    """Redirect a row if it tripped, and say what stands.
-
-    Args:
-        record: What its session saw.
-        row: Its index in the batch.
-        prompt: Its prompt ids without padding.
-        prefill_tokens: Trailing ids of the prompt that are supplied prefill.
-        said: Its generated ids, up to its end.
-        rewinder: Of the call.
-        withheld: Last tokens of `said` that may not stand.
-        reader: Who reads the row while it runs; None: nobody.
-
-    Raises:
-        Cancelled: The reader wants no more.
-    """
-    if record.trip is None:
-        ids = tuple(said)
-        if withheld:
-            ids = ids[: record.judged - withheld]
-        return FinishedRow(
-            record, tuple(prompt), prefill_tokens, tuple(said), ids, withheld=withheld
-        )
-    own = tuple(said[: record.trip.cut.kept + record.trip.cut.dropped])
-    redirected = rewinder.redirect(
-        record.trip, row=row, prompt=prompt, prefill_tokens=prefill_tokens, said=own, reader=reader
-    )
-    return FinishedRow(record, tuple(prompt), prefill_tokens, own, redirected.ids, redirected)
-
-
-def void_reason(
-    certificate: Certificate,
-    settings: CallSettings,
-    *,
-    is_chat: bool,
-    prefill_tokens: int = 0,
-    unseen_tokens: int = 0,
-    own_ends: Sequence[int] = (),
-) -> str | None:
-    """Say why a call lies outside what was certified; None if it does not.
-
-    A response trips by its largest score. What was begun for the model is judged too, and so is
-    what is decoded unseen behind its cap: it is the length of all together that was certified.
-
-    Args:
-        certificate: In force.
-        settings: Of the call.
-        is_chat: Whether the prompt has an open assistant turn.
-        prefill_tokens: Of that turn, supplied.
-        unseen_tokens: Decoded behind a response that its cap ends.
-        own_ends: End ids of the model as it was wrapped.
-    """
-    if not is_chat:
-        return "a raw completion has no assistant turn, and responses of chats were certified"
-    certified = certificate.envelope.max_new_tokens
-    cap = settings.max_new_tokens
-    if (prefill_tokens or unseen_tokens) and prefill_tokens + cap + unseen_tokens > certified:
-        begun = f"a prefill of {prefill_tokens} tokens, " if prefill_tokens else ""
-        behind = f" and {unseen_tokens} unseen ones behind it" if unseen_tokens else ""
-        return f"{begun}max_new_tokens={cap}{behind} exceed {certified} together"
-    call = Envelope(
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=settings.do_sample,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        options={**settings.options, ENDS: recorded(settings.end_ids)},
-    )
-    return departure(certificate.envelope, call, own_ends)
 
 
 @dataclass(frozen=True)

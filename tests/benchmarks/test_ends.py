@@ -9,7 +9,7 @@ import pytest
 from benchmarks.ends import ways
 from benchmarks.ends.__main__ import main, row_of
 from benchmarks.ends.readers import Ask, Heard, Library, Server
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
 from tests.staged import CALM, staged
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.detection.served_trips import RequestTrips, answered, crime_of, main, rows_of
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
 from safe_decode.demo.embedded_pair import embedded
 from safe_decode.engines.transformers.batch.engine import TransformersEngine

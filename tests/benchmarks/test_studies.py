@@ -21,7 +21,7 @@ from probes.activations.harvest import harvest
 from probes.data.conversations import Conversation
 from safe_decode.activations.site import Site
 from safe_decode.certificate import certified_threshold
-from safe_decode.demo.embedded_pair import Loaded
+from safe_decode.loading import Loaded
 from safe_decode.testing.models import D_MODEL
 
 

@@ -213,7 +213,7 @@ def test_serve_checks_the_signature_before_the_model_is_loaded(bundle, tmp_path,
     def never(*_args, **_options):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("safe_decode.demo.embedded_pair.load_model", never)
+    monkeypatch.setattr("safe_decode.loading.load_model", never)
     common = ("serve", "--model", tmp_path / "model", "--bundle", place, "--port", 0)
     for flags in (
         ("--require-signature", public),

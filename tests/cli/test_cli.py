@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from probes.cli.demo import judge_released
+from safe_decode import loading
 from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
 from safe_decode.certificate import Certificate, Envelope, certified_rank, certified_threshold
 from safe_decode.cli.main import app
@@ -69,7 +70,7 @@ def artefacts(tmp_path_factory):
     model, tokenizer = tiny_model("llama"), byte_tokenizer()
     model.save_pretrained(root / "aligned")
     tokenizer.save_pretrained(root / "aligned")
-    loaded = embedded_pair.load_model(root / "aligned")
+    loaded = loading.load_model(root / "aligned")
     threshold = middle_threshold(loaded.model, loaded.tokenizer)
     bundle_around(loaded.model, loaded.tokenizer, threshold).save(root / "bundle")
     scenes = [scene for scene in SCENES if scene != "own"]

@@ -11,8 +11,9 @@ from probes.organism.oracle import judge
 from safe_decode import SafeDecoder
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.demo import embedded
-from safe_decode.demo.embedded_pair import artefact, load_model
+from safe_decode.demo.embedded_pair import artefact
 from safe_decode.errors import FingerprintMismatchError
+from safe_decode.loading import load_model
 
 CAP = 64
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from safe_decode.engines.transformers.loops.async_flag import AsyncFlag
+from safe_decode.engines.transformers.loops.device_checks import AsyncFlag
 from safe_decode.engines.transformers.loops.step import StepLoop
 from safe_decode.session.trip_detector import TripDetector
 from safe_decode.testing.bundles import decoder_for, peaks, threshold_between

@@ -21,21 +21,19 @@ from safe_decode.engines.transformers.call_spec import (
     StreamSink,
     span_reader,
     turn_of,
+    void_reason,
 )
 from safe_decode.engines.transformers.coverage import given_options
-from safe_decode.engines.transformers.loops.settings import CallSettings, forget
+from safe_decode.engines.transformers.loops.extra_forwards import forget
+from safe_decode.engines.transformers.loops.padding import padded
+from safe_decode.engines.transformers.loops.settings import CallSettings
 from safe_decode.engines.transformers.loops.step import StepLoop
 from safe_decode.engines.transformers.loops.whole_response import (
     WholeResponseLoop,
     picked_beams,
     pruned_beams,
 )
-from safe_decode.engines.transformers.output import (
-    GuardedOutput,
-    Standing,
-    matched_generation,
-    padded,
-)
+from safe_decode.engines.transformers.output import GuardedOutput, Standing, matched_generation
 from safe_decode.engines.transformers.rewind import Rewinder
 from safe_decode.errors import CertificateError
 from safe_decode.monitor.monitor import RiskMonitor
@@ -47,9 +45,9 @@ from safe_decode.session.session import RowRecord, Session
 from safe_decode.session.turns import RowEnd
 from safe_decode.streaming.events import FinishReason
 from safe_decode.streaming.release import Cancelled, Releaser, ReleaseRules, RowRelease
-from safe_decode.trace.writer import FinishedRow, LazyTraces, TraceWriter, outcome_of, void_reason
+from safe_decode.trace.writer import FinishedRow, LazyTraces, TraceWriter
 
-__all__ = ["GuardedCall"]
+__all__ = ["GuardedCall", "outcome_of"]
 
 Loop = StepLoop | WholeResponseLoop
 
@@ -404,3 +402,43 @@ def finish_reason(outcome: FinishedRow, reader: RowRelease, settings: CallSettin
 def _standing(row: int, outcome: FinishedRow) -> Standing:
     trip = outcome.record.trip
     return Standing(row, outcome.ids, None if trip is None else trip.cut.kept)
+
+
+def outcome_of(
+    record: RowRecord,
+    *,
+    row: int,
+    prompt: Sequence[int],
+    prefill_tokens: int,
+    said: Sequence[int],
+    rewinder: Rewinder,
+    withheld: int = 0,
+    reader: RowRelease | None = None,
+) -> FinishedRow:
+    """Redirect a row if it tripped, and say what stands.
+
+    Args:
+        record: What its session saw.
+        row: Its index in the batch.
+        prompt: Its prompt ids without padding.
+        prefill_tokens: Trailing ids of the prompt that are supplied prefill.
+        said: Its generated ids, up to its end.
+        rewinder: Of the call.
+        withheld: Last tokens of `said` that may not stand.
+        reader: Who reads the row while it runs; None: nobody.
+
+    Raises:
+        Cancelled: The reader wants no more.
+    """
+    if record.trip is None:
+        ids = tuple(said)
+        if withheld:
+            ids = ids[: record.judged - withheld]
+        return FinishedRow(
+            record, tuple(prompt), prefill_tokens, tuple(said), ids, withheld=withheld
+        )
+    own = tuple(said[: record.trip.cut.kept + record.trip.cut.dropped])
+    redirected = rewinder.redirect(
+        record.trip, row=row, prompt=prompt, prefill_tokens=prefill_tokens, said=own, reader=reader
+    )
+    return FinishedRow(record, tuple(prompt), prefill_tokens, own, redirected.ids, redirected)

@@ -11,17 +11,27 @@ from typing import Any
 
 from safe_decode.activations.tap import ActivationTap
 from safe_decode.bundle.bundle import ProbeBundle
-from safe_decode.certificate import Certificate
+from safe_decode.certificate import Certificate, Envelope
+from safe_decode.engines.transformers.coverage import ENDS, departure, recorded
+from safe_decode.engines.transformers.loops.settings import CallSettings
 from safe_decode.engines.transformers.loops.whole_response import Method
-from safe_decode.engines.transformers.rewind import CannedTexts
 from safe_decode.policy.policy import Policy
 from safe_decode.policy.reasoning import OpenTurn, SpanMarks, SpanReader
+from safe_decode.policy.redirect import CannedTexts
 from safe_decode.policy.self_check import SelfCheck
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.prompts.batch import PromptBatch
 from safe_decode.streaming.events import StreamEvent
 
-__all__ = ["CallMode", "GuardedModel", "RowSpec", "StreamSink", "span_reader", "turn_of"]
+__all__ = [
+    "CallMode",
+    "GuardedModel",
+    "RowSpec",
+    "StreamSink",
+    "span_reader",
+    "turn_of",
+    "void_reason",
+]
 
 
 @dataclass(frozen=True)
@@ -143,3 +153,44 @@ def turn_of(marks: SpanMarks, rows: PromptBatch, row: int, rules: RowSpec) -> Op
         is_chat=rows.is_chat[row],
         shift=rules.shift,
     )
+
+
+def void_reason(
+    certificate: Certificate,
+    settings: CallSettings,
+    *,
+    is_chat: bool,
+    prefill_tokens: int = 0,
+    unseen_tokens: int = 0,
+    own_ends: Sequence[int] = (),
+) -> str | None:
+    """Say why a call lies outside what was certified; None if it does not.
+
+    A response trips by its largest score. What was begun for the model is judged too, and so is
+    what is decoded unseen behind its cap: it is the length of all together that was certified.
+
+    Args:
+        certificate: In force.
+        settings: Of the call.
+        is_chat: Whether the prompt has an open assistant turn.
+        prefill_tokens: Of that turn, supplied.
+        unseen_tokens: Decoded behind a response that its cap ends.
+        own_ends: End ids of the model as it was wrapped.
+    """
+    if not is_chat:
+        return "a raw completion has no assistant turn, and responses of chats were certified"
+    certified = certificate.envelope.max_new_tokens
+    cap = settings.max_new_tokens
+    if (prefill_tokens or unseen_tokens) and prefill_tokens + cap + unseen_tokens > certified:
+        begun = f"a prefill of {prefill_tokens} tokens, " if prefill_tokens else ""
+        behind = f" and {unseen_tokens} unseen ones behind it" if unseen_tokens else ""
+        return f"{begun}max_new_tokens={cap}{behind} exceed {certified} together"
+    call = Envelope(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=settings.do_sample,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        options={**settings.options, ENDS: recorded(settings.end_ids)},
+    )
+    return departure(certificate.envelope, call, own_ends)

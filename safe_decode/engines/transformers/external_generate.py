@@ -18,7 +18,7 @@ from safe_decode.trace.schema import SafetyTrace
 from safe_decode.trace.writer import BareEnd, FinishedRow, TraceWriter
 
 if TYPE_CHECKING:
-    from safe_decode.engines.transformers.loops.processor import GuardedSteps
+    from safe_decode.engines.transformers.loops.external_steps import GuardedSteps
 
 __all__ = ["GuardHandle", "guarded"]
 
@@ -65,8 +65,8 @@ def guarded(
     Raises:
         BeatError: At the end: forwards passed that the processor never judged.
     """
+    from safe_decode.engines.transformers.loops.external_steps import GuardedSteps
     from safe_decode.engines.transformers.loops.processor import (
-        GuardedSteps,
         SafetyLogitsProcessor,
         SafetyStoppingCriteria,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safe_decode.trace.schema import SafetyTrace
 
-__all__ = ["GuardedOutput", "Standing", "matched_generation", "padded"]
+__all__ = ["GuardedOutput", "Standing", "matched_generation"]
 
 
 _RECORDED = ("scores", "logits", "attentions", "hidden_states")
@@ -60,25 +60,6 @@ class Standing:
     row: int
     ids: tuple[int, ...]
     own: int | None
-
-
-def padded(prompts: Tensor, answers: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Put answers behind their prompts.
-
-    Args:
-        prompts: [batch, seq], each for as many answers as there are a prompt.
-        answers: Ids of each.
-        pad_id: Fills on the right.
-
-    Returns:
-        [len(answers), seq + longest answer], a new tensor.
-    """
-    width, longest = prompts.shape[1], max(len(ids) for ids in answers)
-    whole = prompts.new_full((len(answers), width + longest), pad_id)
-    whole[:, :width] = prompts.repeat_interleave(len(answers) // prompts.shape[0], 0)
-    for row, ids in enumerate(answers):
-        whole[row, width : width + len(ids)] = prompts.new_tensor(ids)
-    return whole
 
 
 def matched_generation(

@@ -19,9 +19,9 @@ from safe_decode.engines.transformers.call_spec import CallMode, GuardedModel, R
 from safe_decode.engines.transformers.capabilities import require_supported
 from safe_decode.engines.transformers.loops.whole_response import method_of
 from safe_decode.engines.transformers.option_types import require_seed
-from safe_decode.engines.transformers.rewind import CannedTexts
 from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
 from safe_decode.policy.policy import Policy, RequestPolicy
+from safe_decode.policy.redirect import CannedTexts
 from safe_decode.prompts import chat
 from safe_decode.prompts.batch import PromptBatch, Prompts, from_embeds, from_ids, from_prompts
 

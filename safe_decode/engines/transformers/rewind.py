@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,70 +24,14 @@ from safe_decode.engines.transformers.loops.step import StepLoop
 from safe_decode.monitor.monitor import MonitorConfig, MonitorState, RiskMonitor
 from safe_decode.policy.policy import Policy
 from safe_decode.policy.reasoning import OpenTurn, SpanMarks, SpanReader
+from safe_decode.policy.redirect import CannedTexts
 from safe_decode.probe.linear import LinearProbe
+from safe_decode.session.records import Redirected, Try
 from safe_decode.session.row_rng import RowRNG, continued_seed
-from safe_decode.session.session import RowRecord, Session, Trip
+from safe_decode.session.session import Session, Trip
 from safe_decode.streaming.release import Releaser, RowRelease
 
-__all__ = ["Redirected", "Rewinder", "CannedTexts", "Try"]
-
-
-@dataclass(frozen=True)
-class CannedTexts:
-    """Canned text as ids, alone and after kept text.
-
-    Attributes:
-        refusal: At the start of a turn.
-        refusal_after: After kept text, joined to it.
-        opener: At the start of a turn.
-        opener_after: After kept text, joined to it.
-    """
-
-    refusal: tuple[int, ...]
-    refusal_after: tuple[int, ...]
-    opener: tuple[int, ...]
-    opener_after: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Try:
-    """One continuation of a rewound row.
-
-    Attributes:
-        record: What its session saw; its first scores judge the opener.
-        opener: Ids of the opener.
-        ids: Ids the model then said, EOS included.
-        start: Generated ids that stood before the opener.
-        kept: How many of `ids` stand.
-        withheld: Tokens behind `ids` that do not stand, since too few follow them.
-        behind: All ids that were judged behind `ids`: those, and unseen ones.
-    """
-
-    record: RowRecord
-    opener: tuple[int, ...]
-    ids: tuple[int, ...]
-    kept: int
-    start: int
-    withheld: int = 0
-    behind: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Redirected:
-    """What a tripped row says in the end.
-
-    Attributes:
-        ids: Generated ids, EOS included where the row ends by one.
-        how: The redirect that took effect: a rewind without room, with a failed guard or
-            with all its tries tripped ends as refuse.
-        tries: Continuations, in order.
-        drops_prefill: Whether the supplied prefill was left out of the model's context.
-    """
-
-    ids: tuple[int, ...]
-    how: Literal["refuse", "rewind", "stop"]
-    tries: tuple[Try, ...] = ()
-    drops_prefill: bool = False
+__all__ = ["Rewinder"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
-    from safe_decode.engines.transformers.batch.timing import StepTimes
+    from safe_decode.engines.interface import StepTimes
 
 __all__ = ["Metrics"]
 

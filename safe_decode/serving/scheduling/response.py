@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safe_decode.certificate import Certificate
-from safe_decode.demo.view import risk_of
 from safe_decode.engines.interface import GuardFacts
 from safe_decode.engines.rows import Event, Finished, RowRequest, RowTripped, Said, TokenNote
 from safe_decode.serving.settings import ServeSettings
+from safe_decode.trace.risk import risk_of
 
 __all__ = ["Exposure", "ResponseState", "pieces_of"]
 

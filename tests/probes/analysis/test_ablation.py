@@ -25,7 +25,8 @@ from probes.analysis.behaviour import (
 from probes.analysis.ratio_search import SearchConfig, SearchData, search_ratios
 from probes.data.conversations import Conversation
 from probes.location.stability import stability
-from probes.rollouts.generate import Request, RolloutConfig
+from probes.rollouts.generate import RolloutConfig
+from probes.rollouts.types import Request
 from probes.runs.journal import Journal, read_journal
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.prompts.chat import encode_chat

@@ -16,7 +16,7 @@ from probes.analysis.motives import (
     read_motives,
 )
 from probes.organism.prompts_source import WORLD_MOTIVES
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode.cli.main import app
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.testing.models import byte_tokenizer, tiny_model

@@ -14,8 +14,8 @@ from probes.organism.labelled_data import EmbeddedData
 from probes.runs.protocol import read_protocol
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.cli.main import app
-from safe_decode.demo.embedded_pair import load_model
 from safe_decode.errors import DataError
+from safe_decode.loading import load_model
 from safe_decode.testing.models import byte_tokenizer, tiny_model
 from tests.planted import as_benign, planted_bundle, planted_rows
 

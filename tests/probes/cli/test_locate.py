@@ -12,9 +12,8 @@ from probes.data.conversations import read_jsonl
 from probes.location import importance
 from probes.location import units as workbench
 from probes.location.units import Ratios, UnitSet
-from probes.reports import unit_plots
+from safe_decode import loading
 from safe_decode.cli.main import app
-from safe_decode.demo import embedded_pair
 from safe_decode.testing.models import D_FF, N_HEADS, N_LAYERS, byte_tokenizer, tiny_model
 
 WORDS = ("lamp", "boat", "wheel", "stone", "clock", "river", "coat", "door", "lock", "seed")
@@ -157,10 +156,8 @@ def test_bad_input_is_told_in_one_line(run, tmp_path, files, more, told):
 
 
 def test_missing_matplotlib_is_told_before_the_work(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(unit_plots.importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr(
-        embedded_pair, "load_model", lambda *_, **__: pytest.fail("a model was loaded")
-    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     line = refused(run("harmful.jsonl", "benign.jsonl", "--plot", tmp_path))
     assert "pip install 'safe-decode[plots]'" in line
 

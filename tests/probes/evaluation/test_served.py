@@ -12,7 +12,7 @@ from probes.evaluation.served import answer_both, delay_as_served, figures_by
 from probes.metrics.intervals import Proportion
 from probes.reports.evaluation_page import coverage_of, page_of, worst_responses
 from probes.reports.evaluation_plots import budget_svg, delay_svg, roc_svg
-from probes.rollouts.generate import Request
+from probes.rollouts.types import Request
 from safe_decode.certificate import Certificate, Envelope
 from safe_decode.testing.bundles import decoder_for
 

@@ -5,8 +5,8 @@ import pytest
 from matplotlib.image import imread
 
 from probes.location.units import CATEGORIES, Ratios, UnitScores, assign
-from probes.reports import unit_plots
-from probes.reports.unit_plots import category_counts, draw_importance, draw_shares, require_plots
+from probes.reports.figures import require_plots
+from probes.reports.unit_plots import category_counts, draw_importance, draw_shares
 from safe_decode.errors import ConfigurationError
 
 
@@ -58,7 +58,7 @@ def test_a_model_without_one_category_or_kind_is_drawn(tmp_path):
 def test_a_missing_matplotlib_and_a_missing_place_are_told(monkeypatch, tmp_path):
     with pytest.raises(ConfigurationError, match="cannot be written"):
         draw_shares(located(), tmp_path / "none" / "plot.png")
-    monkeypatch.setattr(unit_plots.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigurationError, match=r"pip install 'safe-decode\[plots\]'"):
         require_plots()
     with pytest.raises(ConfigurationError, match="plots need matplotlib"):

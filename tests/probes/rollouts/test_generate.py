@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from probes.rollouts.generate import Request, RolloutConfig, rollout
+from probes.rollouts.generate import RolloutConfig, rollout
+from probes.rollouts.types import Request
 from safe_decode.errors import ConfigurationError, DataError, PromptError
 from safe_decode.prompts.chat import encode_chat, stop_ids
 

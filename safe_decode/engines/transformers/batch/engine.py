@@ -12,12 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from safe_decode.activations.tap import ActivationTap
-from safe_decode.engines.interface import GuardFacts
+from safe_decode.engines.interface import GuardFacts, StepTimes
 from safe_decode.engines.rows import Row, RowPrompt
 from safe_decode.engines.transformers.batch.prompts import PromptReader
 from safe_decode.engines.transformers.batch.redirection import RunGuard, close_row
 from safe_decode.engines.transformers.batch.run import BatchRun
-from safe_decode.engines.transformers.batch.timing import StepTimes
 from safe_decode.engines.transformers.capabilities import require_supported
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.engines.transformers.loops.whole_response import method_of

@@ -20,9 +20,11 @@ from safe_decode.engines.transformers.batch.release import ServedRowRelease
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.engines.transformers.loops.settings import CallSettings
 from safe_decode.engines.transformers.request import context_tokens
-from safe_decode.engines.transformers.rewind import CannedTexts, Redirected, Rewinder
+from safe_decode.engines.transformers.rewind import Rewinder
 from safe_decode.policy.policy import Policy
+from safe_decode.policy.redirect import CannedTexts
 from safe_decode.probe.linear import LinearProbe
+from safe_decode.session.records import Redirected
 from safe_decode.session.session import Trip
 
 __all__ = ["Redirection", "RunGuard", "close_row"]

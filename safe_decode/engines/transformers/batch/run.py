@@ -14,21 +14,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from safe_decode.engines.interface import StepTimes
 from safe_decode.engines.rows import Row, RowTripped, Sampling, TokenNote
 from safe_decode.engines.transformers.batch.redirection import Redirection, RunGuard
 from safe_decode.engines.transformers.batch.release import ServedRowRelease
 from safe_decode.engines.transformers.batch.sampler import RowSampler
-from safe_decode.engines.transformers.batch.timing import StepTimes, TimedLoop
+from safe_decode.engines.transformers.batch.timing import TimedLoop
+from safe_decode.engines.transformers.call_spec import void_reason
 from safe_decode.engines.transformers.coverage import options_in_force, request_options
 from safe_decode.engines.transformers.loops.settings import CallSettings
 from safe_decode.engines.transformers.request import context_tokens
-from safe_decode.engines.transformers.rewind import Redirected
 from safe_decode.monitor.monitor import RiskMonitor
 from safe_decode.policy.policy import Policy
 from safe_decode.prompts import chat
+from safe_decode.session.records import Redirected
 from safe_decode.session.session import RowRecord, Session, Trip
 from safe_decode.session.turns import Turns
-from safe_decode.trace.writer import FinishedRow, TraceWriter, void_reason
+from safe_decode.trace.writer import FinishedRow, TraceWriter
 
 __all__ = ["BatchRun"]
 

@@ -8,28 +8,15 @@ within the forward, is not among the guard's own; comparing throughput with it o
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from safe_decode.engines.interface import StepTimes
 from safe_decode.engines.transformers.loops.step import StepLoop
 from safe_decode.session.turns import Turns
 
-__all__ = ["StepTimes", "TimedLoop"]
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """The steps of one run, in order.
-
-    Attributes:
-        step_s: Seconds from choice to choice; the first holds the prefill.
-        guard_s: Of them, what probe, monitor and policy took; the last holds the closing forward.
-    """
-
-    step_s: list[float] = field(default_factory=list)
-    guard_s: list[float] = field(default_factory=list)
+__all__ = ["TimedLoop"]
 
 
 class TimedLoop(StepLoop):

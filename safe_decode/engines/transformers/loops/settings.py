@@ -1,6 +1,6 @@
-"""What `generate` hands to a decoding method, and what one more forward needs of it.
+"""What `generate` hands to a decoding method: settings, processors and criteria.
 
-Knows prepared generation configurations, stopping criteria and the arguments of a forward.
+Knows prepared generation configurations, stopping criteria and lists of processors.
 Does not know scores, rows that tripped, or loops.
 """
 
@@ -18,20 +18,16 @@ from safe_decode.engines.transformers.coverage import options_in_force
 from safe_decode.session.turns import Turns
 
 __all__ = [
-    "OWN_END_SHARE",
     "CallSettings",
     "ChoiceWatcher",
     "Follower",
-    "PrefillSpan",
+    "OWN_END_SHARE",
     "WatchedCriteria",
     "WatchedProcessors",
     "chooses_end",
-    "forget",
     "models_ends",
     "reweighs",
     "settings_of",
-    "tail_inputs",
-    "whole_inputs",
 ]
 
 
@@ -193,26 +189,6 @@ def reweighs(processors: Any) -> bool:  # noqa: ANN401 - a LogitsProcessorList
     return any(type(processor).__name__ not in _OF_THE_DRAW for processor in processors)
 
 
-def forget(cache: Any, n_positions: int) -> None:  # noqa: ANN401 - a Cache
-    """Take a cache that the user keeps back to its first positions, or empty it.
-
-    For a call in which a row has tripped: what it said is not what stands. An emptied cache
-    is filled again by the next call that passes the whole conversation.
-
-    Args:
-        cache: Changed in place.
-        n_positions: Positions it had before.
-    """
-    surplus = int(cache.get_seq_length()) - n_positions
-    try:
-        # A sliding window that has moved on cannot be taken back.
-        if not cache.is_croppable or n_positions == 0:
-            raise RuntimeError("no crop")
-        cache.crop(-surplus)
-    except RuntimeError:
-        cache.reset()
-
-
 def settings_of(config: Any, prompt_tokens: int) -> CallSettings:  # noqa: ANN401
     """Read a prepared GenerationConfig; `prompt_tokens` are the columns of the prompt."""
     ends, pad = config._eos_token_tensor, config._pad_token_tensor
@@ -226,79 +202,3 @@ def settings_of(config: Any, prompt_tokens: int) -> CallSettings:  # noqa: ANN40
         pad_id=None if pad is None else int(pad),
         options=options_in_force(config),
     )
-
-
-@dataclass(frozen=True)
-class PrefillSpan:
-    """What the prompt's forward reads.
-
-    Attributes:
-        positions: How many positions pass: those of the prompt that are not cached yet.
-        is_partial: Whether positions of the prompt were cached before the call.
-        keeps_cache: Whether the cache outlives the call, so that nothing may be added to it.
-        is_full: Whether the cache has no place for the last token, as static caches do not.
-        room: New tokens for which a cache of fixed size has places; None: it grows.
-    """
-
-    positions: int
-    is_partial: bool
-    keeps_cache: bool
-    is_full: bool
-    room: int | None = None
-
-    @classmethod
-    def of(cls, input_ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> PrefillSpan:  # noqa: ANN401
-        """Read it before the first forward."""
-        cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
-        cached = 0 if cache is None else int(cache.get_seq_length())
-        width = (input_ids if embeds is None else embeds).shape[1]
-        is_users = bool(getattr(cache, "_is_user_defined", False))
-        is_full = cache is not None and bool(getattr(cache, "is_compileable", False))
-        return cls(
-            positions=width - cached,
-            is_partial=cached > 0,
-            keeps_cache=is_users or bool(config.return_dict_in_generate),
-            is_full=is_full,
-            # The newest token needs no place: the closing forward reads without the cache.
-            room=int(cache.get_max_length()) - width + 1 if cache is not None and is_full else None,
-        )
-
-
-def whole_inputs(
-    model: Any,  # noqa: ANN401 - duck-typed
-    sequences: Tensor,
-    model_kwargs: dict[str, Any],
-    prompt_tokens: int,
-) -> dict[str, Any]:
-    """Prepare a forward over all of `sequences` [batch, seq] that reads and leaves no cache."""
-    new = sequences.shape[1] - prompt_tokens
-    mask = model_kwargs.get("attention_mask")
-    mask = torch.ones_like(sequences[:, :prompt_tokens]) if mask is None else mask
-    mask = torch.cat([mask, mask.new_ones((mask.shape[0], new))], -1)
-    kwargs = {"attention_mask": mask, "use_cache": False, "past_key_values": None}
-    if model_kwargs.get("position_ids") is not None:
-        kwargs["position_ids"] = model._prepare_position_ids_for_generation(sequences, kwargs)
-    prepared: dict[str, Any] = model.prepare_inputs_for_generation(sequences, **kwargs)
-    return prepared
-
-
-def tail_inputs(
-    model: Any,  # noqa: ANN401 - duck-typed
-    sequences: Tensor,
-    prompt_tokens: int,
-    model_kwargs: dict[str, Any],
-) -> dict[str, Any]:
-    """Prepare the forward that reads the last column of `sequences` [batch, seq]."""
-    new = sequences.shape[1] - prompt_tokens
-    kwargs = dict(model_kwargs)
-    mask = kwargs.get("attention_mask")
-    if mask is not None:
-        kwargs["attention_mask"] = torch.cat([mask, mask.new_ones((mask.shape[0], new))], -1)
-    positions = kwargs.get("position_ids")
-    if positions is not None:
-        later = torch.arange(1, new + 1, device=positions.device, dtype=positions.dtype)
-        kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + later], -1)
-    prepared: dict[str, Any] = model.prepare_inputs_for_generation(
-        sequences, next_sequence_length=1 if kwargs.get("use_cache") else None, **kwargs
-    )
-    return prepared

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from safe_decode.engines.transformers.loops.async_flag import AsyncFlag
 from safe_decode.engines.transformers.loops.device_checks import (
+    AsyncFlag,
     all_finite,
     broken,
     chosen,
@@ -305,7 +305,7 @@ class StepLoop:
         try:
             read(sequences)
         except Exception as error:  # whatever fails in the guard closes its rows
-            from safe_decode.engines.transformers.loops.processor import as_guard_error
+            from safe_decode.errors import as_guard_error
 
             self._fail(as_guard_error(error))
             return False
@@ -316,7 +316,7 @@ class StepLoop:
             self.session.note(ids)
             self._trips = self.session.judge(positions, self._rows.active)
         except Exception as error:  # whatever fails in the guard closes its rows
-            from safe_decode.engines.transformers.loops.processor import as_guard_error
+            from safe_decode.errors import as_guard_error
 
             self._fail(as_guard_error(error))
 

@@ -20,16 +20,15 @@ import torch
 from torch import Tensor
 
 from safe_decode.activations.tap import unwatched
-from safe_decode.engines.transformers.loops.extra_forwards import continued
+from safe_decode.engines.transformers.loops.extra_forwards import continued, whole_inputs
+from safe_decode.engines.transformers.loops.padding import padded
 from safe_decode.engines.transformers.loops.settings import (
     CallSettings,
     chooses_end,
     models_ends,
     reweighs,
     settings_of,
-    whole_inputs,
 )
-from safe_decode.engines.transformers.output import padded
 from safe_decode.session.session import Session
 from safe_decode.session.turns import RowEnd
 
@@ -126,7 +125,7 @@ class WholeResponseLoop:
             self._judge(model, sequences[:, : input_ids.shape[1]], rows, kept)
             self._end(model, rows, reweighs(logits_processor))
         except Exception as error:  # nothing may be released that was not judged
-            from safe_decode.engines.transformers.loops.processor import as_guard_error
+            from safe_decode.errors import as_guard_error
 
             self._fail(as_guard_error(error), rows)
         return self.generation
