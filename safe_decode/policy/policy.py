@@ -14,6 +14,7 @@ from torch import Tensor
 
 from safe_decode.decision import Redirect
 from safe_decode.errors import ConfigurationError
+from safe_decode.policy.redirect import REDIRECTS, RedirectRule
 
 __all__ = ["MAX_TRIES", "OnError", "Policy", "RequestPolicy"]
 
@@ -46,9 +47,9 @@ class Policy:
     max_tries: int = MAX_TRIES
 
     def __post_init__(self) -> None:
-        if self.redirect not in get_args(Redirect):
+        if self.redirect not in REDIRECTS:
             raise ConfigurationError(
-                f"redirect={self.redirect!r} is not one of {get_args(Redirect)}; pass one."
+                f"redirect={self.redirect!r} is not one of {tuple(REDIRECTS)}; pass one."
             )
         if self.on_error not in get_args(OnError):
             raise ConfigurationError(
@@ -64,9 +65,14 @@ class Policy:
             )
 
     @property
+    def rule(self) -> RedirectRule:
+        """What its redirect does."""
+        return REDIRECTS[self.redirect]
+
+    @property
     def protects(self) -> bool:
         """Say whether a trip changes what the reader gets."""
-        return self.redirect != "flag"
+        return self.rule.protects
 
     @property
     def unseen_tokens(self) -> int:
@@ -154,7 +160,7 @@ class RequestPolicy:
     def applied_to(self, policy: Policy) -> Policy:
         """Return a decoder's policy with this request's choices in it."""
         redirect = policy.redirect if self.redirect is None else self.redirect
-        if self.is_structured and redirect in ("refuse", "rewind"):
-            redirect = "stop"
+        if self.is_structured:
+            redirect = REDIRECTS[redirect].if_structured
         k = policy.holdback_tokens if self.holdback_tokens is None else self.holdback_tokens
         return replace(policy, redirect=redirect, holdback_tokens=k)

@@ -1,21 +1,66 @@
 """What a tripped row emits, and where it is cut.
 
-Knows cuts, forced scores and scripts of forced ids. Does not know models, tokenizers or
-what a `generate` call is; the same functions serve batch rows and request slots.
+`REDIRECTS` says of each redirect all that the rest of the project needs to know of it: to add
+one, add its name to `safe_decode.decision.Redirect` and a row to this table. Knows cuts, forced
+scores and scripts of forced ids. Does not know models, tokenizers or what a `generate` call is;
+the same functions serve batch rows and request slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from safe_decode.decision import Redirect
+from safe_decode.decision import Outcome, Redirect
 from safe_decode.policy.holdback import released_tokens
 
-__all__ = ["CannedTexts", "Cut", "Script", "cut_of", "forced_scores"]
+__all__ = ["REDIRECTS", "CannedTexts", "Cut", "RedirectRule", "Script", "cut_of", "forced_scores"]
+
+
+@dataclass(frozen=True)
+class RedirectRule:
+    """What one redirect does to a row that has tripped.
+
+    Attributes:
+        keeps: Which of the generated tokens stand. released: those that the reader has. clear:
+            those up to the clear point as well. all: every one.
+        says: Words of the guard behind them.
+        outcome: How the row has ended, in one word.
+        resumes: Whether the model goes on in its own words behind the guard's.
+        protects: Whether a trip changes what the reader gets.
+        if_guard_fails: The redirect that takes effect where the guard itself has failed.
+        if_structured: The redirect that takes effect where the answer is read as data, so that
+            words of the guard would be read as data too.
+    """
+
+    keeps: Literal["released", "clear", "all"]
+    says: Literal["nothing", "refusal", "opener"]
+    outcome: Outcome
+    resumes: bool = False
+    protects: bool = True
+    if_guard_fails: Redirect = "refuse"
+    if_structured: Redirect = "stop"
+
+
+REDIRECTS: Mapping[Redirect, RedirectRule] = {
+    "refuse": RedirectRule("released", "refusal", "refused"),
+    # A guard that has failed is trusted with no continuation, so it refuses.
+    "rewind": RedirectRule("clear", "opener", "rewound", resumes=True),
+    "stop": RedirectRule("released", "nothing", "stopped", if_guard_fails="stop"),
+    "flag": RedirectRule(
+        "all",
+        "nothing",
+        "flagged",
+        protects=False,
+        if_guard_fails="flag",
+        if_structured="flag",
+    ),
+}
+"""Every redirect and what it does."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +90,8 @@ def cut_of(
     """Cut a row that has tripped.
 
     Args:
-        redirect: refuse and stop keep what is released; rewind keeps what was said up to
-            the later of the clear point and the first position not released; flag keeps all.
+        redirect: Its rule says what is kept; the clear point counts only where it lies behind
+            what is released.
         said: Generated tokens so far, those that follow the tripping score included.
         judged: Leading generated tokens that were judged and did not trip.
         clear: Leading generated tokens judged by the clear point; 0 if there is none.
@@ -56,10 +101,9 @@ def cut_of(
     """
     content = said if content is None else min(said, content)
     released = min(released_tokens(judged, holdback_tokens), content)
-    kept = content if redirect == "flag" else released
-    if redirect == "rewind":
-        # The clear point judged tokens before the trip, so it never lies beyond `judged`.
-        kept = max(released, min(clear, judged, content))
+    # The clear point judged tokens before the trip, so it never lies beyond `judged`.
+    up_to_clear = max(released, min(clear, judged, content))
+    kept = {"released": released, "clear": up_to_clear, "all": content}[REDIRECTS[redirect].keeps]
     return Cut(kept=kept, released=min(released, kept), dropped=content - kept)
 
 

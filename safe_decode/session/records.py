@@ -6,8 +6,8 @@ Knows numbers on the host. Does not know tensors in motion, models or text.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from safe_decode.decision import Redirect
 from safe_decode.errors import GuardError
 from safe_decode.monitor.monitor import MonitorState
 from safe_decode.policy.redirect import Cut
@@ -112,6 +112,6 @@ class Redirected:
     """
 
     ids: tuple[int, ...]
-    how: Literal["refuse", "rewind", "stop"]
+    how: Redirect
     tries: tuple[Try, ...] = ()
     drops_prefill: bool = False

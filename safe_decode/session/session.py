@@ -239,8 +239,8 @@ class Session:
         clear = max(0, int(state.clear_point[row]) + 1 - before - scanned)
         policy = self.policies[row]
         kind = policy.redirect
-        if error is not None and kind == "rewind":
-            kind = "refuse"  # no continuation is trusted to a guard that failed
+        if error is not None:
+            kind = policy.rule.if_guard_fails
         cut = cut_of(
             kind,
             said=said,

@@ -14,12 +14,16 @@ from dataclasses import dataclass
 
 from safe_decode.errors import DataError
 from safe_decode.monitor.monitor import MonitorConfig, reference
+from safe_decode.policy.redirect import REDIRECTS
 from safe_decode.trace.schema import SafetyTrace, TraceStep
 
 __all__ = ["STATISTIC_TOLERANCE", "Replay", "replay", "standing_steps"]
 
 STATISTIC_TOLERANCE = 1e-4
 """Times 1 + |statistic|: traces hold float32 sums, the reference is float64."""
+
+_RESUMED = frozenset(rule.outcome for rule in REDIRECTS.values() if rule.resumes)
+"""Outcomes of rows that the model went on with in its own words."""
 
 Rescore = Callable[[Sequence[int], int], Sequence[Sequence[float]]]
 """From turn ids, the supplied prefill first, and a count n, to the last n scores' logits."""
@@ -109,7 +113,7 @@ def standing_steps(trace: SafetyTrace) -> list[tuple[TraceStep, bool]]:
         else:
             given = [_is_given(trace, step) for step in steps]
             own = [n - sum(given[: n + 1]) for n in range(len(steps))]
-            keeps_given = not index or left > 0 or trace.end.outcome == "rewound"
+            keeps_given = not index or left > 0 or trace.end.outcome in _RESUMED
             stands = [
                 keeps_given if is_given else n < left
                 for is_given, n in zip(given, own, strict=True)

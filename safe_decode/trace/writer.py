@@ -20,6 +20,7 @@ from safe_decode.errors import (
     NonFiniteError,
 )
 from safe_decode.policy.policy import Policy
+from safe_decode.policy.redirect import REDIRECTS
 from safe_decode.session.records import Redirected, Try
 from safe_decode.session.session import RowRecord
 from safe_decode.trace.schema import SafetyTrace, TraceEnd, TraceHeader, TraceStep
@@ -214,8 +215,7 @@ class TraceWriter:
         if outcome.error is not None:
             return "closed"
         how = outcome.redirected.how if outcome.redirected else self.policy.redirect
-        words: dict[str, OutcomeWord] = {"rewind": "rewound", "stop": "stopped"}
-        return words.get(how, "refused")
+        return REDIRECTS[how].outcome
 
     def _counts(self, outcome: FinishedRow) -> tuple[int, int]:
         """Count model tokens that reached the reader, and those that did not."""

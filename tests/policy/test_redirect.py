@@ -1,9 +1,17 @@
+import re
+from pathlib import Path
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safe_decode.policy.redirect import Script, cut_of, forced_scores
+import safe_decode
+from safe_decode.decision import Redirect
+from safe_decode.policy.policy import Policy
+from safe_decode.policy.redirect import REDIRECTS, Script, cut_of, forced_scores
+from safe_decode.serving.settings import GuardingRedirect
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(-1, 60), st.integers(0, 10))
@@ -54,3 +62,26 @@ def test_a_script_without_ids_left_forces_nothing(ids):
         script.force()
         script.check(token)
     assert script.is_done and not script.has_next
+
+
+def test_the_table_holds_every_redirect_and_agrees_with_what_each_promises():
+    assert set(REDIRECTS) == set(get_args(Redirect))
+    for name, rule in REDIRECTS.items():
+        assert Policy(name).protects is rule.protects
+        assert rule.protects is (rule.keeps != "all")
+        assert not REDIRECTS[rule.if_guard_fails].resumes, "a failed guard watches nothing"
+        assert REDIRECTS[rule.if_structured].says == "nothing", "no words between data"
+        assert REDIRECTS[rule.if_guard_fails].protects is rule.protects
+        assert REDIRECTS[rule.if_structured].protects is rule.protects
+    assert set(get_args(GuardingRedirect)) == {n for n, rule in REDIRECTS.items() if rule.protects}
+
+
+def test_no_module_compares_a_redirect_with_a_name():
+    compares = re.compile(r"redirect\w*\b\s*(==|!=|in|not in)\s*[(\[{]?\s*[\"']")
+    found = [
+        f"{file}: {line.strip()}"
+        for file in Path(safe_decode.__file__).parent.rglob("*.py")
+        for line in file.read_text().splitlines()
+        if compares.search(line)
+    ]
+    assert not found

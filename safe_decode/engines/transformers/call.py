@@ -38,6 +38,7 @@ from safe_decode.engines.transformers.rewind import Rewinder
 from safe_decode.errors import CertificateError
 from safe_decode.monitor.monitor import RiskMonitor
 from safe_decode.policy.reasoning import OpenTurn
+from safe_decode.policy.redirect import REDIRECTS
 from safe_decode.policy.self_check import SelfChecker
 from safe_decode.prompts.batch import PromptBatch
 from safe_decode.session.row_rng import RowRNG
@@ -390,7 +391,8 @@ def finish_reason(outcome: FinishedRow, reader: RowRelease, settings: CallSettin
     redirected = outcome.redirected
     if outcome.cancelled_after is not None:
         return "cancelled"
-    if outcome.record.trip is not None and (redirected is None or redirected.how != "rewind"):
+    has_resumed = redirected is not None and REDIRECTS[redirected.how].resumes
+    if outcome.record.trip is not None and not has_resumed:
         return "content_filter"
     if reader.withheld_tokens:
         return "length"

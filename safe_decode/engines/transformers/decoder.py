@@ -332,9 +332,9 @@ class SafeDecoder:
                 own generation configuration holds a refused option.
             BeatError: At the end: forwards passed that the processor never judged.
         """
-        if redirect == "rewind":
+        if Policy(redirect).rule.resumes:
             raise UnsupportedError(
-                "redirect='rewind' is refused: a processor cannot take tokens back; use "
+                f"redirect={redirect!r} is refused: a processor cannot take tokens back; use "
                 "decoder.generate, or pass redirect='refuse', 'stop' or 'flag'."
             )
         if self.strict:

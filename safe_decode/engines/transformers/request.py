@@ -265,10 +265,11 @@ def _require_plain(
     mode: CallMode, rules: Sequence[RowSpec], cache: str | None, options: Mapping[str, Any]
 ) -> None:
     """Refuse what inputs_embeds cannot be combined with."""
-    if any(rule.policy.redirect == "rewind" for rule in rules):
+    resumed = next((rule.policy for rule in rules if rule.policy.rule.resumes), None)
+    if resumed is not None:
         raise UnsupportedError(
-            "redirect='rewind' is refused with inputs_embeds: a continuation starts from ids; pass "
-            "redirect='refuse', 'stop' or 'flag', or input_ids."
+            f"redirect={resumed.redirect!r} is refused with inputs_embeds: a continuation starts "
+            "from ids; pass redirect='refuse', 'stop' or 'flag', or input_ids."
         )
     keeps = options.get("past_key_values") is not None or "static" in (cache or "")
     if mode.method != "step" or keeps or options.get("return_dict_in_generate"):

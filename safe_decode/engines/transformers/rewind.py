@@ -24,7 +24,7 @@ from safe_decode.engines.transformers.loops.step import StepLoop
 from safe_decode.monitor.monitor import MonitorConfig, MonitorState, RiskMonitor
 from safe_decode.policy.policy import Policy
 from safe_decode.policy.reasoning import OpenTurn, SpanMarks, SpanReader
-from safe_decode.policy.redirect import CannedTexts
+from safe_decode.policy.redirect import REDIRECTS, CannedTexts
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.session.records import Redirected, Try
 from safe_decode.session.row_rng import RowRNG, continued_seed
@@ -81,7 +81,7 @@ class Rewinder:
         said: Sequence[int],
         reader: RowRelease | None = None,
     ) -> Redirected:
-        """Redirect one row.
+        """Redirect one row that is not only flagged.
 
         Args:
             trip: Its trip.
@@ -95,13 +95,15 @@ class Rewinder:
             Cancelled: The reader wants no more.
         """
         kept = tuple(said[: trip.cut.kept])
-        if self.policy.redirect == "stop":
-            return Redirected(kept, "stop")
-        if self.policy.redirect == "rewind" and trip.error is None:
+        how = self.policy.redirect if trip.error is None else self.policy.rule.if_guard_fails
+        rule = REDIRECTS[how]
+        if rule.says == "nothing":
+            return Redirected(kept, how)
+        if rule.resumes:
             return self._rewind(trip.snapshot, row, tuple(prompt), prefill_tokens, kept, reader)
         turn = (*prompt[len(prompt) - prefill_tokens :], *kept)
         closing = self._closing(turn, self.turn)
-        return Redirected(self._refused(kept, closing, reader), "refuse")
+        return Redirected(self._refused(kept, closing, reader), how)
 
     def _rewind(
         self,

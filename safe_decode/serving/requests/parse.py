@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from safe_decode.engines.interface import Engine
 from safe_decode.engines.rows import RowPolicy, RowPrompt, RowRequest, Sampling
 from safe_decode.errors import PromptError
+from safe_decode.policy.redirect import REDIRECTS
 from safe_decode.serving.requests.logprobs import require_judged
 from safe_decode.serving.requests.tighten import tightened
 from safe_decode.serving.schemas.errors import ApiError, unsupported
@@ -139,7 +140,7 @@ class RequestParser:
         """
         policy = tightened(self.engine, ask)
         if is_structured:
-            return RowPolicy(policy.alpha, "stop", policy.holdback_tokens)
+            return replace(policy, redirect=REDIRECTS[policy.redirect].if_structured)
         return policy
 
     def _rows(

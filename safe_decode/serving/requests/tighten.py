@@ -8,6 +8,7 @@ from __future__ import annotations
 from safe_decode.decision import Redirect
 from safe_decode.engines.interface import Engine
 from safe_decode.engines.rows import RowPolicy
+from safe_decode.policy.redirect import REDIRECTS
 from safe_decode.serving.schemas.errors import ApiError
 from safe_decode.serving.schemas.requests import SafetyOptions
 
@@ -45,10 +46,10 @@ def tightened(engine: Engine, ask: SafetyOptions | None) -> RowPolicy:
             )
         holdback = ask.holdback_tokens
     redirect: Redirect = ask.redirect or policy.redirect
-    if policy.redirect != "rewind" and redirect == "rewind":
-        # What follows a rewind is the model's own words again.
+    if REDIRECTS[redirect].resumes and not REDIRECTS[policy.redirect].resumes:
+        # What follows is the model's own words again.
         raise _policy_error(
-            "redirect", f"'rewind' is looser than the operator's {policy.redirect}."
+            "redirect", f"{redirect!r} is looser than the operator's {policy.redirect}."
         )
     return RowPolicy(alpha, redirect, holdback)
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from safe_decode.activations.tap import ActivationTap
-from safe_decode.decision import Outcome
 from safe_decode.engines.rows import Finished, Row, RowTripped
 from safe_decode.engines.transformers.batch.release import ServedRowRelease
 from safe_decode.engines.transformers.decoder import SafeDecoder
@@ -22,7 +21,7 @@ from safe_decode.engines.transformers.loops.settings import CallSettings
 from safe_decode.engines.transformers.request import context_tokens
 from safe_decode.engines.transformers.rewind import Rewinder
 from safe_decode.policy.policy import Policy
-from safe_decode.policy.redirect import CannedTexts
+from safe_decode.policy.redirect import REDIRECTS, CannedTexts
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.session.records import Redirected
 from safe_decode.session.session import Trip
@@ -30,7 +29,6 @@ from safe_decode.session.session import Trip
 __all__ = ["Redirection", "RunGuard", "close_row"]
 
 _LOG = logging.getLogger("safe_decode.serving")
-_WORDS: dict[str, Outcome] = {"rewind": "rewound", "stop": "stopped", "refuse": "refused"}
 
 
 def close_row(row: Row, error: BaseException) -> None:
@@ -106,7 +104,7 @@ class Redirection:
         row.emit(
             Finished(
                 "content_filter",
-                outcome="closed" if failed else _WORDS[redirected.how],
+                outcome="closed" if failed else REDIRECTS[redirected.how].outcome,
                 shown_tokens=self._release.shown_tokens,
                 dropped_tokens=self._dropped,
                 trip_step=self._trip_step,
@@ -162,6 +160,6 @@ class Redirection:
         after = redirected.ids[len(kept) :]
         ends = self._settings.end_ids
         shown = tuple(token for token in after if token not in ends)
-        last = redirected.tries[-1].ids if redirected.how == "rewind" else ()
+        last = redirected.tries[-1].ids if REDIRECTS[redirected.how].resumes else ()
         n_models = sum(token not in ends for token in last)
         self._release.speak(shown, kept, n_models=n_models)

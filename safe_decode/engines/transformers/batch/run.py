@@ -244,7 +244,7 @@ class BatchRun:
             threshold=self._certificates[index].threshold,
             dropped=len(dropped),
         )
-        if policy.redirect == "rewind" and trip.error is None:
+        if policy.rule.resumes and trip.error is None:
             self._redirected[index] = self._pool.submit(job)
             return
         done: Future[Redirected] = Future()

@@ -226,7 +226,7 @@ class GuardedSteps:
     def _open_script(self, row: int, said: int) -> None:
         refusal = self._refusal_after_ids if said else self._refusal_ids
         refusal = self.session.closing(row) + refusal
-        text = () if self.session.policy.redirect == "stop" else refusal
+        text = () if self.session.policy.rule.says == "nothing" else refusal
         end = () if self._end_id is None else (self._end_id,)
         self.scripts[row] = Script((*text, *end) or (self._pad_id,))
 
