@@ -10,6 +10,7 @@ Python and is what the tensors are tested against. State is O(1) a row.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,16 @@ class MonitorState(NamedTuple):
     def row(self, index: int) -> MonitorState:
         """Copy one row out, [1] each."""
         return MonitorState(*(field[index : index + 1].clone() for field in self))
+
+    def with_rows(self, rows: Mapping[int, MonitorState]) -> MonitorState:
+        """Put other states, [1] each, in the place of some rows."""
+        if not rows:
+            return self
+        fields = [field.clone() for field in self]
+        for index, row in rows.items():
+            for field, value in zip(fields, row, strict=True):
+                field[index] = value[0]
+        return MonitorState(*fields)
 
 
 class RiskMonitor:
@@ -240,6 +251,10 @@ class SnapshotRing:
 
     def __len__(self) -> int:
         return len(self._states)
+
+    def __iter__(self) -> Iterator[MonitorState]:
+        """Go over the states that are held, the oldest first."""
+        return iter(self._states)
 
     def row_at(self, row: int, step: int) -> MonitorState | None:
         """Find a row's state after `step` scores, [1] each; None if it is no longer held."""

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
-from safe_decode.prompts.chat import encode_batch, encode_chat, open_turn_start, require_room
+from safe_decode.prompts.chat import (
+    encode_batch,
+    encode_chat,
+    left_padded,
+    open_turn_start,
+    require_room,
+)
 
 __all__ = [
     "RAW_WINDOW_TOKENS",
@@ -23,6 +29,7 @@ __all__ = [
     "from_embeds",
     "from_ids",
     "from_prompts",
+    "from_row_ids",
 ]
 
 Message = Mapping[str, str]
@@ -176,6 +183,25 @@ def from_ids(
         ),
         tuple(0 if s is None else n - s for n, s in zip(lengths, starts, strict=True)),
         tuple(start is not None for start in starts),
+    )
+
+
+def from_row_ids(
+    tokenizer: Any,  # noqa: ANN401 - duck-typed
+    ids: Sequence[Sequence[int]],
+    *,
+    scanned: Sequence[int],
+    prefill_tokens: Sequence[int],
+    is_chat: Sequence[bool],
+) -> PromptBatch:
+    """Pad prompts that were encoded row by row; see `PromptBatch` for the arguments."""
+    padded, mask = left_padded(tokenizer, ids)
+    return PromptBatch(
+        padded,
+        mask,
+        tuple(scanned),
+        tuple(prefill_tokens),
+        tuple(is_chat),
     )
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "Prompt",
     "assistant_header",
     "encode_batch",
+    "left_padded",
     "encode_chat",
     "open_turn_start",
     "require_room",
@@ -140,15 +141,29 @@ def encode_batch(
     """
     if not chats:
         raise PromptError("there is no prompt; pass at least one.")
+    ids, mask = left_padded(tokenizer, [chat.ids for chat in chats])
+    turns = torch.tensor([chat.prefill_tokens for chat in chats])
+    return ChatBatch(ids.to(device), mask.to(device), turns)
+
+
+def left_padded(
+    tokenizer: Any,  # noqa: ANN401
+    rows: Sequence[Sequence[int]],
+) -> tuple[Tensor, Tensor]:
+    """Pad rows of ids on the left.
+
+    Args:
+        tokenizer: Whose pad id is used; without one its end id, masked all the same.
+        rows: At least one.
+
+    Returns:
+        Ids and attention mask, [batch, seq] int64 each.
+    """
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    longest = max(len(chat.ids) for chat in chats)
-    ids = [[pad] * (longest - len(chat.ids)) + list(chat.ids) for chat in chats]
-    mask = [[0] * (longest - len(chat.ids)) + [1] * len(chat.ids) for chat in chats]
-    return ChatBatch(
-        torch.tensor(ids, device=device),
-        torch.tensor(mask, device=device),
-        torch.tensor([chat.prefill_tokens for chat in chats]),
-    )
+    longest = max(map(len, rows))
+    ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def require_room(n_tokens: int, context_tokens: int | None, *, new_tokens: int = 1) -> None:

@@ -10,10 +10,28 @@ from dataclasses import dataclass
 from safe_decode.decision import Redirect
 from safe_decode.errors import GuardError
 from safe_decode.monitor.monitor import MonitorState
+from safe_decode.policy.policy import Policy
 from safe_decode.policy.redirect import Cut
 from safe_decode.policy.self_check import Look
 
-__all__ = ["Redirected", "RowRecord", "Trip", "Try"]
+__all__ = ["Redirected", "RowRecord", "SessionRow", "Trip", "Try"]
+
+
+@dataclass(frozen=True)
+class SessionRow:
+    """A row as it joins a session.
+
+    Attributes:
+        threshold: What its statistic is compared with.
+        policy: What a trip leads to.
+        scanned: Trailing positions of its prompt that are judged, at least 1.
+        state: The monitor's state to go on from, [1] each; None: the row starts anew.
+    """
+
+    threshold: float
+    policy: Policy
+    scanned: int = 1
+    state: MonitorState | None = None
 
 
 @dataclass(frozen=True)

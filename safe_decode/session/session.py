@@ -1,8 +1,8 @@
-"""The rows of one generation: their beats, their scores, their trips.
+"""The rows of one generation: their scores and their trips.
 
-Knows features, logits, monitor states and which rows still count. Does not know a
-`generate` call, token ids or text: whoever drives it says when a forward was due and which
-rows it belongs to. Nothing is shared between sessions; nothing is left on a model.
+Knows logits, monitor states and which rows still count. Does not know a `generate` call,
+token ids or text: whoever drives it says when a forward was due and which rows it belongs to.
+Nothing is shared between sessions; nothing is left on a model.
 
 While nothing trips, a step is a few tensor operations on the rows' device; what the monitor
 knows besides is computed when a row trips, and records for traces after the end.
@@ -10,25 +10,27 @@ knows besides is computed when a row trips, and records for traces after the end
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from safe_decode.activations.tap import ForwardRecorder
-from safe_decode.errors import BeatError, ConfigurationError, GuardError, NonFiniteError
-from safe_decode.monitor.monitor import MonitorState, RiskMonitor
-from safe_decode.policy.policy import Policy
+from safe_decode.errors import ConfigurationError, GuardError
+from safe_decode.monitor.monitor import MonitorConfig, MonitorState
 from safe_decode.policy.reasoning import SpanReader
-from safe_decode.policy.redirect import cut_of
 from safe_decode.policy.self_check import Look
 from safe_decode.probe.linear import LinearProbe
-from safe_decode.session.records import RowRecord, Trip
+from safe_decode.session.batch_update import BatchUpdate, JoiningRow, Rearrangement
+from safe_decode.session.forward_reader import ForwardReader
+from safe_decode.session.history import History, non_finite
+from safe_decode.session.records import RowRecord, SessionRow, Trip
+from safe_decode.session.roster import Roster
+from safe_decode.session.span_shifts import SpanShifts
 from safe_decode.session.trip_detector import TripDetector
+from safe_decode.session.trip_log import TripLog
 
-__all__ = ["RowRecord", "Session", "Trip"]
+__all__ = ["BatchUpdate", "JoiningRow", "RowRecord", "Session", "SessionRow", "Trip"]
 
 
 class Session:
@@ -36,83 +38,84 @@ class Session:
 
     Args:
         probe: On the device of the features.
-        monitor: With the rows' thresholds.
-        policy: What a trip leads to, for all rows or one each.
-        beats: Of a tap that listens to this context.
-        scanned: For each row, how many trailing positions of the prefill are judged.
+        config: The monitor's.
+        rows: What holds for each row.
+        recorder: Of a tap that listens to this context.
         device: Where the rows' state lives.
-        resume: State to go on from, [batch] each; None: start anew.
         spans: Follows marked reasoning; then `note` tells each forward's ids. None: there is none.
+
+    Attributes:
+        roster: What holds for the rows.
+        looks: Self-checks of alarms, by row.
+        reader: Of the forwards.
+        spans: Of marked reasoning.
+
+    Raises:
+        ConfigurationError: Rows that cannot share a batch.
     """
 
     def __init__(
         self,
         *,
         probe: LinearProbe,
-        monitor: RiskMonitor,
-        policy: Policy | Sequence[Policy],
-        beats: ForwardRecorder,
-        scanned: Sequence[int],
+        config: MonitorConfig,
+        rows: Sequence[SessionRow],
+        recorder: ForwardRecorder,
         device: torch.device,
-        resume: MonitorState | None = None,
         spans: SpanReader | None = None,
     ) -> None:
-        self.scanned = tuple(scanned)
-        self.policies = _one_each(policy, len(self.scanned))
-        self.policy = self.policies[0]
-        protects = [own.protects for own in self.policies]
-        self.protects = any(protects)
-        # None where all rows agree, so that they pay nothing for rows that differ.
-        self.protected = None if len(set(protects)) == 1 else torch.tensor(protects, device=device)
-        fresh = monitor.start(len(self.scanned), device)
-        self.trips: dict[int, Trip] = {}
-        self.errors: dict[int, GuardError] = {}
+        self.reader = ForwardReader(probe, recorder)
+        self.roster = Roster.of(rows, config, device)
         self.looks: Mapping[int, Sequence[Look]] = {}
-        self._content: dict[int, int] = {}
-        self._probe, self._monitor, self._beats = probe, monitor, beats
-        start = fresh if resume is None else resume
-        self._before = start.step.tolist()
-        most = max(own.holdback_tokens for own in self.policies)
-        self._watch = TripDetector(
-            monitor, self.policy, start, n_snapshots=most + 1, is_shifted=spans is not None
+        self.spans = SpanShifts(spans)
+        start = self.roster.start()
+        self._log, self._history = TripLog(start), History(len(rows))
+        self._detector = TripDetector(
+            self.roster.monitor,
+            rows[0].policy,
+            start,
+            n_snapshots=self.roster.n_snapshots,
+            is_shifted=spans is not None,
         )
-        self._spans, self._columns = spans, 0
-        self._shift: Tensor | None = None
-        self._step_shape = torch.Size((len(self.scanned), len(beats.columns)))
-        self._is_prefilled = False
-        beats.keep_last(max(self.scanned))
+        self.reader.keep_last(max(self.roster.scanned))
 
-    @cached_property
-    def _spread(self) -> Callable[[Tensor], Tensor]:
-        return self._probe.over_whole_activations(self._beats.columns, self._beats.n_columns)
+    @property
+    def trips(self) -> Mapping[int, Trip]:
+        """The trips of the rows that have tripped, by row."""
+        return self._log.trips
+
+    @property
+    def errors(self) -> dict[int, GuardError]:
+        """What failed, by row."""
+        return self._log.errors
+
+    @property
+    def parked(self) -> Tensor | None:
+        """[batch] bool, the rows that have tripped, on their device; None: none has."""
+        return self._log.parked
 
     @property
     def is_quiet(self) -> bool:
         """Say whether no row has tripped; False where the host cannot know without waiting."""
-        return self._watch.is_quiet
+        return self._detector.is_quiet
 
     @property
     def state(self) -> MonitorState:
         """What the monitor knows of each row now."""
-        return self._watch.state
+        return self._detector.state
 
     @property
     def batch(self) -> int:
         """Count the rows."""
-        return len(self.scanned)
-
-    @property
-    def is_prefilled(self) -> bool:
-        """Say whether the prompt has been judged."""
-        return self._is_prefilled
+        return len(self.roster.rows)
 
     def judged(self, row: int) -> int:
         """Count the generated tokens of a row that have a score, unseen ones included."""
-        return self._watch.consumed(row) - self.scanned[row]
+        return self._history.consumed(row, self._detector) - self.roster.scanned[row]
 
     def close(self, row: int, content: int) -> None:
         """Complete a row's response: what is judged behind so many tokens is never shown."""
-        self._content.setdefault(row, content)
+        self._log.content.setdefault(row, content)
 
     def judge(self, positions: Sequence[int], active: Tensor | None = None) -> Tensor:
         """Judge the one forward since the last call.
@@ -132,20 +135,80 @@ class Session:
                 that fired unequally.
             ConfigurationError: Features do not fit the probe.
         """
-        if not self._is_prefilled:
-            return self._judge_prefill(positions)
-        features = self._beats.take_step() if 1 in positions else None
-        if features is None:
-            # All but the way of a plain step looks closer, and says what is wrong.
-            logits = self._probe(self._features(positions)[:, -1])
-        elif features.shape == self._step_shape:
-            logits = self._probe.unchecked(features)  # the prefill's were checked
-        elif features.shape[0] != self.batch:
-            raise self._foreign_batch(features)
-        else:
-            logits = self._spread(features)
-        self._watch.step(logits, active, None if self._shift is None else self._shift[:, -1])
-        return self._watch.trips()
+        if not self.reader.is_prefilled:
+            return self._judge_prompt(self.reader.prompt(positions, self.batch))
+        logits = self.reader.token(positions, self.batch)
+        self._detector.step(logits, active, self.spans.at(-1))
+        return self._detector.trips()
+
+    def judge_features(self, features: Tensor, active: Tensor | None = None) -> Tensor:
+        """Judge one token of each row, whose features somebody else has read.
+
+        Args:
+            features: [batch, F] in the order of the probe's sites.
+            active: [batch] bool, rows that these belong to; None: all.
+
+        Returns:
+            As `judge`.
+
+        Raises:
+            BeatError: Another batch than the session's.
+            ConfigurationError: Features do not fit the probe.
+        """
+        self._detector.step(self.reader.given(features, self.batch), active, self.spans.at(-1))
+        return self._detector.trips()
+
+    def update(self, change: BatchUpdate) -> list[RowRecord]:
+        """Let rows leave, join and move between two tokens.
+
+        Rows that stay keep their scores, states and snapshots. The prompt of a row that joins is
+        judged here.
+
+        Returns:
+            The records of the rows that left, in the order in which `change` names them.
+
+        Raises:
+            ConfigurationError: A change that `Rearrangement.of` refuses, or rows whose reasoning
+                or self-checks are followed, which stay together.
+        """
+        if self.spans.are_followed or self.looks:
+            raise ConfigurationError(
+                "rows of a session that follows reasoning or self-checks cannot leave, join or "
+                "move; open a session for each batch."
+            )
+        moved = Rearrangement.of(self.batch, change)
+        records, old = self.records(), self._detector
+        self._history.settle(old)
+        self._history.rearrange(moved.sources)
+        stay = self.roster.rows
+        rows = [moved.joining[i].row if s is None else stay[s] for i, s in enumerate(moved.sources)]
+        self.roster = Roster.of(rows, self.roster.monitor.config, self.roster.device)
+        start = self.roster.start()
+        self._log.rearrange(moved, start)
+        self._detector = old.rearranged(
+            moved.sources,
+            self.roster.monitor,
+            rows[0].policy,
+            start,
+            n_snapshots=self.roster.n_snapshots,
+        )
+        self._judge_joining(moved.joining)
+        return [records[row] for row in change.removed]
+
+    def _judge_joining(self, joining: Mapping[int, JoiningRow]) -> None:
+        """Judge the prompts of new rows, the longest beginning first, as one batch would."""
+        longest = max((one.row.scanned for one in joining.values()), default=0)
+        for position in range(longest):
+            active = torch.zeros(self.batch, dtype=torch.bool)
+            logits = torch.zeros(self.batch, self.roster.monitor.config.n_heads)
+            for row, one in joining.items():
+                at = position - (longest - one.row.scanned)
+                if at >= 0:
+                    active[row] = True
+                    logits[row] = self.reader.given(one.prompt_features[at : at + 1], 1)[0]
+            self._detector.step(logits.to(self.roster.device), active.to(self.roster.device))
+        if longest:
+            self._detector.trips(longest)
 
     def note(self, ids: Tensor, new_tokens: int | None = None) -> None:
         """Take note of the ids that the next forward to be judged has read.
@@ -154,29 +217,13 @@ class Session:
             ids: [batch, seq] everything so far, padding included.
             new_tokens: Of whole responses, columns of answers; None: as they are written.
         """
-        if self._spans is None:
-            return
-        n_columns = 1
-        if not self._is_prefilled:
-            n_columns = max(self.scanned) + (new_tokens or 0)
-            self._columns = ids.shape[1] - (new_tokens or 0)
-        self._shift = self._spans.shift(ids, n_columns)
-
-    def closing(self, row: int) -> tuple[int, ...]:
-        """Return the ids that close the span in which a row stands; empty outside of one."""
-        return () if self._spans is None else self._spans.closing(row)
-
-    def _shift_at(self, position: int) -> Tensor | None:
-        return None if self._shift is None else self._shift[:, position]
-
-    def discard(self) -> None:
-        """Forget the forwards since the last `judge`; another one judges what they would."""
-        self._beats.discard()
+        scanned = 0 if self.reader.is_prefilled else max(self.roster.scanned)
+        self.spans.note(ids, scanned=scanned, new_tokens=new_tokens or 0)
 
     def expect_whole(self, new_tokens: int) -> None:
         """Make ready, before its forward, for `judge_whole` of so many columns of answers."""
-        self._beats.discard()
-        self._beats.keep_last(new_tokens + max(self.scanned))
+        self.reader.discard()
+        self.reader.keep_last(new_tokens + max(self.roster.scanned))
 
     def judge_whole(self, width: int, content: Sequence[int]) -> None:
         """Judge finished responses in the one forward since the last call; park what trips.
@@ -191,34 +238,21 @@ class Session:
             BeatError: As `judge`.
             ConfigurationError: As `judge`.
         """
-        longest = max(self.scanned)
-        logits = self._probe(self._features((width,)))
-        self._is_prefilled = True
-        begins = torch.tensor([longest - n for n in self.scanned], device=logits.device)
+        longest = max(self.roster.scanned)
+        logits = self.reader.whole(width, self.batch)
+        begins = torch.tensor([longest - n for n in self.roster.scanned], device=logits.device)
         ends = torch.tensor([longest + n for n in content], device=logits.device)
         open_rows = torch.ones_like(begins, dtype=torch.bool)
         for position in range(longest + max(content)):
             active = (begins <= position) & (position < ends) & open_rows
-            self._watch.step(logits[:, position], active, self._shift_at(position))
-            trips = self._watch.trips() & active
-            if self.protected is not None:
-                trips = trips & self.protected
-            if self.protects and bool(trips.any()):
+            self._detector.step(logits[:, position], active, self.spans.at(position))
+            trips = self._detector.trips() & active
+            if self.roster.protected is not None:
+                trips = trips & self.roster.protected
+            if self.roster.protects and bool(trips.any()):
                 for row in trips.nonzero()[:, 0].tolist():
                     self.park(row, said=max(0, position - longest + 1))
                 open_rows = open_rows & ~trips
-
-    def require_quiet(self) -> None:
-        """Check that no forward passed since the last `judge`.
-
-        Raises:
-            BeatError: One did.
-        """
-        if self._beats.positions or self._beats.forwards:
-            raise BeatError(
-                f"{self._beats.forwards} forwards over {self._beats.positions} positions passed "
-                "after the last choice, wanted none; mark your own with safe_decode.unwatched()."
-            )
 
     def park(self, row: int, *, said: int, error: GuardError | None = None) -> None:
         """Record a row's trip; a second one changes nothing.
@@ -230,129 +264,38 @@ class Session:
         """
         if row in self.trips:
             return
-        before, scanned, state = self._before[row], self.scanned[row], self.state
-        if error is None and not bool(state.finite[row]):
-            error = _non_finite(row, self.judged(row) + scanned - 1)
-        # The newest score passed nothing if it tripped or is NaN; it is absent if the guard failed.
-        tripped = 1 if error is None or isinstance(error, NonFiniteError) else 0
-        judged = max(0, min(said, self.judged(row) - tripped))
-        clear = max(0, int(state.clear_point[row]) + 1 - before - scanned)
-        policy = self.policies[row]
-        kind = policy.redirect
-        if error is not None:
-            kind = policy.rule.if_guard_fails
-        cut = cut_of(
-            kind,
-            said=said,
-            judged=judged,
-            clear=clear,
-            holdback_tokens=policy.holdback_tokens,
-            content=self._content.get(row),
+        judged = self.judged(row)
+        if error is None and not bool(self.state.finite[row]):
+            error = non_finite(row, judged + self.roster.scanned[row] - 1)
+        self._log.park(
+            row, self.roster.rows[row], self._detector, said=said, judged=judged, error=error
         )
-        snapshot = self._watch.snapshot(row, before + scanned + cut.kept) if cut.kept else None
-        self.trips[row] = Trip(cut, snapshot, error)
-        if error is not None:
-            self.errors[row] = error
 
     def records(self) -> list[RowRecord]:
         """Build what each row's trace needs; one copy to the host for the whole batch."""
-        thresholds = self._monitor.threshold.expand(self.batch).tolist()
-        if not self._watch.n_scores:
-            return [self._record(row, thresholds[row], [], [], []) for row in range(self.batch)]
-        trail = self._watch.trail()
-        return [
-            self._record(
-                row,
-                thresholds[row],
-                trail.logits[active, row].tolist(),
-                trail.smoothed[active, row].tolist(),
-                trail.statistic[active, row].tolist(),
+        records = []
+        thresholds = self.roster.monitor.threshold.expand(self.batch).tolist()
+        for row, column in enumerate(self._history.columns(self._detector)):
+            if column.first_broken is not None:
+                # Where errors are allowed nothing was parked, and nothing else would tell.
+                self.errors.setdefault(row, non_finite(row, column.first_broken))
+            record = column.record(
+                scanned=self.roster.scanned[row],
+                threshold=thresholds[row],
+                trip=self.trips.get(row),
+                error=self.errors.get(row),
+                looks=tuple(self.looks.get(row, ())),
+                inside=self.spans.inside(row, self.roster.scanned[row], len(column.statistic)),
+                content=self._log.content.get(row),
             )
-            for row, active in enumerate(trail.active.unbind(1))
-        ]
+            records.append(record)
+        return records
 
-    def _record(
-        self,
-        row: int,
-        threshold: float,
-        logits: list[list[float]],
-        smoothed: list[float],
-        statistic: list[float],
-    ) -> RowRecord:
-        broken = next((i for i, value in enumerate(smoothed) if not math.isfinite(value)), None)
-        if broken is not None:
-            # Where errors are allowed nothing was parked, and nothing else would tell.
-            self.errors.setdefault(row, _non_finite(row, broken))
-        return RowRecord(
-            scanned=min(self.scanned[row], len(statistic)),
-            logits=logits,
-            smoothed=smoothed,
-            statistic=statistic,
-            threshold=threshold,
-            alarm=next((i for i, value in enumerate(statistic) if value > threshold), None),
-            trip=self.trips.get(row),
-            error=self.errors.get(row),
-            looks=tuple(self.looks.get(row, ())),
-            inside=self._inside(row, len(statistic)),
-            ahead=self._ahead(row, len(statistic)),
-        )
-
-    def _ahead(self, row: int, n_scores: int) -> int:
-        content = self._content.get(row)
-        return 0 if content is None else max(0, n_scores - self.scanned[row] - content)
-
-    def _inside(self, row: int, n_scores: int) -> tuple[bool, ...]:
-        if self._spans is None:
-            return ()
-        first = self._columns - self.scanned[row]
-        return tuple(self._spans.inside(row, first + index) for index in range(n_scores))
-
-    def _features(self, positions: Sequence[int]) -> Tensor:
-        heard, seen = self._beats.forwards, self._beats.positions
-        # A prompt may pass in chunks; a token passes once.
-        if (heard > 1 and self._is_prefilled) or (heard and seen not in positions):
-            self._beats.discard()
-            raise BeatError(
-                f"{heard} forwards over {seen} positions passed before one choice, wanted one "
-                f"over {' or '.join(map(str, positions))}; each token has exactly one score."
-            )
-        features = self._beats.take()
-        if features.shape[0] != self.batch:
-            raise self._foreign_batch(features)
-        return features
-
-    def _foreign_batch(self, features: Tensor) -> BeatError:
-        return BeatError(
-            f"a forward had {features.shape[0]} rows, the session {self.batch}; "
-            "open a session for the batch that generate runs."
-        )
-
-    def _judge_prefill(self, positions: Sequence[int]) -> Tensor:
-        logits = self._probe(self._features(positions))
-        self._beats.keep_last(1)
-        self._is_prefilled = True
+    def _judge_prompt(self, logits: Tensor) -> Tensor:
         width = logits.shape[1]
-        waits = torch.tensor([width - n for n in self.scanned], device=logits.device)
-        uneven = len(set(self.scanned)) > 1
+        waits = torch.tensor([width - n for n in self.roster.scanned], device=logits.device)
+        uneven = len(set(self.roster.scanned)) > 1
         for position in range(width):
             active = waits <= position if uneven else None
-            self._watch.step(logits[:, position], active, self._shift_at(position))
-        return self._watch.trips(width)
-
-
-def _one_each(policy: Policy | Sequence[Policy], batch: int) -> tuple[Policy, ...]:
-    policies = (policy,) * batch if isinstance(policy, Policy) else tuple(policy)
-    if len(policies) != batch:
-        raise ConfigurationError(
-            f"policy has {len(policies)} entries for {batch} rows; pass one for each row."
-        )
-    if len({own.on_error for own in policies}) > 1:
-        raise ConfigurationError("on_error differs between rows; pass one value for the batch.")
-    return policies
-
-
-def _non_finite(row: int, score: int) -> NonFiniteError:
-    return NonFiniteError(
-        f"row {row} has NaN or Inf at score {score}, wanted finite activations; check the model's "
-        "weights and dtype."
-    )
+            self._detector.step(logits[:, position], active, self.spans.at(position))
+        return self._detector.trips(width)

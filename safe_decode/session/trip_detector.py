@@ -14,6 +14,7 @@ computed on the device and handed on unread.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -94,6 +95,37 @@ class TripDetector:
         self._low = torch.full_like(state.ema, -_LARGEST)
         self._high = _upper_bound(monitor, state)
         self._measure_high()
+
+    def rearranged(
+        self,
+        sources: Sequence[int | None],
+        monitor: RiskMonitor,
+        policy: Policy,
+        fresh: MonitorState,
+        *,
+        n_snapshots: int,
+    ) -> TripDetector:
+        """Go on with other rows in other places.
+
+        Args:
+            sources: For each new place, the row that now stands there; None: a new one.
+            monitor: With the thresholds of the new places.
+            policy: What counts as a trip.
+            fresh: The states of new rows, in their places; what it holds elsewhere is not read.
+            n_snapshots: States kept to go back to.
+        """
+        device = fresh.finite.device
+        places = torch.tensor([0 if s is None else s for s in sources], device=device)
+        new = {i: fresh.row(i) for i, source in enumerate(sources) if source is None}
+
+        def moved(state: MonitorState) -> MonitorState:
+            return MonitorState(*(f.index_select(0, places) for f in state)).with_rows(new)
+
+        state = moved(self.state)
+        detector = TripDetector(monitor, policy, state, n_snapshots=n_snapshots)
+        for held in self._ring:
+            detector._ring.push(moved(held))
+        return detector
 
     @property
     def n_scores(self) -> int:

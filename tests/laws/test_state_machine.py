@@ -15,11 +15,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from safe_decode.monitor.monitor import MonitorConfig, RiskMonitor, reference
+from safe_decode.monitor.monitor import MonitorConfig, reference
 from safe_decode.policy.holdback import HoldBack
 from safe_decode.policy.policy import Policy
 from safe_decode.policy.redirect import Script, forced_scores
-from safe_decode.session.session import Session
+from safe_decode.session.session import Session, SessionRow
 
 _HEADS = {"start": (0.0, 0.2), "offset": (0.1, -0.1), "scale": (1.0, 0.5), "low_mark": -0.2}
 CONFIGS = (
@@ -80,12 +80,13 @@ class Unchanged:
 def session_of(config, thresholds, policies, scanned, resume=None):
     return Session(
         probe=Unchanged(),
-        monitor=RiskMonitor(config, torch.tensor(thresholds)),
-        policy=policies,
-        beats=Heard(),
-        scanned=scanned,
+        config=config,
+        rows=[
+            SessionRow(threshold, policy, n, resume)
+            for threshold, policy, n in zip(thresholds, policies, scanned, strict=True)
+        ],
+        recorder=Heard(),
         device=CPU,
-        resume=resume,
     )
 
 
@@ -153,7 +154,7 @@ class GuardedRows(RuleBasedStateMachine):
         self._judge([[heads] for heads in new], 1, torch.tensor(self.active))
 
     def _judge(self, features, positions, active):
-        self.session._beats.hear(torch.tensor(features))
+        self.session.reader._recorder.hear(torch.tensor(features))
         trips = self.session.judge((positions,), active)
         for row, is_active in enumerate(self.active):
             if not is_active:
@@ -202,8 +203,8 @@ class GuardedRows(RuleBasedStateMachine):
         config, threshold = self.config, self.thresholds[row]
         own = self.logits[row][: first + trip.cut.kept]
         opener = [[[1.5, -0.5], [0.25, 0.75]]]
-        session = session_of(config, threshold, self.policies[row], [2], trip.snapshot)
-        session._beats.hear(torch.tensor(opener))
+        session = session_of(config, [threshold], [self.policies[row]], [2], trip.snapshot)
+        session.reader._recorder.hear(torch.tensor(opener))
         trips = session.judge((2,))
         wanted = reference(config, threshold, [*own, *opener[0]])
         assert bool(trips[0]) == wanted[-1].alarm

@@ -13,10 +13,9 @@ from starlette.testclient import TestClient
 from safe_decode.engines.rows import Finished, Row, RowRequest, Said, Sampling, TokenNote
 from safe_decode.engines.transformers.batch.timing import TimedLoop
 from safe_decode.errors import CanaryError, ConfigurationError
-from safe_decode.monitor.monitor import RiskMonitor
 from safe_decode.serving.app import create_app
 from safe_decode.serving.operations.audit import AuditLog
-from safe_decode.session.session import Session
+from safe_decode.session.session import SessionRow
 from tests.servers import MODEL, settings_of, staged_engine
 from tests.staged import ATTACK, CALM, CALM_TEXT
 
@@ -289,15 +288,9 @@ def test_telling_readers_is_not_the_guard_s_time():
     engine = staged_engine()
     guard, model = engine._guard, engine._decoder.model
     ids = torch.tensor([engine.chat(CALM).ids])
-    with guard.tap.listening() as beats, torch.no_grad():
-        session = Session(
-            probe=guard.probe,
-            monitor=RiskMonitor(engine._decoder.bundle.monitor, torch.tensor([9.0])),
-            policy=engine._decoder.policy,
-            beats=beats,
-            scanned=[1],
-            device=model.device,
-        )
+    with guard.protected.tap.listening() as recorder, torch.no_grad():
+        row = SessionRow(9.0, engine._decoder.policy)
+        session = guard.protected.session([row], recorder)
         loop = TimedLoop(session, follower=Slow())
         model.generate(
             input_ids=ids,

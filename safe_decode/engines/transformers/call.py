@@ -19,11 +19,9 @@ from safe_decode.engines.transformers.call_spec import (
     GuardedModel,
     RowSpec,
     StreamSink,
-    span_reader,
-    turn_of,
-    void_reason,
 )
 from safe_decode.engines.transformers.coverage import given_options
+from safe_decode.engines.transformers.guarded_rows import GuardedRows
 from safe_decode.engines.transformers.loops.extra_forwards import forget
 from safe_decode.engines.transformers.loops.padding import padded
 from safe_decode.engines.transformers.loops.settings import CallSettings
@@ -36,19 +34,18 @@ from safe_decode.engines.transformers.loops.whole_response import (
 from safe_decode.engines.transformers.output import GuardedOutput, Standing, matched_generation
 from safe_decode.engines.transformers.rewind import Rewinder
 from safe_decode.errors import CertificateError
-from safe_decode.monitor.monitor import RiskMonitor
-from safe_decode.policy.reasoning import OpenTurn
 from safe_decode.policy.redirect import REDIRECTS
 from safe_decode.policy.self_check import SelfChecker
 from safe_decode.prompts.batch import PromptBatch
+from safe_decode.session.records import Redirected
 from safe_decode.session.row_rng import RowRNG
 from safe_decode.session.session import RowRecord, Session
 from safe_decode.session.turns import RowEnd
 from safe_decode.streaming.events import FinishReason
 from safe_decode.streaming.release import Cancelled, Releaser, ReleaseRules, RowRelease
-from safe_decode.trace.writer import FinishedRow, LazyTraces, TraceWriter
+from safe_decode.trace.writer import FinishedRow, LazyTraces
 
-__all__ = ["GuardedCall", "outcome_of"]
+__all__ = ["GuardedCall"]
 
 Loop = StepLoop | WholeResponseLoop
 
@@ -77,15 +74,15 @@ class GuardedCall:
         options: Mapping[str, Any],
         mode: CallMode,
     ) -> None:
-        self._protected, self._inputs, self._rows = protected, inputs, rows
-        self.mode = mode
-        self._rules, self._options = tuple(rules), dict(options)
+        self._protected, self._inputs, self.mode = protected, inputs, mode
+        self._rows = GuardedRows(protected, rows, tuple(rules))
+        self._options = dict(options)
         self._given = given_options(options)  # before the call runs: it fills a cache
 
     @property
     def batch(self) -> int:
         """Count the rows that run."""
-        return len(self._rules)
+        return len(self._rows.specs)
 
     @property
     def prompt(self) -> Tensor:
@@ -102,16 +99,8 @@ class GuardedCall:
             What stands of each row. After a cancellation, `sequences` is the prompt alone.
         """
         protected = self._protected
-        with protected.tap.listening() as beats, torch.no_grad():
-            session = Session(
-                probe=protected.probe,
-                monitor=RiskMonitor(protected.bundle.monitor, self._thresholds()),
-                policy=[rule.policy for rule in self._rules],
-                beats=beats,
-                scanned=self._rows.scanned,
-                device=protected.model.device,
-                spans=span_reader(protected, self._rows, self._rules),
-            )
+        with protected.tap.listening() as recorder, torch.no_grad():
+            session = self._rows.session(recorder)
             releaser = None if watch is None else self._releaser(watch)
             loop = self._loop(session, releaser)
             cache, cached = self._users_cache()
@@ -134,7 +123,7 @@ class GuardedCall:
                 self.mode.method,
                 require=self._require,
                 assistant=self.mode.assistant,
-                room=self._room(),
+                room=self._rows.room(),
             )
         return StepLoop(
             session,
@@ -142,28 +131,19 @@ class GuardedCall:
             draws=self._draws(),
             follower=follower,
             checker=self._checker(),
-            room=self._room(),
+            room=self._rows.room(),
         )
 
-    def _room(self) -> list[int] | None:
-        """Count, for each row, the new tokens for which the model's context has positions."""
-        limit, rows = self._protected.context_tokens, self._rows
-        if limit is None:
-            return None
-        lengths: list[int] = rows.attention_mask.long().sum(-1).tolist()
-        copies = self.batch // len(lengths)
-        return [limit - n for n in lengths for _ in range(copies)]
-
     def _checker(self) -> SelfChecker | None:
-        protected, rows = self._protected, self._rows
+        protected, rows = self._protected, self._rows.prompts
         if protected.self_check is None or rows.embeds is not None:
             return None
         check, tap, header = protected.self_check
         width = rows.input_ids.shape[1]
         starts = [width - len(rows.prompt_ids(row)) for row in range(self.batch)]
         limits = None
-        if self._rules[0].first_threshold is not None:
-            limits = [rule.certificate.threshold for rule in self._rules]
+        if self._rows.specs[0].first_threshold is not None:
+            limits = [spec.certificate.threshold for spec in self._rows.specs]
         return SelfChecker(
             check, protected.model, tap, header=header, starts=starts, thresholds=limits
         )
@@ -181,29 +161,13 @@ class GuardedCall:
         cache = self._options.get("past_key_values")
         return cache, 0 if cache is None else int(cache.get_seq_length())
 
-    def _thresholds(self) -> float | Tensor:
-        thresholds = [rule.threshold for rule in self._rules]
-        return thresholds[0] if len(set(thresholds)) == 1 else torch.tensor(thresholds)
-
     def _draws(self) -> RowRNG | None:
-        seeds = [rule.seed for rule in self._rules if rule.seed is not None]
+        seeds = [spec.seed for spec in self._rows.specs if spec.seed is not None]
         return RowRNG(seeds, self._protected.model.device) if seeds else None
 
     def _voids(self, settings: CallSettings) -> list[str | None]:
         settings = replace(settings, options={**settings.options, **self._given})
-        return [
-            void_reason(
-                rule.certificate,
-                settings,
-                is_chat=is_chat,
-                prefill_tokens=given,
-                unseen_tokens=rule.policy.unseen_tokens,
-                own_ends=self._protected.own_ends,
-            )
-            for rule, is_chat, given in zip(
-                self._rules, self._rows.is_chat, self._rows.prefill_tokens, strict=True
-            )
-        ]
+        return [self._rows.void(row, settings) for row in range(self.batch)]
 
     def _require(self, settings: CallSettings) -> None:
         reason = next((reason for reason in self._voids(settings) if reason is not None), None)
@@ -219,13 +183,13 @@ class GuardedCall:
             RowRelease(
                 row,
                 self._protected.tokenizer,
-                holdback_tokens=rule.policy.holdback_tokens,
-                redirect=rule.policy.redirect,
+                holdback_tokens=spec.policy.holdback_tokens,
+                redirect=spec.policy.redirect,
                 rules=rules,
                 emit=watch.emit,
                 is_cancelled=watch.is_cancelled,
             )
-            for row, rule in enumerate(self._rules)
+            for row, spec in enumerate(self._rows.specs)
         ]
         return Releaser(rows)
 
@@ -235,26 +199,8 @@ class GuardedCall:
         free = {"min_new_tokens": None, "min_length": 0, "prompt_lookup_num_tokens": None}
         quiet = {"return_dict_in_generate": False, "output_scores": False, "output_logits": False}
         quiet |= {"output_attentions": False, "output_hidden_states": False}
-        rule, protected = self._rules[row], self._protected
-        return Rewinder(
-            model=protected.model,
-            tap=protected.tap,
-            probe=protected.probe,
-            config=protected.bundle.monitor,
-            threshold=rule.threshold,
-            policy=rule.policy,
-            texts=rule.texts,
-            settings=settings,
-            options={**given, **alone, **free, **quiet},
-            context_tokens=protected.context_tokens,
-            seed=rule.seed,
-            marks=protected.marks,
-            turn=self._turn(row),
-        )
-
-    def _turn(self, row: int) -> OpenTurn:
-        marks = self._protected.marks
-        return OpenTurn() if marks is None else turn_of(marks, self._rows, row, self._rules[row])
+        options = {**given, **alone, **free, **quiet}
+        return self._rows.rewinder(row, settings, options)
 
     def _finished(
         self,
@@ -266,7 +212,7 @@ class GuardedCall:
         """Redirect what tripped and tell the rest; `sequences` is None after a cancellation."""
         assert loop.settings is not None
         settings, voids = loop.settings, self._voids(loop.settings)
-        width = self._rows.input_ids.shape[1]
+        width = self._inputs.input_ids.shape[1]
         ids = [] if sequences is None else sequences.tolist()
         records = session.records()
         picked, pruned = self._picked(session, loop)
@@ -289,7 +235,7 @@ class GuardedCall:
             )
             outcomes.append(outcome)
             if reader is not None:
-                trace = self._judgement(row).trace(outcome, voids[row])
+                trace = self._rows.writer(row).trace(outcome, voids[row])
                 reader.finish(finish_reason(outcome, reader, settings), trace)
         return self._output(picked, outcomes, voids, loop)
 
@@ -316,31 +262,39 @@ class GuardedCall:
         reader: RowRelease | None,
         end: RowEnd | None,
     ) -> FinishedRow:
-        prompt = tuple(self._rows.prompt_ids(row))
-        prefill_tokens = self._rows.prefill_tokens[row]
+        withheld = 0 if end is None else end.withheld
         try:
             if reader is not None and not reader.is_over:
                 raise Cancelled
-            return outcome_of(
-                record,
-                row=row,
-                prompt=prompt,
-                prefill_tokens=prefill_tokens,
-                said=said,
-                rewinder=self._rewinder(row, settings),
-                withheld=0 if end is None else end.withheld,
-                reader=reader,
-            )
+            redirected = self._redirected(row, record, said, settings, reader)
+            return self._rows.finished(row, record, said, redirected=redirected, withheld=withheld)
         except Cancelled:
             assert reader is not None
-            return FinishedRow(
-                record=record,
-                prompt=prompt,
-                prefill_tokens=prefill_tokens,
-                said=said,
-                ids=tuple(reader.token_ids),
-                cancelled_after=reader.released_tokens,
-            )
+            told = replace(self._rows.finished(row, record, said), said=said)
+            ids, released = tuple(reader.token_ids), reader.released_tokens
+            return replace(told, ids=ids, cancelled_after=released)
+
+    def _redirected(
+        self,
+        row: int,
+        record: RowRecord,
+        said: Sequence[int],
+        settings: CallSettings,
+        reader: RowRelease | None,
+    ) -> Redirected | None:
+        """Let a row that has tripped end as it is to; None if it has not tripped."""
+        trip = record.trip
+        if trip is None:
+            return None
+        prompts = self._rows.prompts
+        return self._rewinder(row, settings).redirect(
+            trip,
+            row=row,
+            prompt=prompts.prompt_ids(row),
+            prefill_tokens=prompts.prefill_tokens[row],
+            said=said[: trip.cut.kept + trip.cut.dropped],
+            reader=reader,
+        )
 
     def _output(
         self,
@@ -353,13 +307,13 @@ class GuardedCall:
         settings = loop.settings
         answers = [outcome.ids for outcome in outcomes]
         fill = loop.fill_id if isinstance(loop, WholeResponseLoop) else settings.pad_id or 0
-        sequences = padded(self._rows.input_ids, answers, fill)
+        sequences = padded(self._inputs.input_ids, answers, fill)
         generation = None
         if loop.generation is not None and not isinstance(loop.generation, Tensor):
             rows = [_standing(row, o) for row, o in zip(picked, outcomes, strict=True)]
             generation = matched_generation(loop.generation, sequences, rows, loop.bare_steps)
         told = [
-            (self._judgement(row), outcome, voids[row])
+            (self._rows.writer(row), outcome, voids[row])
             for row, outcome in zip(picked, outcomes, strict=True)
         ]
         return GuardedOutput(
@@ -367,17 +321,6 @@ class GuardedCall:
             texts=[self._text(ids, settings.end_ids) for ids in answers],
             traces=LazyTraces(told),
             generation=generation,
-        )
-
-    def _judgement(self, row: int) -> TraceWriter:
-        bundle, rule = self._protected.bundle, self._rules[row]
-        return TraceWriter(
-            bundle=bundle.digest,
-            heads=bundle.probe.heads,
-            low_mark=bundle.monitor.low_mark,
-            certificate=rule.certificate,
-            policy=rule.policy,
-            reasoning=rule.reasoning,
         )
 
     def _text(self, ids: Sequence[int], end_ids: Sequence[int]) -> str:
@@ -404,43 +347,3 @@ def finish_reason(outcome: FinishedRow, reader: RowRelease, settings: CallSettin
 def _standing(row: int, outcome: FinishedRow) -> Standing:
     trip = outcome.record.trip
     return Standing(row, outcome.ids, None if trip is None else trip.cut.kept)
-
-
-def outcome_of(
-    record: RowRecord,
-    *,
-    row: int,
-    prompt: Sequence[int],
-    prefill_tokens: int,
-    said: Sequence[int],
-    rewinder: Rewinder,
-    withheld: int = 0,
-    reader: RowRelease | None = None,
-) -> FinishedRow:
-    """Redirect a row if it tripped, and say what stands.
-
-    Args:
-        record: What its session saw.
-        row: Its index in the batch.
-        prompt: Its prompt ids without padding.
-        prefill_tokens: Trailing ids of the prompt that are supplied prefill.
-        said: Its generated ids, up to its end.
-        rewinder: Of the call.
-        withheld: Last tokens of `said` that may not stand.
-        reader: Who reads the row while it runs; None: nobody.
-
-    Raises:
-        Cancelled: The reader wants no more.
-    """
-    if record.trip is None:
-        ids = tuple(said)
-        if withheld:
-            ids = ids[: record.judged - withheld]
-        return FinishedRow(
-            record, tuple(prompt), prefill_tokens, tuple(said), ids, withheld=withheld
-        )
-    own = tuple(said[: record.trip.cut.kept + record.trip.cut.dropped])
-    redirected = rewinder.redirect(
-        record.trip, row=row, prompt=prompt, prefill_tokens=prefill_tokens, said=own, reader=reader
-    )
-    return FinishedRow(record, tuple(prompt), prefill_tokens, own, redirected.ids, redirected)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from safe_decode.activations.tap import ActivationTap
+from safe_decode.activations.tap import ActivationTap, ForwardRecorder
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.certificate import Certificate, Envelope
 from safe_decode.engines.transformers.coverage import ENDS, departure, recorded
@@ -21,6 +21,7 @@ from safe_decode.policy.redirect import CannedTexts
 from safe_decode.policy.self_check import SelfCheck
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.prompts.batch import PromptBatch
+from safe_decode.session.session import Session, SessionRow
 from safe_decode.streaming.events import StreamEvent
 
 __all__ = [
@@ -62,6 +63,28 @@ class GuardedModel:
     marks: SpanMarks | None = None
     own_ends: tuple[int, ...] = ()
 
+    def session(
+        self,
+        rows: Sequence[SessionRow],
+        recorder: ForwardRecorder,
+        spans: SpanReader | None = None,
+    ) -> Session:
+        """Open a session for rows that the model is about to run; every session comes from here.
+
+        Args:
+            rows: What holds for each.
+            recorder: Of the tap, which listens.
+            spans: Follows marked reasoning; None: there is none.
+        """
+        return Session(
+            probe=self.probe,
+            config=self.bundle.monitor,
+            rows=rows,
+            recorder=recorder,
+            device=self.model.device,
+            spans=spans,
+        )
+
 
 @dataclass(frozen=True)
 class RowSpec:
@@ -87,6 +110,10 @@ class RowSpec:
     def shift(self) -> float:
         """By how much the threshold inside marked spans exceeds the one outside."""
         return 0.0 if self.reasoning is None else self.reasoning.threshold - self.threshold
+
+    def joining(self, scanned: int) -> SessionRow:
+        """Describe the row to its session; `scanned` positions of its prompt are judged."""
+        return SessionRow(self.threshold, self.policy, scanned)
 
     @property
     def threshold(self) -> float:

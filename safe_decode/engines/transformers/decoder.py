@@ -472,8 +472,10 @@ class SafeDecoder:
 
         return produce
 
-    def _composer(self) -> CallBuilder:
-        protected = GuardedModel(
+    @property
+    def protected(self) -> GuardedModel:
+        """The model and its guard, for whoever runs rows on it."""
+        return GuardedModel(
             model=self.model,
             tokenizer=self.tokenizer,
             bundle=self.bundle,
@@ -485,8 +487,10 @@ class SafeDecoder:
             marks=self._marks,
             own_ends=self.own_ends,
         )
+
+    def _composer(self) -> CallBuilder:
         return CallBuilder(
-            protected,
+            self.protected,
             self.policy,
             self.certificate,
             self._texts,

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from safe_decode.engines.transformers.call_spec import GuardedModel, RowSpec, span_reader
-from safe_decode.monitor.monitor import RiskMonitor
 from safe_decode.prompts.batch import PromptBatch
-from safe_decode.session.session import RowRecord, Session
+from safe_decode.session.session import RowRecord
 from safe_decode.trace.schema import SafetyTrace
 from safe_decode.trace.writer import BareEnd, FinishedRow, TraceWriter
 
@@ -72,16 +71,9 @@ def guarded(
     )
 
     rows = inputs.repeated(n_sequences)
-    with protected.tap.listening() as beats:
-        session = Session(
-            probe=protected.probe,
-            monitor=RiskMonitor(protected.bundle.monitor, rules.threshold),
-            policy=rules.policy,
-            beats=beats,
-            scanned=rows.scanned,
-            device=protected.model.device,
-            spans=span_reader(protected, rows, [rules] * len(rows.scanned)),
-        )
+    with protected.tap.listening() as recorder:
+        spans = span_reader(protected, rows, [rules] * len(rows.scanned))
+        session = protected.session([rules.joining(n) for n in rows.scanned], recorder, spans)
         steps = GuardedSteps(
             session,
             prompt_tokens=inputs.input_ids.shape[1],

@@ -18,17 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_decode.activations.tap import ActivationTap
+from safe_decode.engines.transformers.call_spec import GuardedModel, RowSpec
 from safe_decode.engines.transformers.loops.settings import CallSettings
 from safe_decode.engines.transformers.loops.step import StepLoop
-from safe_decode.monitor.monitor import MonitorConfig, MonitorState, RiskMonitor
-from safe_decode.policy.policy import Policy
-from safe_decode.policy.reasoning import OpenTurn, SpanMarks, SpanReader
-from safe_decode.policy.redirect import REDIRECTS, CannedTexts
-from safe_decode.probe.linear import LinearProbe
-from safe_decode.session.records import Redirected, Try
+from safe_decode.monitor.monitor import MonitorState
+from safe_decode.policy.reasoning import OpenTurn, SpanReader
+from safe_decode.policy.redirect import REDIRECTS
+from safe_decode.session.records import Redirected, SessionRow, Trip, Try
 from safe_decode.session.row_rng import RowRNG, continued_seed
-from safe_decode.session.session import Session, Trip
 from safe_decode.streaming.release import Releaser, RowRelease
 
 __all__ = ["Rewinder"]
@@ -36,38 +33,22 @@ __all__ = ["Rewinder"]
 
 @dataclass(frozen=True)
 class Rewinder:
-    """Redirects the tripped rows of one call.
+    """Redirects one tripped row of a call.
 
     Attributes:
-        model: The protected model.
-        tap: On its probe's sites.
-        probe: On the model's device.
-        config: The monitor's.
-        threshold: Of every try too.
-        policy: Of the call.
-        texts: Canned ids.
+        protected: The model and its guard.
+        spec: What holds for the row, its continuations included.
         settings: Of the call.
         options: Keyword arguments of the call that a continuation repeats.
-        context_tokens: Positions the model has, or None if it does not say.
-        seed: Of the row's draws; None: the row's index and the global generator's seed.
-        marks: Of reasoning, where it has a threshold of its own; or None.
-        turn: The row's, as its prompt left it open; read with marks alone.
+        turn: The row's, as its prompt left it open; read where reasoning is marked.
         stops: Says of the ids of a continuation [n] whether a stop string of the request ends it;
             None: `options` hold all that does.
     """
 
-    model: Any
-    tap: ActivationTap
-    probe: LinearProbe
-    config: MonitorConfig
-    threshold: float
-    policy: Policy
-    texts: CannedTexts
+    protected: GuardedModel
+    spec: RowSpec
     settings: CallSettings
     options: Mapping[str, Any]
-    context_tokens: int | None
-    seed: int | None = None
-    marks: SpanMarks | None = None
     turn: OpenTurn = OpenTurn()
     stops: Callable[[Tensor], bool] | None = None
 
@@ -95,7 +76,8 @@ class Rewinder:
             Cancelled: The reader wants no more.
         """
         kept = tuple(said[: trip.cut.kept])
-        how = self.policy.redirect if trip.error is None else self.policy.rule.if_guard_fails
+        policy = self.spec.policy
+        how = policy.redirect if trip.error is None else policy.rule.if_guard_fails
         rule = REDIRECTS[how]
         if rule.says == "nothing":
             return Redirected(kept, how)
@@ -121,16 +103,16 @@ class Rewinder:
         turn = self._continued(turn_start, 0 if drops else prefill_tokens, kept)
         tries: list[Try] = []
         repeats = False
-        while len(tries) < self.policy.max_tries:
-            opener = self.texts.opener_after if kept else self.texts.opener
+        while len(tries) < self.spec.policy.max_tries:
+            opener = self.spec.texts.opener_after if kept else self.spec.texts.opener
             opener = self._closing((base + kept)[turn_start:], turn) + opener
             room = self._room(len(base), len(kept) + len(opener))
-            if room < len(self.texts.refusal):
+            if room < len(self.spec.texts.refusal):
                 break  # the model's own words would have less room than the canned ones
             if reader is not None:
                 reader.require_reader()
                 reader.retry(opener)
-            seed = continued_seed(self.seed, row, len(tries))
+            seed = continued_seed(self.spec.seed, row, len(tries))
             attempt, trip = self._continue(
                 base, kept, opener, snapshot, room, seed, repeats, reader, turn
             )
@@ -147,27 +129,28 @@ class Rewinder:
 
     def _continued(self, start: int, given: int, kept: tuple[int, ...]) -> OpenTurn:
         """Describe the turn of the continuations: behind an opener nothing opens a span."""
-        has_opened = self.marks is not None and kept[: len(self.marks.opens)] == self.marks.opens
+        marks = self.protected.marks
+        has_opened = marks is not None and kept[: len(marks.opens)] == marks.opens
         may_open = self.turn.may_open and has_opened
         return replace(self.turn, start=start, given=given, may_open=may_open)
 
     def _closing(self, ids: Sequence[int], turn: OpenTurn) -> tuple[int, ...]:
         """Close a span that the turn leaves open: what follows is for its reader."""
-        is_open = self.marks is not None and self.marks.phases(ids, turn)[-1]
-        return self.marks.closes if self.marks is not None and is_open else ()
+        is_open = self.protected.marks is not None and self.protected.marks.phases(ids, turn)[-1]
+        return self.protected.marks.closes if self.protected.marks is not None and is_open else ()
 
     def _refused(
         self, kept: tuple[int, ...], closing: tuple[int, ...], reader: RowRelease | None
     ) -> tuple[int, ...]:
-        text = closing + (self.texts.refusal_after if kept else self.texts.refusal)
+        text = closing + (self.spec.texts.refusal_after if kept else self.spec.texts.refusal)
         if reader is not None:
             reader.speak(text, "refusal")
         return kept + text + self.settings.end_ids[:1]
 
     def _room(self, prompt: int, said: int) -> int:
         room = self.settings.max_new_tokens - said
-        if self.context_tokens is not None:
-            room = min(room, self.context_tokens - prompt - said)
+        if self.protected.context_tokens is not None:
+            room = min(room, self.protected.context_tokens - prompt - said)
         return room
 
     def _continue(
@@ -182,34 +165,27 @@ class Rewinder:
         reader: RowRelease | None,
         turn: OpenTurn,
     ) -> tuple[Try, Trip | None]:
-        device = self.model.device
+        device = self.protected.model.device
         # A greedy try from the same context would only repeat itself.
         options: dict[str, Any] = {"do_sample": True, "temperature": 1.0} if repeats else {}
         ids = torch.tensor([base + kept + opener], device=device)
         if self.stops is not None:
             options["stopping_criteria"] = [_StopCriterion(self.stops, ids.shape[1])]
-        spans = None if self.marks is None else SpanReader(self.marks, [turn], device)
-        with self.tap.listening() as beats:
-            session = Session(
-                probe=self.probe,
-                monitor=RiskMonitor(self.config, self.threshold),
-                policy=self.policy,
-                beats=beats,
-                scanned=[len(opener)],
-                device=device,
-                resume=snapshot,
-                spans=spans,
-            )
+        marks = self.protected.marks
+        spans = None if marks is None else SpanReader(marks, [turn], device)
+        with self.protected.tap.listening() as recorder:
+            row = SessionRow(self.spec.threshold, self.spec.policy, len(opener), snapshot)
+            session = self.protected.session([row], recorder, spans)
             follower = None if reader is None else Releaser([reader])
             # Behind the cap there may be no position left to look at.
-            limit = self.context_tokens
+            limit = self.protected.context_tokens
             loop = StepLoop(
                 session,
                 draws=RowRNG([seed], device),
                 follower=follower,
                 room=None if limit is None else [limit - ids.shape[1]],
             )
-            sequences: Tensor = self.model.generate(
+            sequences: Tensor = self.protected.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 custom_generate=loop,

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
-from safe_decode.activations.tap import ActivationTap
 from safe_decode.engines.interface import GuardFacts, StepTimes
 from safe_decode.engines.rows import Row, RowPrompt
 from safe_decode.engines.transformers.batch.prompts import PromptReader
@@ -65,13 +65,12 @@ class TransformersEngine:
             )
         self._keep_traces = keep_traces
         self._decoder = decoder
+        own_ends = tuple(sorted(chat.stop_ids(model, decoder.tokenizer)))
         self._guard = RunGuard(
-            decoder,
-            bundle.probe.to(model.device),
-            ActivationTap(model, bundle.probe.sites),
+            replace(decoder.protected, own_ends=own_ends),
+            decoder.certificate.population,
             texts_of(decoder.tokenizer, decoder.refusal, decoder.opener),
             tells_scores=tells_scores,
-            own_ends=tuple(sorted(chat.stop_ids(model, decoder.tokenizer))),
         )
         self._pool = ThreadPoolExecutor(continuations, thread_name_prefix="safe-decode-redirect")
         self._facts = GuardFacts(

@@ -13,16 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_decode.activations.tap import ActivationTap
 from safe_decode.engines.rows import Finished, Row, RowTripped
 from safe_decode.engines.transformers.batch.release import ServedRowRelease
-from safe_decode.engines.transformers.decoder import SafeDecoder
+from safe_decode.engines.transformers.call_spec import GuardedModel
+from safe_decode.engines.transformers.guarded_rows import GuardedRows
 from safe_decode.engines.transformers.loops.settings import CallSettings
-from safe_decode.engines.transformers.request import context_tokens
-from safe_decode.engines.transformers.rewind import Rewinder
-from safe_decode.policy.policy import Policy
 from safe_decode.policy.redirect import REDIRECTS, CannedTexts
-from safe_decode.probe.linear import LinearProbe
 from safe_decode.session.records import Redirected
 from safe_decode.session.session import Trip
 
@@ -43,48 +39,42 @@ class RunGuard:
     """What every run of an engine shares.
 
     Attributes:
-        decoder: The model, its bundle and policy.
-        probe: On the model's device.
-        tap: On the probe's sites.
+        protected: The model and its guard.
+        population: Whose certificates hold.
         texts: Canned ids.
         tells_scores: Whether each token's statistic is said.
-        own_ends: Ids that ended rows when the model was wrapped, ascending.
     """
 
-    decoder: SafeDecoder
-    probe: LinearProbe
-    tap: ActivationTap
+    protected: GuardedModel
+    population: str
     texts: CannedTexts
     tells_scores: bool = field(kw_only=True)
-    own_ends: tuple[int, ...] = field(default=(), kw_only=True)
 
 
 class Redirection:
     """One tripped row on its way to its end.
 
     Args:
-        guard: Of the engine.
+        rows: Of the batch.
+        index: Of the row.
         release: Of the row; has shown what stands.
         trip: The trip.
         settings: Of the row.
-        policy: Of the row.
-        threshold: Of the row.
         dropped: Tokens that were taken back.
     """
 
     def __init__(
         self,
-        guard: RunGuard,
+        rows: GuardedRows,
+        index: int,
         release: ServedRowRelease,
         trip: Trip,
         *,
         settings: CallSettings,
-        policy: Policy,
-        threshold: float,
         dropped: int,
     ) -> None:
-        self._guard, self._release, self._trip = guard, release, trip
-        self._settings, self._policy, self._threshold = settings, policy, threshold
+        self._rows, self._index = rows, index
+        self._release, self._trip, self._settings = release, trip, settings
         self._dropped, self._trip_step = dropped, release.scores - 1
 
     def __call__(self) -> Redirected:
@@ -124,21 +114,8 @@ class Redirection:
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
             }
-        decoder = self._guard.decoder
-        rewinder = Rewinder(
-            model=decoder.model,
-            tap=self._guard.tap,
-            probe=self._guard.probe,
-            config=decoder.bundle.monitor,
-            threshold=self._threshold,
-            policy=self._policy,
-            texts=self._guard.texts,
-            settings=self._settings,
-            options=options,
-            context_tokens=context_tokens(decoder.model),
-            seed=sampling.seed,
-            stops=self._stops if sampling.stop else None,
-        )
+        stops = self._stops if sampling.stop else None
+        rewinder = self._rows.rewinder(self._index, self._settings, options, stops)
         return rewinder.redirect(
             self._trip,
             row=0,  # the row's own seed decides
@@ -152,7 +129,7 @@ class Redirection:
         stops = self._release.row.request.sampling.stop
         # A character may be split over four ids of bytes.
         newest = ids[-4 * max(map(len, stops)) - 16 :].tolist()
-        text = self._guard.decoder.tokenizer.decode(newest, skip_special_tokens=True)
+        text = self._rows.protected.tokenizer.decode(newest, skip_special_tokens=True)
         return any(stop in text for stop in stops)
 
     def _speak(self, redirected: Redirected) -> None:

@@ -20,17 +20,16 @@ from safe_decode.engines.transformers.batch.redirection import Redirection, RunG
 from safe_decode.engines.transformers.batch.release import ServedRowRelease
 from safe_decode.engines.transformers.batch.sampler import RowSampler
 from safe_decode.engines.transformers.batch.timing import TimedLoop
-from safe_decode.engines.transformers.call_spec import void_reason
+from safe_decode.engines.transformers.call_spec import RowSpec
 from safe_decode.engines.transformers.coverage import options_in_force, request_options
+from safe_decode.engines.transformers.guarded_rows import GuardedRows
 from safe_decode.engines.transformers.loops.settings import CallSettings
-from safe_decode.engines.transformers.request import context_tokens
-from safe_decode.monitor.monitor import RiskMonitor
 from safe_decode.policy.policy import Policy
 from safe_decode.prompts import chat
+from safe_decode.prompts.batch import from_row_ids
 from safe_decode.session.records import Redirected
 from safe_decode.session.session import RowRecord, Session, Trip
 from safe_decode.session.turns import Turns
-from safe_decode.trace.writer import FinishedRow, TraceWriter
 
 __all__ = ["BatchRun"]
 
@@ -39,28 +38,30 @@ class BatchRun:
     """One batch, from its first forward to its last row's end; follows its loop."""
 
     def __init__(self, guard: RunGuard, pool: ThreadPoolExecutor, rows: Sequence[Row]) -> None:
-        self._guard, self._decoder, self._pool, self._rows = guard, guard.decoder, pool, rows
-        decoder = guard.decoder
-        self._policies = [
-            Policy(row.request.policy.redirect, row.request.policy.holdback_tokens, "close")
-            for row in rows
-        ]
-        self._certificates = [
-            decoder.bundle.certificate(row.request.policy.alpha, decoder.certificate.population)
-            for row in rows
-        ]
-        self._ends = frozenset(chat.stop_ids(decoder.model, decoder.tokenizer))
+        self._guard, self._pool, self._asked = guard, pool, rows
+        self._model, self._tokenizer = guard.protected.model, guard.protected.tokenizer
+        prompts = from_row_ids(
+            self._tokenizer,
+            [row.request.prompt.ids for row in rows],
+            scanned=[row.request.prompt.scanned for row in rows],
+            prefill_tokens=[row.request.prompt.prefill_tokens for row in rows],
+            is_chat=[row.request.prompt.is_chat for row in rows],
+        )
+        specs = tuple(self._spec_of(row) for row in rows)
+        self._rows = GuardedRows(guard.protected, prompts.to(self._model.device), specs)
+        self._ends = frozenset(chat.stop_ids(self._model, self._tokenizer))
         # The model's own configuration acts here too; sampling is the row sampler's alone.
-        self._own_options = options_in_force(decoder.model.generation_config, samples=False)
+        self._own_options = options_in_force(self._model.generation_config, samples=False)
         self._settings = [self._settings_of(row) for row in rows]
         self._releases = [
-            ServedRowRelease(row, self._decode, void=self._void(i)) for i, row in enumerate(rows)
+            ServedRowRelease(row, self._decode, void=self._rows.void(i, self._settings[i]))
+            for i, row in enumerate(rows)
         ]
         self._sampler = RowSampler(
             [row.request.sampling for row in rows],
-            int(decoder.model.config.get_text_config().vocab_size),
-            decoder.model.device,
-            n_ahead=max(policy.holdback_tokens for policy in self._policies),
+            int(self._model.config.get_text_config().vocab_size),
+            self._model.device,
+            n_ahead=max(spec.policy.holdback_tokens for spec in specs),
         )
         self._reported = {row: i for i, row in enumerate(self._sampler.reported)}
         self._redirected: dict[int, Future[Redirected]] = {}
@@ -71,29 +72,17 @@ class BatchRun:
 
     def go(self) -> StepTimes:
         """Run to the end of the last row; return what the steps took."""
-        device = self._decoder.model.device
-        ids, mask = self._padded(device)
-        thresholds = torch.tensor([c.threshold for c in self._certificates])
-        with self._guard.tap.listening() as beats, torch.no_grad():
-            self._session = session = Session(
-                probe=self._guard.probe,
-                monitor=RiskMonitor(self._decoder.bundle.monitor, thresholds),
-                policy=self._policies,
-                beats=beats,
-                scanned=[row.request.prompt.scanned for row in self._rows],
-                device=device,
-            )
-            limit = context_tokens(self._decoder.model)
-            lengths = [len(row.request.prompt.ids) for row in self._rows]
+        with self._guard.protected.tap.listening() as recorder, torch.no_grad():
+            self._session = session = self._rows.session(recorder)
             self._loop = loop = TimedLoop(
                 session,
                 follower=self,
-                room=None if limit is None else [limit - n for n in lengths],
-                reweighed=[_is_reweighed(row.request.sampling) for row in self._rows],
+                room=self._rows.room(),
+                reweighed=[_is_reweighed(row.request.sampling) for row in self._asked],
             )
-            self._decoder.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
+            self._model.generate(
+                input_ids=self._rows.prompts.input_ids,
+                attention_mask=self._rows.prompts.attention_mask,
                 custom_generate=loop,
                 disable_compile=True,  # the taps of a run are hooks, which a graph leaves out
                 do_sample=False,
@@ -157,35 +146,20 @@ class BatchRun:
 
     def write_traces(self) -> None:
         """Fill the rows' traces."""
-        bundle = self._decoder.bundle
         assert self._loop is not None
-        for index, (row, record) in enumerate(zip(self._rows, self._records, strict=True)):
-            release, prompt = self._releases[index], row.request.prompt
-            said = tuple(release.said_ids)
+        for index, (row, record) in enumerate(zip(self._asked, self._records, strict=True)):
+            release = self._releases[index]
             future = self._redirected.get(index)
             failed = future is None or future.exception() is not None
-            redirected = None if future is None or failed else future.result()
-            if record.trip is not None:
-                said = said[: record.trip.cut.kept + record.trip.cut.dropped]
-            withheld = self._loop.ends[index].withheld
-            outcome = FinishedRow(
+            finished = self._rows.finished(
+                index,
                 record,
-                prompt.ids,
-                prompt.prefill_tokens,
-                said,
-                said[: len(said) - withheld] if redirected is None else redirected.ids,
-                redirected,
+                release.said_ids,
+                redirected=None if future is None or failed else future.result(),
+                withheld=self._loop.ends[index].withheld,
                 ahead=self._loop.ahead(index, record.ahead),
-                withheld=withheld,
             )
-            judgement = TraceWriter(
-                bundle=bundle.digest,
-                heads=bundle.probe.heads,
-                low_mark=bundle.monitor.low_mark,
-                certificate=self._certificates[index],
-                policy=self._policies[index],
-            )
-            row.trace = judgement.trace(outcome, release.void)
+            row.trace = self._rows.writer(index).trace(finished, release.void)
 
     def _enders(self, input_ids: Tensor, _scores: object, **_: object) -> Tensor:
         """The stopping criterion of the batch: caps, stop strings, readers who left."""
@@ -225,23 +199,21 @@ class BatchRun:
         return float(self._session.state.statistic[index])
 
     def _is_flagged(self, index: int) -> bool:
-        if self._policies[index].protects:
-            return False
-        return self._statistic(index) > self._certificates[index].threshold
+        spec = self._rows.specs[index]
+        return not spec.policy.protects and self._statistic(index) > spec.threshold
 
     def _redirect(self, index: int, trip: Trip) -> None:
-        release, policy = self._releases[index], self._policies[index]
+        release, policy = self._releases[index], self._rows.specs[index].policy
         error = None if trip.error is None else type(trip.error).__name__
         value = self._statistic(index) if trip.error is None else None
         dropped = release.trip(trip.cut.kept, value)
         release.row.emit(RowTripped(policy.redirect, value, dropped, error))
         job = Redirection(
-            self._guard,
+            self._rows,
+            index,
             release,
             trip,
             settings=self._settings[index],
-            policy=policy,
-            threshold=self._certificates[index].threshold,
             dropped=len(dropped),
         )
         if policy.rule.resumes and trip.error is None:
@@ -251,15 +223,14 @@ class BatchRun:
         done.set_result(job())
         self._redirected[index] = done
 
-    def _padded(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        tokenizer = self._decoder.tokenizer
-        pad = tokenizer.pad_token_id
-        pad = (tokenizer.eos_token_id or 0) if pad is None else pad
-        prompts = [row.request.prompt.ids for row in self._rows]
-        longest = max(map(len, prompts))
-        ids = [[pad] * (longest - len(p)) + list(p) for p in prompts]
-        mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    def _spec_of(self, row: Row) -> RowSpec:
+        asked, guard = row.request.policy, self._guard
+        return RowSpec(
+            Policy(asked.redirect, asked.holdback_tokens, "close"),
+            guard.protected.bundle.certificate(asked.alpha, guard.population),
+            guard.texts,
+            row.request.sampling.seed,
+        )
 
     def _settings_of(self, row: Row) -> CallSettings:
         sampling = row.request.sampling
@@ -270,23 +241,12 @@ class BatchRun:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             end_ids=tuple(sorted(self._ends)),
-            pad_id=self._decoder.tokenizer.pad_token_id,
+            pad_id=self._tokenizer.pad_token_id,
             options={**self._own_options, **request_options(sampling)},
         )
 
-    def _void(self, index: int) -> str | None:
-        prompt = self._rows[index].request.prompt
-        return void_reason(
-            self._certificates[index],
-            self._settings[index],
-            is_chat=prompt.is_chat,
-            prefill_tokens=prompt.prefill_tokens,
-            unseen_tokens=self._policies[index].unseen_tokens,
-            own_ends=self._guard.own_ends,
-        )
-
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._decoder.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _is_reweighed(sampling: Sampling) -> bool:

@@ -77,7 +77,7 @@ class GuardedSteps:
             ConfigurationError: At the second token, if no stopping criterion of the guard and
                 no EOS could end a row.
         """
-        if not self.session.is_prefilled:
+        if not self.session.reader.is_prefilled:
             self._require_rows(input_ids, scores)
         said = self._said(input_ids)
         self._check_arrivals(input_ids)
@@ -91,7 +91,7 @@ class GuardedSteps:
             self._fail(as_guard_error(error), said=said)
             trips = None
         self.n_scored, self._scores, self.last_ids = said + 1, scores, input_ids
-        if trips is not None and self.session.policy.protects:
+        if trips is not None and self.session.roster.protects:
             suspects = trips if self._poisoned is None else trips | self._poisoned
             if bool(suspects.any()):
                 self._park(suspects, trips, said)
@@ -130,7 +130,7 @@ class GuardedSteps:
             BeatError: Forwards passed that the processor never judged.
         """
         try:
-            self.session.require_quiet()
+            self.session.reader.require_quiet()
         except BeatError as error:
             for row in range(self.session.batch):
                 self.session.errors.setdefault(row, error)
@@ -188,10 +188,10 @@ class GuardedSteps:
     def _lengths(self, input_ids: Tensor) -> tuple[int, ...]:
         whole = input_ids.shape[1]
         # Without a cache each forward passes the whole sequence.
-        return (1, whole) if self.session.is_prefilled else (whole,)
+        return (1, whole) if self.session.reader.is_prefilled else (whole,)
 
     def _active(self, input_ids: Tensor) -> Tensor | None:
-        if not self.session.is_prefilled or not len(self._quiet):
+        if not self.session.reader.is_prefilled or not len(self._quiet):
             return None
         if input_ids.is_cpu and self._quiet_ids.isdisjoint(input_ids[:, -1].tolist()):
             return None
@@ -215,8 +215,7 @@ class GuardedSteps:
                 self._open_script(row, said)
 
     def _fail(self, error: GuardError, said: int) -> None:
-        policy = self.session.policy
-        closes = policy.protects and policy.on_error == "close"
+        closes = self.session.roster.closes
         for row in range(self.session.batch):
             if closes and row not in self.scripts:
                 self.session.park(row, said=said, error=error)
@@ -225,8 +224,8 @@ class GuardedSteps:
 
     def _open_script(self, row: int, said: int) -> None:
         refusal = self._refusal_after_ids if said else self._refusal_ids
-        refusal = self.session.closing(row) + refusal
-        text = () if self.session.policy.rule.says == "nothing" else refusal
+        refusal = self.session.spans.closing(row) + refusal
+        text = () if self.session.roster.rows[0].policy.rule.says == "nothing" else refusal
         end = () if self._end_id is None else (self._end_id,)
         self.scripts[row] = Script((*text, *end) or (self._pad_id,))
 
@@ -256,5 +255,5 @@ class GuardedSteps:
                 )
         if lost:
             self.last_ids = input_ids
-            self.session.discard()
+            self.session.reader.discard()
             raise self.session.errors[min(lost)]

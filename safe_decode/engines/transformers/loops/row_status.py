@@ -81,14 +81,12 @@ class RowStatus:
         room: New tokens for which each row has positions; None: no limit.
 
     Attributes:
-        parked: [batch] bool, rows that have tripped or failed; None: no row.
         pads_after_end: Whether a row that has ended goes on with pads.
         bare_end: Tokens after which bare `generate` ends; None: it goes on.
     """
 
     def __init__(self, session: Session, room: Sequence[int] | None = None) -> None:
         self._session, self._room = session, room
-        self.parked: Tensor | None = None
         self.pads_after_end = False
         self.bare_end: int | None = None
         self._state = _State.fresh(0, torch.device("cpu"))
@@ -124,9 +122,14 @@ class RowStatus:
         self._own_ends = torch.tensor(ends.own, dtype=torch.int64, device=device)
         limits = [2**40] * session.batch if self._room is None else self._room
         limits = [n if room is None else min(n, room) for n in limits]
-        wanted = [own.unseen_tokens for own in session.policies]
+        wanted = [own.unseen_tokens for own in session.roster.policies]
         self._limit = torch.tensor(limits, device=device)
         self._wanted = torch.tensor(wanted, device=device)
+
+    @property
+    def parked(self) -> Tensor | None:
+        """[batch] bool, rows that have tripped or failed; None: no row."""
+        return self._session.parked
 
     @property
     def active(self) -> Tensor | None:
@@ -136,7 +139,7 @@ class RowStatus:
     @property
     def closes(self) -> bool:
         """Say whether a row whose guard fails is closed."""
-        return self._session.protects and self._session.policy.on_error == "close"
+        return self._session.roster.closes
 
     @property
     def are_even(self) -> bool:
@@ -179,9 +182,6 @@ class RowStatus:
     def park(self, row: int, *, said: int, error: GuardError | None = None) -> None:
         """Park a row that tripped, or failed by `error`, behind `said` tokens."""
         self._session.park(row, said=said, error=error)
-        if self.parked is None:
-            self.parked = torch.zeros_like(self._state.over)
-        self.parked[row] = True
         self._is_unsorted = True
 
     def fail(self, error: GuardError, *, said: int) -> None:
@@ -189,12 +189,9 @@ class RowStatus:
         session = self._session
         counts = [True] * session.batch if self._is_even else self._state.active.tolist()
         for row in (row for row, does_count in enumerate(counts) if does_count):
-            if self.closes and session.policies[row].protects:
+            if self.closes and session.roster.policies[row].protects:
                 session.park(row, said=said, error=error)
             session.errors.setdefault(row, error)
-        if self.closes:
-            parked = torch.tensor([row in session.trips for row in range(session.batch)])
-            self.parked = parked.to(self._state.over.device)
         # Where errors are allowed, nobody judges any more what would be looked at.
         self._wanted = torch.zeros_like(self._wanted)
 

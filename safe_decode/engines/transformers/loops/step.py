@@ -295,9 +295,9 @@ class StepLoop:
 
     def _prefilled(self, input_ids: Tensor) -> tuple[int, ...]:
         assert self._own is not None
-        if not self._own.hides(max(self.session.scanned)):
+        if not self._own.hides(max(self.session.roster.scanned)):
             return (self._own.positions,)
-        self.session.discard()
+        self.session.reader.discard()
         self._does(self._own.read_whole, input_ids)
         return (input_ids.shape[1],)
 
@@ -354,7 +354,7 @@ class StepLoop:
         if self._is_blind or not done.is_cpu:
             return False
         rows, ends = self._rows, done.tolist()
-        if not self.session.protects:
+        if not self.session.roster.protects:
             return rows.go_on_as_they_are(ends)
         if self.session.is_quiet:
             is_calm = rows.go_on_as_they_are(ends)
@@ -367,20 +367,20 @@ class StepLoop:
         return all_finite(values) or (rows.active is not None and all_finite(values[rows.active]))
 
     def _protected_trips(self) -> list[bool]:
-        trips, protected = self._trips, self.session.protected
+        trips, protected = self._trips, self.session.roster.protected
         if trips is None:
             return []
         return (trips if protected is None else trips & protected).tolist()
 
     def _suspects(self, input_ids: Tensor) -> Tensor | None:
-        if not self.session.protects:
+        if not self.session.roster.protects:
             return None
         trips = None if self._is_blind else self._trips
         if not self._do_sample and self._scores is not None and self._rows.closes:
             is_broken = broken(picked(self._scores, input_ids))
             trips = is_broken if trips is None else trips | is_broken
-        if trips is not None and self.session.protected is not None:
-            trips = trips & self.session.protected
+        if trips is not None and self.session.roster.protected is not None:
+            trips = trips & self.session.roster.protected
         return None if trips is None else self._rows.counted(trips)
 
     def _sort_rows(self, step: _Unsorted) -> Turns:
@@ -411,7 +411,7 @@ class StepLoop:
     def _is_cleared(self, row: int, judged_ids: Tensor) -> bool:
         if self._checker is None or not bool(self.session.state.finite[row]):
             return False
-        score = self.session.judged(row) + self.session.scanned[row] - 1
+        score = self.session.judged(row) + self.session.roster.scanned[row] - 1
         return self._checker.clears(row, judged_ids[row].tolist(), score)
 
     def _close(self, sequences: Tensor) -> None:
@@ -425,10 +425,10 @@ class StepLoop:
         if not self._does(self._own.read_tail, sequences):
             return  # and nothing is released that was not judged
         self._judge((1, sequences.shape[1]), sequences)
-        if self._trips is not None and self.session.protects:
+        if self._trips is not None and self.session.roster.protects:
             trips = self._rows.counted(self._trips)
-            if self.session.protected is not None:
-                trips = trips & self.session.protected
+            if self.session.roster.protected is not None:
+                trips = trips & self.session.roster.protected
             for row in trips.nonzero()[:, 0].tolist():
                 if not self._is_cleared(row, sequences):
                     self._rows.park(row, said=self._n_judged)
@@ -441,7 +441,7 @@ class StepLoop:
         if self._is_blind:
             return
         try:
-            self.session.require_quiet()
+            self.session.reader.require_quiet()
         except BeatError as error:
             self._rows.reopen()
             self._fail(error)

@@ -171,7 +171,7 @@ class WholeResponseLoop:
         self.session.judge_whole(width, [len(answer) for answer in answers])
 
     def _wanted(self) -> list[int]:
-        return [own.unseen_tokens for own in self.session.policies]
+        return [own.unseen_tokens for own in self.session.roster.policies]
 
     def _end(self, model: Any, rows: Sequence[_Row], is_reweighed: bool) -> None:  # noqa: ANN401
         """Say how each row has ended, its whole response and what follows being judged."""
@@ -191,7 +191,7 @@ class WholeResponseLoop:
         session = self.session
         for number, row in enumerate(rows):
             n = len(row.content)
-            if session.policies[number].protects and session.policy.on_error == "close":
+            if session.roster.closes and session.roster.policies[number].protects:
                 session.park(number, said=n, error=error)
             session.errors.setdefault(number, error)
         self.ends = [RowEnd(row.n_ids, len(row.content), 0, 0) for row in rows]
