@@ -21,10 +21,11 @@ import httpx2
 from safe_decode.certificate import Certificate, Envelope
 from safe_decode.demo.embedded_pair import artefact
 from safe_decode.engines.interface import GuardFacts
-from safe_decode.engines.rows import Finished, Row
+from safe_decode.engines.rows import Row
 from safe_decode.engines.transformers.batch.prompts import PromptReader
 from safe_decode.serving.app import create_app
 from safe_decode.serving.settings import ServeSettings
+from safe_decode.streaming.events import Finished
 
 __all__ = ["loop_hold"]
 

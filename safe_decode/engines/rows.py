@@ -1,7 +1,7 @@
-"""What is asked of an engine for one row, and what it answers, as plain values.
+"""What is asked of an engine for one row, as plain values.
 
-Knows prompts as ids, sampling, policies and events. Does not know models, queues or HTTP.
-Texts in events are released text: nothing in a `Said` may be taken back.
+Knows prompts as ids, sampling and policies; what an engine answers is in `streaming.events`.
+Does not know models, queues or HTTP.
 """
 
 from __future__ import annotations
@@ -9,28 +9,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-from safe_decode.decision import Outcome, Redirect
+from safe_decode.decision import Redirect
+from safe_decode.streaming.events import Finished, RowEvent
 from safe_decode.trace.schema import SafetyTrace
 
 __all__ = [
-    "Event",
-    "FinishReason",
-    "Finished",
     "Row",
     "RowPolicy",
     "RowPrompt",
     "RowRequest",
-    "Said",
     "Sampling",
-    "TokenNote",
-    "RowTripped",
 ]
-
-FinishReason = Literal["stop", "length", "content_filter", "cancelled"]
-"""stop: an end id or a stop string. length: the cap. content_filter: the row tripped, or its
-guard or engine failed. cancelled: the reader left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,86 +93,6 @@ class RowRequest:
     policy: RowPolicy
 
 
-@dataclass(frozen=True, slots=True)
-class TokenNote:
-    """One token that is shown.
-
-    Attributes:
-        token: Its id.
-        text: What it adds to the text; empty inside a character.
-        statistic: Of the score that judged it; None where no score did, or after a trip.
-        logprob: Of the bare distribution, natural logarithm; None unless asked for.
-        top: The likeliest alternatives, with their log-probabilities.
-    """
-
-    token: int
-    text: str
-    statistic: float | None = None
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """Text for the reader.
-
-    Attributes:
-        text: To be appended.
-        tokens: What it consists of.
-        by: "model": its own words before any trip. "redirect": what follows a trip, the
-            guard's words and, after a rewind, the model's under the guard.
-    """
-
-    text: str
-    tokens: tuple[TokenNote, ...]
-    by: Literal["model", "redirect"] = "model"
-
-
-@dataclass(frozen=True, slots=True)
-class RowTripped:
-    """The row has tripped; what was shown stands.
-
-    Attributes:
-        redirect: What follows.
-        statistic: That crossed the threshold; None if the guard failed.
-        dropped: Tokens that were written and will not be shown. For operators only.
-        error: Name of what failed, or None for an alarm.
-    """
-
-    redirect: Redirect
-    statistic: float | None
-    dropped: tuple[TokenNote, ...] = ()
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The row's last event.
-
-    Attributes:
-        reason: Why it ended.
-        outcome: In one word; None if the row never ran or was cancelled.
-        shown_tokens: Tokens that were shown, the guard's words included.
-        dropped_tokens: Tokens that were written and not shown.
-        trip_step: Score that tripped, or None. For operators only.
-        void: Why the certificate does not speak of this row, or None.
-        stop: The stop string that ended it, or None.
-        error: What failed, or None. For operators only.
-    """
-
-    reason: FinishReason
-    outcome: Outcome | None = None
-    shown_tokens: int = 0
-    dropped_tokens: int = 0
-    trip_step: int | None = None
-    void: str | None = None
-    stop: str | None = None
-    error: str | None = None
-
-
-Event = Said | RowTripped | Finished
-
-
 class Row:
     """A row on its way through an engine.
 
@@ -195,7 +105,7 @@ class Row:
         trace: What happened, once its whole run has ended and if the engine keeps traces.
     """
 
-    def __init__(self, request: RowRequest, emit: Callable[[Event], None]) -> None:
+    def __init__(self, request: RowRequest, emit: Callable[[RowEvent], None]) -> None:
         self.request = request
         self.is_finished = False
         self.trace: SafetyTrace | None = None
@@ -210,7 +120,7 @@ class Row:
         """Let the row end at its next token; its neighbours go on."""
         self._cancelled.set()
 
-    def emit(self, event: Event) -> None:
+    def emit(self, event: RowEvent) -> None:
         """Hand an event to the reader; nothing follows a `Finished`."""
         if self.is_finished:
             return

@@ -113,7 +113,7 @@ class StopWatch:
         for length in range(min(self._longest, len(text)), 0, -1):
             tail = text[-length:]
             if any(stop.startswith(tail) for stop in self._stops):
-                return self._id_at(len(text) - length)
+                return self.id_at(len(text) - length)
         return None
 
     def found(self) -> tuple[str, int] | None:
@@ -125,6 +125,7 @@ class StopWatch:
         hits = [(place, stop) for place, stop in places if place >= 0]
         return None if not hits else (min(hits)[1], min(hits)[0])
 
-    def _id_at(self, char: int) -> int:
+    def id_at(self, char: int) -> int:
+        """Return the index of the id that adds a character of the text."""
         ends = self._transcript.ends
         return next((i for i, end in enumerate(ends) if end > char), len(ends))

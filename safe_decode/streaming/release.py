@@ -1,8 +1,9 @@
 """From chosen and judged ids to events: what a reader sees of each row, and when.
 
-Knows the release rule, texts and events. Does not know models, scores or threads: a loop
-says what was chosen and which rows tripped. Only a stream needs this room; without one,
-the same rule is applied to the finished response.
+The one room through which text comes to a reader, of the library's streams and of the server
+alike. Knows the release rule, texts and events. Does not know models, scores or threads: a loop
+says what was chosen and which rows tripped. Only who reads along needs this room; without
+readers, the same rule is applied to the finished response.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from safe_decode.streaming.events import (
     FinishReason,
     GuardText,
     Released,
-    StreamEvent,
+    TokenNote,
     Tripped,
 )
 from safe_decode.trace.schema import SafetyTrace
@@ -55,10 +56,12 @@ class ReleaseRules:
         stop_strings: As given to `generate`.
         includes_stop: Whether the text keeps the stop string that ended it, as `generate` has
             it.
+        tells_notes: Whether events say what is known of each token.
     """
 
     stop_strings: tuple[str, ...] = ()
     includes_stop: bool = True
+    tells_notes: bool = False
 
 
 class RowRelease:
@@ -82,22 +85,23 @@ class RowRelease:
         holdback_tokens: int,
         redirect: Redirect,
         rules: ReleaseRules,
-        emit: Callable[[StreamEvent], None],
+        emit: Callable[[Released | Tripped | GuardText], None],
         is_cancelled: Callable[[], bool],
     ) -> None:
         self.row, self.rules, self.redirect = row, rules, redirect
         self.text = ""
         self.token_ids: list[int] = []
+        self.shown_tokens = 0
         self.stop_string: str | None = None
-        self.is_closing = False
         self.end_id: int | None = None
         self._tokenizer, self._emit, self._k = tokenizer, emit, holdback_tokens
         self._is_cancelled = is_cancelled
         self._attempt = 0
-        self._opener: tuple[int, ...] = ()
-        self._stop_at: int | None = None
         self._n_released = 0
-        self._begin()
+        self.is_closing = self._is_cut = False
+        self._is_short = True
+        self._stop_at: int | None = None
+        self._begin(())
 
     @property
     def is_over(self) -> bool:
@@ -120,6 +124,22 @@ class RowRelease:
         """Count the model's tokens that were released, in all attempts."""
         return self._n_released
 
+    @property
+    def is_cut(self) -> bool:
+        """Say whether the response is complete, though the model has not ended it."""
+        return self._is_cut
+
+    @property
+    def n_chosen(self) -> int:
+        """Count the tokens chosen in this attempt, unseen ones included, end ids left out."""
+        return self._hold.said
+
+    @property
+    def reason(self) -> FinishReason:
+        """Say why a row that was not redirected has ended."""
+        # What is withheld is missing, as behind a cap.
+        return "length" if self._hold.withheld or self._is_short else "stop"
+
     def require_reader(self) -> None:
         """Check that somebody still reads.
 
@@ -129,12 +149,31 @@ class RowRelease:
         if self._is_cancelled():
             raise Cancelled
 
+    def hear(self, token: int, **facts: Any) -> bool:  # noqa: ANN401 - fields of TokenNote
+        """Take note of a chosen content id before `take`, for who has to end the row by its text.
+
+        Args:
+            token: Its id.
+            **facts: What is known of it, see `TokenNote`.
+
+        Returns:
+            Whether it completes a stop string.
+        """
+        self._said.push(token)
+        if facts:
+            self._facts[len(self._said.ids) - 1] = facts
+        return bool(self.rules.stop_strings) and self._watch.found() is not None
+
     def say(self, token: int) -> None:
         """Take a chosen content id; nobody has judged it yet."""
-        self._said.push(token)
+        if len(self._said.ids) == self._hold.said:  # else it was heard
+            self._said.push(token)
         self._hold.say()
-        if self.rules.stop_strings:
-            self._release(self._hold.pin(self._watch.held_from()))
+        if not self.rules.stop_strings:
+            return
+        found = None if self.rules.includes_stop else self._watch.found()
+        pinned = self._watch.held_from() if found is None else self._watch.id_at(found[1])
+        self._release(self._hold.pin(pinned))
 
     def take(self, token: int, index: int, turns: Turns) -> None:
         """Take a choice, what was said before it being judged.
@@ -149,31 +188,33 @@ class RowRelease:
             self.end(wanted)
         elif turn in ("ends", "stops"):
             if not self._is_cut:
-                self.end_id = token
+                self.end_id, self._is_short = token, False
             self.end(wanted if turn == "stops" else 0)
         elif turn == "looks":
+            self._is_short = self._is_short and self._is_cut
             self.cut()
-            self.look()
+            self._hold.say()
         else:
             self.say(token)
             if turn == "cut":
                 self.cut()
         self.is_closing = turns.is_last[index]
 
-    def judge(self) -> None:
-        """All that was said before the newest choice has been judged and passed."""
+    def judge(self, statistic: float | None = None) -> None:
+        """All that was said before the newest choice has been judged and passed.
+
+        Args:
+            statistic: Of the newest score, where somebody asks for it.
+        """
         waiting = self._hold.said - self._hold.judged
         if waiting:
+            self._note_statistic(self._hold.judged + waiting - 1, statistic)
             self._release(self._hold.judge(waiting))
 
     def cut(self) -> None:
         """The response is complete, though the model has not ended it: what follows is unseen."""
         self._hold.close()
         self._is_cut = True
-
-    def look(self) -> None:
-        """Take note of an unseen token behind the response; nobody has judged it yet."""
-        self._hold.say()
 
     def end(self, wanted: int = 0) -> None:
         """The row has ended and its tail was judged.
@@ -184,11 +225,21 @@ class RowRelease:
         found = self._watch.found() if self.rules.stop_strings and self._said.ids else None
         if found is not None:
             self.stop_string, place = found
+            self._is_short = False
             self._stop_at = None if self.rules.includes_stop else place
         self._release(self._hold.end(wanted=wanted), is_last=True)
 
-    def trip(self, trip: TripNotice) -> None:
-        """The row has tripped: release what the cut keeps, and say so."""
+    def trip(self, trip: TripNotice, statistic: float | None = None) -> int:
+        """The row has tripped: release what the cut keeps, and say so.
+
+        Args:
+            trip: Its trip.
+            statistic: Of the tripping score, where somebody asks for it.
+
+        Returns:
+            How many tokens were written and will not be shown.
+        """
+        self._note_statistic(self._hold.judged, statistic)
         kept = max(trip.cut.kept, self._hold.released)
         new = kept - self._hold.released
         self._hold.trip()
@@ -196,8 +247,17 @@ class RowRelease:
             self._release(new)
         dropped = trip.cut.kept + trip.cut.dropped - kept
         error = None if trip.error is None else f"{type(trip.error).__name__}: {trip.error}"
-        self._emit(Tripped(self.row, self.redirect, kept, dropped, self._attempt, error))
+        notes = self._notes(kept, kept + dropped)
+        self._emit(
+            Tripped(self.row, self.redirect, kept, dropped, self._attempt, error, statistic, notes)
+        )
         self.is_closing = False
+        return dropped
+
+    def leave(self) -> None:
+        """Nobody reads any more: nothing else is shown."""
+        if not self.is_over:
+            self._hold.trip()
 
     def speak(self, ids: Sequence[int], kind: Literal["refusal", "opener"]) -> None:
         """Show words of the guard behind what stands."""
@@ -206,32 +266,56 @@ class RowRelease:
         text = whole[len(self.text) :] if whole.startswith(self.text) else self._said.decoded(ids)
         self.token_ids += ids
         self.text += text
+        self.shown_tokens += len(ids)
         self._emit(GuardText(self.row, text, tuple(ids), kind))
 
     def retry(self, opener: Sequence[int]) -> None:
         """Begin a continuation; its opener is shown with the first token released after it."""
         self._attempt += 1
-        self._opener = tuple(opener)
-        self._begin()
+        self._begin(tuple(opener))
 
-    def finish(self, reason: FinishReason, trace: SafetyTrace) -> None:
-        """Emit the last event."""
+    def ended(self, reason: FinishReason, trace: SafetyTrace) -> Ended:
+        """Show what is left, and write the last event."""
+        self.complete()
         ids = tuple(self.token_ids)
-        whole = self._said.decoded(ids)
+        return Ended(self.row, reason, self.text, ids, trace, self.stop_string)
+
+    def complete(self) -> None:
+        """Show what is left of a character that a stop or a cancellation has cut in two."""
+        whole = self._said.decoded(self.token_ids)
         if self._stop_at is None and len(whole) > len(self.text) and whole.startswith(self.text):
-            # A stop or a cancellation has cut a character in two.
             rest = whole[len(self.text) :]
             self.text = whole
             self._emit(Released(self.row, rest, (), self._attempt))
-        self._emit(Ended(self.row, reason, self.text, ids, trace, self.stop_string))
 
-    def _begin(self) -> None:
+    def _begin(self, opener: tuple[int, ...]) -> None:
         self._hold = HoldBack(self._k)
         # The row's own run is decoded from its first id on, as its finished text is.
-        self._said = Detokenizer(self._tokenizer, [*self.token_ids, *self._opener])
+        self._said = Detokenizer(self._tokenizer, [*self.token_ids, *opener])
         self._watch = StopWatch(self._said, self.rules.stop_strings)
-        self._shown_tokens = self._shown_chars = 0
-        self.is_closing, self.end_id, self._is_cut = False, None, False
+        self._opener, self._facts = opener, dict[int, dict[str, Any]]()
+        self._shown_ids = self._shown_chars = 0
+        self.is_closing = self._is_cut = False
+        self._is_short, self._stop_at, self.end_id = True, None, None
+
+    def _note_statistic(self, index: int, statistic: float | None) -> None:
+        if statistic is not None:
+            self._facts.setdefault(index, {})["statistic"] = statistic
+
+    def _notes(self, first: int, last: int, stop: int | None = None) -> tuple[TokenNote, ...]:
+        """Say what is known of ids `first` to `last`, up to a character of the text."""
+        if not self.rules.tells_notes or first >= last:
+            return ()
+        said, notes = self._said, []
+        begin = said.end_of(first) if first else 0
+        for index in range(first, min(last, len(said.ids))):
+            end = said.end_of(index + 1)
+            if stop is not None and begin >= stop and end > begin:
+                break  # it belongs to the stop string
+            text = said.between(begin, end if stop is None else min(end, stop))
+            notes.append(TokenNote(said.ids[index], text, **self._facts.get(index, {})))
+            begin = end
+        return tuple(notes)
 
     def _release(self, new: int, *, is_last: bool = False) -> None:
         if self._opener and (new or is_last):
@@ -241,23 +325,25 @@ class RowRelease:
             self._show(new, is_last=is_last)
 
     def _show(self, new: int, *, is_last: bool = False) -> None:
-        said, first, last = self._said, self._shown_tokens, self._shown_tokens + new
+        said, first, last = self._said, self._shown_ids, self._shown_ids + new
         is_whole = is_last and last == len(said.ids)  # else a tail is withheld
         if is_whole:
             said.flush()
         ids = said.ids[first:last]
         stop = len(said.text) if is_whole else said.end_of(last) if last else 0
+        notes = self._notes(first, last, self._stop_at if is_last else None)
         if is_last and self._stop_at is not None and stop > self._stop_at:
             stop = self._stop_at
             ends = said.ends[first:last]
             ids = [token for token, end in zip(ids, ends, strict=True) if end <= stop]
         text = said.between(self._shown_chars, stop)
-        self._shown_tokens, self._shown_chars = last, stop
+        self._shown_ids, self._shown_chars = last, stop
         if ids or text:
             self._n_released += len(ids)
+            self.shown_tokens += len(notes) if self.rules.tells_notes else len(ids)
             self.token_ids += ids
             self.text += text
-            self._emit(Released(self.row, text, tuple(ids), self._attempt))
+            self._emit(Released(self.row, text, tuple(ids), self._attempt, notes))
 
 
 class Releaser:

@@ -272,8 +272,9 @@ def test_another_device_is_refused() -> None:
 
 
 def test_the_server_refuses_a_changed_model_and_closes_its_rows() -> None:
-    from safe_decode.engines.rows import Finished, Row, RowPolicy, RowRequest, Sampling
+    from safe_decode.engines.rows import Row, RowPolicy, RowRequest, Sampling
     from safe_decode.engines.transformers.batch.engine import TransformersEngine
+    from safe_decode.streaming.events import Finished
 
     model, events = tiny_model(), []
     engine = TransformersEngine(decoder_for(model, byte_tokenizer()))

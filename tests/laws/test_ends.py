@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
-from safe_decode.engines.rows import Row, RowPolicy, RowRequest, Said, Sampling
+from safe_decode.engines.rows import Row, RowPolicy, RowRequest, Sampling
 from safe_decode.engines.transformers.decoder import SafeDecoder
-from safe_decode.streaming.events import Ended
+from safe_decode.streaming.events import Ended, GuardText, Released
 from safe_decode.testing.bundles import decoder_for, peaks
 from safe_decode.testing.models import EOS
 from tests.laws.test_laws import PROMPTS, bare
@@ -310,7 +310,9 @@ def served(samplings, prefill="0", redirect="refuse", holdback=HOLDBACK):
         for sampling, events in zip(samplings, told, strict=True)
     ]
     engine.run(rows)
-    texts = ["".join(e.text for e in events if isinstance(e, Said)) for events in told]
+    texts = [
+        "".join(e.text for e in events if isinstance(e, Released | GuardText)) for events in told
+    ]
     return texts, [row.trace for row in rows]
 
 

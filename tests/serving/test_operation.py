@@ -10,12 +10,13 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from safe_decode.engines.rows import Finished, Row, RowRequest, Said, Sampling, TokenNote
+from safe_decode.engines.rows import Row, RowRequest, Sampling
 from safe_decode.engines.transformers.batch.timing import TimedLoop
 from safe_decode.errors import CanaryError, ConfigurationError
 from safe_decode.serving.app import create_app
 from safe_decode.serving.operations.audit import AuditLog
 from safe_decode.session.session import SessionRow
+from safe_decode.streaming.events import Finished, GuardText, Released, TokenNote
 from tests.servers import MODEL, settings_of, staged_engine
 from tests.staged import ATTACK, CALM, CALM_TEXT
 
@@ -60,7 +61,7 @@ class SlowEngine:
                     left.remove(row)
             if self.go.is_set():
                 for row in left:
-                    row.emit(Said("done", (TokenNote(7, "done"),)))
+                    row.emit(Released(0, "done", (7,), notes=(TokenNote(7, "done"),)))
                     row.emit(Finished("stop", outcome="released", shown_tokens=1))
                 return
             time.sleep(0.005)
@@ -157,7 +158,9 @@ def test_a_cancelled_row_leaves_its_neighbours_alone():
     engine.run(rows)
     assert [events[-1].reason for events in told] == ["stop", "cancelled", "stop"]
     assert told[1] == [Finished("cancelled")]
-    texts = ["".join(e.text for e in told[i] if isinstance(e, Said)) for i in (0, 2)]
+    texts = [
+        "".join(e.text for e in told[i] if isinstance(e, Released | GuardText)) for i in (0, 2)
+    ]
     assert texts == [CALM_TEXT, CALM_TEXT]
 
 

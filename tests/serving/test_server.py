@@ -9,10 +9,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from safe_decode.certificate import Certificate
-from safe_decode.engines.rows import Row, RowRequest, Said, Sampling
+from safe_decode.engines.rows import Row, RowRequest, Sampling
 from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.serving.app import create_app
+from safe_decode.streaming.events import GuardText, Released
 from tests.servers import MODEL, settings_of, staged_engine
 from tests.staged import ATTACK, CALM, CALM_TEXT, KEPT, OPENER, staged
 
@@ -117,7 +118,7 @@ def test_the_server_says_what_the_decoder_says():
     )
     assert any(row.trace.tripped for row in rows) and not all(row.trace.tripped for row in rows)
     for events, row, text, trace in zip(told, rows, output.texts, output.traces, strict=True):
-        assert "".join(e.text for e in events if isinstance(e, Said)) == text
+        assert "".join(e.text for e in events if isinstance(e, Released | GuardText)) == text
         assert row.trace.end == trace.end and events[-1].outcome == trace.end.outcome
         mine = [step.statistic for step in row.trace.steps]
         assert mine == pytest.approx([step.statistic for step in trace.steps], abs=1e-4)
@@ -135,7 +136,10 @@ def test_a_row_s_draws_do_not_depend_on_its_neighbours():
                 for sampling, events in zip(samplings, told, strict=True)
             ]
         )
-        return ["".join(e.text for e in events if isinstance(e, Said)) for events in told]
+        return [
+            "".join(e.text for e in events if isinstance(e, Released | GuardText))
+            for events in told
+        ]
 
     samplings = [
         Sampling(max_tokens=24, seed=5, temperature=1.0),

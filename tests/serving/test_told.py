@@ -10,12 +10,13 @@ import pytest
 from starlette.testclient import TestClient
 
 from safe_decode.certificate import Certificate
-from safe_decode.engines.rows import Finished, Row, RowRequest, Said, Sampling
+from safe_decode.engines.rows import Row, RowRequest, Sampling
 from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.serving.app import create_app
 from safe_decode.serving.scheduling.response import pieces_of
 from safe_decode.serving.schemas.requests import ChatMessage
+from safe_decode.streaming.events import Finished, GuardText, Released
 from tests.servers import MODEL, settings_of, staged_engine
 from tests.staged import ATTACK, CALM, KEPT, OPENER, staged
 
@@ -79,7 +80,7 @@ def trip_of(engine):
     events = []
     request = RowRequest(engine.chat(ATTACK), Sampling(max_tokens=64, seed=0), engine.facts.policy)
     engine.run([Row(request, events.append)])
-    said = [e.text for e in events if isinstance(e, Said) and e.by == "model"]
+    said = [e.text for e in events if isinstance(e, Released) and e.attempt == 0]
     (end,) = (e for e in events if isinstance(e, Finished))
     return end.trip_step, "".join(said), said
 
@@ -151,13 +152,15 @@ def test_what_stands_is_cut_into_tokens_and_nothing_else_is_cut():
     request = RowRequest(engine.chat(ATTACK), Sampling(max_tokens=64, seed=0), engine.facts.policy)
     engine.run([Row(request, events.append)])
     cut = [piece for event in events for piece in pieces_of(event)]
-    said = [piece for piece in cut if isinstance(piece, Said)]
-    assert all(len(piece.tokens) == 1 for piece in said if piece.by == "model")
-    assert "".join(p.text for p in said) == "".join(e.text for e in events if isinstance(e, Said))
-    assert [e for e in cut if not isinstance(e, Said)] == [
-        e for e in events if not isinstance(e, Said)
+    said = [piece for piece in cut if isinstance(piece, Released | GuardText)]
+    assert all(len(piece.notes) == 1 for piece in said if isinstance(piece, Released))
+    assert "".join(p.text for p in said) == "".join(
+        e.text for e in events if isinstance(e, Released | GuardText)
+    )
+    assert [e for e in cut if not isinstance(e, Released | GuardText)] == [
+        e for e in events if not isinstance(e, Released | GuardText)
     ]
-    whole = Said("text without tokens", ())
+    whole = Released(0, "text without tokens", ())
     assert list(pieces_of(whole)) == [whole]
 
 

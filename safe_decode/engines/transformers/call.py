@@ -114,7 +114,7 @@ class GuardedCall:
                 sequences = getattr(loop.generation, "sequences", loop.generation)
             if cache is not None and (session.trips or sequences is None):
                 forget(cache, cached)
-        return self._finished(session, loop, sequences, releaser)
+        return self._finished(session, loop, sequences, releaser, watch)
 
     def _loop(self, session: Session, follower: Releaser | None) -> Loop:
         if self.mode.method != "step":
@@ -208,6 +208,7 @@ class GuardedCall:
         loop: Loop,
         sequences: Tensor | None,
         releaser: Releaser | None,
+        watch: StreamSink | None,
     ) -> GuardedOutput:
         """Redirect what tripped and tell the rest; `sequences` is None after a cancellation."""
         assert loop.settings is not None
@@ -234,9 +235,9 @@ class GuardedCall:
                 ahead=loop.ahead(row, record.ahead),
             )
             outcomes.append(outcome)
-            if reader is not None:
+            if reader is not None and watch is not None:
                 trace = self._rows.writer(row).trace(outcome, voids[row])
-                reader.finish(finish_reason(outcome, reader, settings), trace)
+                watch.emit(reader.ended(finish_reason(outcome, reader, settings), trace))
         return self._output(picked, outcomes, voids, loop)
 
     def _picked(self, session: Session, loop: Loop) -> tuple[list[int], list[int]]:

@@ -10,16 +10,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safe_decode.certificate import Certificate
 from safe_decode.engines.interface import GuardFacts
-from safe_decode.engines.rows import Event, Finished, RowRequest, RowTripped, Said, TokenNote
+from safe_decode.engines.rows import RowRequest
 from safe_decode.serving.settings import ServeSettings
+from safe_decode.streaming.events import (
+    Finished,
+    GuardText,
+    Released,
+    RowEvent,
+    TokenNote,
+    Tripped,
+)
 from safe_decode.trace.risk import risk_of
 
-__all__ = ["Exposure", "ResponseState", "pieces_of"]
+__all__ = ["Exposure", "ResponseState", "is_before_trip", "notes_of", "pieces_of"]
 
 
 @dataclass(frozen=True)
@@ -91,26 +99,26 @@ class ResponseState:
     content: str = ""
     refusal: str = ""
     notes: list[TokenNote] = field(default_factory=list)
-    trip: RowTripped | None = None
+    trip: Tripped | None = None
     end: Finished | None = None
     began_at: float = field(default_factory=time.monotonic)
     first_at: float | None = None
     last_at: float | None = None
 
-    def take(self, event: Event) -> None:
+    def take(self, event: RowEvent) -> None:
         """Take note of an event."""
-        if isinstance(event, Said):
+        if isinstance(event, Released | GuardText):
             self.last_at = time.monotonic()
             self.first_at = self.first_at or self.last_at
             self._hear(event)
-        elif isinstance(event, RowTripped):
-            self.trip = event
+        elif isinstance(event, Tripped):
+            self.trip = self.trip or event
         else:
             self.end = event
 
-    def shown_as_content(self, said: Said) -> bool:
+    def shown_as_content(self, said: Released | GuardText) -> bool:
         """Say whether a text stands in `content`."""
-        return said.by == "model" or self.exposure.settings.refusal_as_content
+        return is_before_trip(said) or self.exposure.settings.refusal_as_content
 
     @property
     def threshold(self) -> float:
@@ -162,23 +170,33 @@ class ResponseState:
             told["trip"] = self.trip_told()
         return told
 
-    def _hear(self, said: Said) -> None:
-        if said.by == "model":
-            self.notes += said.tokens
+    def _hear(self, said: Released | GuardText) -> None:
+        if is_before_trip(said):
+            self.notes += notes_of(said)
         else:
             self.refusal += said.text
         if self.shown_as_content(said):
             self.content += said.text
 
 
-def pieces_of(event: Event) -> Iterator[Event]:
+def is_before_trip(said: Released | GuardText) -> bool:
+    """Say whether a text is the model's own from before any trip."""
+    return isinstance(said, Released) and said.attempt == 0
+
+
+def notes_of(said: Released | GuardText) -> tuple[TokenNote, ...]:
+    """Return what is known of the tokens of a text; nothing of the guard's own."""
+    return said.notes if isinstance(said, Released) else ()
+
+
+def pieces_of(event: RowEvent) -> Iterator[RowEvent]:
     """Cut the model's own words into one event a token.
 
     A trip shows at once what stands, which until then was held back: in one piece, its length
     would tell a reader how far behind the trip it came.
     """
-    if isinstance(event, Said) and event.by == "model" and len(event.tokens) > 1:
-        for note in event.tokens:
-            yield Said(note.text, (note,))
+    if isinstance(event, Released) and len(event.notes) > 1:
+        for note in event.notes:
+            yield replace(event, text=note.text, token_ids=(note.token,), notes=(note,))
     else:
         yield event

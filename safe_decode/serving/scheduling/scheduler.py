@@ -19,12 +19,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from safe_decode.engines.interface import Engine
-from safe_decode.engines.rows import Finished, RowRequest
+from safe_decode.engines.rows import RowRequest
 from safe_decode.serving.operations.canary_watch import CanaryWatch
 from safe_decode.serving.operations.metrics import Metrics
 from safe_decode.serving.scheduling.tickets import EventBridge, QueuedRow, RequestHandle
 from safe_decode.serving.schemas.errors import ApiError
 from safe_decode.serving.settings import ServeSettings
+from safe_decode.streaming.events import Finished
 from safe_decode.streaming.openmp import release_workers
 
 __all__ = ["Scheduler"]

@@ -16,7 +16,7 @@ from typing import Any
 from starlette.requests import Request
 
 from safe_decode.engines.interface import Engine
-from safe_decode.engines.rows import Event, Finished, RowRequest, RowTripped
+from safe_decode.engines.rows import RowRequest
 from safe_decode.serving.operations.audit import AuditLog
 from safe_decode.serving.operations.metrics import Metrics
 from safe_decode.serving.operations.telemetry import Telemetry
@@ -27,6 +27,7 @@ from safe_decode.serving.scheduling.scheduler import Scheduler
 from safe_decode.serving.scheduling.tickets import RequestHandle
 from safe_decode.serving.schemas.errors import ApiError
 from safe_decode.serving.settings import ServeSettings
+from safe_decode.streaming.events import Finished, RowEvent, Tripped
 
 __all__ = ["ResponseInProgress", "Service"]
 
@@ -41,7 +42,7 @@ class ResponseInProgress:
     """
 
     stories: list[ResponseState]
-    events: AsyncGenerator[tuple[int, Event], None]
+    events: AsyncGenerator[tuple[int, RowEvent], None]
 
 
 class Service:
@@ -144,7 +145,7 @@ class Service:
         stories: Sequence[ResponseState],
         request: Request,
         endpoint: str,
-    ) -> AsyncGenerator[tuple[int, Event], None]:
+    ) -> AsyncGenerator[tuple[int, RowEvent], None]:
         """Yield events, each once its story has taken it; count and audit what has ended.
 
         A trip that is not told is no event: not even the time at which headers leave tells of it.
@@ -157,7 +158,7 @@ class Service:
                         story.take(event)
                         if isinstance(event, Finished):
                             self._settle(story, request, endpoint)
-                        if not isinstance(event, RowTripped) or story.trip_told() is not None:
+                        if not isinstance(event, Tripped) or story.trip_told() is not None:
                             yield index, event
         finally:
             tickets.cancel()
@@ -226,8 +227,8 @@ async def _left(request: Request) -> None:
 
 
 async def _rejoined(
-    first: tuple[int, Event], rest: AsyncGenerator[tuple[int, Event], None]
-) -> AsyncGenerator[tuple[int, Event], None]:
+    first: tuple[int, RowEvent], rest: AsyncGenerator[tuple[int, RowEvent], None]
+) -> AsyncGenerator[tuple[int, RowEvent], None]:
     async with aclosing(rest):
         yield first
         async for item in rest:

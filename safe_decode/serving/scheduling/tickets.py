@@ -10,7 +10,8 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 
-from safe_decode.engines.rows import Event, Finished, Row, RowRequest
+from safe_decode.engines.rows import Row, RowRequest
+from safe_decode.streaming.events import Finished, RowEvent
 
 __all__ = ["EventBridge", "QueuedRow", "RequestHandle"]
 
@@ -46,7 +47,7 @@ class RequestHandle:
         self._timeout_s = timeout_s
         self.tickets = [QueuedRow(request, key, post, self._inbox) for request in requests]
 
-    async def events(self) -> AsyncGenerator[tuple[int, Event], None]:
+    async def events(self) -> AsyncGenerator[tuple[int, RowEvent], None]:
         """Yield the rows' events with their indices, until all have ended.
 
         A reader who leaves cancels what is left.
@@ -68,7 +69,7 @@ class RequestHandle:
         finally:
             self.cancel()
 
-    async def _next(self, deadline: float) -> tuple[QueuedRow, Event]:
+    async def _next(self, deadline: float) -> tuple[QueuedRow, RowEvent]:
         """Wait for an event, in no task of its own: this is on the way of every token."""
         if self._inbox.empty():
             async with asyncio.timeout_at(deadline):
@@ -81,7 +82,7 @@ class RequestHandle:
             ticket.row.cancel()
 
 
-Inbox = asyncio.Queue[tuple[QueuedRow, Event]]
+Inbox = asyncio.Queue[tuple[QueuedRow, RowEvent]]
 
 
 class EventBridge:
@@ -89,10 +90,10 @@ class EventBridge:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: deque[tuple[Inbox, tuple[QueuedRow, Event]]] = deque()
+        self._waiting: deque[tuple[Inbox, tuple[QueuedRow, RowEvent]]] = deque()
         self._is_called = False
 
-    def send(self, inbox: Inbox, mail: tuple[QueuedRow, Event]) -> None:
+    def send(self, inbox: Inbox, mail: tuple[QueuedRow, RowEvent]) -> None:
         """Bring an event to whoever reads the inbox."""
         self._waiting.append((inbox, mail))
         if self._is_called:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from safe_decode.engines.rows import Event, Finished, RowTripped, Said
-from safe_decode.serving.scheduling.response import ResponseState
+from safe_decode.serving.scheduling.response import ResponseState, is_before_trip, notes_of
+from safe_decode.streaming.events import Finished, GuardText, Released, RowEvent, Tripped
 
 __all__ = ["MessageFormatter"]
 
@@ -62,21 +62,21 @@ class MessageFormatter:
             {"type": "content_block_start", "index": 0, "content_block": block},
         )
 
-    def events(self, story: ResponseState, event: Event) -> Iterator[NamedEvent]:
+    def events(self, story: ResponseState, event: RowEvent) -> Iterator[NamedEvent]:
         """Write the events of an event that `story` has taken."""
-        if isinstance(event, Said) and story.shown_as_content(event):
+        if isinstance(event, Released | GuardText) and story.shown_as_content(event):
             delta: dict[str, Any] = {
                 "type": "content_block_delta",
                 "index": 0,
                 "delta": {"type": "text_delta", "text": event.text},
             }
-            tokens = story.exposure.tokens(event.tokens, story.threshold)
+            tokens = story.exposure.tokens(notes_of(event), story.threshold)
             if tokens:
                 delta["safety"] = {"tokens": tokens}
-            if event.by == "redirect":
+            if not is_before_trip(event):
                 delta["safety"] = {**delta.get("safety", {}), "by": "redirect"}
             if self.gives_ids:
-                delta["token_ids"] = [note.token for note in event.tokens]
+                delta["token_ids"] = list(event.token_ids)
             yield "content_block_delta", delta
         elif isinstance(event, Finished):
             yield "content_block_stop", {"type": "content_block_stop", "index": 0}
@@ -89,7 +89,7 @@ class MessageFormatter:
             yield "message_delta", delta
             yield "message_stop", {"type": "message_stop"}
         else:
-            assert isinstance(event, Said | RowTripped)
+            assert isinstance(event, Released | GuardText | Tripped)
 
     def _head(self, story: ResponseState) -> dict[str, Any]:
         del story

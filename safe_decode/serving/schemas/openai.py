@@ -12,8 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from safe_decode.engines.rows import Event, Finished, RowTripped, Said, TokenNote
-from safe_decode.serving.scheduling.response import ResponseState
+from safe_decode.serving.scheduling.response import ResponseState, is_before_trip, notes_of
+from safe_decode.streaming.events import (
+    Finished,
+    GuardText,
+    Released,
+    RowEvent,
+    TokenNote,
+    Tripped,
+)
 
 __all__ = ["ChatFormatter", "CompletionFormatter", "ResponseFormatter", "usage_of"]
 
@@ -59,12 +66,12 @@ class ResponseFormatter:
             "system_fingerprint": self.fingerprint,
         }
 
-    def chunks(self, index: int, story: ResponseState, event: Event) -> list[dict[str, Any]]:
+    def chunks(self, index: int, story: ResponseState, event: RowEvent) -> list[dict[str, Any]]:
         """Write the chunks of an event that `story` has taken."""
-        if isinstance(event, Said):
-            ids = {"token_ids": [note.token for note in event.tokens]} if self.gives_ids else {}
+        if isinstance(event, Released | GuardText):
+            ids = {"token_ids": list(event.token_ids)} if self.gives_ids else {}
             choices = [{**self.said(story, event), **ids}]
-        elif isinstance(event, RowTripped):
+        elif isinstance(event, Tripped):
             told = story.trip_told()
             choices = [] if told is None else [{**self.empty(), "safety": {"trip": told}}]
         else:
@@ -87,7 +94,7 @@ class ResponseFormatter:
         """Write a finished choice."""
         raise NotImplementedError
 
-    def said(self, story: ResponseState, said: Said) -> dict[str, Any]:
+    def said(self, story: ResponseState, said: Released | GuardText) -> dict[str, Any]:
         """Write what a chunk's choice says, without its index."""
         raise NotImplementedError
 
@@ -132,17 +139,17 @@ class ChatFormatter(ResponseFormatter):
             "safety": story.safety(),
         }
 
-    def said(self, story: ResponseState, said: Said) -> dict[str, Any]:
+    def said(self, story: ResponseState, said: Released | GuardText) -> dict[str, Any]:
         """Write a delta: content before a trip, refusal after it."""
         delta: dict[str, Any] = {}
         if story.shown_as_content(said):
             delta["content"] = said.text
-        if said.by == "redirect":
+        if not is_before_trip(said):
             delta["refusal"] = said.text
         choice: dict[str, Any] = {"delta": delta, "logprobs": None, "finish_reason": None}
-        if said.by == "model":
-            choice["logprobs"] = self._logprobs(story, said.tokens)
-        tokens = story.exposure.tokens(said.tokens, story.threshold)
+        if is_before_trip(said):
+            choice["logprobs"] = self._logprobs(story, notes_of(said))
+        tokens = story.exposure.tokens(notes_of(said), story.threshold)
         return {**choice, "safety": {"tokens": tokens}} if tokens else choice
 
     def empty(self) -> dict[str, Any]:
@@ -180,15 +187,15 @@ class CompletionFormatter(ResponseFormatter):
             "safety": story.safety(),
         }
 
-    def said(self, story: ResponseState, said: Said) -> dict[str, Any]:
+    def said(self, story: ResponseState, said: Released | GuardText) -> dict[str, Any]:
         """Write a piece of text."""
         shown = said.text if story.shown_as_content(said) else ""
         choice: dict[str, Any] = {"text": shown, "logprobs": None, "finish_reason": None}
-        if said.by == "redirect":
+        if not is_before_trip(said):
             return {**choice, "refusal": said.text}
         start = len(story.content) - len(said.text)
-        tokens = story.exposure.tokens(said.tokens, story.threshold)
-        choice["logprobs"] = self._logprobs(story, said.tokens, start)
+        tokens = story.exposure.tokens(notes_of(said), story.threshold)
+        choice["logprobs"] = self._logprobs(story, notes_of(said), start)
         return {**choice, "safety": {"tokens": tokens}} if tokens else choice
 
     def empty(self) -> dict[str, Any]:

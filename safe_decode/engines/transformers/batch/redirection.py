@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_decode.engines.rows import Finished, Row, RowTripped
-from safe_decode.engines.transformers.batch.release import ServedRowRelease
+from safe_decode.engines.rows import Row
+from safe_decode.engines.transformers.batch.served_row import ServedRow
 from safe_decode.engines.transformers.call_spec import GuardedModel
 from safe_decode.engines.transformers.guarded_rows import GuardedRows
 from safe_decode.engines.transformers.loops.settings import CallSettings
 from safe_decode.policy.redirect import REDIRECTS, CannedTexts
 from safe_decode.session.records import Redirected
 from safe_decode.session.session import Trip
+from safe_decode.streaming.events import Finished, Tripped
+from safe_decode.streaming.release import Cancelled
 
 __all__ = ["Redirection", "RunGuard", "close_row"]
 
@@ -30,7 +32,7 @@ _LOG = logging.getLogger("safe_decode.serving")
 def close_row(row: Row, error: BaseException) -> None:
     """End a row whose engine failed; what was held back is never shown."""
     name = type(error).__name__
-    row.emit(RowTripped(row.request.policy.redirect, None, error=name))
+    row.emit(Tripped(0, row.request.policy.redirect, 0, 0, error=name))
     row.emit(Finished("content_filter", outcome="closed", error=f"{name}: {error}"))
 
 
@@ -57,37 +59,41 @@ class Redirection:
     Args:
         rows: Of the batch.
         index: Of the row.
-        release: Of the row; has shown what stands.
+        served: The row; its reader is told of the trip here.
         trip: The trip.
         settings: Of the row.
-        dropped: Tokens that were taken back.
+        statistic: Of the tripping score; None if the guard failed.
     """
 
     def __init__(
         self,
         rows: GuardedRows,
         index: int,
-        release: ServedRowRelease,
+        served: ServedRow,
         trip: Trip,
         *,
         settings: CallSettings,
-        dropped: int,
+        statistic: float | None,
     ) -> None:
-        self._rows, self._index = rows, index
-        self._release, self._trip, self._settings = release, trip, settings
-        self._dropped, self._trip_step = dropped, release.scores - 1
+        self._rows, self._index, self._served = rows, index, served
+        self._trip, self._settings = trip, settings
+        self._trip_step = served.row.request.prompt.scanned + served.release.n_chosen - 1
+        self._dropped = served.trip(trip, statistic)
 
     def __call__(self) -> Redirected:
         """Continue or refuse the row, and end it."""
-        row = self._release.row
+        row, release = self._served.row, self._served.release
         try:
             with torch.no_grad():
                 redirected = self._redirect(row)
+        except Cancelled:
+            self._served.leave()
+            raise
         except Exception as error:
             _LOG.exception("a continuation failed")
             close_row(row, error)
             raise
-        self._speak(redirected)
+        release.complete()
         failed = self._trip.error or next(
             (t.record.error for t in redirected.tries if t.record.error is not None), None
         )
@@ -95,11 +101,11 @@ class Redirection:
             Finished(
                 "content_filter",
                 outcome="closed" if failed else REDIRECTS[redirected.how].outcome,
-                shown_tokens=self._release.shown_tokens,
+                shown_tokens=release.shown_tokens,
                 dropped_tokens=self._dropped,
                 trip_step=self._trip_step,
-                void=self._release.void,
-                stop=self._release.stop,
+                void=self._served.void,
+                stop=release.stop_string,
                 error=None if failed is None else f"{type(failed).__name__}: {failed}",
             )
         )
@@ -121,22 +127,14 @@ class Redirection:
             row=0,  # the row's own seed decides
             prompt=prompt.ids,
             prefill_tokens=prompt.prefill_tokens,
-            said=self._release.said_ids,
+            said=self._served.said_ids,
+            reader=self._served.release,
         )
 
     def _stops(self, ids: Tensor) -> bool:
         """Say whether the words of a continuation [n] hold a stop string; its newest ids decide."""
-        stops = self._release.row.request.sampling.stop
+        stops = self._served.row.request.sampling.stop
         # A character may be split over four ids of bytes.
         newest = ids[-4 * max(map(len, stops)) - 16 :].tolist()
         text = self._rows.protected.tokenizer.decode(newest, skip_special_tokens=True)
         return any(stop in text for stop in stops)
-
-    def _speak(self, redirected: Redirected) -> None:
-        kept = tuple(self._release.said_ids[: self._trip.cut.kept])
-        after = redirected.ids[len(kept) :]
-        ends = self._settings.end_ids
-        shown = tuple(token for token in after if token not in ends)
-        last = redirected.tries[-1].ids if REDIRECTS[redirected.how].resumes else ()
-        n_models = sum(token not in ends for token in last)
-        self._release.speak(shown, kept, n_models=n_models)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from safe_decode.engines.interface import StepTimes
-from safe_decode.engines.rows import Row, RowTripped, Sampling, TokenNote
+from safe_decode.engines.rows import Row, Sampling
 from safe_decode.engines.transformers.batch.redirection import Redirection, RunGuard
-from safe_decode.engines.transformers.batch.release import ServedRowRelease
 from safe_decode.engines.transformers.batch.sampler import RowSampler
+from safe_decode.engines.transformers.batch.served_row import ServedRow
 from safe_decode.engines.transformers.batch.timing import TimedLoop
 from safe_decode.engines.transformers.call_spec import RowSpec
 from safe_decode.engines.transformers.coverage import options_in_force, request_options
@@ -53,8 +53,8 @@ class BatchRun:
         # The model's own configuration acts here too; sampling is the row sampler's alone.
         self._own_options = options_in_force(self._model.generation_config, samples=False)
         self._settings = [self._settings_of(row) for row in rows]
-        self._releases = [
-            ServedRowRelease(row, self._decode, void=self._rows.void(i, self._settings[i]))
+        self._served = [
+            ServedRow(row, self._tokenizer, void=self._rows.void(i, self._settings[i]))
             for i, row in enumerate(rows)
         ]
         self._sampler = RowSampler(
@@ -99,92 +99,74 @@ class BatchRun:
         self, newest: Sequence[int], turns: Turns | None, trips: Mapping[int, Trip]
     ) -> None:
         """Take note of one choice, and of what the newest score says of the choice before."""
-        del newest  # the stopping criterion has taken them
-        self._said += 1
         statistics = self._statistics()
-        for index, release in enumerate(self._releases):
-            if release.is_over:
+        for index, served in enumerate(self._served):
+            release = served.release
+            if served.is_over:
                 continue
-            statistic = None if statistics is None else statistics[index]
             if index in trips:
                 self._redirect(index, trips[index])
                 continue
-            release.judge(statistic)
-            if turns is not None:
-                self._take(index, turns)
-
-    def _take(self, index: int, turns: Turns) -> None:
-        """Take a choice of a row, what was said before it being judged."""
-        release = self._releases[index]
-        turn, wanted = turns.turns[index], turns.wanted[index]
-        if release.is_closing:
-            release.end(wanted, is_flagged=self._is_flagged(index))
-        elif turn in ("ends", "stops"):
-            if not release.is_cut:
-                release.ends_by = "stop"
-            own = wanted if turn == "stops" else 0
-            release.end(own, is_flagged=self._is_flagged(index))
-        elif turn == "looks":
-            release.cut("stop")
-            release.look()
-        elif turn == "cut":
-            release.cut("length")
-        release.is_closing = turns.is_last[index]
+            release.judge(None if statistics is None else statistics[index])
+            if turns is None:
+                release.say(newest[index])
+                continue
+            release.take(newest[index], index, turns)
+            if release.is_over:
+                served.finish(is_flagged=self._is_flagged(index))
 
     def on_end(self, wanted: Sequence[int], trips: Mapping[int, Trip]) -> None:
         """Take note that the tails of all rows were judged."""
         statistics = self._statistics()
-        for index, release in enumerate(self._releases):
-            if release.is_over:
+        for index, served in enumerate(self._served):
+            release = served.release
+            if served.is_over:
                 continue
             if index in trips:
                 self._redirect(index, trips[index])
                 continue
-            release.tail_is_judged()
             release.judge(None if statistics is None else statistics[index])
-            release.end(wanted[index], is_flagged=self._is_flagged(index))
+            release.end(wanted[index])
+            served.finish(is_flagged=self._is_flagged(index))
 
     def write_traces(self) -> None:
         """Fill the rows' traces."""
         assert self._loop is not None
         for index, (row, record) in enumerate(zip(self._asked, self._records, strict=True)):
-            release = self._releases[index]
+            served = self._served[index]
             future = self._redirected.get(index)
             failed = future is None or future.exception() is not None
             finished = self._rows.finished(
                 index,
                 record,
-                release.said_ids,
+                served.said_ids,
                 redirected=None if future is None or failed else future.result(),
                 withheld=self._loop.ends[index].withheld,
                 ahead=self._loop.ahead(index, record.ahead),
             )
-            row.trace = self._rows.writer(index).trace(finished, release.void)
+            row.trace = self._rows.writer(index).trace(finished, served.void)
 
     def _enders(self, input_ids: Tensor, _scores: object, **_: object) -> Tensor:
         """The stopping criterion of the batch: caps, stop strings, readers who left."""
-        ends = []
-        for index, token in enumerate(input_ids[:, -1].tolist()):
-            ends.append(self._hear(index, token))
+        self._said += 1
+        ends = [self._hear(index, token) for index, token in enumerate(input_ids[:, -1].tolist())]
         return torch.tensor(ends, device=input_ids.device)
 
     def _hear(self, index: int, token: int) -> bool:
-        release = self._releases[index]
-        if release.row.is_cancelled and not release.is_over:
-            release.finish("cancelled")
-        if not release.goes_on:
+        served = self._served[index]
+        if served.row.is_cancelled and not served.is_over:
+            served.leave()
+        if not served.goes_on:
             return True
         if token in self._ends:
             return False  # the loop's own criterion ends it
-        note, is_last = TokenNote(token, ""), self._said + 1 >= self._settings[index].max_new_tokens
+        facts = {}
         if index in self._reported and self._sampler.chosen is not None:
-            top = release.row.request.sampling.top_logprobs or 0
-            logprob, others = self._sampler.chosen.of(self._reported[index], token, top)
-            note = TokenNote(token, "", logprob=logprob, top=others)
-        if not release.say(note) and not is_last:
-            return False
-        release.cut("length")
-        return True
+            n_top = served.row.request.sampling.top_logprobs or 0
+            logprob, top = self._sampler.chosen.of(self._reported[index], token, n_top)
+            facts = {"logprob": logprob, "top": top}
+        has_stopped = served.release.hear(token, **facts)
+        return has_stopped or self._said >= self._settings[index].max_new_tokens
 
     def _statistics(self) -> list[float] | None:
         """Read every row's statistic, if it is told; the guard itself looks less often."""
@@ -203,18 +185,10 @@ class BatchRun:
         return not spec.policy.protects and self._statistic(index) > spec.threshold
 
     def _redirect(self, index: int, trip: Trip) -> None:
-        release, policy = self._releases[index], self._rows.specs[index].policy
-        error = None if trip.error is None else type(trip.error).__name__
+        served, policy = self._served[index], self._rows.specs[index].policy
         value = self._statistic(index) if trip.error is None else None
-        dropped = release.trip(trip.cut.kept, value)
-        release.row.emit(RowTripped(policy.redirect, value, dropped, error))
         job = Redirection(
-            self._rows,
-            index,
-            release,
-            trip,
-            settings=self._settings[index],
-            dropped=len(dropped),
+            self._rows, index, served, trip, settings=self._settings[index], statistic=value
         )
         if policy.rule.resumes and trip.error is None:
             self._redirected[index] = self._pool.submit(job)
@@ -244,9 +218,6 @@ class BatchRun:
             pad_id=self._tokenizer.pad_token_id,
             options={**self._own_options, **request_options(sampling)},
         )
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _is_reweighed(sampling: Sampling) -> bool:
