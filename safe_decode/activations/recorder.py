@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from safe_decode.activations.compiled.buffers import ActivationBuffers
+from safe_decode.activations.pieces import (
+    COPIED,
+    Piece,
+    by_forward,
+    require_unchanged,
+    site_name,
+)
 from safe_decode.activations.site import Site, n_features
 from safe_decode.errors import BeatError, ConfigurationError
 
-__all__ = ["WHOLE_ELEMENTS", "ForwardRecorder", "site_name", "unequal"]
+__all__ = ["WHOLE_ELEMENTS", "ForwardRecorder"]
 
 WHOLE_ELEMENTS = 1 << 17
 """Up to this many numbers on the CPU, one joint copy of whole activations and one selection are
 cheaper than a selection at each site; accelerators gain at any size, since they pay a launch."""
-_COPIED = -1
-"""In place of a tensor's version: the piece is our own."""
-
-
-_Piece = tuple[int, Tensor, int, int]
-"""What arrived at one site, whole and lent or the channels alone and copied: index of the site,
-activation, its version, positions that passed."""
 
 
 class ForwardRecorder:
@@ -66,7 +66,7 @@ class ForwardRecorder:
         self._keep: int | None = 1
         self.is_open = True
         self.batch = 0
-        self._heard: list[_Piece] = []  # since the last take, in the order of arrival
+        self._heard: list[Piece] = []  # since the last take, in the order of arrival
         self._any_compiled = False  # of what was heard since the last take
 
     @property
@@ -115,11 +115,11 @@ class ForwardRecorder:
         """
         self._hear_compiled()
         heard, self._heard = self._heard, []
-        _require_unchanged(heard)
+        require_unchanged(heard)
         if tuple(index for index, *_ in heard) == self._in_turn:
             features = self._joined([hidden for _, hidden, *_ in heard])
         else:
-            features = self._in_order(_by_forward(self._sites, heard))
+            features = self._in_order(by_forward(self._sites, heard))
         return self._exact(features) if self._any_compiled else features
 
     def take_step(self) -> Tensor | None:
@@ -143,14 +143,14 @@ class ForwardRecorder:
             _, hidden, _, n_passed = heard[0]
             if n_passed == 1 and hidden.dtype == torch.float32 and not hidden.requires_grad:
                 self._heard = []
-                _require_unchanged(heard)
+                require_unchanged(heard)
                 features = hidden.select(1, 0)
                 return self._exact(features) if self._any_compiled else features
         order, pieces, _, passed = zip(*heard, strict=True)
         if order != self._in_turn or passed != self._one_each:
             return None
         self._heard = []
-        _require_unchanged(heard)
+        require_unchanged(heard)
         features = self._joined(pieces, selects=False).select(1, 0)
         return self._exact(features) if self._any_compiled else features
 
@@ -199,7 +199,7 @@ class ForwardRecorder:
             if channels is None
             else hidden.index_select(2, channels)
         )
-        self._heard.append((index, copied, _COPIED, passed))
+        self._heard.append((index, copied, COPIED, passed))
 
     def _hear_compiled(self) -> None:
         if self._registers is None or not self.is_open:
@@ -210,7 +210,7 @@ class ForwardRecorder:
             passed = hidden.shape[1]
             if self._keep is not None and self._keep < passed:
                 hidden = hidden[:, -self._keep :]
-            self._heard.append((index, hidden, _COPIED, passed))
+            self._heard.append((index, hidden, COPIED, passed))
 
     def _exact(self, features: Tensor) -> Tensor:
         """Refuse features of a compiled graph that ran unread; where asking waits, as NaN."""
@@ -281,42 +281,3 @@ class ForwardRecorder:
                 "take after each forward, or listen in a context of its own."
             ) from error
         return features if self._keep is None else features[:, -self._keep :]
-
-
-def site_name(site: Site) -> str:
-    """Name a site for a reader: "mlp of layer 3"."""
-    return f"{site.kind} of layer {site.layer}"
-
-
-def _require_unchanged(heard: Sequence[_Piece]) -> None:
-    for _, hidden, version, _ in heard:
-        if version != _COPIED and hidden._version != version:
-            raise BeatError(
-                "an activation was overwritten in place after it passed its site, wanted it "
-                "unchanged until the forward ends; this model needs resid sites of earlier layers."
-            )
-
-
-def _by_forward(sites: Sequence[Site], heard: Sequence[_Piece]) -> list[list[Tensor]]:
-    by_site: list[list[Tensor]] = [[] for _ in sites]
-    for index, hidden, *_ in heard:
-        by_site[index].append(hidden)
-    counts = [len(of_site) for of_site in by_site]
-    if not heard or any(count != counts[0] for count in counts):
-        raise BeatError(unequal(sites, counts))
-    return [list(forward) for forward in zip(*by_site, strict=True)]
-
-
-def unequal(sites: Sequence[Site], counts: Sequence[int]) -> str:
-    """Say which sites fired less often than others, `counts` times each."""
-    most = max(counts)
-    if most == 0:
-        return (
-            "no forward passed the tap since the last take, wanted at least one; was the model "
-            "called in another context, compiled, or were its hooks removed?"
-        )
-    short = [f"{site_name(s)} ({c})" for s, c in zip(sites, counts, strict=True) if c != most]
-    return (
-        f"{', '.join(short)} fired less often than the other sites ({most}) since the last take, "
-        "wanted once a forward each; was a hook removed or did a forward fail?"
-    )

@@ -31,16 +31,18 @@ from torch.utils.hooks import RemovableHandle
 from safe_decode.activations.architecture import Architecture, anatomy_of
 from safe_decode.activations.compiled.forward_patch import compiled_part
 from safe_decode.activations.compiled.tap import CompiledTap, TappedModule
-from safe_decode.activations.recorder import ForwardRecorder, site_name
+from safe_decode.activations.hooks import HookFactory, Listener
+from safe_decode.activations.pieces import site_name
+from safe_decode.activations.recorder import ForwardRecorder
 from safe_decode.activations.site import Site, sorted_sites
 from safe_decode.activations.visitor import ActivationVisitor, Visit
-from safe_decode.errors import BeatError, ConfigurationError, UnsupportedError
+from safe_decode.errors import ConfigurationError, UnsupportedError
 
 __all__ = ["ActivationTap", "ForwardRecorder", "unwatched"]
 
-_NOBODY: Mapping[ActivationTap, ForwardRecorder | ActivationVisitor] = MappingProxyType({})
+_NOBODY: Mapping[ActivationTap, Listener] = MappingProxyType({})
 # One variable for all taps: a ContextVar per tap would outlive the tap in every context.
-_listeners: ContextVar[Mapping[ActivationTap, ForwardRecorder | ActivationVisitor]] = ContextVar(
+_listeners: ContextVar[Mapping[ActivationTap, Listener]] = ContextVar(
     "safe_decode_listeners", default=_NOBODY
 )
 
@@ -240,75 +242,15 @@ class ActivationTap:
             beats.batch = hidden.shape[0]
 
     def _hook(self, index: int, site: Site) -> Callable[..., None]:
+        factory = HookFactory(self, _listeners.get, self._batch_source is not None)
+        width = self._widths[index]
         if site.kind != "resid":
-            return self._input_hook(index, site)
+            return factory.input(index, site, width)
         # A block may add to its own input in place, which is the output of the block before;
         # behind the last one comes a norm, which does not.
         if (site.layer, site.channels) == self._whole_stream:
-            return self._whole_hook(index, site)
-        return self._copy_hook(index, site)
-
-    def _whole_hook(self, index: int, site: Site) -> Callable[[Any, Any, Any], None]:
-        listeners, copy = _listeners.get, self._copy_hook(index, site)
-
-        def hook(module: Any, args: Any, activation: Any) -> None:  # noqa: ANN401
-            beats = listeners().get(self)
-            if beats is None:
-                return
-            hidden = activation[0] if type(activation) is tuple and activation else activation
-            is_plain = beats.is_open and type(hidden) is Tensor and hidden.dim() == 3
-            if not (is_plain and beats.borrow(index, hidden)):
-                copy(module, args, activation)
-
-        return hook
-
-    def _input_hook(self, index: int, site: Site) -> Callable[[Any, Any], None]:
-        listeners, copy = _listeners.get, self._copy_hook(index, site)
-        is_flat = self._batch_source is not None
-
-        def hook(module: Any, args: Any) -> None:  # noqa: ANN401 - torch's signature
-            beats = listeners().get(self)
-            if beats is None:
-                return
-            # Nothing writes to the input of a projection.
-            if beats.is_open and not is_flat and args and beats.borrow(index, args[0]):
-                return
-            copy(module, args, args)
-
-        return hook
-
-    def _copy_hook(self, index: int, site: Site) -> Callable[[Any, Any, Any], None]:
-        # Channels are distinct and in order, so that as many as there are is all of them.
-        is_whole = len(site.channels) == self._widths[index]
-        channels = None if is_whole else torch.tensor(site.channels)
-
-        def hook(_module: object, _args: object, activation: Any) -> None:  # noqa: ANN401
-            nonlocal channels
-            beats = _listeners.get().get(self)
-            if beats is None or not beats.is_open:
-                return
-            hidden = activation if isinstance(activation, Tensor) else _first(activation, site)
-            if hidden.ndim == 2 and beats.batch:
-                hidden = hidden.view(beats.batch, -1, hidden.shape[-1])
-            elif hidden.ndim != 3:
-                raise BeatError(
-                    f"{site_name(site)} has shape {tuple(hidden.shape)}, wanted "
-                    "[batch, seq, width]."
-                )
-            if channels is not None and channels.device != hidden.device:
-                channels = channels.to(hidden.device)
-            beats.copy(index, hidden.detach() if hidden.requires_grad else hidden, channels)
-
-        return hook
-
-
-def _first(activation: Any, site: Site) -> Tensor:  # noqa: ANN401 - whatever a block returns
-    if isinstance(activation, tuple) and activation and isinstance(activation[0], Tensor):
-        return activation[0]
-    raise BeatError(
-        f"{site_name(site)} yields {type(activation).__name__}, wanted a tensor or a tuple that "
-        "starts with one."
-    )
+            return factory.whole(index, site, width)
+        return factory.copying(index, site, width)
 
 
 def _module_of(anatomy: Architecture, site: Site) -> nn.Module:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from safe_decode.activations.recorder import unequal
+from safe_decode.activations.pieces import unequal
 from safe_decode.activations.site import Site
 from safe_decode.errors import BeatError
 

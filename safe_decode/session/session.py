@@ -1,8 +1,8 @@
 """The rows of one generation: their scores and their trips.
 
-Knows logits, monitor states and which rows still count. Does not know a `generate` call,
-token ids or text: whoever drives it says when a forward was due and which rows it belongs to.
-Nothing is shared between sessions; nothing is left on a model.
+Knows logits, monitor states and which rows still count. Does not know a `generate` call, ids or
+text: whoever drives it says when a forward was due and which rows it belongs to. Nothing is shared
+between sessions, or left on a model.
 
 While nothing trips, a step is a few tensor operations on the rows' device; what the monitor
 knows besides is computed when a row trips, and records for traces after the end.
@@ -127,8 +127,7 @@ class Session:
             active: [batch] bool, rows whose newest token this forward read; None: all.
 
         Returns:
-            [batch] bool on the rows' device: rows that trip now or tripped before. In flag
-            mode too.
+            [batch] bool on the rows' device: rows that trip now or before; in flag mode too.
 
         Raises:
             BeatError: No forward, more than one, one of another length or batch, or sites
@@ -142,7 +141,7 @@ class Session:
         return self._detector.trips()
 
     def judge_features(self, features: Tensor, active: Tensor | None = None) -> Tensor:
-        """Judge one token of each row, whose features somebody else has read.
+        """Judge one token of each row, its features being read by somebody else.
 
         Args:
             features: [batch, F] in the order of the probe's sites.
@@ -217,8 +216,8 @@ class Session:
             ids: [batch, seq] everything so far, padding included.
             new_tokens: Of whole responses, columns of answers; None: as they are written.
         """
-        scanned = 0 if self.reader.is_prefilled else max(self.roster.scanned)
-        self.spans.note(ids, scanned=scanned, new_tokens=new_tokens or 0)
+        width = 0 if self.reader.is_prefilled else max(self.roster.scanned)
+        self.spans.note(ids, scanned=width, new_tokens=new_tokens or 0)
 
     def expect_whole(self, new_tokens: int) -> None:
         """Make ready, before its forward, for `judge_whole` of so many columns of answers."""
@@ -292,9 +291,9 @@ class Session:
         return records
 
     def _judge_prompt(self, logits: Tensor) -> Tensor:
-        width = logits.shape[1]
-        waits = torch.tensor([width - n for n in self.roster.scanned], device=logits.device)
-        uneven = len(set(self.roster.scanned)) > 1
+        width, scanned = logits.shape[1], self.roster.scanned
+        waits = torch.tensor([width - n for n in scanned], device=logits.device)
+        uneven = len(set(scanned)) > 1
         for position in range(width):
             active = waits <= position if uneven else None
             self._detector.step(logits[:, position], active, self.spans.at(position))

@@ -6,7 +6,8 @@ drop in unchanged: they get one id at a time, in order, but only once it may be 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from safe_decode.streaming.events import GuardText, Released, StreamEvent
 
-__all__ = ["Streamer", "feeder"]
+__all__ = ["Streamer", "ended_with_call", "feeder"]
 
 
 class Streamer(Protocol):
@@ -42,3 +43,14 @@ def feeder(streamer: Streamer) -> Callable[[StreamEvent], None]:
                 streamer.put(torch.tensor([token]))
 
     return feed
+
+
+@contextmanager
+def ended_with_call(streamer: Streamer | None) -> Iterator[None]:
+    """End a streamer however the call ends: its reader, in another thread, would wait forever."""
+    try:
+        yield
+    finally:
+        end = getattr(streamer, "end", None)
+        if end is not None:  # what is no streamer has been refused
+            end()

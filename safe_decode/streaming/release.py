@@ -8,26 +8,24 @@ readers, the same rule is applied to the finished response.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 from safe_decode.decision import Redirect
 from safe_decode.policy.holdback import HoldBack
 from safe_decode.policy.redirect import Cut
 from safe_decode.session.turns import Turns
-from safe_decode.streaming.detokenizer import Detokenizer, StopWatch
+from safe_decode.streaming.attempt_text import AttemptText, ReleaseRules
 from safe_decode.streaming.events import (
     Ended,
     FinishReason,
     GuardText,
     Released,
-    TokenNote,
     Tripped,
 )
 from safe_decode.trace.schema import SafetyTrace
 
-__all__ = ["Cancelled", "ReleaseRules", "Releaser", "RowRelease", "TripNotice"]
+__all__ = ["Cancelled", "ReleaseRules", "RowRelease", "TripNotice"]
 
 
 class Cancelled(Exception):  # noqa: N818 - no error: the reader asked for it
@@ -46,22 +44,6 @@ class TripNotice(Protocol):
     def error(self) -> Exception | None:
         """What failed, or None for an alarm."""
         ...
-
-
-@dataclass(frozen=True)
-class ReleaseRules:
-    """How the rows of one call are released.
-
-    Attributes:
-        stop_strings: As given to `generate`.
-        includes_stop: Whether the text keeps the stop string that ended it, as `generate` has
-            it.
-        tells_notes: Whether events say what is known of each token.
-    """
-
-    stop_strings: tuple[str, ...] = ()
-    includes_stop: bool = True
-    tells_notes: bool = False
 
 
 class RowRelease:
@@ -100,7 +82,6 @@ class RowRelease:
         self._n_released = 0
         self.is_closing = self._is_cut = False
         self._is_short = True
-        self._stop_at: int | None = None
         self._begin(())
 
     @property
@@ -117,7 +98,7 @@ class RowRelease:
     def said_ids(self) -> tuple[int, ...]:
         """All ids chosen in this attempt, its end id included."""
         end = () if self.end_id is None else (self.end_id,)
-        return (*self._said.ids, *end)
+        return (*self._text.ids, *end)
 
     @property
     def released_tokens(self) -> int:
@@ -159,21 +140,16 @@ class RowRelease:
         Returns:
             Whether it completes a stop string.
         """
-        self._said.push(token)
-        if facts:
-            self._facts[len(self._said.ids) - 1] = facts
-        return bool(self.rules.stop_strings) and self._watch.found() is not None
+        self._text.push(token, facts)
+        return self._text.stop() is not None
 
     def say(self, token: int) -> None:
         """Take a chosen content id; nobody has judged it yet."""
-        if len(self._said.ids) == self._hold.said:  # else it was heard
-            self._said.push(token)
+        if len(self._text.ids) == self._hold.said:  # else it was heard
+            self._text.push(token)
+        self._text.stop()
         self._hold.say()
-        if not self.rules.stop_strings:
-            return
-        found = None if self.rules.includes_stop else self._watch.found()
-        pinned = self._watch.held_from() if found is None else self._watch.id_at(found[1])
-        self._release(self._hold.pin(pinned))
+        self._release(self._hold.pin(self._text.held_from()))
 
     def take(self, token: int, index: int, turns: Turns) -> None:
         """Take a choice, what was said before it being judged.
@@ -208,7 +184,7 @@ class RowRelease:
         """
         waiting = self._hold.said - self._hold.judged
         if waiting:
-            self._note_statistic(self._hold.judged + waiting - 1, statistic)
+            self._text.note_statistic(self._hold.judged + waiting - 1, statistic)
             self._release(self._hold.judge(waiting))
 
     def cut(self) -> None:
@@ -222,11 +198,9 @@ class RowRelease:
         Args:
             wanted: Unseen tokens that were to be judged behind it, see `HoldBack.end`.
         """
-        found = self._watch.found() if self.rules.stop_strings and self._said.ids else None
-        if found is not None:
-            self.stop_string, place = found
-            self._is_short = False
-            self._stop_at = None if self.rules.includes_stop else place
+        stop_string = self._text.stop()
+        if stop_string is not None:
+            self.stop_string, self._is_short = stop_string, False
         self._release(self._hold.end(wanted=wanted), is_last=True)
 
     def trip(self, trip: TripNotice, statistic: float | None = None) -> int:
@@ -239,7 +213,7 @@ class RowRelease:
         Returns:
             How many tokens were written and will not be shown.
         """
-        self._note_statistic(self._hold.judged, statistic)
+        self._text.note_statistic(self._hold.judged, statistic)
         kept = max(trip.cut.kept, self._hold.released)
         new = kept - self._hold.released
         self._hold.trip()
@@ -247,7 +221,7 @@ class RowRelease:
             self._release(new)
         dropped = trip.cut.kept + trip.cut.dropped - kept
         error = None if trip.error is None else f"{type(trip.error).__name__}: {trip.error}"
-        notes = self._notes(kept, kept + dropped)
+        notes = self._text.notes(kept, kept + dropped)
         self._emit(
             Tripped(self.row, self.redirect, kept, dropped, self._attempt, error, statistic, notes)
         )
@@ -262,8 +236,8 @@ class RowRelease:
     def speak(self, ids: Sequence[int], kind: Literal["refusal", "opener"]) -> None:
         """Show words of the guard behind what stands."""
         # Decoded behind what stands, as they will be read; a character cut in two shows so.
-        whole = self._said.decoded([*self.token_ids, *ids])
-        text = whole[len(self.text) :] if whole.startswith(self.text) else self._said.decoded(ids)
+        whole = self._text.decoded([*self.token_ids, *ids])
+        text = whole[len(self.text) :] if whole.startswith(self.text) else self._text.decoded(ids)
         self.token_ids += ids
         self.text += text
         self.shown_tokens += len(ids)
@@ -282,108 +256,32 @@ class RowRelease:
 
     def complete(self) -> None:
         """Show what is left of a character that a stop or a cancellation has cut in two."""
-        whole = self._said.decoded(self.token_ids)
-        if self._stop_at is None and len(whole) > len(self.text) and whole.startswith(self.text):
+        whole = self._text.decoded(self.token_ids)
+        if (
+            not self._text.is_clipped
+            and len(whole) > len(self.text)
+            and whole.startswith(self.text)
+        ):
             rest = whole[len(self.text) :]
             self.text = whole
             self._emit(Released(self.row, rest, (), self._attempt))
 
     def _begin(self, opener: tuple[int, ...]) -> None:
         self._hold = HoldBack(self._k)
-        # The row's own run is decoded from its first id on, as its finished text is.
-        self._said = Detokenizer(self._tokenizer, [*self.token_ids, *opener])
-        self._watch = StopWatch(self._said, self.rules.stop_strings)
-        self._opener, self._facts = opener, dict[int, dict[str, Any]]()
-        self._shown_ids = self._shown_chars = 0
-        self.is_closing = self._is_cut = False
-        self._is_short, self._stop_at, self.end_id = True, None, None
-
-    def _note_statistic(self, index: int, statistic: float | None) -> None:
-        if statistic is not None:
-            self._facts.setdefault(index, {})["statistic"] = statistic
-
-    def _notes(self, first: int, last: int, stop: int | None = None) -> tuple[TokenNote, ...]:
-        """Say what is known of ids `first` to `last`, up to a character of the text."""
-        if not self.rules.tells_notes or first >= last:
-            return ()
-        said, notes = self._said, []
-        begin = said.end_of(first) if first else 0
-        for index in range(first, min(last, len(said.ids))):
-            end = said.end_of(index + 1)
-            if stop is not None and begin >= stop and end > begin:
-                break  # it belongs to the stop string
-            text = said.between(begin, end if stop is None else min(end, stop))
-            notes.append(TokenNote(said.ids[index], text, **self._facts.get(index, {})))
-            begin = end
-        return tuple(notes)
+        self._text = AttemptText(self._tokenizer, [*self.token_ids, *opener], self.rules)
+        self._opener, self.end_id = opener, None
+        self.is_closing, self._is_cut, self._is_short = False, False, True
 
     def _release(self, new: int, *, is_last: bool = False) -> None:
         if self._opener and (new or is_last):
             opener, self._opener = self._opener, ()
             self.speak(opener, "opener")
-        if new or is_last:
-            self._show(new, is_last=is_last)
-
-    def _show(self, new: int, *, is_last: bool = False) -> None:
-        said, first, last = self._said, self._shown_ids, self._shown_ids + new
-        is_whole = is_last and last == len(said.ids)  # else a tail is withheld
-        if is_whole:
-            said.flush()
-        ids = said.ids[first:last]
-        stop = len(said.text) if is_whole else said.end_of(last) if last else 0
-        notes = self._notes(first, last, self._stop_at if is_last else None)
-        if is_last and self._stop_at is not None and stop > self._stop_at:
-            stop = self._stop_at
-            ends = said.ends[first:last]
-            ids = [token for token, end in zip(ids, ends, strict=True) if end <= stop]
-        text = said.between(self._shown_chars, stop)
-        self._shown_ids, self._shown_chars = last, stop
-        if ids or text:
-            self._n_released += len(ids)
-            self.shown_tokens += len(notes) if self.rules.tells_notes else len(ids)
-            self.token_ids += ids
-            self.text += text
-            self._emit(Released(self.row, text, tuple(ids), self._attempt, notes))
-
-
-class Releaser:
-    """Follows the loop of one batch.
-
-    Args:
-        rows: One each, in the order of the batch.
-    """
-
-    def __init__(self, rows: Sequence[RowRelease]) -> None:
-        self.rows = tuple(rows)
-
-    def on_choice(
-        self, newest: Sequence[int], turns: Turns | None, trips: Mapping[int, TripNotice]
-    ) -> None:
-        """Take note of one choice in each row, see `Follower`.
-
-        Raises:
-            Cancelled: The reader wants no more.
-        """
-        self.rows[0].require_reader()
-        for index, row in enumerate(self.rows):
-            if row.is_over:
-                continue
-            if index in trips:
-                row.trip(trips[index])
-                continue
-            row.judge()
-            if turns is None:
-                row.say(newest[index])
-            else:
-                row.take(newest[index], index, turns)
-
-    def on_end(self, wanted: Sequence[int], trips: Mapping[int, TripNotice]) -> None:
-        """All rows have ended and their tails were judged, see `Follower`."""
-        for index, row in enumerate(self.rows):
-            if row.is_over:
-                continue
-            if index in trips:
-                row.trip(trips[index])
-            else:
-                row.judge()
-                row.end(wanted[index])
+        if not new and not is_last:
+            return
+        piece = self._text.take(new, is_last=is_last)
+        if piece.ids or piece.text:
+            self._n_released += len(piece.ids)
+            self.shown_tokens += piece.n_shown(self.rules)
+            self.token_ids += piece.ids
+            self.text += piece.text
+            self._emit(Released(self.row, piece.text, tuple(piece.ids), self._attempt, piece.notes))

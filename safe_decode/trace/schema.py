@@ -11,15 +11,14 @@ not know, by name.
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from safe_decode.decision import Action, Outcome, Reason, Redirect
 from safe_decode.errors import DataError
+from safe_decode.trace import json_lines
 
 __all__ = ["TRACE_VERSION", "SafetyTrace", "TraceEnd", "TraceHeader", "TraceStep", "read_traces"]
 
@@ -33,7 +32,6 @@ _SINCE_VERSION_2 = frozenset(
         *("lookahead_tokens", "withheld_tokens", "source"),
     }
 )
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +162,13 @@ class SafetyTrace:
         Args:
             token_ids: Whether token ids are written. They give the text away.
         """
-        yield _line("header", {"version": TRACE_VERSION, **_record(self.header)})
+        yield json_lines.line("header", {"version": TRACE_VERSION, **_record(self.header)})
         for step in self.steps:
             record = _record(step)
             if not token_ids:
                 record["token"] = None
-            yield _line("step", record)
-        yield _line("end", _record(self.end))
+            yield json_lines.line("step", record)
+        yield json_lines.line("end", _record(self.end))
 
     def write(self, path: str | Path, *, token_ids: bool = False) -> None:
         """Append this trace to a file, which is created if it is not there.
@@ -213,7 +211,7 @@ def _traces(lines: Iterable[str]) -> Iterator[SafetyTrace]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        kind, record = _parsed(line, number)
+        kind, record = json_lines.parsed(line, number)
         if (kind == "header") != (header is None):
             wanted = "a header" if header is None else "a step or an end"
             raise DataError(
@@ -237,30 +235,7 @@ def _traces(lines: Iterable[str]) -> Iterator[SafetyTrace]:
 
 
 def _record(value: TraceHeader | TraceStep | TraceEnd) -> dict[str, Any]:
-    return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
-    # JSON has no NaN; what failed must still be readable by other languages.
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _line(kind: str, record: Mapping[str, Any]) -> str:
-    return json.dumps({"kind": kind, **record}, allow_nan=False, separators=(",", ":"))
-
-
-def _parsed(line: str, number: int) -> tuple[str, dict[str, Any]]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(
-            f"line {number} is not JSON: {error}; the file is cut or foreign."
-        ) from error
-    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
-        raise DataError(f"line {number} is no trace line: wanted a JSON object with a kind.")
-    return record["kind"], record
+    return {field.name: json_lines.plain(getattr(value, field.name)) for field in fields(value)}
 
 
 def _require_version(record: Mapping[str, Any], number: int) -> None:
@@ -283,37 +258,6 @@ def _read(cls: type[_T], record: Mapping[str, Any], number: int) -> _T:
                 f"line {number} has no {field.name!r}, which every {record['kind']} line has; "
                 "the file is foreign."
             )
-        values[field.name] = _checked(field.name, str(field.type), record[field.name], number)
+        value, kind = record[field.name], str(field.type)
+        values[field.name] = json_lines.checked(field.name, kind, value, number)
     return cls(**values)
-
-
-_WORDS: Mapping[str, Sequence[str]] = {
-    "Redirect": get_args(Redirect),
-    "Action": get_args(Action),
-    "Reason": get_args(Reason),
-    "Outcome": get_args(Outcome),
-}
-
-
-def _checked(name: str, kind: str, value: Any, number: int) -> Any:  # noqa: ANN401 - from JSON
-    if kind in _WORDS:
-        if value not in _WORDS[kind]:
-            raise DataError(
-                f"line {number} has {name}={value!r}, wanted one of {', '.join(_WORDS[kind])}; "
-                "upgrade safe-decode if a newer one wrote it."
-            )
-        return value
-    kind, optional = kind.removesuffix(" | None"), kind.endswith(" | None")
-    if value is None and optional:
-        return None
-    if kind.startswith("tuple") and isinstance(value, list):
-        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
-        return tuple(_checked(name, inner, item, number) for item in value)
-    if kind == "float" and not isinstance(value, bool):
-        if isinstance(value, int | float):
-            return float(value)
-        if isinstance(value, str) and value in _NON_FINITE:
-            return _NON_FINITE[value]
-    if {"int": int, "str": str, "bool": bool}.get(kind) is type(value):
-        return value
-    raise DataError(f"line {number} has {name}={value!r}, wanted {kind}; the file is foreign.")

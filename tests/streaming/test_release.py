@@ -2,6 +2,8 @@
 
 import pytest
 
+from safe_decode.policy.redirect import Cut
+from safe_decode.session.records import Trip
 from safe_decode.session.turns import Turns
 from safe_decode.streaming.events import Released
 from safe_decode.streaming.release import ReleaseRules, RowRelease
@@ -69,3 +71,21 @@ def test_notes_say_what_is_shown_and_no_more():
     assert [note.token for note in notes] == [0, 3], "what is shown in part is a token too"
     assert {note.logprob for note in notes} == {-1.0}
     assert row.shown_tokens == 2
+
+
+def test_a_trip_behind_a_stop_string_shows_none_of_it():
+    events = []
+    row = RowRelease(
+        0,
+        WordTokenizer(),
+        holdback_tokens=1,
+        redirect="refuse",
+        rules=ReleaseRules(("END",), includes_stop=False),
+        emit=events.append,
+        is_cancelled=lambda: False,
+    )
+    for token, turn in ((0, "says"), (2, "cut"), (6, "looks")):
+        row.judge()
+        row.take(token, 0, Turns([turn], [False], [1]))
+    row.trip(Trip(Cut(kept=2, released=2, dropped=0), None, None))
+    assert "".join(e.text for e in events if isinstance(e, Released)) == row.text == "a "

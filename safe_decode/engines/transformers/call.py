@@ -28,29 +28,27 @@ from safe_decode.engines.transformers.loops.settings import CallSettings
 from safe_decode.engines.transformers.loops.step import StepLoop
 from safe_decode.engines.transformers.loops.whole_response import (
     WholeResponseLoop,
-    picked_beams,
-    pruned_beams,
+    picked_rows,
 )
-from safe_decode.engines.transformers.output import GuardedOutput, Standing, matched_generation
-from safe_decode.engines.transformers.rewind import Rewinder
+from safe_decode.engines.transformers.output import (
+    GuardedOutput,
+    finish_reason,
+    matched_generation,
+    standing_of,
+)
+from safe_decode.engines.transformers.rewind import continued_options
 from safe_decode.errors import CertificateError
-from safe_decode.policy.redirect import REDIRECTS
-from safe_decode.policy.self_check import SelfChecker
 from safe_decode.prompts.batch import PromptBatch
 from safe_decode.session.records import Redirected
-from safe_decode.session.row_rng import RowRNG
 from safe_decode.session.session import RowRecord, Session
 from safe_decode.session.turns import RowEnd
-from safe_decode.streaming.events import FinishReason
-from safe_decode.streaming.release import Cancelled, Releaser, ReleaseRules, RowRelease
+from safe_decode.streaming.batch_release import Releaser
+from safe_decode.streaming.release import Cancelled, ReleaseRules, RowRelease
 from safe_decode.trace.writer import FinishedRow, LazyTraces
 
 __all__ = ["GuardedCall"]
 
 Loop = StepLoop | WholeResponseLoop
-
-_OF_THE_BATCH = frozenset({"past_key_values", "assistant_model"})
-"""Options that a continuation of one row does not repeat."""
 
 
 class GuardedCall:
@@ -128,24 +126,10 @@ class GuardedCall:
         return StepLoop(
             session,
             require=self._require,
-            draws=self._draws(),
+            draws=self._rows.draws(),
             follower=follower,
-            checker=self._checker(),
+            checker=self._rows.checker(),
             room=self._rows.room(),
-        )
-
-    def _checker(self) -> SelfChecker | None:
-        protected, rows = self._protected, self._rows.prompts
-        if protected.self_check is None or rows.embeds is not None:
-            return None
-        check, tap, header = protected.self_check
-        width = rows.input_ids.shape[1]
-        starts = [width - len(rows.prompt_ids(row)) for row in range(self.batch)]
-        limits = None
-        if self._rows.specs[0].first_threshold is not None:
-            limits = [spec.certificate.threshold for spec in self._rows.specs]
-        return SelfChecker(
-            check, protected.model, tap, header=header, starts=starts, thresholds=limits
         )
 
     def _model_inputs(self) -> dict[str, Any]:
@@ -160,10 +144,6 @@ class GuardedCall:
     def _users_cache(self) -> tuple[Any, int]:
         cache = self._options.get("past_key_values")
         return cache, 0 if cache is None else int(cache.get_seq_length())
-
-    def _draws(self) -> RowRNG | None:
-        seeds = [spec.seed for spec in self._rows.specs if spec.seed is not None]
-        return RowRNG(seeds, self._protected.model.device) if seeds else None
 
     def _voids(self, settings: CallSettings) -> list[str | None]:
         settings = replace(settings, options={**settings.options, **self._given})
@@ -193,15 +173,6 @@ class GuardedCall:
         ]
         return Releaser(rows)
 
-    def _rewinder(self, row: int, settings: CallSettings) -> Rewinder:
-        given = {k: v for k, v in self._options.items() if k not in _OF_THE_BATCH}
-        alone = {"num_return_sequences": 1, "num_beams": 1, "max_length": None}
-        free = {"min_new_tokens": None, "min_length": 0, "prompt_lookup_num_tokens": None}
-        quiet = {"return_dict_in_generate": False, "output_scores": False, "output_logits": False}
-        quiet |= {"output_attentions": False, "output_hidden_states": False}
-        options = {**given, **alone, **free, **quiet}
-        return self._rows.rewinder(row, settings, options)
-
     def _finished(
         self,
         session: Session,
@@ -216,7 +187,8 @@ class GuardedCall:
         width = self._inputs.input_ids.shape[1]
         ids = [] if sequences is None else sequences.tolist()
         records = session.records()
-        picked, pruned = self._picked(session, loop)
+        mode = self.mode
+        picked, pruned = picked_rows(session, loop.ends, mode.n_candidates, mode.n_returned)
         outcomes = []
         for row in picked:
             record = records[row]
@@ -239,20 +211,6 @@ class GuardedCall:
                 trace = self._rows.writer(row).trace(outcome, voids[row])
                 watch.emit(reader.ended(finish_reason(outcome, reader, settings), trace))
         return self._output(picked, outcomes, voids, loop)
-
-    def _picked(self, session: Session, loop: Loop) -> tuple[list[int], list[int]]:
-        """Rows to return, and how many beams of each prompt were left out for a trip."""
-        n, wanted = self.mode.n_candidates, self.mode.n_returned
-        rows, pruned = [], []
-        for first in range(0, session.batch, n):
-            tripped = [row in session.trips for row in range(first, first + n)]
-            chosen = list(range(n))
-            if n > wanted:
-                is_empty = [end.n_ids == 0 for end in loop.ends[first : first + n]]
-                chosen = picked_beams(tripped, is_empty, wanted)
-            rows += [first + i for i in chosen]
-            pruned.append(pruned_beams(tripped, chosen))
-        return rows, pruned
 
     def _outcome(
         self,
@@ -288,7 +246,7 @@ class GuardedCall:
         if trip is None:
             return None
         prompts = self._rows.prompts
-        return self._rewinder(row, settings).redirect(
+        return self._rows.rewinder(row, settings, continued_options(self._options)).redirect(
             trip,
             row=row,
             prompt=prompts.prompt_ids(row),
@@ -311,7 +269,7 @@ class GuardedCall:
         sequences = padded(self._inputs.input_ids, answers, fill)
         generation = None
         if loop.generation is not None and not isinstance(loop.generation, Tensor):
-            rows = [_standing(row, o) for row, o in zip(picked, outcomes, strict=True)]
+            rows = [standing_of(row, o) for row, o in zip(picked, outcomes, strict=True)]
             generation = matched_generation(loop.generation, sequences, rows, loop.bare_steps)
         told = [
             (self._rows.writer(row), outcome, voids[row])
@@ -328,23 +286,3 @@ class GuardedCall:
         # An end id is no content: nobody judged it, so its text, if it has any, is not shown.
         ids = ids[:-1] if ids and ids[-1] in end_ids else ids
         return str(self._protected.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-
-def finish_reason(outcome: FinishedRow, reader: RowRelease, settings: CallSettings) -> FinishReason:
-    """Say why a row has ended, in the words of the field."""
-    redirected = outcome.redirected
-    if outcome.cancelled_after is not None:
-        return "cancelled"
-    has_resumed = redirected is not None and REDIRECTS[redirected.how].resumes
-    if outcome.record.trip is not None and not has_resumed:
-        return "content_filter"
-    if reader.withheld_tokens:
-        return "length"
-    if reader.end_id is not None or reader.stop_string is not None:
-        return "stop"
-    return "length" if len(outcome.ids) >= settings.max_new_tokens else "stop"
-
-
-def _standing(row: int, outcome: FinishedRow) -> Standing:
-    trip = outcome.record.trip
-    return Standing(row, outcome.ids, None if trip is None else trip.cut.kept)

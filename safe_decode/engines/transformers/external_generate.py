@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from safe_decode.engines.transformers.call_spec import GuardedModel, RowSpec, span_reader
+from safe_decode.engines.transformers.call_spec import GuardedModel, RowSpec
+from safe_decode.engines.transformers.guarded_rows import GuardedRows
 from safe_decode.prompts.batch import PromptBatch
-from safe_decode.session.session import RowRecord
+from safe_decode.session.records import RowRecord
 from safe_decode.trace.schema import SafetyTrace
-from safe_decode.trace.writer import BareEnd, FinishedRow, TraceWriter
+from safe_decode.trace.writer import BareEnd, FinishedRow
 
 if TYPE_CHECKING:
     from safe_decode.engines.transformers.loops.external_steps import GuardedSteps
@@ -44,7 +45,6 @@ def guarded(
     protected: GuardedModel,
     inputs: PromptBatch,
     rules: RowSpec,
-    judgement: TraceWriter,
     *,
     n_sequences: int,
     end_ids: Sequence[int],
@@ -56,7 +56,6 @@ def guarded(
         protected: The model and its guard.
         inputs: The batch that `generate` is given.
         rules: For every row.
-        judgement: Of every row.
         n_sequences: Rows that `generate` makes of each prompt.
         end_ids: EOS ids; empty where the model has none.
         pad_id: Fills ended rows.
@@ -70,10 +69,10 @@ def guarded(
         SafetyStoppingCriteria,
     )
 
-    rows = inputs.repeated(n_sequences)
+    prompts = inputs.repeated(n_sequences)
+    rows = GuardedRows(protected, prompts, (rules,) * len(prompts.scanned))
     with protected.tap.listening() as recorder:
-        spans = span_reader(protected, rows, [rules] * len(rows.scanned))
-        session = protected.session([rules.joining(n) for n in rows.scanned], recorder, spans)
+        session = rows.session(recorder)
         steps = GuardedSteps(
             session,
             prompt_tokens=inputs.input_ids.shape[1],
@@ -87,29 +86,26 @@ def guarded(
             yield handle
             steps.finish()
         finally:
-            handle.traces = _traces(steps, rows, judgement)
+            handle.traces = _traces(steps, rows)
 
 
-def _traces(steps: GuardedSteps, rows: PromptBatch, judgement: TraceWriter) -> list[SafetyTrace]:
+def _traces(steps: GuardedSteps, rows: GuardedRows) -> list[SafetyTrace]:
     """Write the traces of a foreign loop; its settings are unknown, so is the envelope."""
     return [
-        judgement.trace(_outcome(steps, rows, row, steps.said(row), record), _VOID)
+        rows.writer(row).trace(_finished(steps, rows.prompts, row, record), _VOID)
         for row, record in enumerate(steps.session.records())
     ]
 
 
-def _outcome(
-    steps: GuardedSteps,
-    rows: PromptBatch,
-    row: int,
-    said: Sequence[int],
-    record: RowRecord,
+def _finished(
+    steps: GuardedSteps, prompts: PromptBatch, row: int, record: RowRecord
 ) -> FinishedRow:
+    said = tuple(steps.said(row))
     return FinishedRow(
         record=record,
-        prompt=tuple(rows.prompt_ids(row)),
-        prefill_tokens=rows.prefill_tokens[row],
-        said=tuple(said),
-        ids=tuple(said),
+        prompt=tuple(prompts.prompt_ids(row)),
+        prefill_tokens=prompts.prefill_tokens[row],
+        said=said,
+        ids=said,
         bare=BareEnd(is_truncated=steps.is_truncated(row), unscored_tail=steps.unscored_tail(row)),
     )

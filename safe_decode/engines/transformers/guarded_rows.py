@@ -24,8 +24,10 @@ from safe_decode.engines.transformers.call_spec import (
 from safe_decode.engines.transformers.loops.settings import CallSettings
 from safe_decode.engines.transformers.rewind import Rewinder
 from safe_decode.policy.reasoning import OpenTurn
+from safe_decode.policy.self_check import SelfChecker
 from safe_decode.prompts.batch import PromptBatch
 from safe_decode.session.records import Redirected, RowRecord
+from safe_decode.session.row_rng import RowRNG
 from safe_decode.session.session import Session
 from safe_decode.trace.writer import FinishedRow, TraceWriter
 
@@ -63,6 +65,26 @@ class GuardedRows:
         lengths: list[int] = self.prompts.attention_mask.long().sum(-1).tolist()
         copies = len(self.specs) // len(lengths)
         return [limit - n for n in lengths for _ in range(copies)]
+
+    def checker(self) -> SelfChecker | None:
+        """Make what looks again at rows that alarm; None: every alarm trips."""
+        protected, rows = self.protected, self.prompts
+        if protected.self_check is None or rows.embeds is not None:
+            return None
+        check, tap, header = protected.self_check
+        width = rows.input_ids.shape[1]
+        starts = [width - len(rows.prompt_ids(row)) for row in range(len(self.specs))]
+        limits = None
+        if self.specs[0].first_threshold is not None:
+            limits = [spec.certificate.threshold for spec in self.specs]
+        return SelfChecker(
+            check, protected.model, tap, header=header, starts=starts, thresholds=limits
+        )
+
+    def draws(self) -> RowRNG | None:
+        """Return the generators of rows that draw for themselves; None: none does."""
+        seeds = [spec.seed for spec in self.specs if spec.seed is not None]
+        return RowRNG(seeds, self.protected.model.device) if seeds else None
 
     def void(self, row: int, settings: CallSettings) -> str | None:
         """Say why a row lies outside what was certified; None if it does not."""

@@ -14,9 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safe_decode.engines.transformers.loops.settings import CallSettings
+from safe_decode.policy.redirect import REDIRECTS
+from safe_decode.streaming.events import FinishReason
+from safe_decode.streaming.release import RowRelease
 from safe_decode.trace.schema import SafetyTrace
+from safe_decode.trace.writer import FinishedRow
 
-__all__ = ["GuardedOutput", "Standing", "matched_generation"]
+__all__ = ["GuardedOutput", "Standing", "finish_reason", "matched_generation", "standing_of"]
 
 
 _RECORDED = ("scores", "logits", "attentions", "hidden_states")
@@ -122,3 +127,24 @@ def _step(value: Any, step: int, rows: Sequence[Standing], *, is_scores: bool) -
         if is_scores and step < len(standing.ids):
             value[standing.row, standing.ids[step]] = 0.0
     return value
+
+
+def standing_of(row: int, outcome: FinishedRow) -> Standing:
+    """Say what stands of a finished row."""
+    trip = outcome.record.trip
+    return Standing(row, outcome.ids, None if trip is None else trip.cut.kept)
+
+
+def finish_reason(outcome: FinishedRow, reader: RowRelease, settings: CallSettings) -> FinishReason:
+    """Say why a row has ended, in the words of the field."""
+    redirected = outcome.redirected
+    if outcome.cancelled_after is not None:
+        return "cancelled"
+    has_resumed = redirected is not None and REDIRECTS[redirected.how].resumes
+    if outcome.record.trip is not None and not has_resumed:
+        return "content_filter"
+    if reader.withheld_tokens:
+        return "length"
+    if reader.end_id is not None or reader.stop_string is not None:
+        return "stop"
+    return "length" if len(outcome.ids) >= settings.max_new_tokens else "stop"

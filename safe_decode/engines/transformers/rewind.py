@@ -26,9 +26,34 @@ from safe_decode.policy.reasoning import OpenTurn, SpanReader
 from safe_decode.policy.redirect import REDIRECTS
 from safe_decode.session.records import Redirected, SessionRow, Trip, Try
 from safe_decode.session.row_rng import RowRNG, continued_seed
-from safe_decode.streaming.release import Releaser, RowRelease
+from safe_decode.streaming.batch_release import Releaser
+from safe_decode.streaming.release import RowRelease
 
-__all__ = ["Rewinder"]
+__all__ = ["Rewinder", "continued_options"]
+
+_OF_THE_BATCH = frozenset({"past_key_values", "assistant_model"})
+"""Options that a continuation of one row does not repeat."""
+
+_OF_A_CONTINUATION = {
+    "num_return_sequences": 1,
+    "num_beams": 1,
+    "max_length": None,
+    "min_new_tokens": None,
+    "min_length": 0,
+    "prompt_lookup_num_tokens": None,
+    "return_dict_in_generate": False,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+"""Options of a continuation: one row, as long as it likes, nothing recorded."""
+
+
+def continued_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a call as the continuation of one of its rows repeats them."""
+    kept = {name: value for name, value in options.items() if name not in _OF_THE_BATCH}
+    return {**kept, **_OF_A_CONTINUATION}
 
 
 @dataclass(frozen=True)

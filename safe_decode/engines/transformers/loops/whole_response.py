@@ -265,3 +265,28 @@ def _length(row: Sequence[int], ends: Sequence[int], fill: int | None) -> int:
     while fill is not None and n and row[n - 1] == fill:
         n -= 1
     return n
+
+
+def picked_rows(
+    session: Session, ends: Sequence[RowEnd], n: int, wanted: int
+) -> tuple[list[int], list[int]]:
+    """Pick the rows to return.
+
+    Args:
+        session: Of the rows.
+        ends: How each row has ended.
+        n: Rows that ran for one prompt, the best first.
+        wanted: Rows of them that are returned.
+
+    Returns:
+        The rows, and how many beams of each prompt were left out for a trip.
+    """
+    rows, pruned = [], []
+    for first in range(0, session.batch, n):
+        tripped = [row in session.trips for row in range(first, first + n)]
+        chosen = list(range(n))
+        if n > wanted:
+            chosen = picked_beams(tripped, [e.n_ids == 0 for e in ends[first : first + n]], wanted)
+        rows += [first + i for i in chosen]
+        pruned.append(pruned_beams(tripped, chosen))
+    return rows, pruned

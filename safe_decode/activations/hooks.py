@@ -1,0 +1,109 @@
+"""The hooks of one tap: each hands a site's activation to whoever listens in this context.
+
+Knows what modules take and return. Does not know where hooks are installed, or who listens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safe_decode.activations.pieces import site_name
+from safe_decode.activations.recorder import ForwardRecorder
+from safe_decode.activations.site import Site
+from safe_decode.activations.visitor import ActivationVisitor
+from safe_decode.errors import BeatError
+
+__all__ = ["HookFactory", "Listener"]
+
+Listener = ForwardRecorder | ActivationVisitor
+
+
+@dataclass(frozen=True)
+class HookFactory:
+    """Makes the hooks of one tap.
+
+    Attributes:
+        owner: The tap, the key of its listener.
+        listeners: Returns the listeners of this context, by tap.
+        is_flat: Whether modules see all rows and positions as one axis.
+    """
+
+    owner: Any
+    listeners: Callable[[], Mapping[Any, Listener]]
+    is_flat: bool
+
+    def whole(self, index: int, site: Site, width: int) -> Callable[[Any, Any, Any], None]:
+        """Make the hook of a module whose output may be lent as it is.
+
+        Args:
+            index: Of the site.
+            site: All channels of it are read.
+            width: Channels of the activation.
+        """
+        owner, listeners, copy = self.owner, self.listeners, self.copying(index, site, width)
+
+        def hook(module: Any, args: Any, activation: Any) -> None:  # noqa: ANN401
+            recorder = listeners().get(owner)
+            if recorder is None:
+                return
+            hidden = activation[0] if type(activation) is tuple and activation else activation
+            is_plain = recorder.is_open and type(hidden) is Tensor and hidden.dim() == 3
+            if not (is_plain and recorder.borrow(index, hidden)):
+                copy(module, args, activation)
+
+        return hook
+
+    def input(self, index: int, site: Site, width: int) -> Callable[[Any, Any], None]:
+        """Make the hook of a module whose input is read; arguments as `whole`."""
+        owner, listeners, copy = self.owner, self.listeners, self.copying(index, site, width)
+        is_flat = self.is_flat
+
+        def hook(module: Any, args: Any) -> None:  # noqa: ANN401 - torch's signature
+            recorder = listeners().get(owner)
+            if recorder is None:
+                return
+            # Nothing writes to the input of a projection.
+            if recorder.is_open and not is_flat and args and recorder.borrow(index, args[0]):
+                return
+            copy(module, args, args)
+
+        return hook
+
+    def copying(self, index: int, site: Site, width: int) -> Callable[[Any, Any, Any], None]:
+        """Make the hook of a module whose output is copied; arguments as `whole`."""
+        owner, listeners = self.owner, self.listeners
+        # Channels are distinct and in order, so that as many as there are is all of them.
+        channels = None if len(site.channels) == width else torch.tensor(site.channels)
+
+        def hook(_module: object, _args: object, activation: Any) -> None:  # noqa: ANN401
+            nonlocal channels
+            recorder = listeners().get(owner)
+            if recorder is None or not recorder.is_open:
+                return
+            hidden = activation if isinstance(activation, Tensor) else _first(activation, site)
+            if hidden.ndim == 2 and recorder.batch:
+                hidden = hidden.view(recorder.batch, -1, hidden.shape[-1])
+            elif hidden.ndim != 3:
+                raise BeatError(
+                    f"{site_name(site)} has shape {tuple(hidden.shape)}, wanted "
+                    "[batch, seq, width]."
+                )
+            if channels is not None and channels.device != hidden.device:
+                channels = channels.to(hidden.device)
+            recorder.copy(index, hidden.detach() if hidden.requires_grad else hidden, channels)
+
+        return hook
+
+
+def _first(activation: Any, site: Site) -> Tensor:  # noqa: ANN401 - whatever a block returns
+    if isinstance(activation, tuple) and activation and isinstance(activation[0], Tensor):
+        return activation[0]
+    raise BeatError(
+        f"{site_name(site)} yields {type(activation).__name__}, wanted a tensor or a tuple that "
+        "starts with one."
+    )
