@@ -42,6 +42,7 @@ READERS = ("library", "library, streamed", "server", "server, streamed")
 WAYS = ("caps", "stops", "continuations", "end bias", "named tokens")
 _SEED = 4242
 _FORCED = " the"
+_ANY_CAP = "any cap, 1 to {longest} tokens{every}, the longest bare answer"
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,11 @@ def units(
         "caps", f"uncut: {cap} tokens", f"cap {cap}", partial(ways.by_cap, reader, those, cap)
     )
     every = "" if size.step == 1 else f", every {size.step} tokens"
-    for one in range(1, cap, size.step):
+    # What the guard lets through is the bare answer: a cap behind the longest one cuts none.
+    longest = min(cap - 1, max(ways.n_tokens(pair.tokenizer, attack) for attack in those))
+    for one in range(1, longest + 1, size.step):
         act = partial(ways.by_cap, reader, those, one)
-        yield Unit("caps", f"any cap, 1 to {cap} tokens{every}", f"cap {one}", act)
+        yield Unit("caps", _ANY_CAP.format(longest=longest, every=every), f"cap {one}", act)
     act = partial(ways.by_stop, reader, those, cap, size.stops)
     yield Unit("stops", "a stop string behind the clause", "stops", act)
     for step in ways.CONTINUATIONS:

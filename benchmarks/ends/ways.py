@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 from benchmarks.ends.readers import Ask, EndReader, Heard
 from probes.organism.grammar import Cells
@@ -31,6 +32,7 @@ __all__ = [
     "by_end_bias",
     "by_named_tokens",
     "by_stop",
+    "n_tokens",
     "stops_of",
 ]
 
@@ -129,6 +131,11 @@ def stops_of(attack: Attack, most: int) -> list[str]:
                 found.append(stop)
                 break
     return found
+
+
+def n_tokens(tokenizer: Any, attack: Attack) -> int:  # noqa: ANN401 - duck-typed
+    """Count the tokens of a bare answer, one for its end included."""
+    return len(tokenizer.encode(attack.bare, add_special_tokens=False)) + 1
 
 
 def by_cap(reader: EndReader, those: Sequence[Attack], cap: int) -> Found:
