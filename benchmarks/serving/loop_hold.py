@@ -76,6 +76,9 @@ class _ReadingEngine:
     def check(self) -> float:
         return 0.0
 
+    def close(self) -> None:
+        """Hold nothing."""
+
 
 def _tokenizer() -> Any:  # noqa: ANN401 - any tokenizer of transformers
     from transformers import AutoTokenizer

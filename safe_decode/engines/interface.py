@@ -116,6 +116,10 @@ class Engine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of threads and the like, once the rows have ended."""
+        ...
+
 
 @dataclass(frozen=True)
 class StepTimes:

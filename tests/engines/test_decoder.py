@@ -16,7 +16,7 @@ from safe_decode.errors import (
     UnsupportedError,
 )
 from safe_decode.policy.policy import RequestPolicy
-from safe_decode.prompts.batch import RAW_WINDOW_TOKENS, from_ids
+from safe_decode.prompts.batch import RAW_WINDOW_TOKENS, from_ids, from_prompts
 from safe_decode.testing.bundles import REFUSAL, bundle_for, decoder_for, random_probe
 from safe_decode.testing.models import CONTEXT, PAD, byte_tokenizer, tiny_model
 
@@ -78,7 +78,7 @@ def test_generating_one_token_a_call_is_no_way_around(llama, tokenizer):
     values = [step.statistic for step in whole.traces[0].steps]
     threshold = max(values) - 1e-3
     decoder = decoder_for(llama, tokenizer, redirect="refuse", threshold=threshold)
-    ids, tripped_at = decoder._inputs("go", None, None, None, {}).input_ids, None
+    ids, tripped_at = from_prompts(decoder.tokenizer, "go", None, decoder.device).input_ids, None
     for step in range(25):
         output = decoder.generate(input_ids=ids, max_new_tokens=1)
         if output.traces[0].tripped:
@@ -235,3 +235,10 @@ def test_a_check_that_is_certified_for_benign_responses_alone_takes_no_other(lla
     bundle = with_populations(llama, tokenizer, benign=0.0, begun=1.0)
     with pytest.raises(ConfigurationError, match=r"population='begun' is refused with self_check"):
         SafeDecoder(llama, tokenizer, bundle, self_check="bundle", population="begun")
+
+
+def test_what_code_asks_of_a_model_is_forwarded(llama, tokenizer):
+    model, decoder = llama, decoder_for(llama, tokenizer)
+    assert decoder.device == model.device and decoder.dtype == model.dtype
+    assert decoder.config is model.config and decoder.tokenizer is tokenizer
+    assert decoder.generation_config is model.generation_config

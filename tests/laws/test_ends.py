@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from safe_decode.engines.rows import Row, RowPolicy, RowRequest, Sampling
 from safe_decode.engines.transformers.decoder import SafeDecoder
+from safe_decode.prompts.batch import from_prompts
 from safe_decode.streaming.events import Ended, GuardText, Released
 from safe_decode.testing.bundles import decoder_for, peaks
 from safe_decode.testing.models import EOS
@@ -164,7 +165,7 @@ def test_without_a_holdback_nothing_unseen_is_decoded():
 
 def test_unseen_tokens_stand_in_no_output(decoders):
     decoder = decoders["refuse"]
-    inputs = decoder._inputs([CALM], None, None, None, {}).input_ids.shape[1]
+    inputs = from_prompts(decoder.tokenizer, [CALM], None, decoder.device).input_ids.shape[1]
     output = decoder.generate([CALM], max_new_tokens=5, do_sample=False)
     assert output.sequences.shape[1] <= inputs + 5
     assert output.texts[0] == CALM_TEXT[: 5 - output.traces[0].end.withheld_tokens]
@@ -260,7 +261,7 @@ class ForcesEnd(LogitsProcessor):
 
 
 def width(decoder, prefill):
-    return decoder._inputs([CALM], None, None, prefill, {}).input_ids.shape[1]
+    return from_prompts(decoder.tokenizer, [CALM], prefill, decoder.device).input_ids.shape[1]
 
 
 @pytest.mark.parametrize("redirect", REDIRECTS)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
 from safe_decode.engines.transformers.loops.whole_response import picked_beams, pruned_beams
 from safe_decode.errors import UnsupportedError
+from safe_decode.prompts.batch import from_prompts
 from safe_decode.testing.bundles import REFUSAL, decoder_for, peaks, threshold_between
 from safe_decode.testing.models import FAMILIES, MORE_FAMILIES, tiny_model
 from tests.laws.test_failure_injection import At, drop_all_hooks, hooks_of
@@ -209,7 +210,7 @@ def test_a_second_turn_may_reuse_the_cache_of_the_first(tokenizer, family):
 def test_a_turn_continued_on_its_cache_is_judged_from_its_beginning(llama, tokenizer):
     decoder = decoder_for(llama, tokenizer, redirect="flag")
     whole = decoder.generate("go", max_new_tokens=12)
-    ids = decoder._inputs("go", None, None, None, {}).input_ids
+    ids = from_prompts(decoder.tokenizer, "go", None, decoder.device).input_ids
     cache = DynamicCache(config=llama.config)
     for _ in range(6):
         output = decoder.generate(input_ids=ids, past_key_values=cache, max_new_tokens=2)
@@ -236,7 +237,7 @@ def test_a_trip_takes_the_users_cache_back_to_what_stands(llama, tokenizer, kind
 
 def test_embeddings_are_judged_as_a_raw_completion(llama, tokenizer):
     decoder = decoder_for(llama, tokenizer, redirect="flag")
-    ids = decoder._inputs(PROMPTS, None, None, None, {})
+    ids = from_prompts(decoder.tokenizer, PROMPTS, None, decoder.device)
     given = {
         "inputs_embeds": llama.get_input_embeddings()(ids.input_ids).detach(),
         "attention_mask": ids.attention_mask,

@@ -12,6 +12,7 @@ from transformers import LogitsProcessor
 
 from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
 from safe_decode.policy.policy import RequestPolicy
+from safe_decode.prompts.batch import from_prompts
 from safe_decode.streaming.events import Ended, GuardText, Released, Tripped
 from safe_decode.testing.bundles import (
     OPENER,
@@ -63,7 +64,7 @@ def test_streaming_and_not_give_the_same_tokens_and_traces(shared, tokenizer, re
     )
     whole = decoder.generate(PROMPTS, **options)
     assert {trace.tripped for trace in whole.traces} == {True, False}
-    width = decoder._inputs(PROMPTS, None, None, None, {}).input_ids.shape[1]
+    width = from_prompts(decoder.tokenizer, PROMPTS, None, decoder.device).input_ids.shape[1]
     for row, events in enumerate(by_row(list(decoder.stream(PROMPTS, **options)), len(PROMPTS))):
         end = events[-1]
         assert isinstance(end, Ended) and sum(isinstance(e, Ended) for e in events) == 1
