@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from probes.metrics.intervals import Proportion
 from probes.organism.grammar import Cells
-from probes.organism.reading import organism_reading
+from probes.organism.prompts_source import organism_reading
 from probes.organism.requests import Draw, draw
 from probes.rollouts.types import Request
 from safe_decode import SafeDecoder

@@ -53,7 +53,7 @@ def reading_of(judge: str | None) -> Reading:
         ConfigurationError: There is no such function.
     """
     from probes.evaluation.released_text import reading_alone
-    from probes.organism.reading import organism_reading
+    from probes.organism.prompts_source import organism_reading
 
     if judge is None or judge == "organism":
         return organism_reading
