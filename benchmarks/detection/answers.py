@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from probes.organism.draws import Draw, draw
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
-from probes.organism.requests import Draw, draw
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request
 from safe_decode import SafeDecoder

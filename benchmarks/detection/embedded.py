@@ -24,9 +24,9 @@ from benchmarks.detection.answers import Bench, Guarded
 from benchmarks.detection.rows import figure_row, share_row
 from benchmarks.detection.turns import turn_rows
 from probes.metrics.detection import Proportion
+from probes.organism.draws import Draw
 from probes.organism.grammar import Cells
 from probes.organism.lexicon import CATEGORIES
-from probes.organism.requests import Draw
 from probes.rollouts.types import Request
 from safe_decode import ProbeBundle, SafeDecoder
 from safe_decode.demo.embedded_pair import artefact

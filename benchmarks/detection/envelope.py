@@ -39,9 +39,9 @@ from benchmarks.detection.configurations import (
     served,
 )
 from probes.metrics.intervals import holm
+from probes.organism.draws import Draw, draw
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
-from probes.organism.requests import Draw, draw
 from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
 from safe_decode.certificate import Certificate, Envelope

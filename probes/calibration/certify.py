@@ -168,7 +168,7 @@ def certify_populations(
         rows = np.flatnonzero(names == population)
         mine, own = [conversations[int(row)] for row in rows], others.get(population, envelope)
         known = None if responses is None else responses.of_rows(rows)
-        reaches = known and known.reaches(mine, own)
+        reaches = None if known is None else known.reaches(mine, own)
         foreign.update(known.foreign(mine, own) if known else {})
         # Each alpha is tried apart, so that a small population keeps what it supports; the
         # confidence is shared over all that were asked for.

@@ -153,8 +153,8 @@ def _asked(options: AblateOptions, loaded: Loaded, units: UnitSet) -> dict[str, 
         )
     seen = set(units.provenance.get("seen_groups", ()))
     if harmful is None or benign is None:
+        from probes.organism.draws import Draw
         from probes.organism.prompts_source import world_requests
-        from probes.organism.requests import Draw
 
         draws = {
             "harmful": Draw(situation="harmful", count=prompts),
@@ -164,7 +164,7 @@ def _asked(options: AblateOptions, loaded: Loaded, units: UnitSet) -> dict[str, 
             name: world_requests(loaded.tokenizer, one, seed=options.seed + 7_000, unlike=seen)
             for name, one in draws.items()
         }
-    from probes.location.prompts import read_prompts
+    from probes.location.prompt_files import read_prompts
 
     found = {}
     for name, path in (("harmful", harmful), ("benign", benign)):

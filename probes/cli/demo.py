@@ -30,7 +30,7 @@ from safe_decode.errors import ConfigurationError, PromptError
 if TYPE_CHECKING:
     from safe_decode.demo.comparison import Comparison
     from safe_decode.demo.counts import Label, SceneFigures
-    from safe_decode.demo.prompts import DemoPrompt
+    from safe_decode.demo.scenes import DemoPrompt
     from safe_decode.demo.view import Duel
 
 __all__ = ["demo", "judge_released"]
@@ -140,7 +140,7 @@ def _prompts(
 ) -> tuple[Sequence[DemoPrompt], Sequence[DemoPrompt]]:
     """Choose what is shown and what is counted."""
     from safe_decode.demo.embedded_pair import artefact
-    from safe_decode.demo.prompts import DemoPrompt, read_prompts, showcases
+    from safe_decode.demo.scenes import DemoPrompt, read_prompts, showcases
 
     if prompt is not None:
         return [DemoPrompt.own(prompt, prefill=prefill)], []

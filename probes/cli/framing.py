@@ -116,14 +116,14 @@ def _measured(options: FramingOptions) -> list[Framed]:
 def _from_file(path: Path | None, prompts: int) -> list[Request]:
     if path is None:
         return []
-    from probes.location.prompts import read_prompts
+    from probes.location.prompt_files import read_prompts
 
     return list(read_prompts(path, split="test").asked()[:prompts])
 
 
 def _from_world(loaded: Loaded, prompts: int, seed: int) -> list[Request]:
+    from probes.organism.draws import Draw
     from probes.organism.prompts_source import world_requests
-    from probes.organism.requests import Draw
 
     one = Draw(situation="harmful", count=prompts)
     return world_requests(loaded.tokenizer, one, seed=seed + 8_000)

@@ -24,7 +24,7 @@ from safe_decode.errors import DataError
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
     from probes.location.locate import LocateConfig
-    from probes.location.prompts import LocationData, PromptFile
+    from probes.location.prompt_files import LocationData, PromptFile
     from probes.location.units import Ranking, UnitSet
     from probes.rollouts.generate import RolloutConfig
     from safe_decode.loading import Loaded
@@ -119,20 +119,21 @@ class LocateOptions(ModelOptions, JsonOptions):
 def locate(options: LocateOptions) -> None:
     """Locate safety-critical, utility-critical, complex and redundant units of a model."""
     _require_sense(options)
-    from probes.location.prompts import read_prompts
+    from probes.location.prompt_files import read_prompts
 
+    config, sampling = _config(options), _sampling(options)
     files = {"harmful": read_prompts(options.harmful), "benign": read_prompts(options.benign)}
     _require_enough(files["harmful"], options.samples)
     loaded = options.load_model()
-    said = _answers(loaded, files, options)
+    said = _answers(loaded, files, sampling, options)
     if options.responses is not None:
         _write_responses(options.responses, said)
-    units, data = _located(loaded, said, options)
+    units, data = _located(loaded, said, config, options)
     record = {
         "seen_groups": sorted({row.group for rows in said.values() for row in rows}),
         **_origin(loaded, options.model, files, data),
         "phrases": list(options.refusal_phrase or ()),
-        "generation": _generation(files, options),
+        "generation": _generation(files, sampling, options.samples),
     }
     units = replace(units, provenance={**units.provenance, **record})
     units.save(options.out)
@@ -182,13 +183,16 @@ def _sampling(options: LocateOptions) -> RolloutConfig:
 
 
 def _answers(
-    loaded: Loaded, files: Mapping[str, PromptFile], options: LocateOptions
+    loaded: Loaded,
+    files: Mapping[str, PromptFile],
+    sampling: RolloutConfig,
+    options: LocateOptions,
 ) -> dict[str, list[Conversation]]:
     """Let the model answer the prompts that have no response yet."""
     from probes.location.kept_answers import kept_answers
-    from probes.location.prompts import answered
+    from probes.location.prompt_files import answered
 
-    sampling, samples, said = _sampling(options), options.samples, {}
+    samples, said = options.samples, {}
     for name, file in files.items():
         answer = partial(
             answered, loaded.model, loaded.tokenizer, file, samples=samples, config=sampling
@@ -199,12 +203,15 @@ def _answers(
 
 
 def _located(
-    loaded: Loaded, said: Mapping[str, Sequence[Conversation]], options: LocateOptions
+    loaded: Loaded,
+    said: Mapping[str, Sequence[Conversation]],
+    config: LocateConfig,
+    options: LocateOptions,
 ) -> tuple[UnitSet, LocationData]:
     """Locate units, with shares searched on other prompts where that was asked for."""
     from probes.analysis.ratio_search import apart
     from probes.location.locate import locate as locate_units
-    from probes.location.prompts import location_data
+    from probes.location.prompt_files import location_data
 
     phrases = tuple(options.refusal_phrase or ())
     parts = {
@@ -218,7 +225,7 @@ def _located(
         loaded.tokenizer,
         data.refusals,
         data.benign,
-        _config(options),
+        config,
         kept=options.kept,
     )
     if options.search:
@@ -286,9 +293,8 @@ def _origin(
 
 
 def _generation(
-    files: Mapping[str, PromptFile], options: LocateOptions
+    files: Mapping[str, PromptFile], sampling: RolloutConfig, samples: int
 ) -> dict[str, object] | None:
     """Say for the record how responses came to be; None where the files held them."""
     generated = [name for name, file in files.items() if file.requests]
-    made = {"samples": options.samples, **asdict(_sampling(options))}
-    return {"of": generated, **made} if generated else None
+    return {"of": generated, "samples": samples, **asdict(sampling)} if generated else None

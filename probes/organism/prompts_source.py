@@ -12,8 +12,8 @@ from typing import Any
 
 from probes.data.conversations import Split
 from probes.evaluation.released_text import ReleasedReading
+from probes.organism.draws import Draw, draw
 from probes.organism.oracle import judge
-from probes.organism.requests import Draw, draw
 from probes.organism.templates import FRAMINGS
 from probes.rollouts.types import Judge, Request
 

@@ -15,7 +15,7 @@ from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
 from safe_decode.certificate import Certificate, Envelope, certified_rank, certified_threshold
 from safe_decode.cli.main import app
 from safe_decode.demo import embedded_pair
-from safe_decode.demo.prompts import SCENES
+from safe_decode.demo.scenes import SCENES
 from safe_decode.engines.transformers.capabilities import TABLE
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.monitor.monitor import MonitorConfig
