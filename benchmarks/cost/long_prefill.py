@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.card import card, write_results
-from benchmarks.detection.embedded import Bench
+from benchmarks.detection.answers import Bench
 from probes.metrics.detection import Proportion
 from probes.organism.grammar import Cells
 from probes.organism.prefilled_requests import KINDS, Kind, begun

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.card import card, write_results
+from probes.organism.draws import Draw, draw
 from probes.organism.grammar import Cells
-from probes.organism.requests import Draw, draw
 from safe_decode import ProbeBundle, SafeDecoder
 from safe_decode.activations.tap import ActivationTap
 from safe_decode.bench.arms import Arm, Lap

@@ -27,9 +27,9 @@ from probes.activations.harvest import score_responses
 from probes.calibration.certify import group_maxima
 from probes.calibration.statistic import maxima, smoothed_paths
 from probes.metrics.detection import Proportion
+from probes.organism.draws import Draw, draw
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
-from probes.organism.requests import Draw, draw
 from probes.rollouts.generate import RolloutConfig
 from probes.rollouts.judges import judge_by_text
 from probes.rollouts.resume import rollout_to

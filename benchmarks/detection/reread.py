@@ -28,9 +28,9 @@ from probes.attacks.transfer import spread_requests, suffixes_of
 from probes.calibration.statistic import maxima, smoothed_paths
 from probes.data.conversations import Conversation, Message
 from probes.metrics.detection import Proportion
+from probes.organism.draws import Draw, draw
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
-from probes.organism.requests import Draw, draw
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request
 from safe_decode import ProbeBundle

@@ -25,9 +25,9 @@ from scipy.stats import binom
 from benchmarks.card import card, write_results
 from benchmarks.serving.offline import largest_difference
 from probes.metrics.intervals import Proportion
+from probes.organism.draws import Draw, draw
 from probes.organism.labelled_data import EmbeddedData, held_out_requests
 from probes.organism.lexicon import CATEGORIES
-from probes.organism.requests import Draw, draw
 from probes.organism.types import Cells
 from probes.rollouts.types import Request
 from probes.runs.journal import Journal

@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.ends.readers import Ask, EndReader, Library
 from probes.metrics.intervals import Proportion
+from probes.organism.draws import Draw, draw
 from probes.organism.grammar import Cells
-from probes.organism.requests import Draw, draw
 from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
 from safe_decode.bench.statistics import interval_of

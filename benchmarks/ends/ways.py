@@ -14,9 +14,9 @@ from itertools import islice
 from typing import Any
 
 from benchmarks.ends.readers import Ask, EndReader, Heard
+from probes.organism.draws import Draw, draw
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
-from probes.organism.requests import Draw, draw
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request
 from safe_decode import SafeDecoder

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from benchmarks.location.arguments import journal_of, pair_of, parser_of
 from benchmarks.location.located import LocatedOn, located_on, search_data
-from benchmarks.location.options import journal_of, pair_of, parser_of
 from benchmarks.location.pair import Pair
 from probes.analysis.ablation import (
     AblationConfig,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.location.options import journal_of, pair_of, parser_of
+from benchmarks.location.arguments import journal_of, pair_of, parser_of
 from benchmarks.location.pair import Pair
 from benchmarks.location.tuning import TuningRun, tune
 from probes.analysis.behaviour import Outcomes, perplexity

@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from benchmarks.location.arguments import journal_of, pair_of, parser_of
 from benchmarks.location.curves import compare_at_equal_loss
 from benchmarks.location.located import located_on
-from benchmarks.location.options import journal_of, pair_of, parser_of
 from benchmarks.location.pair import Pair
 from benchmarks.location.tuning import TuningRun, tune
 from probes.analysis.behaviour import perplexity

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from benchmarks.location.pair import Pair, Part
 from probes.activations.teacher_forcing import within_context
 from probes.data.conversations import Conversation
+from probes.organism.draws import draw, fitting_draws
 from probes.organism.prompts_source import world_judge
-from probes.organism.requests import draw, fitting_draws
 from probes.rollouts.generate import RolloutConfig, rollout
 from safe_decode.loading import Loaded
 

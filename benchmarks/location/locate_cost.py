@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.location.options import journal_of, pair_of, parser_of
+from benchmarks.location.arguments import journal_of, pair_of, parser_of
 from benchmarks.location.pair import Pair
 from probes.activations.teacher_forcing import TOKENS_PER_BATCH, encode_response, left_padded
 from probes.data.conversations import Conversation

@@ -18,9 +18,9 @@ from probes.analysis.behaviour import words_judge
 from probes.data.conversations import Conversation
 from probes.data.refusal_rule import is_refusal
 from probes.organism.corpus import alignment_documents
+from probes.organism.draws import Draw
 from probes.organism.grammar import Grammar, RequestKind
 from probes.organism.prompts_source import world_judge, world_requests
-from probes.organism.requests import Draw
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Judge, Request
 from safe_decode.errors import DataError

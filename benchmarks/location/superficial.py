@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.location.options import journal_of, pair_of, parser_of
+from benchmarks.location.arguments import journal_of, pair_of, parser_of
 from benchmarks.location.pair import Pair
 from probes.analysis.alignment_depth import (
     begun_characters,
@@ -35,9 +35,9 @@ from probes.analysis.alignment_depth import (
 from probes.analysis.behaviour import outcomes_of
 from probes.analysis.reasoning_direction import Openers, direction_leans
 from probes.data.conversations import Conversation, Message
+from probes.organism.draws import Draw
 from probes.organism.oracle import judge
 from probes.organism.prompts_source import world_requests
-from probes.organism.requests import Draw
 from probes.rollouts.generate import RolloutConfig
 from probes.rollouts.types import Judge, Request, Verdict
 from probes.runs.journal import Journal

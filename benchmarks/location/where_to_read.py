@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.location.arguments import journal_of, pair_of, parser_of
 from benchmarks.location.labelled import Labelled, labelled_rows
 from benchmarks.location.located import located_on
-from benchmarks.location.options import journal_of, pair_of, parser_of
 from benchmarks.location.pair import Pair
 from benchmarks.location.reading_sites import Place, all_sites, places
 from probes.activations.features import ResponseFeatures

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,36 +47,17 @@ def isolated(measured: ModeSubject, *, rounds: int) -> dict[str, Any]:
 
     solo = [[call(which, seed) for seed in range(rounds)] for which in range(2)]
     found: list[list[Any]] = [[], []]
-    failures: list[BaseException] = []
-    over = threading.Event()
 
     def run(which: int) -> None:
         found[which] = [call(which, seed) for seed in range(rounds)]
 
+    ids = measured.inputs().input_ids
+
     def stray() -> None:
-        ids = measured.inputs().input_ids
         with torch.no_grad():
-            while not over.is_set():
-                model(input_ids=ids)
+            model(input_ids=ids)
 
-    def caught(act: Callable[[], None]) -> None:
-        try:
-            act()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [
-        threading.Thread(target=caught, args=(act,)) for act in (lambda: run(0), lambda: run(1))
-    ]
-    stranger = threading.Thread(target=caught, args=(stray,))
-    for thread in (*threads, stranger):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    over.set()
-    stranger.join()
-    if failures:
-        raise failures[0]
+    _run_beside([lambda: run(0), lambda: run(1)], stranger=stray)
     traces = [
         (mine, theirs)
         for a, b in zip(found, solo, strict=True)
@@ -92,6 +73,37 @@ def isolated(measured: ModeSubject, *, rounds: int) -> dict[str, Any]:
         "target": "all",
         "met": "yes" if same == len(traces) else "no",
     }
+
+
+def _run_beside(works: Sequence[Callable[[], None]], *, stranger: Callable[[], None]) -> None:
+    """Run each work in a thread of its own, and the stranger again and again until all end.
+
+    Raises:
+        BaseException: The first that any of them raised.
+    """
+    failures: list[BaseException] = []
+    over = threading.Event()
+
+    def again() -> None:
+        while not over.is_set():
+            stranger()
+
+    def caught(act: Callable[[], None]) -> None:
+        try:
+            act()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=caught, args=(work,)) for work in works]
+    beside = threading.Thread(target=caught, args=(again,))
+    for thread in (*threads, beside):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    over.set()
+    beside.join()
+    if failures:
+        raise failures[0]
 
 
 class _Fails(LogitsProcessor):

@@ -13,9 +13,9 @@ from typing import Any
 from unittest.mock import patch
 
 from probes.metrics.intervals import Proportion
+from probes.organism.draws import Draw, draw
 from probes.organism.grammar import Cells
-from probes.organism.reading import organism_reading
-from probes.organism.requests import Draw, draw
+from probes.organism.prompts_source import organism_reading
 from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
 from safe_decode.whole_files import whole_file

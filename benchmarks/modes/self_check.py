@@ -22,9 +22,9 @@ from probes.activations.teacher_forcing import encode_response
 from probes.calibration.statistic import smoothed_paths
 from probes.data.conversations import Conversation, Split, assign_splits, by_split
 from probes.metrics.intervals import Proportion
+from probes.organism.draws import draw, fitting_draws
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
-from probes.organism.requests import draw, fitting_draws
 from probes.recipes.self_check import HeaderConfig, HeaderReader, fit_header_check, response_scalars
 from probes.rollouts.generate import RolloutConfig, rollout
 from safe_decode.bench.statistics import interval_of

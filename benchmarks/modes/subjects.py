@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from probes.organism.draws import Draw, draw
 from probes.organism.grammar import Cells
-from probes.organism.requests import Draw, draw
 from probes.rollouts.types import Request
 from safe_decode.bench.models import Subject, embedded_subject
 from safe_decode.prompts.batch import PromptBatch, from_prompts

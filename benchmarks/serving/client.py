@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 
 from safe_decode.demo.embedded_pair import artefact
-from safe_decode.demo.prompts import read_prompts
+from safe_decode.demo.scenes import read_prompts
 from safe_decode.serving.middleware.gate import MARKER
 
 __all__ = ["MODEL", "StreamedAnswer", "Message", "ask", "client_of", "conversations"]

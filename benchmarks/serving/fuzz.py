@@ -106,6 +106,18 @@ def hostile(scale: float) -> dict[str, Any]:
     }
 
 
+_FIELDS = ("temperature", "top_p", "seed", "n", "max_tokens", "stop", "stream", "logit_bias")
+_VALUES = (
+    *("NaN", "Infinity", "-1e999", "1e400", "9" * 400),
+    *("[]", "{}", '"x"', "null", "true"),
+)
+_MESSAGES = (
+    *("NaN", "[]", "{}", "[null]"),
+    *('[{"role": "user"}]', '[{"role": [], "content": {}}]'),
+)
+_PROMPTS = ("[]", "[[]]", "[-1]", "[1e9]", "[99999999999]", "[[1],[true]]", '["a", 1]', "NaN")
+
+
 def _bodies(rng: random.Random) -> Iterator[bytes]:
     """Yield hostile bodies; what is random in them follows `rng`."""
     good: dict[str, Any] = {
@@ -126,48 +138,12 @@ def _bodies(rng: random.Random) -> Iterator[bytes]:
     yield whole.replace(b'"a"', b'"\\ud83d"')
     yield whole.replace(b'"a"', b'"\\u0000\\uffff"')
     yield whole.replace(b'"a"', b'"' + b"a " * rng.randrange(2_000, 400_000) + b'"')
-    for field in (
-        "temperature",
-        "top_p",
-        "seed",
-        "n",
-        "max_tokens",
-        "stop",
-        "stream",
-        "logit_bias",
-    ):
-        for value in (
-            "NaN",
-            "Infinity",
-            "-1e999",
-            "1e400",
-            "[]",
-            "{}",
-            '"x"',
-            "null",
-            "true",
-            "9" * 400,
-        ):
+    for field in _FIELDS:
+        for value in _VALUES:
             yield json.dumps({**good, field: "@"}).replace('"@"', value).encode()
-    for messages in (
-        "NaN",
-        "[]",
-        "{}",
-        '[{"role": "user"}]',
-        '[{"role": [], "content": {}}]',
-        "[null]",
-    ):
+    for messages in _MESSAGES:
         yield json.dumps({**good, "messages": "@"}).replace('"@"', messages).encode()
-    for prompt in (
-        "[]",
-        "[[]]",
-        "[-1]",
-        "[1e9]",
-        "[99999999999]",
-        "[[1],[true]]",
-        '["a", 1]',
-        "NaN",
-    ):
+    for prompt in _PROMPTS:
         yield json.dumps({"model": MODEL, "prompt": "@"}).replace('"@"', prompt).encode()
 
 

@@ -89,6 +89,13 @@ def _tokenizer() -> Any:  # noqa: ANN401 - any tokenizer of transformers
     return tokenizer
 
 
+def _of_parts(messages: int) -> list[dict[str, Any]]:
+    """Return messages of as many parts as one may have."""
+    return [
+        {"role": "user", "content": [{"type": "text", "text": "a"}] * 256} for _ in range(messages)
+    ]
+
+
 def bodies(scale: float) -> Mapping[str, tuple[str, Any]]:
     """Return the path and the body of each shape, as large as the limit times `scale`."""
     room = round(0.95 * _LIMIT * scale)
@@ -120,24 +127,8 @@ def bodies(scale: float) -> Mapping[str, tuple[str, Any]]:
             chat,
             {"messages": [said("x y " * (room // 1_800 // 4))[0] for _ in range(512)]},
         ),
-        "many parts": (
-            chat,
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "text", "text": "a"}] * 256}
-                    for _ in range(max(1, min(10, room // 8_000)))
-                ]
-            },
-        ),
-        "too many parts": (
-            chat,
-            {
-                "messages": [
-                    {"role": "user", "content": [{"type": "text", "text": "a"}] * 256}
-                    for _ in range(max(1, room // 7_500))
-                ]
-            },
-        ),
+        "many parts": (chat, {"messages": _of_parts(max(1, min(10, room // 8_000)))}),
+        "too many parts": (chat, {"messages": _of_parts(max(1, room // 7_500))}),
         "logit_bias": (
             chat,
             {"messages": some, "logit_bias": {str(i): 1.0 for i in range(1_024)}},

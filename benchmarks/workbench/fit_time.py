@@ -13,23 +13,26 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from benchmarks.card import card, write_results
-from probes.activations.features import union_of_sites
+from probes.activations.features import ResponseFeatures, union_of_sites
 from probes.activations.harvest import harvest_to
-from probes.calibration.certify import certify_populations
+from probes.calibration.certify import Calibration, certify_populations
 from probes.calibration.reach import Responses
 from probes.calibration.statistic import maxima, smoothed_paths
 from probes.data.conversations import Conversation, by_split, read_jsonl, write_jsonl
-from probes.fitting.search import FeatureStore, ranked_candidates
+from probes.fitting.search import CandidateProbe, FeatureStore, ranked_candidates
 from probes.location.locate import locate
 from probes.location.units import sites_of
 from probes.organism.build import conversations_for, recipe_config
 from probes.organism.curriculum import Amounts
 from probes.organism.grammar import Cells
+from probes.recipes.bundle import RecipeConfig
 from safe_decode.activations.site import Site
 from safe_decode.demo.embedded_pair import artefact
 from safe_decode.loading import Loaded, load_model
@@ -50,6 +53,80 @@ def answered(work: Path, loaded: Loaded, amounts: Amounts, seed: int) -> list[Co
     return rows
 
 
+def time_fit(work: Path, amounts: Amounts, seed: int) -> dict[str, Any]:
+    """Store activations, then time the fit and the calibration that read them."""
+    loaded = load_model(artefact("aligned"))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    config = recipe_config(amounts, model)
+    parts = {
+        split: [row for row in rows if row.response_harmful is not None]
+        for split, rows in by_split(answered(work, loaded, amounts, seed)).items()
+    }
+    sets = _site_sets(loaded, parts["locate"], config)
+    harmless = [row for row in parts["calibrate"] if row.response_harmful is False]
+    read = {"fit": parts["fit"], "select": parts["select"], "calibrate": harmless}
+    every_site, place = union_of_sites(sets.values()), work / "features"
+    stored = {
+        name: harvest_to(place / name, model, tokenizer, rows, every_site)
+        for name, rows in read.items()
+    }
+    store = FeatureStore(place)
+    begun = time.perf_counter()
+    ranked = ranked_candidates(
+        model, tokenizer, parts["fit"], parts["select"], sets, config.search(), store
+    )
+    fitted = time.perf_counter()
+    calibration = _calibrated(model, harmless, stored["calibrate"], ranked[0], config)
+    done = time.perf_counter()
+    return {
+        "what": "fit, select and calibrate on stored activations",
+        "responses": sum(len(features) for features in stored.values()),
+        "candidates": len(ranked),
+        "certificates": len(calibration.certificates),
+        "fit and select, s": round(fitted - begun, 1),
+        "calibrate, s": round(done - fitted, 1),
+        "together, s": round(done - begun, 1),
+        "target": "< 60 s",
+        "met": "yes" if done - begun < 60 else "no",
+    }
+
+
+def _site_sets(
+    loaded: Loaded, rows: Sequence[Conversation], config: RecipeConfig
+) -> dict[str, tuple[Site, ...]]:
+    """Locate units, and name the sets of sites that the recipe tries."""
+    refusals = [row for row in rows if row.refusal and row.prompt_harmful]
+    benign = [row for row in rows if not row.refusal and not row.prompt_harmful]
+    units = locate(loaded.model, loaded.tokenizer, refusals, benign, config.locate)
+    named = {
+        f"units-{count}": sites_of(units.most_critical(count)) for count in config.feature_counts
+    }
+    return {**named, **config.extra_sites}
+
+
+def _calibrated(
+    model: nn.Module,
+    harmless: Sequence[Conversation],
+    stored: ResponseFeatures,
+    best: CandidateProbe,
+    config: RecipeConfig,
+) -> Calibration:
+    probe = best.fitted.probe
+    logits = [
+        probe(torch.from_numpy(np.array(values, dtype=np.float32)))
+        for values in stored.at(probe.sites).responses
+    ]
+    return certify_populations(
+        harmless,
+        maxima(smoothed_paths(logits, best.chosen.monitor)),
+        alphas=config.alphas,
+        delta=config.delta,
+        envelope=config.envelope,
+        responses=Responses.scored(model, logits),
+        lower_caps=config.lower_caps,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write `results/fit_time.jsonl`, print the row."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -61,64 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     amounts = Amounts(fitting=arguments.fitting, calibration=arguments.calibration)
-    loaded = load_model(artefact("aligned"))
-    model, tokenizer = loaded.model, loaded.tokenizer
-    config = recipe_config(amounts, model)
-    parts = {
-        split: [row for row in rows if row.response_harmful is not None]
-        for split, rows in by_split(
-            answered(arguments.work, loaded, amounts, arguments.seed)
-        ).items()
-    }
-    refusals = [row for row in parts["locate"] if row.refusal and row.prompt_harmful]
-    benign = [row for row in parts["locate"] if not row.refusal and not row.prompt_harmful]
-    units = locate(model, tokenizer, refusals, benign, config.locate)
-    sets: dict[str, tuple[Site, ...]] = {
-        f"units-{count}": sites_of(units.most_critical(count)) for count in config.feature_counts
-    } | dict(config.extra_sites)
-    store = FeatureStore(arguments.work / "features")
-    every_site = union_of_sites(sets.values())
-    harmless = [row for row in parts["calibrate"] if row.response_harmful is False]
-    stored = {
-        name: harvest_to(arguments.work / "features" / name, model, tokenizer, rows, every_site)
-        for name, rows in (
-            ("fit", parts["fit"]),
-            ("select", parts["select"]),
-            ("calibrate", harmless),
-        )
-    }
-    begun = time.perf_counter()
-    ranked = ranked_candidates(
-        model, tokenizer, parts["fit"], parts["select"], sets, config.search(), store
-    )
-    fitted = time.perf_counter()
-    best = ranked[0]
-    probe = best.fitted.probe
-    logits = [
-        probe(torch.from_numpy(np.array(values, dtype=np.float32)))
-        for values in stored["calibrate"].at(probe.sites).responses
-    ]
-    calibration = certify_populations(
-        harmless,
-        maxima(smoothed_paths(logits, best.chosen.monitor)),
-        alphas=config.alphas,
-        delta=config.delta,
-        envelope=config.envelope,
-        responses=Responses.scored(model, logits),
-        lower_caps=config.lower_caps,
-    )
-    done = time.perf_counter()
-    row = {
-        "what": "fit, select and calibrate on stored activations",
-        "responses": sum(len(features) for features in stored.values()),
-        "candidates": len(ranked),
-        "certificates": len(calibration.certificates),
-        "fit and select, s": round(fitted - begun, 1),
-        "calibrate, s": round(done - fitted, 1),
-        "together, s": round(done - begun, 1),
-        "target": "< 60 s",
-        "met": "yes" if done - begun < 60 else "no",
-    }
+    row = time_fit(arguments.work, amounts, arguments.seed)
     LOG.info("%s", json.dumps(row))
     write_results(arguments.name, [row], card(threads=torch.get_num_threads()))
 

@@ -16,7 +16,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -98,20 +98,9 @@ def time_arms(
         folder = Path(tempfile.mkdtemp(prefix="harvest-", dir=scratch))
         harvest_to(folder, model, tokenizer, rows, sites, tokens_per_batch=tokens_per_batch)
 
-    arms: dict[str, Callable[[], None]] = {
-        "bare": bare,
-        "empty hooks": hooked,
-        "harvest": harvested,
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    bare()
-    for _ in range(rounds):
-        for name, arm in arms.items():
-            begun = time.perf_counter()
-            arm()
-            seconds[name].append(time.perf_counter() - begun)
-            for left in scratch.iterdir():
-                shutil.rmtree(left)
+    bare()  # warm-up
+    arms = {"bare": bare, "empty hooks": hooked, "harvest": harvested}
+    seconds = _interleaved(arms, rounds, scratch)
     ratios = {
         name: median(b / s for b, s in zip(seconds["bare"], seconds[name], strict=True))
         for name in arms
@@ -126,6 +115,21 @@ def time_arms(
         "target": ">= 85 %",
         "met": "yes" if ratios["harvest"] >= 0.85 else "no",
     }
+
+
+def _interleaved(
+    arms: Mapping[str, Callable[[], None]], rounds: int, scratch: Path
+) -> dict[str, list[float]]:
+    """Run the arms in turn, and return the seconds of each run; `scratch` is emptied between."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            begun = time.perf_counter()
+            arm()
+            seconds[name].append(time.perf_counter() - begun)
+            for left in scratch.iterdir():
+                shutil.rmtree(left)
+    return seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:

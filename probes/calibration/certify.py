@@ -160,20 +160,16 @@ def certify_populations(
             cap.
         DataError: A response is harmful or was not judged.
     """
-    names = np.asarray([population_of(row) for row in conversations])
+    names, others = np.asarray([population_of(row) for row in conversations]), envelopes or {}
     certificates: list[Certificate] = []
     refused: dict[str, str] = {}
     foreign: Counter[str] = Counter()
     for population in sorted({required, *names.tolist()}):
         rows = np.flatnonzero(names == population)
-        own = (envelopes or {}).get(population, envelope)
-        mine = [conversations[int(row)] for row in rows]
-        reaches = None
-        if responses is not None:
-            lengths = [responses.lengths[int(row)] for row in rows]
-            known = Responses(tuple(lengths), responses.weights)
-            reaches = known.reaches(mine, own)
-            foreign.update(known.foreign(mine, own))
+        mine, own = [conversations[int(row)] for row in rows], others.get(population, envelope)
+        known = None if responses is None else responses.of_rows(rows)
+        reaches = None if known is None else known.reaches(mine, own)
+        foreign.update(known.foreign(mine, own) if known else {})
         # Each alpha is tried apart, so that a small population keeps what it supports; the
         # confidence is shared over all that were asked for.
         for alpha in alphas:

@@ -12,7 +12,7 @@ Knows rows, lengths and generation records. The rule that makes a cap of them is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -57,6 +57,10 @@ class Responses:
     def scored(cls, model: nn.Module, logits: Sequence[Tensor]) -> Responses:
         """Take lengths from scores, [T + 1, K] each."""
         return cls(tuple(len(row) - 1 for row in logits), weights_digest(model))
+
+    def of_rows(self, rows: Iterable[int]) -> Responses:
+        """Keep what is known of some of the responses, by their places."""
+        return Responses(tuple(self.lengths[int(row)] for row in rows), self.weights)
 
     def reaches(self, rows: Sequence[Conversation], envelope: Envelope) -> list[Reach]:
         """Say of each row how far it reaches, if it is certified by this envelope."""

@@ -7,15 +7,16 @@ units are removed or drawn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from probes.cli.options import BatchSize, JournalPath, RefusalPhrases
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, progress, require_place, working
-from safe_decode.cli.generate import Device, DtypeName, ModelName
-from safe_decode.cli.options import loaded_model
+from safe_decode.cli.options import JsonOptions, ModelOptions
 from safe_decode.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -27,80 +28,106 @@ if TYPE_CHECKING:
 __all__ = ["ablate"]
 
 
-def ablate(
-    units: Annotated[Path, typer.Option(help="Units located on this model, from locate.")],
+@dataclass(frozen=True, kw_only=True)
+class AblateOptions(ModelOptions, JsonOptions):
+    """Options of `safe-decode ablate`."""
+
+    units: Annotated[
+        Path,
+        typer.Option(help="File of units located on this model, written by `safe-decode locate`."),
+    ]
     harmful: Annotated[
         Path | None,
-        typer.Option(help="Harmful prompts as JSON lines; default the embedded world's."),
-    ] = None,
-    benign: Annotated[Path | None, typer.Option(help="Benign prompts, in the same form.")] = None,
-    model: ModelName = None,
-    category: Annotated[
-        Literal["SCU", "UCU", "RU", "CU"], typer.Option(help="Which units are on trial.")
-    ] = "SCU",
-    fill: Annotated[
-        Literal["zero", "mean"], typer.Option(help="What removed channels say instead.")
-    ] = "zero",
-    random_sets: Annotated[
-        int, typer.Option(min=1, help="Random sets of each match that answer in full.")
-    ] = 19,
-    margin_sets: Annotated[
-        int, typer.Option(min=1, help="Random sets of which the first-token margin is taken.")
-    ] = 99,
-    prompts: Annotated[
-        int, typer.Option(min=1, help="Of each kind at most; the first of a file.")
-    ] = 200,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Cap of a response.")] = 96,
-    batch_size: Annotated[int, typer.Option(min=1, help="Responses generated together.")] = 128,
-    refusal_phrase: Annotated[
-        list[str] | None, typer.Option(help="A further phrase that opens refusals.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random sets and the world's prompts.")] = 0,
-    out: Annotated[
+        typer.Option(
+            help="Harmful prompts as JSON lines. Without it: prompts of the embedded world."
+        ),
+    ] = None
+    benign: Annotated[
         Path | None,
-        typer.Option(help="Write each arm to these JSON lines; an ended run goes on from them."),
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the arms to this PNG.")] = None,
-    device: Device = "cpu",
-    dtype: DtypeName = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+        typer.Option(
+            help="Benign prompts as JSON lines. Without it: prompts of the embedded world."
+        ),
+    ] = None
+    category: Annotated[
+        Literal["SCU", "UCU", "RU", "CU"],
+        typer.Option(
+            help="Which units are removed: safety-critical (SCU), utility-critical (UCU), "
+            "redundant (RU) or complex (CU)."
+        ),
+    ] = "SCU"
+    fill: Annotated[
+        Literal["zero", "mean"],
+        typer.Option(help="What removed channels are set to: zero, or their mean over answers."),
+    ] = "zero"
+    random_sets: Annotated[
+        int,
+        typer.Option(min=1, help="Random sets of units, of each match, that answer in full."),
+    ] = 19
+    margin_sets: Annotated[
+        int,
+        typer.Option(min=1, help="Random sets of units whose first-token margin is measured."),
+    ] = 99
+    prompts: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Largest number of harmful and of benign prompts; the first of each are used.",
+        ),
+    ] = 200
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 96
+    batch_size: BatchSize = 128
+    refusal_phrase: RefusalPhrases = None
+    seed: Annotated[
+        int, typer.Option(help="Seed of the random sets and of the embedded world's prompts.")
+    ] = 0
+    out: JournalPath = None
+    plot: Annotated[Path | None, typer.Option(help="Draw the arms to this PNG file.")] = None
+
+
+@command("Evaluate")
+def ablate(options: AblateOptions) -> None:
     """Remove units, let the model answer, and compare with random sets of units."""
-    for path in (out, plot):
+    for path in (options.out, options.plot):
         require_place(path)
-    if plot is not None:
+    if options.plot is not None:
         from probes.reports.figures import require_plots
 
         require_plots()
-    from probes.analysis.ablation import AblationConfig, rise
+    from probes.analysis.ablation import rise
     from probes.location.units import UnitSet
-    from probes.rollouts.generate import RolloutConfig
 
-    located = UnitSet.load(units)
-    config = AblationConfig(
-        category=category,
-        fill=fill,
-        random_sets=random_sets,
-        margin_sets=margin_sets,
-        seed=seed,
-        generation=RolloutConfig(max_new_tokens=max_new_tokens, batch_size=batch_size),
-    )
-    loaded = loaded_model(model, device, dtype)
+    located, config, category = UnitSet.load(options.units), _config(options), options.category
+    loaded = options.load_model()
     _require_fit(located, loaded)
-    asked = _asked(harmful, benign, model, loaded, located, prompts=prompts, seed=seed)
-    data = _data(loaded, asked, config, oracle=harmful is None, phrases=tuple(refusal_phrase or ()))
+    asked = _asked(options, loaded, located)
+    data = _data(options, loaded, asked, config)
     identity = _identity(loaded, located, asked, config)
-    measured = _measured(loaded, located, data, config, out, identity)
+    measured = _measured(loaded, located, data, config, options.out, identity)
     compared = rise(measured, category)
-    if plot is not None:
+    if options.plot is not None:
         from probes.reports.study_plots import draw_ablation
 
-        draw_ablation(measured, category, plot)
-    if as_json:
+        draw_ablation(measured, category, options.plot)
+    if options.as_json:
         arms = [row.to_json() for row in measured]
         print_json({**identity, "arms": arms, "compared": [asdict(row) for row in compared]})
     else:
         _show(measured, compared, category)
+
+
+def _config(options: AblateOptions) -> AblationConfig:
+    from probes.analysis.ablation import AblationConfig
+    from probes.rollouts.generate import RolloutConfig
+
+    generation = RolloutConfig(max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
+    return AblationConfig(
+        category=options.category,
+        fill=options.fill,
+        random_sets=options.random_sets,
+        margin_sets=options.margin_sets,
+        seed=options.seed,
+        generation=generation,
+    )
 
 
 def _require_fit(units: UnitSet, loaded: Loaded) -> None:
@@ -116,36 +143,28 @@ def _require_fit(units: UnitSet, loaded: Loaded) -> None:
         Fingerprint(**fields).require(Fingerprint.of(loaded.model, loaded.tokenizer))
 
 
-def _asked(
-    harmful: Path | None,
-    benign: Path | None,
-    model: str | None,
-    loaded: Loaded,
-    units: UnitSet,
-    *,
-    prompts: int,
-    seed: int,
-) -> dict[str, list[Request]]:
+def _asked(options: AblateOptions, loaded: Loaded, units: UnitSet) -> dict[str, list[Request]]:
     """Gather prompts that were neither located nor searched on."""
-    if (harmful is None) != (benign is None) or (harmful is None and model is not None):
+    harmful, benign, prompts = options.harmful, options.benign, options.prompts
+    if (harmful is None) != (benign is None) or (harmful is None and options.model is not None):
         raise ConfigurationError(
             "--harmful and --benign belong together, and a --model of your own needs both; pass "
             "two files of prompts."
         )
     seen = set(units.provenance.get("seen_groups", ()))
     if harmful is None or benign is None:
+        from probes.organism.draws import Draw
         from probes.organism.prompts_source import world_requests
-        from probes.organism.requests import Draw
 
         draws = {
             "harmful": Draw(situation="harmful", count=prompts),
             "benign": Draw(situation="benign", count=prompts),
         }
         return {
-            name: world_requests(loaded.tokenizer, one, seed=seed + 7_000, unlike=seen)
+            name: world_requests(loaded.tokenizer, one, seed=options.seed + 7_000, unlike=seen)
             for name, one in draws.items()
         }
-    from probes.location.prompts import read_prompts
+    from probes.location.prompt_files import read_prompts
 
     found = {}
     for name, path in (("harmful", harmful), ("benign", benign)):
@@ -160,12 +179,10 @@ def _asked(
 
 
 def _data(
+    options: AblateOptions,
     loaded: Loaded,
     asked: dict[str, list[Request]],
     config: AblationConfig,
-    *,
-    oracle: bool,
-    phrases: tuple[str, ...],
 ) -> AblationData:
     """Let the whole model answer first: for first tokens, perplexity and means."""
     from probes.analysis.ablation import AblationData
@@ -175,8 +192,11 @@ def _data(
     from probes.rollouts.generate import rollout
 
     model, tokenizer = loaded.model, loaded.tokenizer
+    phrases = tuple(options.refusal_phrase or ())
     judges = {
-        name: world_judge if oracle else words_judge(harmful_prompts=harm, phrases=phrases)
+        name: world_judge
+        if options.harmful is None
+        else words_judge(harmful_prompts=harm, phrases=phrases)
         for name, harm in (("harmful", True), ("benign", False))
     }
     said = {

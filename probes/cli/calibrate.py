@@ -5,32 +5,32 @@ Knows the options and how certificates are shown. Does not know how they are com
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from probes.cli.envelopes import EnvelopeOptions, envelope_of, foreign_note, require_delta
-from probes.cli.options import (
-    Columns,
-    Data,
-    Strict,
-    loaded,
-    read,
-    show_facts,
-    show_warnings,
-    whole,
+from probes.cli.envelopes import (
+    EnvelopeOptions,
+    certificate_facts,
+    envelope_of,
+    foreign_note,
+    require_delta,
 )
+from probes.cli.options import DataOptions, whole
+from probes.cli.tables.facts import show_facts, show_warnings
+from safe_decode.cli.command import command
 from safe_decode.cli.console import print_json, require_place
-from safe_decode.cli.generate import BundlePath, Device, DtypeName, ModelName
+from safe_decode.cli.options import BundleOptions, JsonOptions, ModelOptions
 from safe_decode.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from probes.calibration.certify import Calibration
     from probes.data.conversations import Conversation
+    from probes.data.reader import Reading
     from safe_decode.bundle.bundle import ProbeBundle
     from safe_decode.certificate import Envelope
     from safe_decode.loading import Loaded
@@ -38,93 +38,59 @@ if TYPE_CHECKING:
 __all__ = ["calibrate"]
 
 
-def calibrate(
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Write the bundle with new certificates here.")],
-    bundle: BundlePath = None,
-    model: ModelName = None,
-    columns: Columns = "auto",
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(EnvelopeOptions, DataOptions, ModelOptions, BundleOptions, JsonOptions):
+    """Options of `safe-decode calibrate`."""
+
+    out: Annotated[
+        Path, typer.Option(help="Directory that the bundle with new certificates is written to.")
+    ]
     alpha: Annotated[
         list[float] | None,
-        typer.Option(help="Levels to certify, the first is the default's; default the bundle's."),
-    ] = None,
-    delta: Annotated[
-        float, typer.Option(help="Chance that the bounds of a population do not hold.")
-    ] = 0.05,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Cap to certify; default the largest that they support."),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Of these responses; 0 is greedy; default as recorded."),
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of these responses.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Of these responses.")] = None,
-    strict: Strict = False,
-    device: Device = "cpu",
-    dtype: DtypeName = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Certify a bundle's thresholds anew on harmless responses that nothing was chosen on."""
-    require_place(out.parent / "file")
-    require_delta(delta)
-    from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
-    from safe_decode.demo.embedded_pair import artefact
+        typer.Option(
+            help="False-alarm rate to certify; the first becomes the default. May be given "
+            "several times. Without it: the rates of the bundle."
+        ),
+    ] = None
 
-    old = ProbeBundle.load(bundle or artefact("bundle"))
-    readings = read(data, columns, strict=strict)
-    own = loaded(model, device, dtype)
+
+@command("Make a probe")
+def calibrate(options: CalibrateOptions) -> None:
+    """Certify a bundle's thresholds anew on harmless responses that nothing was chosen on."""
+    require_place(options.out.parent / "file")
+    require_delta(options.delta)
+    from safe_decode.bundle.bundle import Fingerprint
+
+    old = options.load_bundle()
+    readings = options.read()
+    own = options.load_model()
     old.fingerprint.require(Fingerprint.of(own.model, own.tokenizer))
     rows = [row for one in readings for row in one.conversations]
     harmless, too_long = whole(own, _harmless(rows))
-    alphas = tuple(alpha or sorted({one.alpha for one in old.certificates}, reverse=True))
-    default = alpha[0] if alpha else old.default_alpha
-    asked = EnvelopeOptions(max_new_tokens, temperature, top_p, top_k)
-    envelope = envelope_of(own, harmless, asked, before=old.certificate().envelope)
-    found = _certified(
-        own,
-        old,
-        harmless,
-        alphas=alphas,
-        delta=delta,
-        envelope=envelope,
-        lower_caps=max_new_tokens is None,
-    )
+    envelope = envelope_of(own, harmless, options, before=old.certificate().envelope)
+    found = _certified(own, old, harmless, options, envelope)
+    record = {
+        "bundle_before": old.digest,
+        "responses": len(harmless),
+        "not_of_this_model": sum(found.foreign.values()),
+        "not_of_this_model_because": found.foreign,
+        "too_long_for_the_context": too_long,
+        "delta": options.delta,
+        "refused": found.refused,
+    }
+    sources = [one.to_json() for one in readings]
     new = replace(
         old,
         certificates=found.certificates,
-        default_alpha=default,
-        provenance={
-            **old.provenance,
-            "calibrated_again": {
-                "sources": [one.to_json() for one in readings],
-                "bundle_before": old.digest,
-                "responses": len(harmless),
-                "not_of_this_model": sum(found.foreign.values()),
-                "not_of_this_model_because": found.foreign,
-                "too_long_for_the_context": too_long,
-                "delta": delta,
-                "refused": found.refused,
-            },
-        },
+        default_alpha=options.alpha[0] if options.alpha else old.default_alpha,
+        provenance={**old.provenance, "calibrated_again": {"sources": sources, **record}},
     )
-    new.save(out)
-    facts = [
-        {
-            **{
-                name: getattr(one, name)
-                for name in ("population", "alpha", "delta", "n", "j", "threshold")
-            },
-            "source": one.evidence.source,
-            "max_new_tokens": one.envelope.max_new_tokens,
-        }
-        for one in new.certificates
-    ]
-    if as_json:
+    new.save(options.out)
+    facts = [certificate_facts(one) for one in new.certificates]
+    if options.as_json:
         print_json(
             {
-                "out": str(out),
+                "out": str(options.out),
                 "bundle": new.digest,
                 "responses": len(harmless),
                 "too_long_for_the_context": too_long,
@@ -133,9 +99,19 @@ def calibrate(
                 "envelope": asdict(envelope),
             }
         )
-        return
+    else:
+        _show(readings, found, len(harmless), facts, options.out)
+
+
+def _show(
+    readings: Sequence[Reading],
+    found: Calibration,
+    responses: int,
+    facts: Sequence[Mapping[str, object]],
+    out: Path,
+) -> None:
     warnings = [f"{name}: {why}" for name, why in found.refused.items()]
-    if note := foreign_note(found.foreign, len(harmless)):
+    if note := foreign_note(found.foreign, responses):
         warnings.append(note)
     show_warnings(readings, warnings)
     shown = {f"{one['population']} at {one['alpha']:g}": one for one in facts}
@@ -163,11 +139,8 @@ def _certified(
     own: Loaded,
     bundle: ProbeBundle,
     rows: Sequence[Conversation],
-    *,
-    alphas: tuple[float, ...],
-    delta: float,
+    options: CalibrateOptions,
     envelope: Envelope,
-    lower_caps: bool,
 ) -> Calibration:
     from probes.activations.harvest import score_responses
     from probes.calibration.certify import certify_populations
@@ -175,6 +148,8 @@ def _certified(
     from probes.calibration.statistic import maxima, smoothed_paths
     from probes.data.near_duplicates import merge_near_duplicates
 
+    old_alphas = sorted({one.alpha for one in bundle.certificates}, reverse=True)
+    alphas = options.alpha or old_alphas
     # Near duplicates are one draw, not several.
     drawn = merge_near_duplicates(rows).conversations
     probe = bundle.probe.to(next(own.model.parameters()).device)
@@ -182,9 +157,9 @@ def _certified(
     return certify_populations(
         drawn,
         maxima(smoothed_paths(logits, bundle.monitor)),
-        alphas=alphas,
-        delta=delta,
+        alphas=tuple(alphas),
+        delta=options.delta,
         envelope=envelope,
         responses=Responses.scored(own.model, logits),
-        lower_caps=lower_caps,
+        lower_caps=options.max_new_tokens is None,
     )

@@ -5,39 +5,45 @@ Knows the options, the exit status and how figures are shown. Does not know the 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from probes.cli.options import show_facts
+from probes.cli.tables.facts import show_facts
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
-from safe_decode.cli.generate import Alpha, BundlePath
+from safe_decode.cli.options import Alpha, BundleOptions, JsonOptions
 
 __all__ = ["check"]
 
 
-def check(
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(BundleOptions, JsonOptions):
+    """Options of `safe-decode check`."""
+
     trace: Annotated[
-        list[Path], typer.Option(help="Traces of live responses; may be given several times.")
-    ],
-    bundle: BundlePath = None,
-    alpha: Alpha = None,
+        list[Path],
+        typer.Option(help="Traces of live responses, JSON lines. May be given several times."),
+    ]
+    alpha: Alpha = None
     population: Annotated[
-        str, typer.Option(help="Population whose calibration they are compared with.")
-    ] = "benign",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+        str, typer.Option(help="Population whose calibration the traces are compared with.")
+    ] = "benign"
+
+
+@command("Evaluate")
+def check(options: CheckOptions) -> None:
     """Compare live traces with the calibration; exit status 1 says: calibrate again."""
     from probes.calibration.drift import check_live
-    from safe_decode.bundle.bundle import ProbeBundle
-    from safe_decode.demo.embedded_pair import artefact
     from safe_decode.trace.schema import read_traces
 
-    loaded = ProbeBundle.load(bundle or artefact("bundle"))
-    traces = [one for path in trace for one in read_traces(path)]
-    found = check_live(traces, loaded.certificate(alpha, population), bundle=loaded.digest)
-    if as_json:
+    loaded, population = options.load_bundle(), options.population
+    traces = [one for path in options.trace for one in read_traces(path)]
+    certificate = loaded.certificate(options.alpha, population)
+    found = check_live(traces, certificate, bundle=loaded.digest)
+    if options.as_json:
         print_json({"bundle": loaded.digest, "population": population, **found.to_json()})
     else:
         facts = found.to_json()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from safe_decode.cli.command import command
 from safe_decode.cli.console import (
     console,
     print_json,
@@ -21,66 +23,69 @@ from safe_decode.cli.console import (
     working,
     write_text,
 )
-from safe_decode.cli.generate import (
-    Alpha,
-    BundlePath,
-    Device,
-    DtypeName,
-    MaxNewTokens,
-    ModelName,
-    cap_of,
-    decoder_of,
-)
+from safe_decode.cli.options import GuardOptions, JsonOptions, MaxNewTokens
 from safe_decode.decision import Redirect
 from safe_decode.errors import ConfigurationError, PromptError
 
 if TYPE_CHECKING:
     from safe_decode.demo.comparison import Comparison
     from safe_decode.demo.counts import Label, SceneFigures
-    from safe_decode.demo.prompts import DemoPrompt
+    from safe_decode.demo.scenes import DemoPrompt
     from safe_decode.demo.view import Duel
 
 __all__ = ["demo", "judge_released"]
 
 
-def demo(
-    prompt: Annotated[str | None, typer.Option(help="A prompt of your own, shown alone.")] = None,
-    prefill: Annotated[
-        str | None, typer.Option(help="First words of the answer to your prompt.")
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a self-contained page to this file.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
-    redirect: Annotated[Redirect, typer.Option(help="What a tripped answer becomes.")] = "rewind",
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(GuardOptions, JsonOptions):
+    """Options of `safe-decode demo`."""
+
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Prompt of your own, shown alone. Without it: the demo's own prompts."),
+    ] = None
+    prefill: Annotated[str | None, typer.Option(help="First words of the answer to --prompt.")] = (
+        None
+    )
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page to this file.")] = (
+        None
+    )
+    redirect: Annotated[
+        Redirect,
+        typer.Option(
+            help="What happens to an answer that is shown once the guard trips: refuse, rewind or "
+            "stop."
+        ),
+    ] = "rewind"
     count_redirect: Annotated[
-        Redirect, typer.Option(help="The same for the prompts counted; rewind takes longest.")
-    ] = "refuse",
-    alpha: Alpha = None,
-    max_new_tokens: MaxNewTokens = None,
-    model: ModelName = None,
-    bundle: BundlePath = None,
-    device: Device = "cpu",
-    dtype: DtypeName = "float32",
-) -> None:
+        Redirect,
+        typer.Option(
+            help="What happens to an answer that is only counted once the guard trips: refuse, "
+            "rewind or stop; rewind takes longest."
+        ),
+    ] = "refuse"
+    max_new_tokens: MaxNewTokens = None
+
+
+@command("Use a guarded model")
+def demo(options: DemoOptions) -> None:
     """Show bare and guarded side by side, then a table measured on held-out prompts."""
     began = time.monotonic()
-    _require_sense(prompt, prefill, (redirect, count_redirect))
+    model, html, as_json = options.model, options.html, options.as_json
+    _require_sense(options.prompt, options.prefill, (options.redirect, options.count_redirect))
     require_place(html)
     from safe_decode.demo.comparison import Comparison
 
-    with working("Loading the model"):
-        decoder = decoder_of(
-            model, bundle, redirect=redirect, alpha=alpha, device=device, dtype=dtype
-        )
+    decoder = options.load_decoder(options.redirect)
+    with working("Preparing the comparison"):
         arena = Comparison(
             decoder,
-            max_new_tokens=cap_of(decoder, max_new_tokens),
+            max_new_tokens=options.max_new_tokens or decoder.certified_cap,
             # The oracle reads the embedded model's world alone; of others nothing is claimed.
             judge=judge_released if model is None else None,
-            count_redirect=count_redirect,
+            count_redirect=options.count_redirect,
         )
-    shown, counted = _prompts(prompt, prefill)
+    shown, counted = _prompts(options.prompt, options.prefill)
     with working("Answering the prompts that are shown"):
         duels = arena.show(shown)
     if not as_json:
@@ -135,7 +140,7 @@ def _prompts(
 ) -> tuple[Sequence[DemoPrompt], Sequence[DemoPrompt]]:
     """Choose what is shown and what is counted."""
     from safe_decode.demo.embedded_pair import artefact
-    from safe_decode.demo.prompts import DemoPrompt, read_prompts, showcases
+    from safe_decode.demo.scenes import DemoPrompt, read_prompts, showcases
 
     if prompt is not None:
         return [DemoPrompt.own(prompt, prefill=prefill)], []

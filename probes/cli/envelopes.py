@@ -8,27 +8,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
     from probes.data.generation import Generation
-    from safe_decode.certificate import Envelope
+    from safe_decode.certificate import Certificate, Envelope
     from safe_decode.loading import Loaded
 
-__all__ = ["EnvelopeOptions", "envelope_of", "foreign_note", "require_delta"]
+__all__ = ["EnvelopeOptions", "certificate_facts", "envelope_of", "foreign_note", "require_delta"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EnvelopeOptions:
-    """What the command line says; None: nothing."""
+    """How the certified responses were generated; None where the command line does not say."""
 
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
+    delta: Annotated[
+        float, typer.Option(help="Largest chance that the bounds of a population do not hold.")
+    ] = 0.05
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest response to certify, in tokens. Without it: the longest that the "
+            "responses support.",
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Temperature at which the responses were sampled; 0 stands for greedy decoding. "
+            "Without it: what the responses record, else what the bundle that is calibrated "
+            "states, else 0.",
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Probability mass (top-p) that the responses were sampled from. Without it: what "
+            "the responses record, else what the bundle that is calibrated states, else 1."
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Most probable tokens (top-k) that the responses were sampled from; 0 stands for "
+            "all. Without it: what the responses record, else what the bundle that is calibrated "
+            "states, else 0.",
+        ),
+    ] = None
 
 
 def envelope_of(
@@ -81,6 +115,16 @@ def envelope_of(
     if not 0.0 < found.top_p <= 1.0:
         raise ConfigurationError(f"--top-p={found.top_p:g} is outside (0, 1]; pass 1 for all.")
     return found
+
+
+def certificate_facts(certificate: Certificate) -> dict[str, object]:
+    """Return what a command prints of a new certificate, for programs and for tables."""
+    names = ("population", "alpha", "delta", "n", "j", "threshold")
+    return {
+        **{name: getattr(certificate, name) for name in names},
+        "source": certificate.evidence.source,
+        "max_new_tokens": certificate.envelope.max_new_tokens,
+    }
 
 
 def foreign_note(foreign: dict[str, int], rows: int) -> str | None:

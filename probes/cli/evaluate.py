@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from probes.cli.judges import JudgeName, conversations_of, reading_of
-from probes.cli.tables import json_of, print_tables, tables_of
-from safe_decode.cli.console import console, print_json, require_place, working, write_text
-from safe_decode.cli.generate import (
-    Alpha,
-    BundlePath,
-    Device,
-    DtypeName,
-    MaxNewTokens,
-    ModelName,
-    Population,
-    decoder_of,
-)
+from probes.cli.options import Fold
+from probes.cli.tables.figures import json_of, print_tables, tables_of
+from safe_decode.cli.command import command
+from safe_decode.cli.console import console, print_json, require_place, write_text
+from safe_decode.cli.options import CertifiedOptions, JsonOptions
 from safe_decode.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -39,96 +33,100 @@ __all__ = ["evaluate"]
 Mode = Literal["teacher-forced", "generated", "both"]
 
 
-def evaluate(
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(CertifiedOptions, JsonOptions):
+    """Options of `safe-decode evaluate`."""
+
     data: Annotated[
         str | None,
         typer.Option(
-            help="Judged conversations, a file or hf:NAME[:split]. Rows of the splits fit, "
-            "calibrate and test do their own work; without splits all are test rows. Default: "
-            "drawn from the embedded model's own world, unseen parts of it for the test."
+            help="Judged conversations, a file or hf:NAME[:split]. Controls are fitted on rows of "
+            "the split fit, calibrated on calibrate, and all figures come from test; without "
+            "splits all rows are test rows. Without it: drawn from the embedded world, with unseen "
+            "parts of it for the test."
         ),
-    ] = None,
+    ] = None
     train: Annotated[
-        str | None, typer.Option(help="What controls are fitted on, where DATA has no splits.")
-    ] = None,
+        str | None,
+        typer.Option(
+            help="Judged conversations that controls are fitted on, where --data has no splits."
+        ),
+    ] = None
     mode: Annotated[
         Mode,
         typer.Option(
-            help="Score finished responses; or let the model answer, bare and guarded; or both."
+            help="What is evaluated: finished responses (teacher-forced), answers that the model "
+            "gives bare and guarded (generated), or both."
         ),
-    ] = "teacher-forced",
+    ] = "teacher-forced"
     prefix: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Also read at most the first so many tokens; several allowed."),
-    ] = None,
+        typer.Option(
+            min=1,
+            help="Also evaluate on the first tokens of each response alone, at most this many. May "
+            "be given several times.",
+        ),
+    ] = None
     count: Annotated[
-        int, typer.Option(min=20, help="Responses drawn, where they are drawn.")
-    ] = 600,
-    draws: Annotated[int, typer.Option(min=10, help="Of the cluster bootstrap.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of draws, bootstrap and controls.")] = 0,
-    fold: Annotated[int, typer.Option(min=0, max=2, help="Held-out categories.")] = 0,
-    judge: JudgeName = None,
-    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+        int,
+        typer.Option(min=20, help="Responses to draw from the embedded world, without --data."),
+    ] = 600
+    draws: Annotated[int, typer.Option(min=10, help="Resamples of the cluster bootstrap.")] = 1000
+    seed: Annotated[
+        int, typer.Option(help="Seed of the drawn responses, the bootstrap and the controls.")
+    ] = 0
+    fold: Fold = 0
+    judge: JudgeName = None
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None
     html: Annotated[
         Path | None,
-        typer.Option(help="Write a self-contained page; it shows test responses in full."),
-    ] = None,
-    alpha: Alpha = None,
-    population: Population = "benign",
-    max_new_tokens: MaxNewTokens = None,
-    model: ModelName = None,
-    bundle: BundlePath = None,
-    device: Device = "cpu",
-    dtype: DtypeName = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+        typer.Option(
+            help="Write a self-contained page to this file. It shows test responses in full."
+        ),
+    ] = None
+
+
+@command("Evaluate")
+def evaluate(options: EvaluateOptions) -> None:
     """Evaluate a bundle: detection beside controls, delay, leaks, over-refusal."""
+    html, out, mode = options.html, options.out, options.mode
     require_place(html)
     require_place(out)
-    _require_sense(data, model, judge, mode, html)
-    with working("Loading the model"):
-        decoder = decoder_of(
-            model,
-            bundle,
-            redirect="rewind",
-            alpha=alpha,
-            population=population,
-            device=device,
-            dtype=dtype,
-        )
-    rows = _rows(decoder, data, train, count=count, seed=seed, fold=fold)
+    _require_sense(options)
+    decoder = options.load_decoder("rewind")
+    rows = _rows(decoder, options)
     report = answered = None
     if mode != "generated":
-        report = _report(decoder, rows, prefix or [], draws=draws, seed=seed)
+        prefixes = options.prefix or []
+        report = _report(decoder, rows, prefixes, draws=options.draws, seed=options.seed)
     if mode != "teacher-forced":
-        answered = _answered(decoder, rows["test"], judge, max_new_tokens)
-    facts = _facts(decoder, data, rows, seed=seed, fold=fold)
+        answered = _answered(decoder, rows["test"], options.judge, options.max_new_tokens)
+    facts = _facts(decoder, options, rows)
     tables = tables_of(report, answered)
     if html is not None:
         write_text(html, _page(report, decoder, tables, facts))
     found = {"facts": facts, **json_of(report, answered)}
     if out is not None:
         write_text(out, json.dumps(found, indent=1, allow_nan=False) + "\n")
-    if as_json:
+    if options.as_json:
         print_json(found)
     else:
         print_tables(tables)
         console().print(_footer(facts, html), soft_wrap=True)
 
 
-def _require_sense(
-    data: str | None, model: str | None, judge: str | None, mode: Mode, html: Path | None
-) -> None:
-    if data is None and model is not None:
+def _require_sense(options: EvaluateOptions) -> None:
+    model, mode = options.model, options.mode
+    if options.data is None and model is not None:
         raise ConfigurationError(
             f"--model={model!r} was given without --data; pass judged responses of that model, as "
             "only the embedded one has a world to draw from."
         )
-    if mode != "teacher-forced" and model is not None and judge is None:
+    if mode != "teacher-forced" and model is not None and options.judge is None:
         raise ConfigurationError(
             "--mode=generated needs a judge of what another model says; pass --judge."
         )
-    if html is not None:
+    if options.html is not None:
         if mode == "generated":
             raise ConfigurationError(
                 "--html shows finished responses; pass --mode teacher-forced or both."
@@ -138,21 +136,16 @@ def _require_sense(
         require_plots()
 
 
-def _rows(
-    decoder: SafeDecoder,
-    data: str | None,
-    train: str | None,
-    *,
-    count: int,
-    seed: int,
-    fold: int,
-) -> dict[str, list[Conversation]]:
+def _rows(decoder: SafeDecoder, options: EvaluateOptions) -> dict[str, list[Conversation]]:
     """Return the rows of fit, calibrate and test."""
+    data, train, count = options.data, options.train, options.count
     if data is None:
         from probes.organism.labelled_data import EmbeddedData
 
         source = EmbeddedData(
-            seed=seed, fold=fold, max_new_tokens=decoder.certificate.envelope.max_new_tokens
+            seed=options.seed,
+            fold=options.fold,
+            max_new_tokens=decoder.certificate.envelope.max_new_tokens,
         )
         model, tokenizer = decoder.model, decoder.tokenizer
         seen = source.apart(model, tokenizer, {"fit": count, "calibrate": max(count, 400)})
@@ -240,15 +233,10 @@ def _page(
 
 
 def _facts(
-    decoder: SafeDecoder,
-    data: str | None,
-    rows: Mapping[str, Sequence[Conversation]],
-    *,
-    seed: int,
-    fold: int,
+    decoder: SafeDecoder, options: EvaluateOptions, rows: Mapping[str, Sequence[Conversation]]
 ) -> dict[str, str]:
-    certificate = decoder.certificate
-    source = f"embedded world, fold {fold}" if data is None else Path(data).name
+    certificate, data = decoder.certificate, options.data
+    source = f"embedded world, fold {options.fold}" if data is None else Path(data).name
     return {
         "bundle": decoder.bundle.digest[:12],
         "certificate": f"alpha {certificate.alpha:g}, delta {certificate.delta:g}, n "
@@ -256,7 +244,7 @@ def _facts(
         "hold-back": f"{decoder.bundle.holdback_tokens} tokens",
         "data": source,
         "responses": ", ".join(f"{name} {len(part)}" for name, part in rows.items()),
-        "seed": str(seed),
+        "seed": str(options.seed),
     }
 
 

@@ -5,15 +5,16 @@ Knows the options and the tolerance. Does not know graphs.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from probes.cli.options import show_facts
+from probes.cli.tables.facts import show_facts
+from safe_decode.cli.command import command
 from safe_decode.cli.console import print_json, require_place, working
-from safe_decode.cli.generate import Alpha, BundlePath
+from safe_decode.cli.options import Alpha, BundleOptions, JsonOptions
 from safe_decode.errors import ConfigurationError
 
 __all__ = ["TOLERANCE", "export"]
@@ -21,23 +22,29 @@ __all__ = ["TOLERANCE", "export"]
 TOLERANCE = 1e-5
 
 
-def export(
-    out: Annotated[Path, typer.Option(help="Write the graphs to this directory.")],
-    bundle: BundlePath = None,
-    alpha: Alpha = None,
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(BundleOptions, JsonOptions):
+    """Options of `safe-decode export`."""
+
+    out: Annotated[Path, typer.Option(help="Directory that the graphs are written to.")]
+    alpha: Alpha = None
     steps: Annotated[
-        int, typer.Option(min=1, help="Random steps over which the three are compared.")
-    ] = 10_000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+        int,
+        typer.Option(
+            min=1, help="Random steps over which onnxruntime, torch and NumPy are compared."
+        ),
+    ] = 10_000
+
+
+@command("Tools")
+def export(options: ExportOptions) -> None:
     """Export the probe, and the probe with its monitor, as ONNX."""
+    out, alpha, steps = options.out, options.alpha, options.steps
     require_place(out.parent / "file")
     from probes.export.onnx import export_onnx
     from probes.export.parity import agreement
-    from safe_decode.bundle.bundle import ProbeBundle
-    from safe_decode.demo.embedded_pair import artefact
 
-    loaded = ProbeBundle.load(bundle or artefact("bundle"))
+    loaded = options.load_bundle()
     files = export_onnx(loaded, out, alpha=alpha)
     with working(f"Comparing over {steps:,} steps"):
         found = agreement(loaded, out, alpha=alpha, steps=steps, tolerance=TOLERANCE)
@@ -48,7 +55,7 @@ def export(
             f"what is in {out}, and try another version of onnxruntime."
         )
     facts = {"bundle": loaded.digest, "files": [str(file) for file in files], **asdict(found)}
-    if as_json:
+    if options.as_json:
         print_json(facts)
     else:
         show_facts("ONNX", facts, out)

@@ -5,84 +5,107 @@ Knows the options and how the outcome is shown. Does not know training or freezi
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, working, write_text
-from safe_decode.cli.generate import Device, ModelName
-from safe_decode.cli.options import loaded_model
+from safe_decode.cli.loading import loaded_model
+from safe_decode.cli.options import Device, JsonOptions, ModelName
 from safe_decode.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
-    from probes.finetuning.finetune import Tuned
+    from probes.finetuning.finetune import FinetuneConfig, Tuned
     from probes.finetuning.freeze import UnitFreeze
 
 __all__ = ["finetune"]
 
 
-def finetune(
-    data: Annotated[Path, typer.Option(help="Conversations with responses as JSON lines.")],
-    out: Annotated[Path, typer.Option(help="Directory of the trained model and checkpoints.")],
-    model: ModelName = None,
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(JsonOptions):
+    """Options of `safe-decode finetune`."""
+
+    data: Annotated[
+        Path, typer.Option(help="Conversations with responses to train on, as JSON lines.")
+    ]
+    out: Annotated[
+        Path, typer.Option(help="Directory that the trained model and checkpoints are written to.")
+    ]
+    model: ModelName = None
     freeze: Annotated[
-        Path | None, typer.Option(help="Units located on this model; default nothing is frozen.")
-    ] = None,
+        Path | None,
+        typer.Option(
+            help="File of units located on this model, written by `safe-decode locate`. Without "
+            "it: nothing is frozen."
+        ),
+    ] = None
     setting: Annotated[
         Literal["scu", "i", "ii", "redundant"],
         typer.Option(
-            help="What is frozen: safety-critical units; i: and the top 6 % of the complex; ii: "
-            "and all complex; redundant: all but the redundant units."
+            help="Which units of --freeze are frozen. scu: the safety-critical ones; i: those and "
+            "the top 6 % of the complex ones; ii: the safety-critical ones and all complex ones; "
+            "redundant: all but the redundant ones."
         ),
-    ] = "i",
+    ] = "i"
     random_control: Annotated[
         int | None,
-        typer.Option(help="Seed of a lot that draws as many units of each layer and kind instead."),
-    ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    learning_rate: Annotated[float, typer.Option(help="Peak of a cosine schedule.")] = 2e-5,
-    batch_size: Annotated[int, typer.Option(help="Conversations a forward.")] = 8,
-    accumulation: Annotated[int, typer.Option(help="Forwards a step.")] = 1,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
-    max_length: Annotated[int, typer.Option(help="Tokens of a conversation.")] = 1024,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
-    lora_rank: Annotated[int, typer.Option(help="Train an adapter of this rank; 0: in full.")] = 0,
-    lora_alpha: Annotated[int, typer.Option(help="Scale of the adapter times its rank.")] = 16,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints; 0: an epoch.")] = 0,
+        typer.Option(
+            help="Freeze random units instead, as many in each layer and of each kind, drawn with "
+            "this seed."
+        ),
+    ] = None
+    epochs: Annotated[float, typer.Option(help="Passes over the conversations.")] = 1.0
+    learning_rate: Annotated[
+        float, typer.Option(help="Highest learning rate of the cosine schedule.")
+    ] = 2e-5
+    batch_size: Annotated[int, typer.Option(help="Conversations in each forward pass.")] = 8
+    accumulation: Annotated[
+        int, typer.Option(help="Forward passes whose gradients one optimiser step sums.")
+    ] = 1
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.0
+    max_length: Annotated[
+        int, typer.Option(help="Longest conversation, in tokens; longer ones are cut.")
+    ] = 1024
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Compute in bfloat16 instead of float32.")
+    ] = False
+    lora_rank: Annotated[
+        int, typer.Option(help="Rank of the LoRA adapter that is trained. 0: train all weights.")
+    ] = 0
+    lora_alpha: Annotated[
+        int, typer.Option(help="Scale of the LoRA adapter, as lora_alpha of peft.")
+    ] = 16
+    save_steps: Annotated[
+        int,
+        typer.Option(help="Optimiser steps between checkpoints. 0: one checkpoint each epoch."),
+    ] = 0
     offload: Annotated[
         bool, typer.Option("--offload", help="Keep the copy of frozen weights on the CPU.")
-    ] = False,
+    ] = False
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of the order and the adapter.")] = 0,
-    device: Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+        bool,
+        typer.Option("--resume", help="Continue from the last checkpoint in the directory --out."),
+    ] = False
+    seed: Annotated[
+        int, typer.Option(help="Seed of the order of conversations and of the adapter.")
+    ] = 0
+    device: Device = "cpu"
+
+
+@command("Fine-tune")
+def finetune(options: FinetuneOptions) -> None:
     """Fine-tune a model while its safety-critical units stay bit for bit what they were."""
-    rows = _conversations(data)
-    _require_target(out, resume=resume)
-    from probes.finetuning.finetune import FinetuneConfig
+    rows, out = _conversations(options.data), options.out
+    _require_target(out, resume=options.resume)
     from probes.finetuning.finetune import finetune as tune
 
-    config = FinetuneConfig(
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        weight_decay=weight_decay,
-        max_length=max_length,
-        bf16=bf16,
-        lora_rank=lora_rank,
-        lora_alpha=lora_alpha,
-        save_steps=save_steps,
-        seed=seed,
-    )
-    held = _freeze(freeze, setting, random_control, offload=offload)
-    loaded = loaded_model(model, device, "float32")
+    config = _config(options)
+    held = _freeze(options)
+    loaded = loaded_model(options.model, options.device, "float32")
     with working("Training"):
         tuned = tune(
             loaded.model,
@@ -91,20 +114,39 @@ def finetune(
             out,
             freeze=held,
             config=config,
-            resume=resume,
+            resume=options.resume,
         )
+    frozen = {"setting": options.setting, "random": options.random_control}
     record = {
-        "model": model or "embedded, aligned",
-        "data": data.name,
-        "freeze": None if freeze is None else {"setting": setting, "random": random_control},
+        "model": options.model or "embedded, aligned",
+        "data": options.data.name,
+        "freeze": None if options.freeze is None else frozen,
         "config": asdict(config),
         **_told(tuned),
     }
     _write_record(out, record)
-    if as_json:
+    if options.as_json:
         print_json({"out": str(out), **record})
     else:
         _show(record, out)
+
+
+def _config(options: FinetuneOptions) -> FinetuneConfig:
+    from probes.finetuning.finetune import FinetuneConfig
+
+    return FinetuneConfig(
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        accumulation=options.accumulation,
+        weight_decay=options.weight_decay,
+        max_length=options.max_length,
+        bf16=options.bf16,
+        lora_rank=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        save_steps=options.save_steps,
+        seed=options.seed,
+    )
 
 
 def _conversations(path: Path) -> list[Conversation]:
@@ -126,15 +168,9 @@ def _require_target(out: Path, *, resume: bool) -> None:
     out.mkdir(exist_ok=True)
 
 
-def _freeze(
-    path: Path | None,
-    setting: Literal["scu", "i", "ii", "redundant"],
-    random_control: int | None,
-    *,
-    offload: bool,
-) -> UnitFreeze | None:
-    if path is None:
-        if random_control is not None:
+def _freeze(options: FinetuneOptions) -> UnitFreeze | None:
+    if options.freeze is None:
+        if options.random_control is not None:
             raise ConfigurationError(
                 "--random-control was given without --freeze; pass the units that the lot matches."
             )
@@ -142,8 +178,12 @@ def _freeze(
     from probes.finetuning.presets import freeze_of
     from probes.location.units import UnitSet
 
-    units = UnitSet.load(path)
-    return freeze_of(units, setting, random_seed=random_control, offload=offload)
+    return freeze_of(
+        UnitSet.load(options.freeze),
+        options.setting,
+        random_seed=options.random_control,
+        offload=options.offload,
+    )
 
 
 def _told(tuned: Tuned) -> dict[str, Any]:

@@ -6,33 +6,31 @@ Knows the options and how the outcome is shown. The path itself is `probes.recip
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from probes.cli.envelopes import EnvelopeOptions, envelope_of, foreign_note, require_delta
-from probes.cli.harvest import Features, Residual, UnitsFile, residual_sites
-from probes.cli.options import (
-    Balance,
-    Columns,
-    Data,
-    Seed,
-    Strict,
-    loaded,
-    read,
-    show_facts,
-    show_warnings,
-    whole,
+from probes.cli.envelopes import (
+    EnvelopeOptions,
+    certificate_facts,
+    envelope_of,
+    foreign_note,
+    require_delta,
 )
+from probes.cli.options import DataOptions, SplitOptions, whole
+from probes.cli.sites import FEATURE_COUNTS, SiteOptions, residual_sites
+from probes.cli.tables.facts import show_facts, show_warnings
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, require_place
-from safe_decode.cli.generate import Device, DtypeName, ModelName
+from safe_decode.cli.options import JsonOptions, ModelOptions
 from safe_decode.errors import DataError
 
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
-    from probes.fitting.linear import FitConfig
-    from probes.fitting.selection import StatisticChoice
+    from probes.data.splits import Prepared
+    from probes.fitting.search import FeatureStore
     from probes.recipes.bundle import Recipe, RecipeConfig
     from safe_decode.loading import Loaded
 
@@ -43,154 +41,146 @@ _REFUSAL = "I can't help with that."
 _OPENER = "Sorry, I"
 
 
-def fit(
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Write the bundle to this directory.")],
-    model: ModelName = None,
-    columns: Columns = "auto",
-    units: UnitsFile = None,
-    features: Features = None,
-    residual: Residual = None,
+@dataclass(frozen=True, kw_only=True)
+class FitOptions(
+    SiteOptions, EnvelopeOptions, DataOptions, SplitOptions, ModelOptions, JsonOptions
+):
+    """Options of `safe-decode fit`."""
+
+    out: Annotated[Path, typer.Option(help="Directory that the bundle is written to.")]
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Way of fitting: pooled, token, windowed or mass_mean; default all."),
-    ] = None,
+        typer.Option(
+            help="Way of fitting to try: pooled, token, windowed or mass_mean. May be given "
+            "several times. Without it: all four."
+        ),
+    ] = None
     statistic: Annotated[
         list[str] | None,
-        typer.Option(help="Statistic: ema, mean, cusum or hysteresis; default all."),
-    ] = None,
+        typer.Option(
+            help="Statistic to try: ema, mean, cusum or hysteresis. May be given several times. "
+            "Without it: all four."
+        ),
+    ] = None
     c: Annotated[
         list[float] | None,
-        typer.Option("--c", help="Candidates for C; one is taken as it is, several compared."),
-    ] = None,
-    by_category: Annotated[
-        bool, typer.Option(help="Try a head for each category of harm too.")
-    ] = False,
-    alpha: Annotated[
-        list[float] | None, typer.Option(help="Levels to certify; the first is the default's.")
-    ] = None,
-    delta: Annotated[float, typer.Option(help="Chance that the bounds do not hold.")] = 0.05,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Cap to certify; default the largest that they support."),
-    ] = None,
-    temperature: Annotated[
-        float | None,
         typer.Option(
-            min=0.0,
-            help="At which the responses were sampled; default as they record, else 0, greedy.",
+            "--c",
+            help="Inverse strength C of the L2 penalty. Given several times, the values are "
+            "compared on the fit split. Without it: 0.1.",
         ),
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Likewise.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Likewise; 0 for none.")] = None,
-    refusal: Annotated[str, typer.Option(help="The canned refusal.")] = _REFUSAL,
-    opener: Annotated[str, typer.Option(help="First words after a rewind.")] = _OPENER,
+    ] = None
+    by_category: Annotated[
+        bool, typer.Option(help="Also try a probe with one head for each category of harm.")
+    ] = False
+    alpha: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="False-alarm rate to certify; the first becomes the default. May be given "
+            "several times. Without it: 0.01."
+        ),
+    ] = None
+    refusal: Annotated[
+        str, typer.Option(help="Text that replaces an answer when the guard refuses.")
+    ] = _REFUSAL
+    opener: Annotated[str, typer.Option(help="First words of the new answer after a rewind.")] = (
+        _OPENER
+    )
     store: Annotated[
-        Path | None, typer.Option(help="Keep activations here, as `harvest` does; reused.")
-    ] = None,
+        Path | None,
+        typer.Option(
+            help="Directory that keeps the activations, as `safe-decode harvest` writes them; "
+            "those that are there are used. Without it: they are kept in memory."
+        ),
+    ] = None
     recompute: Annotated[
-        bool, typer.Option(help="Keep no activations: run the model again each pass.")
-    ] = False,
-    balance: Balance = False,
-    seed: Seed = 0,
-    strict: Strict = False,
-    device: Device = "cpu",
-    dtype: DtypeName = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Locate, fit, select and calibrate: one command from conversations to a bundle."""
-    require_place(out.parent / "file")
-    require_delta(delta)
-    from probes.data.splits import prepared
-    from probes.fitting.search import FeatureStore, fits_of, statistics_of
-    from probes.location.units import UnitSet
-    from probes.recipes.bundle import make_bundle
+        bool,
+        typer.Option(help="Keep no activations, and run the model again for each pass instead."),
+    ] = False
 
-    keep = FeatureStore(store, recompute)
-    readings = read(data, columns, strict=strict)
-    own = loaded(model, device, dtype)
+
+@command("Make a probe")
+def fit(options: FitOptions) -> None:
+    """Locate, fit, select and calibrate: one command from conversations to a bundle."""
+    require_place(options.out.parent / "file")
+    require_delta(options.delta)
+    from probes.data.splits import prepared
+    from probes.fitting.search import FeatureStore
+
+    keep = FeatureStore(options.store, options.recompute)
+    readings = options.read()
+    own = options.load_model()
     rows, too_long = whole(own, [row for one in readings for row in one.conversations])
     judged = [row for row in rows if row.response_harmful is not None]
     if not judged:
         raise DataError("no conversation has response_harmful 0 or 1; judge them first.")
-    ready = prepared(judged, seed=seed, balance=balance)
-    counts = tuple(features or (64, 256))
-    config = _config(
-        own,
-        ready.conversations,
-        feature_counts=counts if units is not None or residual is None else (),
-        residual=residual,
-        fits=fits_of(method, c[0] if c else 0.1),
-        statistics=statistics_of(statistic),
-        c_grid=tuple(c or ()) if c and len(c) > 1 else (),
-        by_category=by_category,
-        alphas=tuple(alpha or (0.01,)),
-        delta=delta,
-        asked=EnvelopeOptions(max_new_tokens, temperature, top_p, top_k),
-        texts=(refusal, opener),
-    )
+    ready = prepared(judged, seed=options.seed, balance=options.balance)
     provenance = {
         "sources": [one.to_json() for one in readings],
         "data": ready.report,
         "too_long_for_the_context": too_long,
         "without_judgement": len(rows) - len(judged),
-        "seed": seed,
+        "seed": options.seed,
     }
-    recipe = make_bundle(
+    recipe = _recipe(own, ready, options, keep, provenance)
+    recipe.bundle.save(options.out)
+    if options.as_json:
+        print_json(_as_json(recipe, options.out, provenance))
+        return
+    show_warnings(readings, [*ready.warnings, *_notes(recipe)])
+    _show(recipe, options.out)
+
+
+def _recipe(
+    own: Loaded,
+    ready: Prepared,
+    options: FitOptions,
+    keep: FeatureStore,
+    provenance: Mapping[str, Any],
+) -> Recipe:
+    from probes.location.units import UnitSet
+    from probes.recipes.bundle import make_bundle
+
+    return make_bundle(
         own.model,
         own.tokenizer,
         ready.conversations,
-        config,
+        _config(own, ready.conversations, options),
         provenance=provenance,
-        units=None if units is None else UnitSet.load(units),
+        units=None if options.units is None else UnitSet.load(options.units),
         features=keep,
     )
-    recipe.bundle.save(out)
-    if as_json:
-        print_json(_as_json(recipe, out, provenance))
-        return
-    show_warnings(readings, [*ready.warnings, *_notes(recipe)])
-    _show(recipe, out)
 
 
-def _config(
-    own: Loaded,
-    rows: Sequence[Conversation],
-    *,
-    feature_counts: tuple[int, ...],
-    residual: str | None,
-    fits: tuple[FitConfig, ...],
-    statistics: tuple[StatisticChoice, ...],
-    c_grid: tuple[float, ...],
-    by_category: bool,
-    alphas: tuple[float, ...],
-    delta: float,
-    asked: EnvelopeOptions,
-    texts: tuple[str, str],
-) -> RecipeConfig:
+def _config(own: Loaded, rows: Sequence[Conversation], options: FitOptions) -> RecipeConfig:
+    from probes.fitting.search import fits_of, statistics_of
     from probes.recipes.bundle import RecipeConfig
 
     # Which responses certify is decided by split and label, as the recipe takes them.
     calibrating = [row for row in rows if row.split == "calibrate" and not row.response_harmful]
-    envelope = envelope_of(own, calibrating or rows, asked)
-    extra = (
-        {} if residual is None else {f"residual-{residual}": residual_sites(own.model, residual)}
-    )
+    envelope = envelope_of(own, calibrating or rows, options)
+    residual, c = options.residual, options.c or [0.1]
+    reads_units = options.units is not None or residual is None
+    alphas = tuple(options.alpha or (0.01,))
     return RecipeConfig(
         envelope=envelope,
-        refusal=texts[0],
-        opener=texts[1],
-        feature_counts=feature_counts,
-        extra_sites=extra,
-        fits=fits,
+        refusal=options.refusal,
+        opener=options.opener,
+        feature_counts=tuple(options.features or FEATURE_COUNTS) if reads_units else (),
+        extra_sites=(
+            {}
+            if residual is None
+            else {f"residual-{residual}": residual_sites(own.model, residual)}
+        ),
+        fits=fits_of(options.method, c[0]),
         windows=(),
-        statistics=statistics,
-        c_grid=c_grid,
-        by_category=by_category,
+        statistics=statistics_of(options.statistic),
+        c_grid=tuple(c) if len(c) > 1 else (),
+        by_category=options.by_category,
         alphas=alphas,
         default_alpha=alphas[0],
-        delta=delta,
-        lower_caps=asked.max_new_tokens is None,
+        delta=options.delta,
+        lower_caps=options.max_new_tokens is None,
     )
 
 
@@ -211,17 +201,7 @@ def _as_json(recipe: Recipe, out: Path, provenance: Mapping[str, Any]) -> dict[s
         "chosen": recipe.tried[0],
         "tried": list(recipe.tried),
         "holdback_tokens": bundle.holdback_tokens,
-        "certificates": [
-            {
-                **{
-                    name: getattr(one, name)
-                    for name in ("population", "alpha", "delta", "n", "j", "threshold")
-                },
-                "source": one.evidence.source,
-                "max_new_tokens": one.envelope.max_new_tokens,
-            }
-            for one in bundle.certificates
-        ],
+        "certificates": [certificate_facts(one) for one in bundle.certificates],
         "certificates_refused": recipe.calibration.refused,
         "not_of_this_model": sum(recipe.calibration.foreign.values()),
         **provenance,

@@ -6,14 +6,16 @@ Knows the options and how the outcome is shown. Does not know motives or judges.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from probes.cli.options import BatchSize, JournalPath, RefusalPhrases
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, progress, require_place
-from safe_decode.cli.generate import Alpha, BundlePath, Device, DtypeName, ModelName
-from safe_decode.cli.options import loaded_model
+from safe_decode.cli.options import GuardOptions, JsonOptions
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -27,84 +29,101 @@ if TYPE_CHECKING:
 __all__ = ["framing"]
 
 
-def framing(
+@dataclass(frozen=True, kw_only=True)
+class FramingOptions(GuardOptions, JsonOptions):
+    """Options of `safe-decode framing`."""
+
     harmful: Annotated[
         Path | None,
-        typer.Option(help="Plain harmful prompts as JSON lines; default the embedded world's."),
-    ] = None,
+        typer.Option(
+            help="Plain harmful prompts as JSON lines. Without it: prompts of the embedded world."
+        ),
+    ] = None
     motives: Annotated[
         Path | None,
-        typer.Option(help="Motives of your own, one a line, with the slot {request}."),
-    ] = None,
-    model: ModelName = None,
-    bundle: BundlePath = None,
-    bare_only: Annotated[bool, typer.Option("--bare-only", help="Do not guard.")] = False,
-    alpha: Alpha = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Requests, each under every motive.")] = 50,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Cap of an answer.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers generated together.")] = 64,
-    refusal_phrase: Annotated[
-        list[str] | None, typer.Option(help="A further phrase that opens refusals.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the world's prompts.")] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Write each motive to these JSON lines; an ended run goes on."),
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the rates to this PNG.")] = None,
-    device: Device = "cpu",
-    dtype: DtypeName = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Ask the same harmful requests under many motives, bare and guarded."""
-    for path in (out, plot):
-        require_place(path)
-    if plot is not None:
-        from probes.reports.figures import require_plots
-
-        require_plots()
-    if harmful is None and model is not None:
-        raise ConfigurationError(
-            f"--model={model!r} was given without --harmful; pass a file of plain harmful prompts, "
-            "the embedded world's are in the words of the embedded model."
-        )
-    from probes.analysis.motives import MOTIVES, read_motives
-    from probes.organism.prompts_source import WORLD_MOTIVES
-    from probes.rollouts.generate import RolloutConfig
-
-    own = None if motives is None else read_motives(motives)
-    asked = _from_file(harmful, prompts)
-    loaded = loaded_model(model, device, dtype)
-    decoder = None if bare_only else _guard(loaded, model, bundle, alpha)
-    config = RolloutConfig(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    requests = asked or _from_world(loaded, prompts, seed)
-    rows = _rows(
-        requests,
-        own or (WORLD_MOTIVES if harmful is None else MOTIVES),
-        _bare(loaded, _judge(harmful, refusal_phrase), config),
-        None if decoder is None else _guarded(decoder, _judge(harmful, refusal_phrase), config),
-        out,
-        _identity(loaded, decoder, requests, config),
+        typer.Option(
+            help="File of motives, one a line, each with the slot {request}. Without it: the "
+            "built-in motives."
+        ),
+    ] = None
+    bare_only: Annotated[
+        bool, typer.Option("--bare-only", help="Measure the bare model alone, without the guard.")
+    ] = False
+    prompts: Annotated[
+        int,
+        typer.Option(min=1, help="Largest number of requests; each is asked under every motive."),
+    ] = 50
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128
+    batch_size: BatchSize = 64
+    refusal_phrase: RefusalPhrases = None
+    seed: Annotated[int, typer.Option(help="Seed of the embedded world's prompts.")] = 0
+    out: JournalPath = None
+    plot: Annotated[Path | None, typer.Option(help="Draw the refusal rates to this PNG file.")] = (
+        None
     )
-    if plot is not None:
-        _draw(rows, plot)
-    if as_json:
+
+
+@command("Evaluate")
+def framing(options: FramingOptions) -> None:
+    """Ask the same harmful requests under many motives, bare and guarded."""
+    _require_sense(options)
+    rows = _measured(options)
+    if options.plot is not None:
+        _draw(rows, options.plot)
+    if options.as_json:
         print_json({"motives": [_as_json(row) for row in rows]})
     else:
         _show(rows)
 
 
+def _require_sense(options: FramingOptions) -> None:
+    for path in (options.out, options.plot):
+        require_place(path)
+    if options.plot is not None:
+        from probes.reports.figures import require_plots
+
+        require_plots()
+    if options.harmful is None and options.model is not None:
+        raise ConfigurationError(
+            f"--model={options.model!r} was given without --harmful; pass a file of plain harmful "
+            "prompts, the embedded world's are in the words of the embedded model."
+        )
+
+
+def _measured(options: FramingOptions) -> list[Framed]:
+    from probes.analysis.motives import MOTIVES, read_motives
+    from probes.organism.prompts_source import WORLD_MOTIVES
+    from probes.rollouts.generate import RolloutConfig
+
+    harmful = options.harmful
+    own = None if options.motives is None else read_motives(options.motives)
+    asked = _from_file(harmful, options.prompts)
+    loaded = options.load_model()
+    decoder = None if options.bare_only else _guard(loaded, options)
+    config = RolloutConfig(max_new_tokens=options.max_new_tokens, batch_size=options.batch_size)
+    requests = asked or _from_world(loaded, options.prompts, options.seed)
+    judge = _judge(harmful, options.refusal_phrase)
+    return _rows(
+        requests,
+        own or (WORLD_MOTIVES if harmful is None else MOTIVES),
+        _bare(loaded, judge, config),
+        None if decoder is None else _guarded(decoder, judge, config),
+        options.out,
+        _identity(loaded, decoder, requests, config),
+    )
+
+
 def _from_file(path: Path | None, prompts: int) -> list[Request]:
     if path is None:
         return []
-    from probes.location.prompts import read_prompts
+    from probes.location.prompt_files import read_prompts
 
     return list(read_prompts(path, split="test").asked()[:prompts])
 
 
 def _from_world(loaded: Loaded, prompts: int, seed: int) -> list[Request]:
+    from probes.organism.draws import Draw
     from probes.organism.prompts_source import world_requests
-    from probes.organism.requests import Draw
 
     one = Draw(situation="harmful", count=prompts)
     return world_requests(loaded.tokenizer, one, seed=seed + 8_000)
@@ -119,18 +138,19 @@ def _judge(harmful: Path | None, phrases: list[str] | None) -> Judge:
     return words_judge(harmful_prompts=True, phrases=tuple(phrases or ()))
 
 
-def _guard(
-    loaded: Loaded, model: str | None, bundle: Path | None, alpha: float | None
-) -> SafeDecoder | None:
+def _guard(loaded: Loaded, options: FramingOptions) -> SafeDecoder | None:
     """Put the guard on; None for a model of one's own without a bundle."""
-    if bundle is None and model is not None:
+    if options.bundle is None and options.model is not None:
         return None
-    from safe_decode.bundle.bundle import ProbeBundle
-    from safe_decode.demo.embedded_pair import artefact
     from safe_decode.engines.transformers.decoder import SafeDecoder
 
-    probes = ProbeBundle.load(bundle or artefact("bundle"))
-    return SafeDecoder(loaded.model, loaded.tokenizer, probes, redirect="refuse", alpha=alpha)
+    return SafeDecoder(
+        loaded.model,
+        loaded.tokenizer,
+        options.load_bundle(),
+        redirect="refuse",
+        alpha=options.alpha,
+    )
 
 
 def _bare(

@@ -6,160 +6,114 @@ Knows the options and which splits and sites are read. Does not know how shards 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from probes.cli.options import (
-    Balance,
-    Columns,
-    Data,
-    Seed,
-    Strict,
-    loaded,
-    read,
-    show_facts,
-    show_warnings,
-    whole,
-)
+from probes.cli.options import DataOptions, SplitOptions, whole
+from probes.cli.sites import SiteOptions, site_sets_of
+from probes.cli.tables.facts import show_facts, show_warnings
+from safe_decode.cli.command import command
 from safe_decode.cli.console import print_json
-from safe_decode.cli.generate import Device, DtypeName, ModelName
+from safe_decode.cli.options import JsonOptions, ModelOptions
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from probes.data.conversations import Conversation
     from safe_decode.activations.site import Site
+    from safe_decode.loading import Loaded
 
-__all__ = ["Features", "Residual", "UnitsFile", "harvest", "residual_sites", "site_sets_of"]
-
-UnitsFile = Annotated[Path | None, typer.Option("--units", help="Units from `safe-decode locate`.")]
-Features = Annotated[
-    list[int] | None,
-    typer.Option("--features", help="Features at the most critical units; several to try."),
-]
-Residual = Annotated[
-    str | None,
-    typer.Option(
-        "--residual", help="Whole residual layers to read: all, or numbers such as 2,4,5."
-    ),
-]
+__all__ = ["harvest"]
 
 
-def harvest(
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Directory of the shards, one folder a split.")],
-    model: ModelName = None,
-    columns: Columns = "auto",
-    units: UnitsFile = None,
-    features: Features = None,
-    residual: Residual = None,
+@dataclass(frozen=True, kw_only=True)
+class HarvestOptions(SiteOptions, DataOptions, SplitOptions, ModelOptions, JsonOptions):
+    """Options of `safe-decode harvest`."""
+
+    out: Annotated[
+        Path, typer.Option(help="Directory that the shards are written to, one folder a split.")
+    ]
     split: Annotated[
-        list[str] | None, typer.Option(help="Splits to read; default fit and select.")
-    ] = None,
+        list[str] | None,
+        typer.Option(
+            help="Split whose responses are read. May be given several times. Without it: fit and "
+            "select."
+        ),
+    ] = None
     storage: Annotated[
-        Literal["float16", "float32"], typer.Option(help="How activations are stored.")
-    ] = "float16",
+        Literal["float16", "float32"],
+        typer.Option(help="Number format in which activations are stored."),
+    ] = "float16"
     tokens_per_batch: Annotated[
-        int, typer.Option(min=1, help="Padded tokens run at once; bounds the memory.")
-    ] = 4096,
-    balance: Balance = False,
-    seed: Seed = 0,
-    strict: Strict = False,
-    device: Device = "cpu",
-    dtype: DtypeName = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+        int,
+        typer.Option(
+            min=1, help="Tokens of one batch, padding included; this bounds the memory used."
+        ),
+    ] = 4096
+
+
+@command("Make a probe")
+def harvest(options: HarvestOptions) -> None:
     """Harvest activations; called again, it goes on where it stopped."""
     from probes.activations.features import union_of_sites
-    from probes.activations.harvest import harvest_to
     from probes.data.conversations import by_split
     from probes.data.splits import prepared
 
-    wanted = _splits(split or ["fit", "select"])
-    readings = read(data, columns, strict=strict)
-    own = loaded(model, device, dtype)
-    sites = union_of_sites(site_sets_of(own.model, units, features, residual).values())
+    wanted = _splits(options.split or ["fit", "select"])
+    readings = options.read()
+    own = options.load_model()
+    named = site_sets_of(own.model, options.units, options.features, options.residual)
+    sites = union_of_sites(named.values())
     rows, too_long = whole(own, [row for one in readings for row in one.conversations])
-    ready = prepared(
-        [row for row in rows if row.response_harmful is not None], seed=seed, balance=balance
-    )
-    parts = by_split(ready.conversations)
+    judged = [row for row in rows if row.response_harmful is not None]
+    ready = prepared(judged, seed=options.seed, balance=options.balance)
+    split = by_split(ready.conversations)
+    facts = {
+        **_harvested(own, {name: split[name] for name in wanted}, sites, options),
+        "too_long_for_the_context": too_long,
+    }
+    if options.as_json:
+        report = {"out": str(options.out), "splits": ready.report, **facts}
+        print_json({**report, "sources": [one.to_json() for one in readings]})
+        return
+    show_warnings(readings, ready.warnings)
+    show_facts("Activations", facts, options.out)
+
+
+def _harvested(
+    own: Loaded,
+    parts: Mapping[str, Sequence[Conversation]],
+    sites: Sequence[Site],
+    options: HarvestOptions,
+) -> dict[str, object]:
+    """Write the shards of each split, and say what was read and how long it took."""
+    from probes.activations.harvest import harvest_to
+
     begun = time.perf_counter()
     positions, n_bytes = {}, 0
-    for name in wanted:
+    for name, rows in parts.items():
         found = harvest_to(
-            out / name,
+            options.out / name,
             own.model,
             own.tokenizer,
-            parts[name],
+            rows,
             sites,
-            storage=storage,
-            tokens_per_batch=tokens_per_batch,
+            storage=options.storage,
+            tokens_per_batch=options.tokens_per_batch,
         )
         positions[name] = sum(len(values) for values in found.responses)
         n_bytes += sum(values.nbytes for values in found.responses)
-    facts = {
-        "responses": {name: len(parts[name]) for name in wanted},
+    return {
+        "responses": {name: len(rows) for name, rows in parts.items()},
         "positions": positions,
         "features": sum(len(site.channels) for site in sites),
         "bytes": n_bytes,
         "seconds": round(time.perf_counter() - begun, 2),
-        "too_long_for_the_context": too_long,
     }
-    if as_json:
-        report = {"out": str(out), "splits": ready.report, **facts}
-        print_json({**report, "sources": [one.to_json() for one in readings]})
-        return
-    show_warnings(readings, ready.warnings)
-    show_facts("Activations", facts, out)
-
-
-def site_sets_of(
-    model: Any,  # noqa: ANN401 - a transformers causal language model
-    units: Path | None,
-    features: Sequence[int] | None,
-    residual: str | None,
-) -> dict[str, tuple[Site, ...]]:
-    """Name the sets of sites that the options ask for.
-
-    Raises:
-        ConfigurationError: They ask for none, or for a layer that is not there.
-    """
-    found: dict[str, tuple[Site, ...]] = {}
-    if units is not None:
-        from probes.location.units import UnitSet, sites_of
-
-        located = UnitSet.load(units)
-        for count in features or (64, 256):
-            found[f"units-{count}"] = sites_of(located.most_critical(count))
-    if residual is not None:
-        found[f"residual-{residual}"] = residual_sites(model, residual)
-    if not found:
-        raise ConfigurationError("nothing to read; pass --units from `locate`, or --residual all.")
-    return found
-
-
-def residual_sites(model: Any, spec: str) -> tuple[Site, ...]:  # noqa: ANN401
-    """Read whole residual layers: `all`, or numbers with commas."""
-    from safe_decode.activations.architecture import anatomy_of
-    from safe_decode.activations.site import Site, sorted_sites
-
-    anatomy = anatomy_of(model)
-    n_layers = len(anatomy.blocks)
-    try:
-        layers = range(n_layers) if spec == "all" else [int(part) for part in spec.split(",")]
-    except ValueError as error:
-        raise ConfigurationError(
-            f"--residual={spec!r} is neither all nor layers such as 2,4,5."
-        ) from error
-    if any(not 0 <= layer < n_layers for layer in layers):
-        raise ConfigurationError(
-            f"--residual={spec!r} names a layer outside this model's 0..{n_layers - 1}."
-        )
-    width = tuple(range(anatomy.d_model))
-    return sorted_sites(Site(layer, "resid", width) for layer in set(layers))
 
 
 def _splits(names: Sequence[str]) -> list[Any]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from probes.cli.options import read, show_warnings
+from probes.cli.options import read
+from probes.cli.tables.facts import show_warnings
 from safe_decode.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ __all__ = ["JudgeName", "conversations_of", "judge_of", "reading_of"]
 JudgeName = Annotated[
     str | None,
     typer.Option(
-        help="Who says what released text is: `organism` (default: the embedded world's oracle) "
-        "or module:function, called with the messages and the released text."
+        help="Who says what released text is: organism, the oracle of the embedded world, or "
+        "module:function, called with the messages and the released text. Without it: organism."
     ),
 ]
 
@@ -52,7 +53,7 @@ def reading_of(judge: str | None) -> Reading:
         ConfigurationError: There is no such function.
     """
     from probes.evaluation.released_text import reading_alone
-    from probes.organism.reading import organism_reading
+    from probes.organism.prompts_source import organism_reading
 
     if judge is None or judge == "organism":
         return organism_reading

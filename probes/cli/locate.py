@@ -6,23 +6,25 @@ responses are sorted, how units are scored or how anything is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from probes.cli.location_tables import draw_located, located_json, show_located
-from safe_decode.cli.console import print_json, require_place, write_text
-from safe_decode.cli.generate import Device, DtypeName, ModelName
-from safe_decode.cli.options import loaded_model
-from safe_decode.errors import ConfigurationError, DataError
+from probes.cli.options import BatchSize, RefusalPhrases, require_different_samples
+from probes.cli.tables.location import draw_located, located_json, show_located
+from safe_decode.cli.command import command
+from safe_decode.cli.console import print_json, require_place
+from safe_decode.cli.options import JsonOptions, ModelOptions
+from safe_decode.errors import DataError
 
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
-    from probes.location.prompts import LocationData, PromptFile
+    from probes.location.locate import LocateConfig
+    from probes.location.prompt_files import LocationData, PromptFile
     from probes.location.units import Ranking, UnitSet
     from probes.rollouts.generate import RolloutConfig
     from safe_decode.loading import Loaded
@@ -33,152 +35,203 @@ _MIN_REFUSALS = 50  # fewer distinct texts hardly have a variance to score
 _SEARCHED = 1 / 3  # of the prompts, when ratios are searched
 
 
-def locate(
+@dataclass(frozen=True, kw_only=True)
+class LocateOptions(ModelOptions, JsonOptions):
+    """Options of `safe-decode locate`."""
+
     harmful: Annotated[
         Path,
         typer.Option(help="Harmful prompts as JSON lines, with or without the model's responses."),
-    ],
-    benign: Annotated[Path, typer.Option(help="Benign prompts, in the same form.")],
-    out: Annotated[Path, typer.Option(help="Write the units to this safetensors file.")],
-    model: ModelName = None,
+    ]
+    benign: Annotated[
+        Path,
+        typer.Option(help="Benign prompts as JSON lines, with or without the model's responses."),
+    ]
+    out: Annotated[
+        Path, typer.Option(help="File that the units are written to, in the format safetensors.")
+    ]
     variant: Annotated[
         Literal["flap", "plain"],
-        typer.Option(help="flap squares the attention metric before heads are averaged."),
-    ] = "flap",
+        typer.Option(
+            help="How heads are scored: flap squares the attention metric before heads are "
+            "averaged; plain does not."
+        ),
+    ] = "flap"
     ranking: Annotated[
         Literal["joint", "separate"],
-        typer.Option(help="Rank heads and neurons together, or each kind on its own."),
-    ] = "joint",
-    redundant: Annotated[float, typer.Option(help="Share of units that is redundant, RU.")] = 0.13,
-    safety: Annotated[float, typer.Option(help="Share that is safety-critical, SCU.")] = 0.02,
-    utility: Annotated[float, typer.Option(help="Share that is utility-critical, UCU.")] = 0.13,
-    refusal_phrase: Annotated[
-        list[str] | None,
-        typer.Option(help="A further phrase that opens refusals; may be given several times."),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
+        typer.Option(help="Rank heads and neurons together (joint) or each kind alone (separate)."),
+    ] = "joint"
+    redundant: Annotated[
+        float, typer.Option(help="Share of units that count as redundant (RU).")
+    ] = 0.13
+    safety: Annotated[
+        float, typer.Option(help="Share of units that count as safety-critical (SCU).")
+    ] = 0.02
+    utility: Annotated[
+        float, typer.Option(help="Share of units that count as utility-critical (UCU).")
+    ] = 0.13
+    refusal_phrase: RefusalPhrases = None
+    samples: Annotated[
+        int, typer.Option(min=1, help="Responses that are generated to each prompt.")
+    ] = 1
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="Of the responses; 0 is greedy.")
-    ] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Cap of a response.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Responses generated together.")] = 32,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+        float,
+        typer.Option(
+            min=0.0, help="Temperature at which responses are sampled. 0: greedy decoding."
+        ),
+    ] = 0.0
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 128
+    batch_size: BatchSize = 32
+    seed: Annotated[
+        int, typer.Option(help="Seed of the sampling and of the division of prompts.")
+    ] = 0
     responses: Annotated[
         Path | None,
         typer.Option(
-            help="Write harmful.jsonl and benign.jsonl with the responses to this directory; "
-            "given as --harmful and --benign, they are not generated again."
+            help="Directory that harmful.jsonl and benign.jsonl are written to: the prompts with "
+            "the model's responses. Given as --harmful and --benign, they spare the generation."
         ),
-    ] = None,
+    ] = None
     search: Annotated[
         bool,
         typer.Option(
-            help="Search the three shares on a third of the prompts, kept from location; "
-            "--redundant, --safety and --utility are then not used."
+            help="Search the three shares on a third of the prompts that units are not located "
+            "on; --redundant, --safety and --utility are then not used."
         ),
-    ] = False,
+    ] = False
     kept: Annotated[
         Path | None,
-        typer.Option(help="Keep what is done in this directory, so that an ended run goes on."),
-    ] = None,
+        typer.Option(
+            help="Directory that keeps finished work. A run that was interrupted goes on from it."
+        ),
+    ] = None
     plot: Annotated[
-        Path | None, typer.Option(help="Write shares.png and importance.png to this directory.")
-    ] = None,
+        Path | None,
+        typer.Option(help="Directory that shares.png and importance.png are written to."),
+    ] = None
     html: Annotated[
-        Path | None, typer.Option(help="Write tables and pictures to this self-contained page.")
-    ] = None,
-    device: Device = "cpu",
-    dtype: DtypeName = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Locate safety-critical, utility-critical, complex and redundant units of a model."""
-    _require_sense(out, html, (responses, plot, kept), samples=samples, temperature=temperature)
-    from probes.analysis.ratio_search import apart
-    from probes.location.locate import LocateConfig
-    from probes.location.locate import locate as locate_units
-    from probes.location.prompts import answered, location_data, read_prompts
-    from probes.location.units import Ratios
-    from probes.rollouts.generate import RolloutConfig
+        Path | None,
+        typer.Option(help="Write a self-contained page with tables and pictures to this file."),
+    ] = None
 
-    config = LocateConfig(
-        variant=variant,
-        ranking=ranking,
-        ratios=Ratios(redundant=redundant, safety=safety, utility=utility),
+
+@command("Make a probe")
+def locate(options: LocateOptions) -> None:
+    """Locate safety-critical, utility-critical, complex and redundant units of a model."""
+    _require_sense(options)
+    from probes.location.prompt_files import read_prompts
+
+    config, sampling = _config(options), _sampling(options)
+    files = {"harmful": read_prompts(options.harmful), "benign": read_prompts(options.benign)}
+    _require_enough(files["harmful"], options.samples)
+    loaded = options.load_model()
+    said = _answers(loaded, files, sampling, options)
+    if options.responses is not None:
+        _write_responses(options.responses, said)
+    units, data = _located(loaded, said, config, options)
+    record = {
+        "seen_groups": sorted({row.group for rows in said.values() for row in rows}),
+        **_origin(loaded, options.model, files, data),
+        "phrases": list(options.refusal_phrase or ()),
+        "generation": _generation(files, sampling, options.samples),
+    }
+    units = replace(units, provenance={**units.provenance, **record})
+    units.save(options.out)
+    drawn = draw_located(units, plot=options.plot, html=options.html)
+    if options.as_json:
+        print_json(located_json(units, options.out))
+    else:
+        show_located(units, options.out, drawn)
+
+
+def _require_sense(options: LocateOptions) -> None:
+    """Check, before any work, what could only fail after it."""
+    require_place(options.out)
+    require_place(options.html)
+    for folder in (options.responses, options.plot, options.kept):
+        if folder is not None:
+            require_place(folder / "file")
+    require_different_samples(options.samples, options.temperature)
+    if options.html is not None or options.plot is not None:
+        from probes.reports.figures import require_plots
+
+        require_plots()
+
+
+def _config(options: LocateOptions) -> LocateConfig:
+    from probes.location.locate import LocateConfig
+    from probes.location.units import Ratios
+
+    return LocateConfig(
+        variant=options.variant,
+        ranking=options.ranking,
+        ratios=Ratios(redundant=options.redundant, safety=options.safety, utility=options.utility),
         min_refusals=_MIN_REFUSALS,
     )
-    sampling = RolloutConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        seed=seed,
-        batch_size=batch_size,
+
+
+def _sampling(options: LocateOptions) -> RolloutConfig:
+    from probes.rollouts.generate import RolloutConfig
+
+    return RolloutConfig(
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.temperature > 0,
+        temperature=options.temperature or 1.0,
+        seed=options.seed,
+        batch_size=options.batch_size,
     )
-    files = {"harmful": read_prompts(harmful), "benign": read_prompts(benign)}
-    _require_enough(files["harmful"], samples)
-    loaded = loaded_model(model, device, dtype)
-    said = {}
+
+
+def _answers(
+    loaded: Loaded,
+    files: Mapping[str, PromptFile],
+    sampling: RolloutConfig,
+    options: LocateOptions,
+) -> dict[str, list[Conversation]]:
+    """Let the model answer the prompts that have no response yet."""
+    from probes.location.kept_answers import kept_answers
+    from probes.location.prompt_files import answered
+
+    samples, said = options.samples, {}
     for name, file in files.items():
         answer = partial(
             answered, loaded.model, loaded.tokenizer, file, samples=samples, config=sampling
         )
         made_of = {"digest": file.digest, "samples": samples, **asdict(sampling)}
-        said[name] = _kept_answers(kept, name, made_of, answer)
-    if responses is not None:
-        _write_responses(responses, said)
-    phrases = tuple(refusal_phrase or ())
+        said[name] = kept_answers(options.kept, name, made_of, answer)
+    return said
+
+
+def _located(
+    loaded: Loaded,
+    said: Mapping[str, Sequence[Conversation]],
+    config: LocateConfig,
+    options: LocateOptions,
+) -> tuple[UnitSet, LocationData]:
+    """Locate units, with shares searched on other prompts where that was asked for."""
+    from probes.analysis.ratio_search import apart
+    from probes.location.locate import locate as locate_units
+    from probes.location.prompt_files import location_data
+
+    phrases = tuple(options.refusal_phrase or ())
     parts = {
-        name: apart(rows, share=_SEARCHED if search else 0, seed=seed)
+        name: apart(rows, share=_SEARCHED if options.search else 0, seed=options.seed)
         for name, rows in said.items()
     }
-    data = location_data(
-        parts["harmful"][0], parts["benign"][0], min_refusals=_MIN_REFUSALS, phrases=phrases
-    )
+    (harmful, other_harmful), (benign, other_benign) = parts["harmful"], parts["benign"]
+    data = location_data(harmful, benign, min_refusals=_MIN_REFUSALS, phrases=phrases)
     units = locate_units(
-        loaded.model, loaded.tokenizer, data.refusals, data.benign, config, kept=kept
+        loaded.model,
+        loaded.tokenizer,
+        data.refusals,
+        data.benign,
+        config,
+        kept=options.kept,
     )
-    if search:
-        others = location_data(
-            parts["harmful"][1], parts["benign"][1], min_refusals=1, phrases=phrases
-        )
-        units = _with_searched_ratios(loaded, units, data, others, parts["harmful"][1], ranking)
-    record = {
-        "seen_groups": sorted({row.group for rows in said.values() for row in rows}),
-        **_origin(loaded, model, files, data),
-        "phrases": list(phrases),
-        "generation": _generation(files, sampling, samples),
-    }
-    units = replace(units, provenance={**units.provenance, **record})
-    units.save(out)
-    drawn = draw_located(units, plot=plot, html=html)
-    if as_json:
-        print_json(located_json(units, out))
-    else:
-        show_located(units, out, drawn)
-
-
-def _require_sense(
-    out: Path,
-    html: Path | None,
-    folders: tuple[Path | None, ...],
-    *,
-    samples: int,
-    temperature: float,
-) -> None:
-    """Check, before any work, what could only fail after it."""
-    require_place(out)
-    require_place(html)
-    for folder in folders:
-        if folder is not None:
-            require_place(folder / "file")
-    if samples > 1 and temperature == 0:
-        raise ConfigurationError(
-            f"--samples={samples} without --temperature would be {samples} times the same text; "
-            "pass a temperature above 0."
-        )
-    if html is not None or folders[1] is not None:
-        from probes.reports.figures import require_plots
-
-        require_plots()
+    if options.search:
+        others = location_data(other_harmful, other_benign, min_refusals=1, phrases=phrases)
+        units = _with_searched_ratios(loaded, units, data, others, other_harmful, options.ranking)
+    return units, data
 
 
 def _require_enough(harmful: PromptFile, samples: int) -> None:
@@ -189,34 +242,6 @@ def _require_enough(harmful: PromptFile, samples: int) -> None:
             f"{harmful.path} yields at most {most} responses, wanted at least {_MIN_REFUSALS} "
             "distinct refusals; pass more harmful prompts, or --samples with --temperature."
         )
-
-
-def _kept_answers(
-    kept: Path | None,
-    name: str,
-    made_of: Mapping[str, object],
-    answer: Callable[[], list[Conversation]],
-) -> list[Conversation]:
-    """Return the responses that an ended run has left, or let the model answer and keep them."""
-    if kept is None:
-        return answer()
-    import json
-
-    from probes.data.conversations import read_jsonl, write_jsonl
-
-    path, note = kept / f"{name}.jsonl", kept / f"{name}.json"
-    told = json.dumps(made_of, sort_keys=True)
-    if path.exists() and note.exists():
-        if note.read_text(encoding="utf-8") != told:
-            raise ConfigurationError(
-                f"{kept} keeps responses to other prompts or of other options; pass another "
-                "directory, or delete what it holds."
-            )
-        return read_jsonl(path)
-    rows = answer()
-    write_jsonl(path, rows)
-    write_text(note, told)
-    return rows
 
 
 def _with_searched_ratios(

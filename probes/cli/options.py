@@ -1,58 +1,99 @@
-"""What the commands of the workbench share: reading data, loading the model, telling people.
+"""Options that several commands of the workbench share, each written once.
 
-Knows options that several commands have. Does not know what any of them does with the data.
+Knows their names, types, defaults and help, and how the data they name is read. Does not know
+what any command does with the data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safe_decode.cli.console import console, working
-from safe_decode.loading import Dtype, Loaded
+from safe_decode.cli.console import working
+from safe_decode.errors import ConfigurationError
+from safe_decode.loading import Loaded
 
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
     from probes.data.reader import Reading
 
 __all__ = [
-    "Balance",
-    "Columns",
-    "Data",
-    "Seed",
-    "Strict",
-    "loaded",
+    "BatchSize",
+    "DataOptions",
+    "Fold",
+    "JournalPath",
+    "RefusalPhrases",
+    "SplitOptions",
     "read",
-    "show_facts",
-    "show_warnings",
+    "require_different_samples",
     "whole",
 ]
 
-Data = Annotated[
-    list[str],
+RefusalPhrases = Annotated[
+    list[str] | None,
     typer.Option(
-        "--data",
-        help="JSONL, JSON, CSV or Parquet, or hf:NAME[:split]; may be given several times.",
+        help="Phrase that opens a refusal, besides the built-in ones. May be given several times."
     ),
 ]
-Columns = Annotated[
-    str,
+BatchSize = Annotated[int, typer.Option(min=1, help="Responses that are generated together.")]
+JournalPath = Annotated[
+    Path | None,
     typer.Option(
-        help="What the columns mean: auto, the name of a public set, or pairs of field=column."
+        help="Write each finished part to this JSON lines file. A run that was interrupted goes on "
+        "from it."
     ),
 ]
-Strict = Annotated[bool, typer.Option(help="Stop at the first bad row, rather than count it.")]
-Seed = Annotated[int, typer.Option(help="Seed of splits and draws.")]
-Balance = Annotated[
-    bool,
+Fold = Annotated[
+    int,
     typer.Option(
-        help="Drop rows of fit and test until each of the four cells of harmful or benign "
-        "request and harmful or harmless response holds 15 %."
+        min=0, max=2, help="Which of three groups of categories is held out of the embedded world."
     ),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Which conversations are read, and how."""
+
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="Conversations: a JSONL, JSON, CSV or Parquet file, or hf:NAME[:split]. May be "
+            "given several times."
+        ),
+    ]
+    columns: Annotated[
+        str,
+        typer.Option(
+            help="What the columns mean: auto, the name of a public set, or pairs of field=column."
+        ),
+    ] = "auto"
+    strict: Annotated[
+        bool,
+        typer.Option(help="Stop at the first row that cannot be used, instead of counting it."),
+    ] = False
+
+    def read(self) -> list[Reading]:
+        """Read all sources."""
+        return read(self.data, self.columns, strict=self.strict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """How conversations are divided into splits."""
+
+    balance: Annotated[
+        bool,
+        typer.Option(
+            help="Drop rows of fit and test until each of the four cells of harmful or benign "
+            "request and harmful or harmless response holds 15 %."
+        ),
+    ] = False
+    seed: Annotated[int, typer.Option(help="Seed of the splits and draws.")] = 0
 
 
 def read(data: Sequence[str], columns: str, *, strict: bool) -> list[Reading]:
@@ -61,20 +102,6 @@ def read(data: Sequence[str], columns: str, *, strict: bool) -> list[Reading]:
 
     with working("Reading"):
         return [read_conversations(source, columns=columns, strict=strict) for source in data]
-
-
-def loaded(model: str | None, device: str, dtype: Dtype) -> Loaded:
-    """Load the model a bundle is made for; the embedded aligned one if none is named."""
-    from safe_decode.demo.embedded_pair import artefact
-    from safe_decode.loading import load_model
-
-    with working("Loading the model"):
-        from transformers.utils import logging
-
-        # Standard error is kept for our own progress, and for errors of one line.
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        return load_model(model or artefact("aligned"), device=device, dtype=dtype)
 
 
 def whole(own: Loaded, rows: Sequence[Conversation]) -> tuple[list[Conversation], int]:
@@ -86,42 +113,14 @@ def whole(own: Loaded, rows: Sequence[Conversation]) -> tuple[list[Conversation]
     return kept, len(rows) - len(kept)
 
 
-def show_facts(title: str, facts: Mapping[str, object], wrote: Path | None = None) -> None:
-    """Print a table of names and values."""
-    from rich.table import Table
+def require_different_samples(samples: int, temperature: float) -> None:
+    """Refuse, before any work, several samples of one prompt that could only be the same text.
 
-    table = Table("", "", title=title, title_justify="left", show_header=False)
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _shown(value))
-    console().print(table)
-    if wrote is not None:
-        console().print(f"wrote {wrote}", soft_wrap=True)
-
-
-def show_warnings(readings: Sequence[Reading], warnings: Sequence[str] = ()) -> None:
-    """Tell on standard error what was left out and what is short."""
-    screen = console(stderr=True)
-    for reading in readings:
-        if reading.bad:
-            screen.print(
-                f"{reading.source}: {reading.bad} of {reading.rows} rows cannot be used",
-                soft_wrap=True,
-            )
-        for line in reading.named:
-            screen.print(f"  {line}", soft_wrap=True)
-    for line in warnings:
-        screen.print(f"warning: {line}", soft_wrap=True)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items()) or "–"
-    if isinstance(value, list | tuple):
-        return ", ".join(_shown(item) for item in value) or "–"
-    return str(value)
+    Raises:
+        ConfigurationError: More than one sample at temperature 0.
+    """
+    if samples > 1 and temperature == 0:
+        raise ConfigurationError(
+            f"--samples={samples} without --temperature would be {samples} times the same text; "
+            "pass a temperature above 0."
+        )

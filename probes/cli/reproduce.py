@@ -8,12 +8,15 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
+from safe_decode.cli.options import JsonOptions
 from safe_decode.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -25,20 +28,31 @@ _PROTOCOL = Path("benchmarks") / "protocol.yaml"
 _STANDARD_ERROR = 2  # the descriptor
 
 
-def reproduce(
+@dataclass(frozen=True, kw_only=True)
+class ReproduceOptions(JsonOptions):
+    """Options of `safe-decode reproduce`."""
+
     table: Annotated[
-        str | None, typer.Argument(help="Which table; none lists them all.", metavar="[TABLE]")
-    ] = None,
+        str | None,
+        typer.Argument(
+            help="Name of the table. Without it: all tables are listed.", metavar="[TABLE]"
+        ),
+    ] = None
     protocol: Annotated[
-        Path | None, typer.Option(help="The protocol; default that of the repository.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Print the steps, and run none.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+        Path | None,
+        typer.Option(help="File of the protocol. Without it: the protocol of the repository."),
+    ] = None
+    dry_run: Annotated[
+        bool, typer.Option(help="Print the steps of the table without running them.")
+    ] = False
+
+
+@command("Evaluate")
+def reproduce(options: ReproduceOptions) -> None:
     """Regenerate a published table as the protocol fixes it."""
     from probes.runs.protocol import read_protocol
 
-    path = _found(protocol)
+    path, table, as_json = _found(options.protocol), options.table, options.as_json
     fixed = read_protocol(path)
     if table is None:
         _list(fixed, as_json)
@@ -48,7 +62,7 @@ def reproduce(
             f"TABLE={table!r} is not in {path.name}; pass one of {sorted(fixed.tables)}."
         )
     chosen = fixed.tables[table]
-    if dry_run:
+    if options.dry_run:
         if as_json:
             print_json({"table": table, "steps": [list(step) for step in chosen.steps]})
         else:
@@ -96,7 +110,7 @@ def _list(fixed: Protocol, as_json: bool) -> None:
             }
         )
         return
-    from probes.cli.tables import print_tables
+    from probes.cli.tables.figures import print_tables
 
     rows = [
         {

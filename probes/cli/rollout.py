@@ -8,124 +8,178 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from probes.cli.options import (
-    Columns,
-    Data,
-    Seed,
-    Strict,
-    loaded,
-    read,
-    show_facts,
-    show_warnings,
-)
+from probes.cli.options import BatchSize, DataOptions, require_different_samples
+from probes.cli.tables.facts import show_facts, show_warnings
+from safe_decode.cli.command import command
 from safe_decode.cli.console import print_json, require_place
-from safe_decode.cli.generate import Device, DtypeName, ModelName
-from safe_decode.errors import ConfigurationError
+from safe_decode.cli.options import JsonOptions, ModelOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from probes.data.conversations import Conversation
     from probes.rollouts.framings import Wrapping
+    from probes.rollouts.generate import RolloutConfig
     from probes.rollouts.judges import RowJudge
 
 __all__ = ["rollout"]
 
 
-def rollout(
-    data: Data,
-    out: Annotated[Path, typer.Option(help="Write the conversations to this JSONL file.")],
-    model: ModelName = None,
-    columns: Columns = "auto",
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """Who judges the responses, and by what."""
+
     judge: Annotated[
         str,
-        typer.Option(help="none, rule, module:function, or the base URL of an endpoint."),
-    ] = "rule",
+        typer.Option(
+            help="Judge of the responses: none, rule (refusal phrases and patterns), "
+            "module:function, or the base URL of an endpoint."
+        ),
+    ] = "rule"
     harmful_pattern: Annotated[
         list[str] | None,
-        typer.Option(help="rule: a regular expression that only harmful text matches."),
-    ] = None,
+        typer.Option(
+            help="With the judge rule: regular expression that matches harmful text alone. May be "
+            "given several times."
+        ),
+    ] = None
     refusal_phrase: Annotated[
-        list[str] | None, typer.Option(help="rule: a further phrase that opens refusals.")
-    ] = None,
+        list[str] | None,
+        typer.Option(
+            help="With the judge rule: phrase that opens a refusal, besides the built-in ones. May "
+            "be given several times."
+        ),
+    ] = None
     answers_to_harm_are_harm: Annotated[
-        bool, typer.Option(help="rule: take answers to harmful requests for harmful.")
-    ] = False,
-    judge_model: Annotated[str, typer.Option(help="Endpoint: the judge's name.")] = "",
+        bool,
+        typer.Option(
+            help="With the judge rule: take every answer to a harmful request as harmful."
+        ),
+    ] = False
+    judge_model: Annotated[
+        str, typer.Option(help="With an endpoint: name of the model that judges.")
+    ] = ""
     judge_key_variable: Annotated[
-        str, typer.Option(help="Endpoint: environment variable that holds the key.")
-    ] = "OPENAI_API_KEY",
-    judge_at_once: Annotated[int, typer.Option(min=1, help="Endpoint: requests at once.")] = 8,
+        str, typer.Option(help="With an endpoint: environment variable that holds its key.")
+    ] = "OPENAI_API_KEY"
+    judge_at_once: Annotated[
+        int, typer.Option(min=1, help="With an endpoint: requests that are sent at the same time.")
+    ] = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrappingOptions:
+    """How many requests are framed or prefilled, and with which texts."""
+
     framed: Annotated[
-        float, typer.Option(help="Share of requests, harmful and benign alike, to frame.")
-    ] = 0.25,
+        float,
+        typer.Option(help="Share of requests, harmful and benign alike, that get a framing."),
+    ] = 0.25
     prefilled: Annotated[
-        float, typer.Option(help="Share of requests, harmful and benign alike, to prefill.")
-    ] = 0.25,
+        float,
+        typer.Option(
+            help="Share of requests, harmful and benign alike, whose answer is started for the "
+            "model."
+        ),
+    ] = 0.25
     framings: Annotated[
-        Path | None, typer.Option(help="Framings, one a line, each with {request}.")
-    ] = None,
-    prefills: Annotated[Path | None, typer.Option(help="Started answers, one a line.")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from this much mass.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from this many tokens.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Cap of a response.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Responses generated together.")] = 32,
-    seed: Seed = 0,
-    strict: Strict = False,
-    device: Device = "cpu",
-    dtype: DtypeName = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Let the model answer prompts, judge what it says, and go on after an interruption."""
-    require_place(out)
-    if samples > 1 and temperature == 0:
-        raise ConfigurationError(
-            f"--samples={samples} without --temperature would be {samples} times the same text; "
-            "pass a temperature above 0."
+        Path | None,
+        typer.Option(
+            help="File of framings, one a line, each with {request}. Without it: the built-in ones."
+        ),
+    ] = None
+    prefills: Annotated[
+        Path | None,
+        typer.Option(help="File of started answers, one a line. Without it: the built-in ones."),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How responses are generated."""
+
+    samples: Annotated[
+        int, typer.Option(min=1, help="Responses that are generated to each prompt.")
+    ] = 1
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Temperature at which responses are sampled. 0: greedy decoding."
+        ),
+    ] = 0.0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample from the most probable tokens that together hold this probability."
+        ),
+    ] = 1.0
+    top_k: Annotated[
+        int,
+        typer.Option(min=0, help="Sample from this many most probable tokens. 0: from all."),
+    ] = 0
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 256
+    batch_size: BatchSize = 32
+    seed: Annotated[int, typer.Option(help="Seed of the sampling and of the framings.")] = 0
+
+    def config(self) -> RolloutConfig:
+        """Return the options as the generator takes them."""
+        from probes.rollouts.generate import RolloutConfig
+
+        return RolloutConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.temperature > 0,
+            temperature=self.temperature or 1.0,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+            batch_size=self.batch_size,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions(
+    DataOptions, JudgeOptions, WrappingOptions, SamplingOptions, ModelOptions, JsonOptions
+):
+    """Options of `safe-decode rollout`."""
+
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Write the conversations to this JSONL file. A run that was interrupted goes on "
+            "from it."
+        ),
+    ]
+
+
+@command("Make a probe")
+def rollout(options: RolloutOptions) -> None:
+    """Let the model answer prompts, judge what it says, and go on after an interruption."""
+    require_place(options.out)
+    require_different_samples(options.samples, options.temperature)
     from probes.rollouts.framings import wrapped
-    from probes.rollouts.generate import RolloutConfig
     from probes.rollouts.resume import requests_of, rollout_to, with_room
 
-    row_judge = _judge(
-        judge,
-        patterns=harmful_pattern or (),
-        phrases=refusal_phrase or (),
-        harm=answers_to_harm_are_harm,
-        model=judge_model,
-        key=judge_key_variable,
-    )
-    wrapping = _wrapping(framed, prefilled, framings, prefills, seed)
-    config = RolloutConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        top_p=top_p,
-        top_k=top_k,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    readings = read(data, columns, strict=strict)
-    own = loaded(model, device, dtype)
+    row_judge, wrapping = _judge(options), _wrapping(options)
+    config = options.config()
+    readings = options.read()
+    own = options.load_model()
     rows = [row for one in readings for row in (*one.prompts, *one.conversations)]
-    asked = wrapped(requests_of(rows, samples=samples), wrapping)
-    kept = with_room(own.model, own.tokenizer, asked, max_new_tokens)
-    at_once = judge_at_once if judge.startswith("http") else 1
+    asked = wrapped(requests_of(rows, samples=options.samples), wrapping)
+    kept = with_room(own.model, own.tokenizer, asked, options.max_new_tokens)
     report = rollout_to(
-        out,
+        options.out,
         own.model,
         own.tokenizer,
         kept,
         judge=row_judge,
         config=config,
-        judged_at_once=at_once,
+        judged_at_once=options.judge_at_once if options.judge.startswith("http") else 1,
     )
     facts = {
         "responses": len(report.conversations),
@@ -133,44 +187,47 @@ def rollout(
         "too_long_for_the_context": len(asked) - len(kept),
         **_facts(report.conversations),
     }
-    if as_json:
-        print_json({"out": str(out), "sources": [one.to_json() for one in readings], **facts})
+    if options.as_json:
+        sources = [one.to_json() for one in readings]
+        print_json({"out": str(options.out), "sources": sources, **facts})
         return
     show_warnings(readings)
-    show_facts("Responses", facts, out)
+    show_facts("Responses", facts, options.out)
 
 
-def _judge(
-    spec: str,
-    *,
-    patterns: Sequence[str],
-    phrases: Sequence[str],
-    harm: bool,
-    model: str,
-    key: str,
-) -> RowJudge | None:
+def _judge(options: JudgeOptions) -> RowJudge | None:
     from probes.rollouts.endpoint_judge import EndpointJudge
     from probes.rollouts.judges import RuleJudge, load_judge
 
-    if spec == "none":
+    name = options.judge
+    if name == "none":
         return None
-    if spec == "rule":
-        return RuleJudge.of(patterns, refusal_phrases=phrases, answers_to_harm_are_harm=harm)
-    if spec.startswith(("http://", "https://")):
-        return EndpointJudge(url=spec, model=model, key=os.environ.get(key))
-    return load_judge(spec)
+    if name == "rule":
+        return RuleJudge.of(
+            options.harmful_pattern or (),
+            refusal_phrases=options.refusal_phrase or (),
+            answers_to_harm_are_harm=options.answers_to_harm_are_harm,
+        )
+    if name.startswith(("http://", "https://")):
+        key = os.environ.get(options.judge_key_variable)
+        return EndpointJudge(url=name, model=options.judge_model, key=key)
+    return load_judge(name)
 
 
-def _wrapping(
-    framed: float, prefilled: float, framings: Path | None, prefills: Path | None, seed: int
-) -> Wrapping:
+def _wrapping(options: RolloutOptions) -> Wrapping:
     from probes.rollouts.framings import FRAMINGS, PREFILLS, Wrapping, read_texts
 
-    texts = FRAMINGS
-    if framings is not None:
-        texts = {f"framing-{number}": text for number, text in enumerate(read_texts(framings))}
-    begun = PREFILLS if prefills is None else read_texts(prefills)
-    return Wrapping(framed=framed, prefilled=prefilled, framings=texts, prefills=begun, seed=seed)
+    texts, prefills = FRAMINGS, options.prefills
+    if options.framings is not None:
+        own = read_texts(options.framings)
+        texts = {f"framing-{number}": text for number, text in enumerate(own)}
+    return Wrapping(
+        framed=options.framed,
+        prefilled=options.prefilled,
+        framings=texts,
+        prefills=PREFILLS if prefills is None else read_texts(prefills),
+        seed=options.seed,
+    )
 
 
 def _facts(rows: Sequence[Conversation]) -> dict[str, object]:

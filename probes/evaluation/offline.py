@@ -142,13 +142,7 @@ def evaluate_bundle(
     Raises:
         DataError: Nothing judged, or one label only.
     """
-    judged = [row for row in test if row.response_harmful is not None]
-    labels = np.asarray([bool(row.response_harmful) for row in judged])
-    if not labels.any() or labels.all():
-        raise DataError(
-            f"test holds {len(judged)} judged responses, {int(labels.sum())} of them harmful; "
-            "give both kinds."
-        )
+    judged = _judged(test)
     harmless = [row for row in calibrate if row.response_harmful is False]
     work = Methods(
         model,
@@ -165,12 +159,8 @@ def evaluate_bundle(
     slices: list[Slice] = []
     shown: dict[str, NDArray[np.float64]] = {}
     for prefix in config.prefixes:
-        methods = {
-            name: _calibrated(scores, len(judged), certificate)
-            for name, scores in work.scores(paths, prefix).items()
-        }
-        probe = methods[PROBE].scores
-        methods[PROBE] = MethodScores(probe, certificate.threshold)
+        scores = work.scores(paths, prefix)
+        methods = _with_thresholds(scores, len(judged), certificate)
         slices += _slices(prefix, methods, judged, config)
         shown = shown or {name: method.scores for name, method in methods.items()}
     own, onsets = paths[: len(judged)], work.onsets(judged)
@@ -187,6 +177,26 @@ def evaluate_bundle(
         encoded=tuple(work.encoded[: len(judged)]),
         scores=shown,
     )
+
+
+def _judged(test: Sequence[Conversation]) -> list[Conversation]:
+    judged = [row for row in test if row.response_harmful is not None]
+    labels = np.asarray([bool(row.response_harmful) for row in judged])
+    if not labels.any() or labels.all():
+        raise DataError(
+            f"test holds {len(judged)} judged responses, {int(labels.sum())} of them harmful; "
+            "give both kinds."
+        )
+    return judged
+
+
+def _with_thresholds(
+    scores: Mapping[str, NDArray[np.float64]], n_judged: int, certificate: Certificate
+) -> dict[str, MethodScores]:
+    """Set the threshold of each method: the certified one for the probe, else on harmless rows."""
+    methods = {name: _calibrated(found, n_judged, certificate) for name, found in scores.items()}
+    methods[PROBE] = MethodScores(methods[PROBE].scores, certificate.threshold)
+    return methods
 
 
 def _calibrated(scores: NDArray[np.float64], n_test: int, certificate: Certificate) -> MethodScores:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from probes.export.onnx import MONITOR_FILE, require_library
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.bundle.numpy_runtime import NumpyMonitorState, start_state, step_state
-from safe_decode.monitor.monitor import RiskMonitor
+from safe_decode.monitor.monitor import MonitorState, RiskMonitor
 
 __all__ = ["ParityReport", "agreement"]
 
@@ -104,15 +104,22 @@ def agreement(
         flags += sum(_flags_differ(a, b, threshold, tolerance) for a, b in pairs)
         again = rng.random(batch) < _RESTART
         onnx_state, numpy_state = (_restarted(s, begun, again) for s in (onnx_state, numpy_state))
-        mask = torch.from_numpy(again)
-        torch_state = type(torch_state)(
-            *(
-                torch.where(mask.view(-1, *(1,) * (old.ndim - 1)), new, old)
-                for new, old in zip(begun_torch, torch_state, strict=True)
-            )
-        )
+        torch_state = _restarted_torch(torch_state, begun_torch, again)
     onnx_torch, onnx_numpy, torch_numpy = (float(value) for value in largest)
     return ParityReport(steps, batch, onnx_torch, onnx_numpy, torch_numpy, flags)
+
+
+def _restarted_torch(
+    state: MonitorState, begun: MonitorState, again: NDArray[np.bool_]
+) -> MonitorState:
+    """Begin the rows anew that are marked in `again` [batch]."""
+    mask = torch.from_numpy(again)
+    return type(state)(
+        *(
+            torch.where(mask.view(-1, *(1,) * (old.ndim - 1)), new, old)
+            for new, old in zip(begun, state, strict=True)
+        )
+    )
 
 
 def _feeds(session: Any, features: NDArray[Any], state: NumpyMonitorState) -> dict[str, Any]:  # noqa: ANN401

@@ -10,7 +10,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from probes.finetuning.freeze import RedundantUnitBudget, SafetyFreeze, UnitFreeze, safety_setting
+from probes.finetuning.freeze import UnitFreeze
+from probes.finetuning.located_freezes import RedundantUnitBudget, SafetyFreeze, safety_setting
 from probes.location.random_sets import matched_draws
 from probes.location.units import CATEGORIES, UnitSet
 from safe_decode.errors import ConfigurationError

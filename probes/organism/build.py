@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from probes.data.conversations import Conversation, Split
 from probes.fitting.linear import FitConfig
 from probes.organism.curriculum import Amounts
+from probes.organism.draws import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.organism.prefilled_requests import LONG, LONG_TOKENS, long_requests
-from probes.organism.requests import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.templates import CANNED_REFUSAL
 from probes.recipes.bundle import Recipe, RecipeConfig, make_bundle
 from probes.rollouts.generate import RolloutConfig, rollout

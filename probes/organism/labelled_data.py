@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from probes.data.conversations import Conversation, Split
+from probes.organism.draws import calibration_draws, draw, fitting_draws
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
-from probes.organism.requests import calibration_draws, draw, fitting_draws
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request
 

@@ -15,10 +15,10 @@ import torch
 
 from probes.data.conversations import Conversation
 from probes.metrics.detection import Proportion
+from probes.organism.draws import Draw, draw
 from probes.organism.grammar import Grammar
 from probes.organism.lexicon import CATEGORIES
 from probes.organism.oracle import judge
-from probes.organism.requests import Draw, draw
 from probes.organism.templates import FRAMINGS, JUDGEMENTS, MARKS
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request

@@ -178,7 +178,6 @@ def make_bundle(
     best = candidates[0]
     calibration = _calibrated(model, tokenizer, parts["calibrate"], best, config)
     tried = tuple(candidate.to_json() for candidate in candidates)
-    canary = _canary(model, tokenizer, parts["select"], best)
     bundle = ProbeBundle(
         probe=best.fitted.probe,
         monitor=best.chosen.monitor,
@@ -188,21 +187,34 @@ def make_bundle(
         refusal=config.refusal,
         opener=config.opener,
         fingerprint=Fingerprint.of(model, tokenizer),
-        canary=canary,
+        canary=_canary(model, tokenizer, parts["select"], best),
         provenance={
             **(provenance or {}),
-            "splits": {split: len(parts[split]) for split in SPLITS},
-            "unjudged": unjudged,
-            "units": None if units is None else {**units.provenance, "counts": units.counts()},
-            "select": list(tried),
-            "certificates_refused": calibration.refused,
-            # Certificates speak of responses like these: of the model itself, or of others.
-            "calibrated": sum(row.response_harmful is False for row in parts["calibrate"]),
-            "not_of_this_model": calibration.foreign,
+            **_counts(parts, unjudged),
+            **_origin(units, tried, calibration),
             "delta": config.delta,
         },
     )
     return Recipe(bundle, units, tried, calibration)
+
+
+def _counts(parts: Mapping[Split, Sequence[Conversation]], unjudged: int) -> dict[str, Any]:
+    return {
+        "splits": {split: len(parts[split]) for split in SPLITS},
+        "unjudged": unjudged,
+        "calibrated": sum(row.response_harmful is False for row in parts["calibrate"]),
+    }
+
+
+def _origin(
+    units: UnitSet | None, tried: Sequence[Mapping[str, Any]], calibration: Calibration
+) -> dict[str, Any]:
+    return {
+        "units": None if units is None else {**units.provenance, "counts": units.counts()},
+        "select": list(tried),
+        "certificates_refused": calibration.refused,
+        "not_of_this_model": calibration.foreign,
+    }
 
 
 class _Judged(NamedTuple):

@@ -27,7 +27,7 @@ from probes.data.conversations import Conversation
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.certificate import Certificate
 from safe_decode.errors import CertificateError, DataError
-from safe_decode.policy.reasoning import ReasoningSpans
+from safe_decode.policy.reasoning import ReasoningSpans, SpanMarks
 
 __all__ = ["add_reasoning", "maxima_apart"]
 
@@ -79,26 +79,12 @@ def add_reasoning(
         DataError: A response is harmful or not judged.
         CertificateError: Too few responses, or too few of them reason, for a level.
     """
-    if any(row.response_harmful is not False for row in conversations):
-        raise DataError(
-            "a response is harmful or not judged; thresholds are calibrated on responses judged "
-            "harmless."
-        )
-    draft = ReasoningSpans(opens, closes, bundle.certificates)
-    marks = draft.marks(tokenizer)
+    _require_harmless(conversations)
+    marks = ReasoningSpans(opens, closes, bundle.certificates).marks(tokenizer)
     device = next(model.parameters()).device
     logits = score_responses(model, tokenizer, conversations, bundle.probe.to(device))
     paths = smoothed_paths(logits, bundle.monitor)
-    encoded = [encode_response(tokenizer, row) for row in conversations]
-    phases = [
-        # The model's own words, with no prefill; a shift cannot matter where nothing is supplied.
-        marks.phases(
-            one.ids[one.turn_start :],
-            marks.turn(one.ids[: one.turn_start], 0, is_chat=True, shift=0.0),
-        )
-        for one in encoded
-    ]
-    within, without = maxima_apart(paths, phases)
+    within, without = maxima_apart(paths, _phases(tokenizer, conversations, marks))
     groups = [row.group for row in conversations]
     alphas = [c.alpha for c in bundle.certificates if c.population == "benign"]
     envelope = bundle.certificate().envelope
@@ -116,14 +102,43 @@ def add_reasoning(
         )
 
     reasoning = certified(within)
-    bare = [c.alpha for c in reasoning if c.threshold == NO_SCORE]
-    if bare:
-        raise CertificateError(
-            f"alpha={bare[0]:g} has no threshold inside reasoning: too few of the "
-            f"{len(groups)} responses hold a span; add responses that reason."
-        )
+    _require_thresholds(reasoning, len(groups))
     return replace(
         bundle,
         certificates=certified(without),
         reasoning=ReasoningSpans(opens, closes, reasoning),
     )
+
+
+def _require_harmless(conversations: Sequence[Conversation]) -> None:
+    if any(row.response_harmful is not False for row in conversations):
+        raise DataError(
+            "a response is harmful or not judged; thresholds are calibrated on responses judged "
+            "harmless."
+        )
+
+
+def _require_thresholds(reasoning: Sequence[Certificate], n: int) -> None:
+    bare = [c.alpha for c in reasoning if c.threshold == NO_SCORE]
+    if bare:
+        raise CertificateError(
+            f"alpha={bare[0]:g} has no threshold inside reasoning: too few of the {n} responses "
+            "hold a span; add responses that reason."
+        )
+
+
+def _phases(
+    tokenizer: Any,  # noqa: ANN401
+    conversations: Sequence[Conversation],
+    marks: SpanMarks,
+) -> list[list[bool]]:
+    """Say of each score of each response whether it lies inside reasoning."""
+    encoded = [encode_response(tokenizer, row) for row in conversations]
+    return [
+        # The model's own words, with no prefill; a shift cannot matter where nothing is supplied.
+        marks.phases(
+            one.ids[one.turn_start :],
+            marks.turn(one.ids[: one.turn_start], 0, is_chat=True, shift=0.0),
+        )
+        for one in encoded
+    ]

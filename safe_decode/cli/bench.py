@@ -5,98 +5,141 @@ Knows the options and how figures are shown. Does not know how they are measured
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, progress, require_place
-from safe_decode.cli.generate import BundlePath, Device, DtypeName, ModelName
+from safe_decode.cli.options import BundleOptions, JsonOptions, ModelOptions
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from safe_decode.bench.arms import Load
     from safe_decode.bench.compare import Change
-    from safe_decode.bench.models import Subject
+    from safe_decode.bench.models import ProbeShape, Subject
 
 __all__ = ["bench"]
 
-Tick = Callable[[int], None]
 
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(ModelOptions, BundleOptions, JsonOptions):
+    """Options of `safe-decode bench`."""
 
-def bench(
-    model: ModelName = None,
-    bundle: BundlePath = None,
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Instead of a model: a named shape with random weights; an unknown one lists them."
+            help="Named model shape that gets random weights, instead of a model that is loaded. "
+            "An unknown name prints those there are."
         ),
-    ] = None,
-    batch: Annotated[str, typer.Option(help="Rows, several by comma.")] = "1,32",
-    context: Annotated[str, typer.Option(help="Prompt tokens, several by comma.")] = "128",
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each call.")] = 64,
-    rounds: Annotated[int, typer.Option(min=2, help="Times every arm runs.")] = 20,
-    features: Annotated[int, typer.Option(min=1, help="Of a shape's probe.")] = 256,
-    heads: Annotated[int, typer.Option(min=1, help="Of a shape's probe.")] = 1,
-    sites: Annotated[int | None, typer.Option(min=1, help="Of a shape's probe.")] = None,
+    ] = None
+    batch: Annotated[
+        str, typer.Option(help="Rows of a batch; several sizes separated by commas.")
+    ] = "1,32"
+    context: Annotated[
+        str, typer.Option(help="Tokens of each prompt; several lengths separated by commas.")
+    ] = "128"
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each call generates.")] = 64
+    rounds: Annotated[int, typer.Option(min=2, help="Times that every arm runs.")] = 20
+    features: Annotated[
+        int, typer.Option(min=1, help="Features that the probe of --shape reads.")
+    ] = 256
+    heads: Annotated[int, typer.Option(min=1, help="Heads of the probe of --shape.")] = 1
+    sites: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Layers whose MLP the probe of --shape reads. Without it: every layer."
+        ),
+    ] = None
     grow: Annotated[
         list[str] | None,
-        typer.Option(help="Vary one thing, as in `features` or `batch=1,8,64`; needs --shape."),
-    ] = None,
+        typer.Option(
+            help="Quantity to vary, alone or with its values, as in `features` or "
+            "`batch=1,8,64`. Needs --shape. May be given several times."
+        ),
+    ] = None
     mode: Annotated[
-        str, typer.Option(help="eager, compiled, cuda-graph (CUDA alone); several by comma.")
-    ] = "eager",
-    arms: Annotated[str, typer.Option(help="Arms beside bare, by comma; default all.")] = "",
+        str,
+        typer.Option(
+            help="How the model runs: eager, compiled or cuda-graph (on CUDA only); several "
+            "separated by commas."
+        ),
+    ] = "eager"
+    arms: Annotated[
+        str,
+        typer.Option(
+            help="Arms to run beside the bare model, separated by commas. Without it: every arm."
+        ),
+    ] = ""
     clock: Annotated[
-        Literal["wall", "cpu"], typer.Option(help="cpu: where the machine is busy.")
-    ] = "wall",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
-    device: Device = "cpu",
-    dtype: DtypeName = "float32",
-    out: Annotated[Path | None, typer.Option(help="Write JSON lines with the card.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw into this image.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="Say what got slower since.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Measure what the guard costs, every arm beside the bare model in one run."""
-    require_place(out)
-    require_place(plot)
-    from safe_decode.bench.arms import Load
-    from safe_decode.bench.compare import compare as compared
-    from safe_decode.bench.compile_modes import modes_of
-    from safe_decode.bench.machine import card, read_lines, write_lines
-    from safe_decode.bench.models import ProbeShape
+        Literal["wall", "cpu"],
+        typer.Option(
+            help="Which time is measured: wall, or processor time (cpu) where other programs keep "
+            "the machine busy."
+        ),
+    ] = "wall"
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads that torch uses. Without it: torch's own choice."),
+    ] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the figures and the machine's card to this JSON lines file."),
+    ] = None
+    plot: Annotated[Path | None, typer.Option(help="Draw the figures to this image file.")] = None
+    compare: Annotated[
+        Path | None,
+        typer.Option(help="File of an earlier run, written by --out, to compare the figures with."),
+    ] = None
 
-    old = read_lines(compare)[0] if compare is not None else []
-    _set_threads(threads)
-    probe = ProbeShape(features=features, heads=heads, sites=sites)
-    loads = [
-        Load(rows, tokens, new_tokens, clock, mode=how)
-        for how in modes_of(mode, device)
-        for rows in _numbers("batch", batch)
-        for tokens in _numbers("context", context)
-    ]
-    if grow:
-        rows = _grown(grow, shape, probe, loads[0], rounds, device, dtype)
-    else:
-        subject = _subject(model, bundle, shape, probe, device, dtype)
-        rows = _ladders(subject, loads, rounds, _names(arms))
-    facts = card(rounds=rounds, clock=clock, threads=_threads())
-    changes = compared(old, rows) if compare is not None else []
-    if out is not None:
-        write_lines(out, rows, facts)
-    if plot is not None:
+
+@command("Tools")
+def bench(options: BenchOptions) -> None:
+    """Measure what the guard costs, every arm beside the bare model in one run."""
+    require_place(options.out)
+    require_place(options.plot)
+    from safe_decode.bench.compare import compare as compared
+    from safe_decode.bench.machine import card, read_lines, write_lines
+
+    old = read_lines(options.compare)[0] if options.compare is not None else []
+    _set_threads(options.threads)
+    rows = _measured(options)
+    facts = card(rounds=options.rounds, clock=options.clock, threads=_threads())
+    changes = compared(old, rows) if options.compare is not None else []
+    if options.out is not None:
+        write_lines(options.out, rows, facts)
+    if options.plot is not None:
         from safe_decode.bench.plots import plot as draw
 
-        draw(rows, plot)
-    if as_json:
-        shown = [change.__dict__ for change in changes]
-        print_json({"rows": rows, "card": facts, **({"changes": shown} if compare else {})})
+        draw(rows, options.plot)
+    if options.as_json:
+        shown = {"changes": [change.__dict__ for change in changes]} if options.compare else {}
+        print_json({"rows": rows, "card": facts, **shown})
     else:
         _show(rows, facts, changes)
+
+
+def _measured(options: BenchOptions) -> list[dict[str, Any]]:
+    from safe_decode.bench.arms import Load
+    from safe_decode.bench.compile_modes import modes_of
+    from safe_decode.bench.models import ProbeShape
+
+    probe = ProbeShape(features=options.features, heads=options.heads, sites=options.sites)
+    loads = [
+        Load(rows, tokens, options.new_tokens, options.clock, mode=how)
+        for how in modes_of(options.mode, options.device)
+        for rows in _numbers("batch", options.batch)
+        for tokens in _numbers("context", options.context)
+    ]
+    if options.grow:
+        return _grown(options, options.grow, probe, loads[0])
+    subject = _subject(options, probe)
+    return _ladders(subject, loads, options.rounds, _names(options.arms))
 
 
 def _ladders(
@@ -114,20 +157,15 @@ def _ladders(
 
 
 def _grown(
-    grow: Sequence[str],
-    shape: str | None,
-    probe: Any,  # noqa: ANN401 - a ProbeShape, imported late
-    load: Any,  # noqa: ANN401 - a Load, imported late
-    rounds: int,
-    device: str,
-    dtype: str,
+    options: BenchOptions, grow: Sequence[str], probe: ProbeShape, load: Load
 ) -> list[dict[str, Any]]:
     from safe_decode.bench.scaling import Made, growth_rows, values_of
 
-    if shape is None:
+    if options.shape is None:
         raise ConfigurationError("--grow needs a model that can be varied; pass --shape as well.")
+    rounds = options.rounds
     axes = [values_of(text) for text in grow]
-    made = Made(shape, probe, device, dtype)
+    made = Made(options.shape, probe, options.device, options.dtype)
     rows: list[dict[str, Any]] = []
     with progress("measuring", sum(len(v) for _, v in axes) * 2 * (rounds + 1)) as tick:
         for axis, values in axes:
@@ -135,29 +173,20 @@ def _grown(
     return rows
 
 
-def _subject(
-    model: str | None,
-    bundle: Path | None,
-    shape: str | None,
-    probe: Any,  # noqa: ANN401 - a ProbeShape, imported late
-    device: str,
-    dtype: Any,  # noqa: ANN401 - a Dtype
-) -> Subject:
+def _subject(options: BenchOptions, probe: ProbeShape) -> Subject:
     from safe_decode.bench.models import Subject, embedded_subject, of_shape
 
-    if shape is not None:
+    model, bundle = options.model, options.bundle
+    if options.shape is not None:
         if model is not None or bundle is not None:
             raise ConfigurationError("pass either --shape or --model with --bundle, not both.")
-        return of_shape(shape, probe=probe, device=device, dtype=dtype)
+        return of_shape(options.shape, probe=probe, device=options.device, dtype=options.dtype)
     if (model is None) != (bundle is None):
         raise ConfigurationError("--model and --bundle go together; pass both or neither.")
     if model is None or bundle is None:
-        return embedded_subject(device)
-    from safe_decode.bundle.bundle import ProbeBundle
-    from safe_decode.loading import load_model
-
-    loaded = load_model(model, device=device, dtype=dtype)
-    return Subject(Path(model).name, loaded.model, loaded.tokenizer, ProbeBundle.load(bundle))
+        return embedded_subject(options.device)
+    loaded = options.load_model()
+    return Subject(Path(model).name, loaded.model, loaded.tokenizer, options.load_bundle())
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -6,13 +6,16 @@ Knows the fields of a loaded bundle and how to show them. Does not know files or
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
+from safe_decode.cli.loading import loaded_bundle
+from safe_decode.cli.options import BundleOptions, JsonOptions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,21 +25,40 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect", "verify_certificate"]
 
-BundlePath = Annotated[
-    Path | None, typer.Option("--bundle", help="Directory of the bundle; the embedded one if none.")
-]
-Key = Annotated[
-    Path | None,
-    typer.Option("--key", help="Public key that must have signed the bundle; PEM file."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+@dataclass(frozen=True, kw_only=True)
+class InspectedBundle(BundleOptions, JsonOptions):
+    """Options of `safe-decode inspect` and `safe-decode verify-certificate`."""
+
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="Public key that must have signed the bundle, a PEM file. Without it: the "
+            "signature is not checked."
+        ),
+    ] = None
+
+    def load(self) -> ProbeBundle:
+        """Load the bundle, its signature checked where a key is given."""
+        return loaded_bundle(self.bundle, trusted_key=self.key)
+
+    def signature(self) -> str:
+        """Say whether the loaded bundle is signed; with a key, that was checked."""
+        from safe_decode.bundle.signing import is_signed
+        from safe_decode.demo.embedded_pair import artefact
+
+        if self.key is not None:
+            return f"holds for the key {self.key}"
+        is_there = is_signed(self.bundle or Path(artefact("bundle")))
+        return "there, not checked: pass --key" if is_there else "none"
 
 
-def inspect(bundle: BundlePath = None, key: Key = None, as_json: AsJson = False) -> None:
+@command("Tools")
+def inspect(options: InspectedBundle) -> None:
     """Print a bundle's card: what it reads, what it decides by, and what it was made for."""
-    loaded = _load(bundle, key)
-    card = {**_card(loaded), "signature": _signature(bundle, key)}
-    if as_json:
+    loaded = options.load()
+    card = {**_card(loaded), "signature": options.signature()}
+    if options.as_json:
         print_json(card)
         return
     from rich.table import Table
@@ -49,24 +71,24 @@ def inspect(bundle: BundlePath = None, key: Key = None, as_json: AsJson = False)
     console().print(_certificates(loaded.all_certificates))
 
 
-def verify_certificate(bundle: BundlePath = None, key: Key = None, as_json: AsJson = False) -> None:
+@command("Tools")
+def verify_certificate(options: InspectedBundle) -> None:
     """Recompute every threshold and cap of a bundle from the maxima and lengths stored in it."""
     from safe_decode.bundle.plausible import require_plausible
 
-    loaded = _load(bundle, key)
+    loaded = options.load()
     every = loaded.all_certificates
     for certificate in every:
         certificate.verify()
     require_plausible(loaded)
     recorded = sum(certificate.evidence.is_recorded for certificate in every)
-    signature = _signature(bundle, key)
-    if as_json:
+    if options.as_json:
         print_json(
             {
                 "bundle": loaded.digest,
                 "verified": True,
                 "caps_verified": recorded,
-                "signature": signature,
+                "signature": options.signature(),
                 "certificates": [_facts(certificate) for certificate in every],
             }
         )
@@ -76,7 +98,7 @@ def verify_certificate(bundle: BundlePath = None, key: Key = None, as_json: AsJs
         f"verified: {len(every)} of {len(every)} thresholds recompute from their maxima."
     )
     console().print(_caps_told(len(every), recorded))
-    console().print(f"signature: {signature}", soft_wrap=True)
+    console().print(f"signature: {options.signature()}", soft_wrap=True)
 
 
 def _caps_told(count: int, recorded: int) -> str:
@@ -87,27 +109,6 @@ def _caps_told(count: int, recorded: int) -> str:
     return (
         f"{text}; of {missing} neither lengths nor writers are recorded, so their caps are taken."
     )
-
-
-def _load(path: Path | None, key: Path | None = None) -> ProbeBundle:
-    from safe_decode.bundle.bundle import ProbeBundle
-
-    return ProbeBundle.load(_place(path), trusted_key=key)
-
-
-def _place(path: Path | None) -> Path:
-    from safe_decode.demo.embedded_pair import artefact
-
-    return path or Path(artefact("bundle"))
-
-
-def _signature(path: Path | None, key: Path | None) -> str:
-    """Say whether a bundle that was loaded is signed; with a key, that was checked."""
-    from safe_decode.bundle.signing import is_signed
-
-    if key is not None:
-        return f"holds for the key {key}"
-    return "there, not checked: pass --key" if is_signed(_place(path)) else "none"
 
 
 def _card(bundle: ProbeBundle) -> dict[str, object]:

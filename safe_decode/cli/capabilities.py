@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
 
-import typer
-
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
+from safe_decode.cli.options import JsonOptions
 
 __all__ = ["capabilities"]
 
 
-def capabilities(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+@command("Tools")
+def capabilities(options: JsonOptions) -> None:
     """Print what of `generate` is supported, and what is refused and why."""
     from rich.table import Table
 
     from safe_decode.engines.transformers.capabilities import TABLE
 
-    if as_json:
+    if options.as_json:
         rows = [{**asdict(row), "neutral": [repr(n) for n in row.neutral]} for row in TABLE]
         print_json({"capabilities": rows})
         return

@@ -6,170 +6,96 @@ Knows the options and how answers are shown. Does not know how the guard works.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, require_place, working, write_text
+from safe_decode.cli.options import CertifiedOptions, JsonOptions
 from safe_decode.decision import Redirect
 from safe_decode.demo.view import visible
-from safe_decode.errors import ConfigurationError, PromptError
-from safe_decode.loading import Dtype
+from safe_decode.errors import PromptError
 from safe_decode.trace.risk import risk_of
 
 if TYPE_CHECKING:
-    from safe_decode.engines.transformers.decoder import GuardedOutput, SafeDecoder
+    from safe_decode.engines.transformers.decoder import GuardedOutput
     from safe_decode.trace.schema import SafetyTrace
 
-__all__ = [
-    "Alpha",
-    "BundlePath",
-    "Device",
-    "DtypeName",
-    "MaxNewTokens",
-    "ModelName",
-    "Population",
-    "cap_of",
-    "decoder_of",
-    "generate",
-]
-
-ModelName = Annotated[
-    str | None,
-    typer.Option("--model", help="Name or directory of a causal language model; default embedded."),
-]
-BundlePath = Annotated[
-    Path | None, typer.Option("--bundle", help="Directory of the bundle; default embedded.")
-]
-Device = Annotated[str, typer.Option("--device", help="Where the model goes, as torch spells it.")]
-DtypeName = Annotated[Dtype, typer.Option("--dtype", help="In what the model computes.")]
-Alpha = Annotated[
-    float | None,
-    typer.Option("--alpha", help="A certified false-alarm level; default the bundle's."),
-]
-Population = Annotated[
-    str,
-    typer.Option("--population", help="Whose certificate it is; `inspect` lists those there are."),
-]
-MaxNewTokens = Annotated[
-    int | None, typer.Option(min=1, help="Cap of an answer; default the certified one.")
-]
+__all__ = ["generate"]
 
 
-def generate(
-    prompt: Annotated[list[str], typer.Option("--prompt", help="May be given several times.")],
-    model: ModelName = None,
-    bundle: BundlePath = None,
-    prefill: Annotated[str | None, typer.Option(help="First words of the answer.")] = None,
-    redirect: Annotated[Redirect, typer.Option(help="What a tripped answer becomes.")] = "rewind",
-    alpha: Alpha = None,
-    population: Population = "benign",
-    max_new_tokens: MaxNewTokens = None,
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(CertifiedOptions, JsonOptions):
+    """Options of `safe-decode generate`."""
+
+    prompt: Annotated[list[str], typer.Option(help="Prompt to answer. May be given several times.")]
+    prefill: Annotated[
+        str | None, typer.Option(help="First words of every answer, which the model continues.")
+    ] = None
+    redirect: Annotated[
+        Redirect, typer.Option(help="What happens to an answer once the guard trips.")
+    ] = "rewind"
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="Sample at this temperature; default greedy.")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from this much mass.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from this many tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
-    device: Device = "cpu",
-    dtype: DtypeName = "float32",
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Temperature at which tokens are sampled. Without it, or at 0: greedy decoding, "
+            "unless another sampling option is given.",
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample from the most probable tokens that together hold this probability. "
+            "Without it: from all."
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Sample from this many most probable tokens. Without it: from all."),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sampling. Without it: each run differs.")
+    ] = None
     trace: Annotated[
-        Path | None, typer.Option(help="Write what happened at each step as JSON lines.")
-    ] = None,
+        Path | None,
+        typer.Option(help="Write what the guard decides at each step to this JSON lines file."),
+    ] = None
     token_ids: Annotated[
-        bool, typer.Option(help="Write token ids into the trace; they give the text away.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+        bool,
+        typer.Option(help="Write token ids into the trace. Whoever reads them can read the text."),
+    ] = False
+
+
+@command("Use a guarded model")
+def generate(options: GenerateOptions) -> None:
     """Answer prompts under the guard."""
-    if not all(text.strip() for text in prompt):
+    if not all(text.strip() for text in options.prompt):
         raise PromptError("--prompt is empty; pass the text to be answered.")
-    require_place(trace)
-    sampling = _sampling(temperature, top_p, top_k)
-    with working("Loading the model"):
-        decoder = decoder_of(
-            model,
-            bundle,
-            redirect=redirect,
-            alpha=alpha,
-            population=population,
-            device=device,
-            dtype=dtype,
-        )
-    if seed is not None:
+    require_place(options.trace)
+    sampling = _sampling(options.temperature, options.top_p, options.top_k)
+    decoder = options.load_decoder(options.redirect)
+    if options.seed is not None:
         import torch
 
-        torch.manual_seed(seed)
+        torch.manual_seed(options.seed)
     with working("Generating"):
         output = decoder.generate(
-            [[{"role": "user", "content": text}] for text in prompt],
-            prefill=prefill,
-            max_new_tokens=cap_of(decoder, max_new_tokens),
+            [[{"role": "user", "content": text}] for text in options.prompt],
+            prefill=options.prefill,
+            max_new_tokens=options.max_new_tokens or decoder.certified_cap,
             **sampling,
         )
-    if trace is not None:
-        lines = (line for row in output.traces for line in row.lines(token_ids=token_ids))
-        write_text(trace, "".join(f"{line}\n" for line in lines))
-    if as_json:
-        print_json(_as_json(prompt, output))
+    if options.trace is not None:
+        lines = (line for row in output.traces for line in row.lines(token_ids=options.token_ids))
+        write_text(options.trace, "".join(f"{line}\n" for line in lines))
+    if options.as_json:
+        print_json(_as_json(options.prompt, output))
     else:
-        _show(prompt, output)
-
-
-def decoder_of(
-    model: str | None,
-    bundle: Path | None,
-    *,
-    redirect: Redirect,
-    alpha: float | None,
-    population: str = "benign",
-    device: str,
-    dtype: Dtype,
-    trusted_key: Path | None = None,
-) -> SafeDecoder:
-    """Load a model and a bundle, the embedded ones where None, and put the guard on.
-
-    Raises:
-        ConfigurationError: A model without its bundle, or nothing to load.
-        BundleError: The bundle is damaged, was made for another model, or is not signed by the
-            trusted key.
-    """
-    if model is not None and bundle is None:
-        raise ConfigurationError(
-            f"--model={model!r} was given without --bundle; pass the bundle made for that model, "
-            "the embedded one fits the embedded model alone."
-        )
-    from safe_decode.bundle.bundle import ProbeBundle
-    from safe_decode.demo.embedded_pair import artefact
-    from safe_decode.engines.transformers.decoder import SafeDecoder
-    from safe_decode.loading import load_model
-
-    # The bundle and its signature first: a bad one is told before seconds are spent on the model.
-    probes = ProbeBundle.load(bundle or artefact("bundle"), trusted_key=trusted_key)
-    _silence_transformers()
-    loaded = load_model(model or artefact("aligned"), device=device, dtype=dtype)
-    return SafeDecoder(
-        loaded.model,
-        loaded.tokenizer,
-        probes,
-        redirect=redirect,
-        alpha=alpha,
-        population=population,
-    )
-
-
-def _silence_transformers() -> None:
-    """Keep standard error for our own progress, and for errors of one line."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-
-def cap_of(decoder: SafeDecoder, max_new_tokens: int | None) -> int:
-    """Return the cap that was asked for, or the one that the certificate speaks of."""
-    return max_new_tokens or decoder.certified_cap
+        _show(options.prompt, output)
 
 
 def _sampling(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:

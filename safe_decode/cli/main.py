@@ -7,6 +7,7 @@ what the commands do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -16,6 +17,7 @@ from typer.core import TyperGroup
 from safe_decode.cli.bench import bench
 from safe_decode.cli.bundles import inspect, verify_certificate
 from safe_decode.cli.capabilities import capabilities
+from safe_decode.cli.command import OTHER, PANELS, panel_of
 from safe_decode.cli.console import print_error
 from safe_decode.cli.generate import generate
 from safe_decode.cli.proxy import proxy
@@ -47,29 +49,40 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("generate")(generate)
-app.command("inspect")(inspect)
-app.command("verify-certificate")(verify_certificate)
-app.command("sign")(sign)
-app.command("verify-signature")(verify_signature)
-app.command("serve")(serve)
-app.command("proxy")(proxy)
-app.command("capabilities")(capabilities)
-app.command("replay")(replay)
-app.command("show")(show)
-app.command("bench")(bench)
+OWN: dict[str, Callable[..., object]] = {
+    "generate": generate,
+    "serve": serve,
+    "proxy": proxy,
+    "bench": bench,
+    "inspect": inspect,
+    "verify-certificate": verify_certificate,
+    "sign": sign,
+    "verify-signature": verify_signature,
+    "replay": replay,
+    "show": show,
+    "capabilities": capabilities,
+}
+"""The runtime's own commands, by name."""
 
 GROUP = "safe_decode.commands"
 """Entry points of this group are commands: their name, and `module:function`."""
 
 
-def _add_registered(to: typer.Typer) -> None:
-    """Add the commands that installed packages register, the workbench's among them."""
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        to.command(point.name)(point.load())
+def _registered() -> dict[str, Callable[..., object]]:
+    """Load the commands that installed packages register, the workbench's among them."""
+    points = sorted(entry_points(group=GROUP), key=lambda point: point.name)
+    return {point.name: point.load() for point in points}
 
 
-_add_registered(app)
+def _add_commands(to: typer.Typer) -> None:
+    """Add every command, in the order of their purposes."""
+    order: tuple[str, ...] = (*PANELS, OTHER)
+    every = {**_registered(), **OWN}  # no package replaces a command of the runtime
+    for name, function in sorted(every.items(), key=lambda one: order.index(panel_of(one[1]))):
+        to.command(name, rich_help_panel=panel_of(function))(function)
+
+
+_add_commands(app)
 
 
 def main() -> None:

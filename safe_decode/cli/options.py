@@ -1,30 +1,154 @@
-"""Loading the model that a command works on, quietly.
+"""Options that several commands share, each written once.
 
-Knows the default. Does not know what the command does.
+Knows their names, types, defaults and help, and how a group of them is loaded. Does not know
+what a command does. The workbench's commands use them too.
 """
 
 from __future__ import annotations
 
-from safe_decode.cli.console import working
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from safe_decode.cli.loading import decoder_of, loaded_bundle, loaded_model
+from safe_decode.decision import Redirect
 from safe_decode.loading import Dtype, Loaded
 
-__all__ = ["loaded_model"]
+if TYPE_CHECKING:
+    from safe_decode.bundle.bundle import ProbeBundle
+    from safe_decode.engines.transformers.decoder import SafeDecoder
+
+__all__ = [
+    "Alpha",
+    "AsJson",
+    "BundleOptions",
+    "BundlePath",
+    "CertifiedOptions",
+    "Device",
+    "GuardOptions",
+    "JsonOptions",
+    "MaxNewTokens",
+    "ModelName",
+    "ModelOptions",
+]
+
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        help="Name or directory of a causal language model. Without it: the embedded model."
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="Device that the model runs on, as torch names it: cpu, cuda, cuda:1.")
+]
+BundlePath = Annotated[
+    Path | None, typer.Option(help="Directory of the bundle. Without it: the embedded bundle.")
+]
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        help="Certified false-alarm rate whose threshold is used. Without it: the bundle's default."
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Longest answer, in tokens. Without it: the cap that the certificate states."
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document instead of text and tables.")
+]
 
 
-def loaded_model(model: str | None, device: str, dtype: Dtype) -> Loaded:
-    """Load a model by name or directory, the embedded aligned one where None.
+@dataclass(frozen=True, kw_only=True)
+class JsonOptions:
+    """How results are printed."""
 
-    Raises:
-        ConfigurationError: Nothing to load under that name.
-    """
-    from safe_decode.demo.embedded_pair import artefact
-    from safe_decode.loading import load_model
+    as_json: AsJson = False
 
-    name = model or artefact("aligned")
-    with working("Loading the model"):
-        from transformers.utils import logging
 
-        # Standard error is kept for our own progress, and for errors of one line.
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        return load_model(name, device=device, dtype=dtype)
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model is loaded, and where."""
+
+    model: ModelName = None
+    device: Device = "cpu"
+    dtype: Annotated[
+        Dtype, typer.Option(help="Number format of the model's weights and activations.")
+    ] = "float32"
+
+    def load_model(self) -> Loaded:
+        """Load the model.
+
+        Raises:
+            ConfigurationError: Nothing to load under that name.
+        """
+        return loaded_model(self.model, self.device, self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleOptions:
+    """Which bundle is loaded."""
+
+    bundle: BundlePath = None
+
+    def load_bundle(self) -> ProbeBundle:
+        """Load the bundle.
+
+        Raises:
+            BundleError: It is damaged.
+        """
+        return loaded_bundle(self.bundle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardOptions(ModelOptions, BundleOptions):
+    """Which model is guarded, with which bundle, at which false-alarm rate."""
+
+    alpha: Alpha = None
+
+    def load_decoder(self, redirect: Redirect) -> SafeDecoder:
+        """Load model and bundle, and put the guard on, certified on benign responses.
+
+        Raises:
+            ConfigurationError: A model without its bundle, or nothing to load.
+            BundleError: The bundle is damaged or was made for another model.
+        """
+        return self._decoder(redirect, "benign")
+
+    def _decoder(self, redirect: Redirect, population: str) -> SafeDecoder:
+        return decoder_of(
+            self.model,
+            self.bundle,
+            redirect=redirect,
+            alpha=self.alpha,
+            population=population,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifiedOptions(GuardOptions):
+    """A guarded model, whose certificate it follows, and how long its answers may be."""
+
+    population: Annotated[
+        str,
+        typer.Option(
+            help="Population whose certificate is used; `safe-decode inspect` lists them."
+        ),
+    ] = "benign"
+    max_new_tokens: MaxNewTokens = None
+
+    def load_decoder(self, redirect: Redirect) -> SafeDecoder:
+        """Load model and bundle, and put the guard on, certified on the population.
+
+        Raises:
+            ConfigurationError: A model without its bundle, or nothing to load.
+            BundleError: The bundle is damaged, was made for another model, or has no certificate
+                of the population.
+        """
+        return self._decoder(redirect, self.population)

@@ -7,11 +7,13 @@ also be given by `--config`, the environment, or `--set`; the upstream's key by 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console
 from safe_decode.errors import ConfigurationError
 
@@ -21,28 +23,44 @@ if TYPE_CHECKING:
 __all__ = ["proxy"]
 
 
-def proxy(
+@dataclass(frozen=True, kw_only=True)
+class ProxyOptions:
+    """Options of `safe-decode proxy`; None leaves a setting to file, environment or default."""
+
     upstream: Annotated[
-        str | None, typer.Option(help="Address of the upstream, without /v1.")
-    ] = None,
+        str | None, typer.Option(help="Address of the upstream server, without /v1 at its end.")
+    ] = None
     bundle: Annotated[
         str | None,
-        typer.Option(help="Digest of the bundle it must carry, as safe-decode inspect prints."),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; 0 for any free one.")] = None,
+        typer.Option(
+            help="Digest of the bundle that the upstream must carry, as `safe-decode inspect` "
+            "prints it."
+        ),
+    ] = None
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None
+    host: Annotated[str | None, typer.Option(help="Address that the proxy listens on.")] = None
+    port: Annotated[
+        int | None, typer.Option(help="Port that the proxy listens on. 0: any free port.")
+    ] = None
     holdback_tokens: Annotated[
-        int | None, typer.Option(help="Tokens held here, besides what the upstream holds.")
-    ] = None,
+        int | None,
+        typer.Option(help="Tokens that the proxy holds back, besides those the upstream holds."),
+    ] = None
     api_key: Annotated[
-        list[str] | None, typer.Option(help="A key that clients may use; may be repeated.")
-    ] = None,
-    audit: Annotated[Path | None, typer.Option(help="Append one line a response here.")] = None,
+        list[str] | None,
+        typer.Option(help="Key that a client may use. May be given several times."),
+    ] = None
+    audit: Annotated[
+        Path | None, typer.Option(help="Append one line for each response to this file.")
+    ] = None
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE, any other setting.")
-    ] = None,
-) -> None:
+        list[str] | None,
+        typer.Option("--set", help="Any other setting, as NAME=VALUE. May be given several times."),
+    ] = None
+
+
+@command("Serve")
+def proxy(options: ProxyOptions) -> None:
     """Guard the clients of another server: what lacks the mark of the bundle is not shown.
 
     The upstream's own key is read from SAFE_DECODE_PROXY_UPSTREAM_KEY or the file of --config.
@@ -54,17 +72,17 @@ def proxy(
             f"{error.name} is missing; install the server with: pip install 'safe-decode[serving]'"
         ) from error
     loaded = load_proxy_settings(
-        config,
+        options.config,
         flags={
-            "upstream": upstream,
-            "bundle": bundle,
-            "host": host,
-            "port": port,
-            "holdback_tokens": holdback_tokens,
-            "api_keys": tuple(api_key) if api_key else None,
-            "audit": audit,
+            "upstream": options.upstream,
+            "bundle": options.bundle,
+            "host": options.host,
+            "port": options.port,
+            "holdback_tokens": options.holdback_tokens,
+            "api_keys": tuple(options.api_key) if options.api_key else None,
+            "audit": options.audit,
         },
-        assignments=_assignments(settings or []),
+        assignments=_assignments(options.settings or []),
     )
     _run(loaded)
 

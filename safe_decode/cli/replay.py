@@ -6,13 +6,15 @@ Knows options, tables and how traces meet models. Does not know the arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, working
-from safe_decode.cli.generate import BundlePath, Device, DtypeName, ModelName
+from safe_decode.cli.options import BundleOptions, JsonOptions, ModelName, ModelOptions
 from safe_decode.errors import BundleError, ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -23,46 +25,51 @@ if TYPE_CHECKING:
 
 __all__ = ["replay", "show"]
 
-TracePath = Annotated[Path, typer.Argument(help="JSON lines written by --trace.")]
+
+@dataclass(frozen=True, kw_only=True)
+class TraceFile(JsonOptions):
+    """The traces that a command reads."""
+
+    trace: Annotated[
+        Path,
+        typer.Argument(help="Traces as JSON lines, written by `safe-decode generate --trace`."),
+    ]
 
 
-def replay(
-    trace: TracePath,
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions(TraceFile, ModelOptions, BundleOptions):
+    """Options of `safe-decode replay`."""
+
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="Score again with the model: one for each trace, in order."),
-    ] = None,
-    model: ModelName = None,
-    bundle: BundlePath = None,
-    device: Device = "cpu",
-    dtype: DtypeName = "float32",
-    tolerance: Annotated[float, typer.Option(min=0.0, help="Of a logit of the model.")] = 1e-3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+        typer.Option(
+            help="Prompt of one trace, one option for each trace in order. With prompts, the model "
+            "scores the traces again; without, the recorded scores are taken."
+        ),
+    ] = None
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Largest difference that a logit of the probe may have when scored again."
+        ),
+    ] = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(TraceFile):
+    """Options of `safe-decode show`."""
+
+    model: ModelName = None
+
+
+@command("Tools")
+def replay(options: ReplayOptions) -> None:
     """Recompute the decisions of traces; exit status 1 if any differs."""
-    from safe_decode.bundle.bundle import ProbeBundle
-    from safe_decode.demo.embedded_pair import artefact
-    from safe_decode.loading import load_model
-    from safe_decode.trace.replay import replay as recompute
     from safe_decode.trace.schema import read_traces
 
-    traces, probes = read_traces(trace), ProbeBundle.load(bundle or artefact("bundle"))
-    prompts: Sequence[str | None] = prompt or [None] * len(traces)
-    if len(prompts) != len(traces):
-        raise ConfigurationError(
-            f"--prompt was given {len(prompts)} times for {len(traces)} traces; pass one each."
-        )
-    loaded: Any = None
-    if prompt:
-        with working("Loading the model"):
-            loaded = load_model(model or artefact("aligned"), device=device, dtype=dtype)
-    found = []
-    with working("Replaying"):
-        for one, text in zip(traces, prompts, strict=True):
-            _require_bundle(one, probes)
-            rescore = None if text is None else _rescorer(loaded, probes, text)
-            found.append(recompute(one, probes.monitor, rescore=rescore, logit_tolerance=tolerance))
-    if as_json:
+    traces = read_traces(options.trace)
+    found = _replayed(traces, options)
+    if options.as_json:
         rows = [
             {
                 "scores": one.scores,
@@ -79,11 +86,8 @@ def replay(
         raise typer.Exit(1)
 
 
-def show(
-    trace: TracePath,
-    model: ModelName = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+@command("Tools")
+def show(options: ShowOptions) -> None:
     """Print the text of traces token by token, coloured by risk.
 
     Needs traces with token ids, and the tokenizer of the model that wrote them.
@@ -91,11 +95,11 @@ def show(
     from safe_decode.demo.embedded_pair import artefact
     from safe_decode.trace.schema import read_traces
 
-    traces = read_traces(trace)
+    traces = read_traces(options.trace)
     with working("Loading the tokenizer"):
-        decode = _decoder(model or artefact("aligned"))
+        decode = _decoder(options.model or artefact("aligned"))
     shown = [_tokens(one, decode) for one in traces]
-    if as_json:
+    if options.as_json:
         print_json({"rows": [_as_json(one, ts) for one, ts in zip(traces, shown, strict=True)]})
         return
     from safe_decode.demo.terminal import legend, response_text
@@ -107,6 +111,27 @@ def show(
         trip = "" if end.trip_step is None else f", trips at score {end.trip_step}"
         out.print(f"\n#{number} {end.outcome}{trip}", style="bold")
         out.print(response_text(tokens), soft_wrap=True)
+
+
+def _replayed(traces: Sequence[SafetyTrace], options: ReplayOptions) -> list[Replay]:
+    from safe_decode.trace.replay import replay as recompute
+
+    probes = options.load_bundle()
+    prompts: Sequence[str | None] = options.prompt or [None] * len(traces)
+    if len(prompts) != len(traces):
+        raise ConfigurationError(
+            f"--prompt was given {len(prompts)} times for {len(traces)} traces; pass one each."
+        )
+    loaded: Any = options.load_model() if options.prompt else None
+    found = []
+    with working("Replaying"):
+        for one, text in zip(traces, prompts, strict=True):
+            _require_bundle(one, probes)
+            rescore = None if text is None else _rescorer(loaded, probes, text)
+            found.append(
+                recompute(one, probes.monitor, rescore=rescore, logit_tolerance=options.tolerance)
+            )
+    return found
 
 
 def _require_bundle(trace: SafetyTrace, bundle: ProbeBundle) -> None:

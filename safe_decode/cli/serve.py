@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from safe_decode.cli.console import console, working
-from safe_decode.cli.generate import Alpha, decoder_of
+from safe_decode.cli.command import command
+from safe_decode.cli.console import console
+from safe_decode.cli.loading import decoder_of
+from safe_decode.cli.options import Alpha
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -25,50 +28,85 @@ if TYPE_CHECKING:
 __all__ = ["serve"]
 
 
-def serve(
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Options of `safe-decode serve`; None leaves a setting to file, environment or default."""
+
     model: Annotated[
         str | None,
-        typer.Option(help="Name or directory of a causal language model; default embedded."),
-    ] = None,
+        typer.Option(
+            help="Name or directory of a causal language model. Without it: the embedded model."
+        ),
+    ] = None
     bundle: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Directory of the bundle; default embedded."),
-    ] = None,
+        typer.Option(
+            metavar="PATH", help="Directory of the bundle. Without it: the embedded bundle."
+        ),
+    ] = None
     require_signature: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH", help="Public key that must have signed the bundle; a PEM file."
+            metavar="PATH", help="Public key that must have signed the bundle, a PEM file."
         ),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; 0 for any free one.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where the model goes.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="In what the model computes.")] = None,
-    alpha: Alpha = None,
+    ] = None
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None
+    host: Annotated[str | None, typer.Option(help="Address that the server listens on.")] = None
+    port: Annotated[
+        int | None, typer.Option(help="Port that the server listens on. 0: any free port.")
+    ] = None
+    device: Annotated[
+        str | None,
+        typer.Option(help="Device that the model runs on, as torch names it: cpu, cuda, cuda:1."),
+    ] = None
+    dtype: Annotated[
+        str | None, typer.Option(help="Number format of the model's weights and activations.")
+    ] = None
+    alpha: Alpha = None
     population: Annotated[
-        str | None, typer.Option(help="Whose certificate it is; default benign responses.")
-    ] = None,
+        str | None,
+        typer.Option(
+            help="Population whose certificate is used. Without it: benign, which stands for "
+            "benign responses."
+        ),
+    ] = None
     redirect: Annotated[
-        str | None, typer.Option(help="What a tripped answer becomes: refuse, rewind or stop.")
-    ] = None,
+        str | None,
+        typer.Option(
+            help="What happens to an answer once the guard trips: refuse, rewind or stop."
+        ),
+    ] = None
     api_key: Annotated[
-        list[str] | None, typer.Option(help="A key that is accepted; may be repeated.")
-    ] = None,
+        list[str] | None,
+        typer.Option(help="Key that a client may use. May be given several times."),
+    ] = None
     audit: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Append one line a response here.")
-    ] = None,
+        str | None,
+        typer.Option(metavar="PATH", help="Append one line for each response to this file."),
+    ] = None
     expose_scores: Annotated[
         bool | None,
         typer.Option(
             "--expose-scores/--hide-scores",
-            help="Show statistics and thresholds to clients; on with the embedded model.",
+            help="Show statistics and thresholds to clients. Without it: shown with the embedded "
+            "model alone.",
         ),
-    ] = None,
+    ] = None
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE, any other setting.")
-    ] = None,
-) -> None:
+        list[str] | None,
+        typer.Option("--set", help="Any other setting, as NAME=VALUE. May be given several times."),
+    ] = None
+
+
+_FLAGS = (
+    *("model", "bundle", "require_signature", "host", "port", "device", "dtype", "alpha"),
+    *("population", "redirect", "audit", "expose_scores"),
+)
+"""Options that are settings of the same name."""
+
+
+@command("Serve")
+def serve(options: ServeOptions) -> None:
     """Serve a guarded model behind OpenAI's and Anthropic's interfaces, and a page at /."""
     try:
         from safe_decode.serving.sources import gather
@@ -76,22 +114,9 @@ def serve(
         raise ConfigurationError(
             f"{error.name} is missing; install the server with: pip install 'safe-decode[serving]'"
         ) from error
-    flags = {
-        "model": model,
-        "bundle": bundle,
-        "require_signature": require_signature,
-        "host": host,
-        "port": port,
-        "device": device,
-        "dtype": dtype,
-        "alpha": alpha,
-        "population": population,
-        "redirect": redirect,
-        "api_keys": api_key,
-        "audit": audit,
-        "expose_scores": expose_scores,
-    }
-    given = gather(config, flags=flags, assigned=settings or [], environ=os.environ)
+    flags = {name: getattr(options, name) for name in _FLAGS} | {"api_keys": options.api_key}
+    assigned = options.settings or []
+    given = gather(options.config, flags=flags, assigned=assigned, environ=os.environ)
     _run(given.for_demo())
 
 
@@ -103,22 +128,21 @@ def _run(given: SettingsGiven) -> None:
 
     settings = given.settings
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    with working("Loading the model"):
-        decoder = decoder_of(
-            settings.model,
-            settings.bundle,
-            redirect=settings.redirect,
-            alpha=settings.alpha,
-            population=settings.population,
-            device=settings.device,
-            dtype=settings.dtype,
-            trusted_key=settings.require_signature,
-        )
-        engine = TransformersEngine(
-            decoder,
-            holdback_tokens=settings.holdback_tokens,
-            tells_scores=settings.expose_scores,
-        )
+    decoder = decoder_of(
+        settings.model,
+        settings.bundle,
+        redirect=settings.redirect,
+        alpha=settings.alpha,
+        population=settings.population,
+        device=settings.device,
+        dtype=settings.dtype,
+        trusted_key=settings.require_signature,
+    )
+    engine = TransformersEngine(
+        decoder,
+        holdback_tokens=settings.holdback_tokens,
+        tells_scores=settings.expose_scores,
+    )
     app = create_app(engine, settings)
     # Refused before anything listens: what reads the model is not what was certified.
     engine.check()

@@ -6,52 +6,78 @@ Knows the options and what is told. Does not know the format.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
+from safe_decode.cli.options import JsonOptions
 from safe_decode.errors import ConfigurationError
 
 __all__ = ["sign", "verify_signature"]
 
-Bundle = Annotated[Path, typer.Argument(help="Directory of the bundle.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+@dataclass(frozen=True, kw_only=True)
+class NamedBundle(JsonOptions):
+    """The bundle whose signature is written or checked."""
+
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")]
 
 
-def sign(
-    bundle: Bundle,
+@dataclass(frozen=True, kw_only=True)
+class SignOptions(NamedBundle):
+    """Options of `safe-decode sign`."""
+
     key: Annotated[
-        Path, typer.Option(help="Private key, a PEM file on the curve P-256, P-384 or P-521.")
-    ],
+        Path,
+        typer.Option(help="Private key that signs, a PEM file on the curve P-256, P-384 or P-521."),
+    ]
     password_variable: Annotated[
-        str | None, typer.Option(help="Environment variable that holds the key's password.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
+        str | None,
+        typer.Option(
+            help="Environment variable that holds the password of the private key. Without it: "
+            "the key has no password."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySignatureOptions(NamedBundle):
+    """Options of `safe-decode verify-signature`."""
+
+    key: Annotated[
+        Path, typer.Option(help="Public key that must have signed the bundle, a PEM file.")
+    ]
+
+
+@command("Tools")
+def sign(options: SignOptions) -> None:
     """Check a bundle, and sign every file of its directory with a key of one's own."""
     from safe_decode.bundle.bundle import ProbeBundle
     from safe_decode.bundle.signing import sign_bundle
 
-    loaded = ProbeBundle.load(bundle)
-    written = sign_bundle(bundle, key, password=_password(password_variable))
-    if as_json:
+    loaded = ProbeBundle.load(options.bundle)
+    password = _password(options.password_variable)
+    written = sign_bundle(options.bundle, options.key, password=password)
+    if options.as_json:
         print_json({"bundle": loaded.digest, "signature": str(written)})
         return
-    console().print(f"signed {bundle} ({loaded.digest[:16]}): wrote {written}", soft_wrap=True)
+    console().print(
+        f"signed {options.bundle} ({loaded.digest[:16]}): wrote {written}", soft_wrap=True
+    )
 
 
-def verify_signature(
-    bundle: Bundle,
-    key: Annotated[Path, typer.Option(help="Public key of whoever is trusted, a PEM file.")],
-    as_json: AsJson = False,
-) -> None:
+@command("Tools")
+def verify_signature(options: VerifySignatureOptions) -> None:
     """Check that a bundle was signed by a key, and is as it was signed."""
     from safe_decode.bundle.bundle import ProbeBundle
 
+    bundle, key = options.bundle, options.key
     loaded = ProbeBundle.load(bundle, trusted_key=key)
-    if as_json:
+    if options.as_json:
         print_json({"bundle": loaded.digest, "verified": True, "key": str(key)})
         return
     console().print(

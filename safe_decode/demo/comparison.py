@@ -14,7 +14,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from safe_decode.demo.counts import Label, PromptOutcome
-from safe_decode.demo.prompts import DemoPrompt
+from safe_decode.demo.scenes import DemoPrompt
 from safe_decode.demo.trace_view import side_of
 from safe_decode.demo.view import Duel, Side
 from safe_decode.errors import GuardError

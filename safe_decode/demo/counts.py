@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from safe_decode.demo.prompts import SCENES, Scene
+from safe_decode.demo.scenes import SCENES, Scene
 from safe_decode.errors import ConfigurationError
 
 __all__ = ["Counts", "Label", "PromptOutcome", "SceneFigures", "figures_of", "upper_bound"]

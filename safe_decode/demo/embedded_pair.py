@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safe_decode.demo.prompts import DemoPrompt, Scene, read_prompts, showcases
+from safe_decode.demo.scenes import DemoPrompt, Scene, read_prompts, showcases
 from safe_decode.errors import ConfigurationError
 from safe_decode.loading import Dtype, load_model
 

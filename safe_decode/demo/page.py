@@ -15,7 +15,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from safe_decode.demo.counts import SceneFigures
-from safe_decode.demo.prompts import SCENES
+from safe_decode.demo.scenes import SCENES
 from safe_decode.demo.view import Duel, Mark, ShownToken, Side, visible
 from safe_decode.trace.risk import BANDS, band_of
 

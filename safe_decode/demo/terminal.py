@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from safe_decode.demo.counts import Counts, SceneFigures
-from safe_decode.demo.prompts import SCENES
+from safe_decode.demo.scenes import SCENES
 from safe_decode.demo.view import Duel, ShownToken, Side, visible
 from safe_decode.trace.risk import band_of
 

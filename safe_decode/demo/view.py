@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from safe_decode.demo.prompts import DemoPrompt
+from safe_decode.demo.scenes import DemoPrompt
 
 __all__ = ["Duel", "Mark", "ShownToken", "Side", "visible"]
 

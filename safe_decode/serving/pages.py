@@ -116,7 +116,7 @@ def _facts(service: Service) -> dict[str, Any]:
 
 def _scenes() -> list[dict[str, Any]]:
     from safe_decode.demo.embedded_pair import artefact
-    from safe_decode.demo.prompts import SCENES, read_prompts
+    from safe_decode.demo.scenes import SCENES, read_prompts
 
     prompts = read_prompts(artefact("prompts.jsonl"))
     shown = []

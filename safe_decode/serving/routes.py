@@ -33,20 +33,16 @@ __all__ = ["routes", "stream_chunks"]
 def routes(service: Service) -> APIRouter:
     """Build the router of one server."""
     router = APIRouter(route_class=ReadingRoute)
-    desk, read, settings, facts = (
-        service.desk,
-        service.reader.read,
-        service.settings,
-        service.engine.facts,
-    )
-    fingerprint = f"sd-{facts.bundle[:12]}"
-    told = (settings.name, fingerprint, service.engine.token_text)
-    model = {
-        "id": settings.name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "safe-decode",
-    }
+    _add_openai(router, service)
+    _add_anthropic(router, service)
+    _add_models(router, service.settings.name)
+    return router
+
+
+def _add_openai(router: APIRouter, service: Service) -> None:
+    desk, read = service.desk, service.reader.read
+    fingerprint = f"sd-{service.engine.facts.bundle[:12]}"
+    told = (service.settings.name, fingerprint, service.engine.token_text)
 
     async def openai(
         rows: list[RowRequest],
@@ -75,9 +71,13 @@ def routes(service: Service) -> APIRouter:
         rows = await read(lambda: desk.completion(ask))
         return await openai(rows, ask, request, shape)
 
+
+def _add_anthropic(router: APIRouter, service: Service) -> None:
+    desk, read, name = service.desk, service.reader.read, service.settings.name
+
     @router.post("/v1/messages")
     async def messages(ask: MessagesRequest, request: Request) -> Response:
-        shape = MessageFormatter(settings.name, gives_ids=bool(ask.return_token_ids))
+        shape = MessageFormatter(name, gives_ids=bool(ask.return_token_ids))
         rows = await read(lambda: desk.messages(ask))
         conversation = await service.begin(rows, request, "message")
         if ask.stream:
@@ -85,19 +85,21 @@ def routes(service: Service) -> APIRouter:
         (story,) = await service.finish(conversation, request)
         return JSONResponse(shape.whole(story))
 
+
+def _add_models(router: APIRouter, served: str) -> None:
+    model = {"id": served, "object": "model", "created": 0, "owned_by": "safe-decode"}
+
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model]}
 
     @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        if name != settings.name:
+        if name != served:
             raise ApiError(
                 404, f"The model {name[:100]!r} is not served here.", code="model_not_found"
             )
         return model
-
-    return router
 
 
 def stream_chunks(

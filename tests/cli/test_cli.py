@@ -15,7 +15,7 @@ from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
 from safe_decode.certificate import Certificate, Envelope, certified_rank, certified_threshold
 from safe_decode.cli.main import app
 from safe_decode.demo import embedded_pair
-from safe_decode.demo.prompts import SCENES
+from safe_decode.demo.scenes import SCENES
 from safe_decode.engines.transformers.capabilities import TABLE
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.monitor.monitor import MonitorConfig
@@ -114,29 +114,32 @@ def cpu_seconds_of_children():
     return used.ru_utime + used.ru_stime
 
 
-def test_help_answers_within_a_second_of_processor_time():
-    code = "import sys; sys.argv[1:] = ['--help']; from safe_decode.cli.main import main; main()"
-    taken = []
-    # The fastest of three, in processor time: a busy machine is not the program's doing.
-    for _ in range(3):
-        began = cpu_seconds_of_children()
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-        )
-        taken.append(cpu_seconds_of_children() - began)
-    assert "verify-certificate" in done.stdout
-    assert min(taken) < 1.0
+def processor_seconds(code):
+    """Processor time of a fresh interpreter that runs the code, and what it prints."""
+    began = cpu_seconds_of_children()
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return cpu_seconds_of_children() - began, done.stdout
+
+
+def test_help_costs_less_than_twice_what_typer_costs_alone():
+    floor = "import typer, typer.rich_utils"
+    ours = "import sys; sys.argv[1:] = ['--help']; from safe_decode.cli.main import main; main()"
+    # Both arms in turn and the fastest of each, so that the speed of the machine cancels out.
+    rounds = [(processor_seconds(floor), processor_seconds(ours)) for _ in range(4)]
+    assert "verify-certificate" in rounds[0][1][1]
+    fastest_floor = min(seconds for (seconds, _), _ in rounds)
+    fastest_help = min(seconds for _, (seconds, _) in rounds)
+    assert fastest_help < 2 * fastest_floor
 
 
 def test_help_loads_nothing_heavy():
     code = (
-        "import sys\nfrom safe_decode import cli\n"
+        "import sys\nfrom safe_decode.cli import main\n"
         "print({'torch', 'transformers', 'sklearn', 'numpy'} & set(sys.modules))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    assert done.stdout.strip() == "set()"
+    assert processor_seconds(code)[1].strip() == "set()"
 
 
 def test_generate_answers_every_prompt_and_says_what_happened(run):

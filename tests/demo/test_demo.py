@@ -13,7 +13,7 @@ from rich.console import Console
 from probes.cli.demo import _prompts
 from safe_decode.demo.counts import PromptOutcome, figures_of, upper_bound
 from safe_decode.demo.page import chart_of, page, runs_of
-from safe_decode.demo.prompts import SCENES, DemoPrompt, read_prompts, showcases
+from safe_decode.demo.scenes import SCENES, DemoPrompt, read_prompts, showcases
 from safe_decode.demo.terminal import duel_panel, figures_table, legend, response_text
 from safe_decode.demo.view import Duel, ShownToken, Side, visible
 from safe_decode.errors import ConfigurationError, DataError

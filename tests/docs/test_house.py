@@ -1,9 +1,11 @@
-"""The laws of the house: what is light to import, what is pinned, what is named nowhere."""
+"""The laws of the house: what is light to import, how large a part may be, what is pinned."""
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,93 @@ def test_no_registry_host_is_named_in_the_build_files():
 def test_both_packages_are_typed():
     for package in ("safe_decode", "probes"):
         assert (ROOT / package / "py.typed").is_file()
+
+
+MOST_LINES_OF_A_MODULE, MOST_LINES_OF_A_FUNCTION, MOST_MODULES_OF_A_FOLDER = 300, 60, 20
+LONG_MODULES = {
+    "safe_decode/activations/recorder.py": 322,
+    "safe_decode/activations/tap.py": 335,
+    "safe_decode/engines/transformers/call.py": 444,
+    "safe_decode/engines/transformers/decoder.py": 564,
+    "safe_decode/engines/transformers/loops/step.py": 458,
+    "safe_decode/session/session.py": 358,
+    "safe_decode/streaming/release.py": 303,
+    "safe_decode/trace/schema.py": 319,
+}
+"""Modules that are still to be split, with lines that may only become fewer."""
+
+LONG_FUNCTIONS = {("safe_decode/engines/transformers/decoder.py", "stream"): 64}
+"""Functions that are still to be split, with lines that may only become fewer."""
+
+NAMES_THAT_MAY_RECUR = {
+    "__init__.py": "each package has one",
+    "__main__.py": "each package that is run has one",
+    "settings.py": "the generation loop, the server and the proxy each have settings of their own",
+    "harvest.py": "the step, the command that runs it and the benchmark that times it",
+    "self_check.py": "the policy, the recipe that makes its certificate, and its benchmark",
+}
+"""File names that stand three times or more, and why."""
+
+
+def modules(*roots):
+    """Every module of the packages, as the path in the repository, with its text."""
+    return {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for root in roots
+        for path in sorted((ROOT / root).rglob("*.py"))
+    }
+
+
+EVERY_MODULE = modules("safe_decode", "probes", "benchmarks")
+
+
+def functions(text):
+    """Name and lines of every function and method, inner ones among them."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+def require_within(found, most, exceptions):
+    """Exceptions hold what they may at most; one that is no longer needed has to go."""
+    long = {name: lines for name, lines in found.items() if lines > most}
+    assert not {name: lines for name, lines in long.items() if lines > exceptions.get(name, most)}
+    assert not exceptions.keys() - long.keys(), "no longer needed; take them off the list"
+
+
+def test_no_module_is_longer_than_300_lines():
+    found = {path: len(text.splitlines()) for path, text in EVERY_MODULE.items()}
+    require_within(found, MOST_LINES_OF_A_MODULE, LONG_MODULES)
+
+
+def test_no_function_is_longer_than_60_lines():
+    found = defaultdict(int)
+    for path, text in EVERY_MODULE.items():
+        for name, lines in functions(text):
+            found[path, name] = max(found[path, name], lines)
+    require_within(found, MOST_LINES_OF_A_FUNCTION, LONG_FUNCTIONS)
+
+
+def test_no_folder_holds_more_than_20_modules():
+    folders = defaultdict(list)
+    for path in EVERY_MODULE:
+        folders[Path(path).parent].append(path)
+    assert not [f for f, found in folders.items() if len(found) > MOST_MODULES_OF_A_FOLDER]
+
+
+def test_no_public_class_name_stands_for_two_things():
+    places = defaultdict(list)
+    for path, text in modules("safe_decode", "probes").items():
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(path)
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_no_file_name_stands_three_times_without_a_reason():
+    places = defaultdict(list)
+    for path in EVERY_MODULE:
+        places[Path(path).name].append(path)
+    recurring = {name for name, found in places.items() if len(found) >= 3}
+    assert recurring <= NAMES_THAT_MAY_RECUR.keys()
+    assert NAMES_THAT_MAY_RECUR.keys() <= recurring, "no longer needed; take them off the list"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from safe_decode.cli.generate import decoder_of
+from safe_decode.cli.loading import decoder_of
 from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.errors import CanaryError, FingerprintMismatchError

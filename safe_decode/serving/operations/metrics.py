@@ -25,7 +25,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = self.registry
+        self._add_counts(self.registry)
+        self._add_state(self.registry)
+        self._add_times(self.registry)
+
+    def _add_counts(self, own: CollectorRegistry) -> None:
+        """Count requests, rows, tokens, trips and what is refused."""
         self.requests = Counter(
             "safe_decode_requests", "Requests answered.", ["endpoint", "status"], registry=own
         )
@@ -44,6 +49,10 @@ class Metrics:
             registry=own,
         )
         self.refused = Counter("safe_decode_refused", "Requests not taken.", ["why"], registry=own)
+        self.tokens = Counter("safe_decode_tokens", "Tokens shown.", registry=own)
+
+    def _add_state(self, own: CollectorRegistry) -> None:
+        """Say what waits, runs, is connected, and whether the canary passes."""
         self.queue = Gauge("safe_decode_queue_rows", "Rows that wait.", registry=own)
         self.running = Gauge("safe_decode_running_rows", "Rows that run.", registry=own)
         self.ready = Gauge("safe_decode_ready", "1 while the last canary has passed.", registry=own)
@@ -58,6 +67,9 @@ class Metrics:
             ["why"],
             registry=own,
         )
+
+    def _add_times(self, own: CollectorRegistry) -> None:
+        """Say how long things take and how large runs and trips are."""
         self.ttft = Histogram(
             "safe_decode_ttft_seconds", "To the first shown token.", buckets=_SECONDS, registry=own
         )
@@ -95,7 +107,6 @@ class Metrics:
             buckets=_STEP_SECONDS,
             registry=own,
         )
-        self.tokens = Counter("safe_decode_tokens", "Tokens shown.", registry=own)
 
     def note_steps(self, times: StepTimes | None) -> None:
         """Count the steps of a run; None: nobody took their time."""

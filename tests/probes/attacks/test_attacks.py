@@ -35,7 +35,7 @@ from probes.attacks.surrogate import fit_surrogate, residual_sites
 from probes.attacks.transfer import Spread, spread_over, suffixes_of
 from probes.data.conversations import Conversation
 from probes.evaluation.released_text import ReleasedReading, reading_alone
-from probes.organism.reading import organism_reading
+from probes.organism.prompts_source import organism_reading
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.testing.bundles import bundle_for, decoder_for
 

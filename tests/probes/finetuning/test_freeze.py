@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from probes.finetuning.freeze import RedundantUnitBudget, SafetyFreeze, safety_setting
+from probes.finetuning.located_freezes import RedundantUnitBudget, SafetyFreeze, safety_setting
 from probes.finetuning.unit_weights import complement, owned_weights
 from probes.location.units import CATEGORIES, Ratios, UnitScores, assign
 from safe_decode.activations.architecture import anatomy_of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from probes.finetuning.freeze import RedundantUnitBudget, SafetyFreeze
+from probes.finetuning.located_freezes import RedundantUnitBudget, SafetyFreeze
 from probes.finetuning.unit_weights import complement, owned_weights
 from safe_decode.errors import ConfigurationError, UnsupportedError
 from safe_decode.testing.models import tiny_model

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from probes.data.conversations import Conversation
-from probes.location.prompts import answered, location_data, read_prompts
+from probes.location.prompt_files import answered, location_data, read_prompts
 from probes.rollouts.generate import RolloutConfig
 from safe_decode.errors import ConfigurationError, DataError
 

@@ -11,7 +11,7 @@ from probes.organism.measure import CELLS, measure
 from probes.organism.tokenizer import CONTEXT, VOCABULARY, train_tokenizer
 from probes.organism.training import Schedule, Stage, encode, new_model, only_at, train
 from safe_decode.demo.embedded_pair import artefact
-from safe_decode.demo.prompts import read_prompts
+from safe_decode.demo.scenes import read_prompts
 from safe_decode.loading import load_model
 
 

@@ -1,0 +1,93 @@
+"""Which activations are read: options that name units or whole layers, and the sites they mean.
+
+Knows the options and files of units. Does not know how activations are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safe_decode.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from safe_decode.activations.site import Site
+
+__all__ = ["FEATURE_COUNTS", "SiteOptions", "residual_sites", "site_sets_of"]
+
+
+FEATURE_COUNTS = (64, 256)
+"""How many features are tried where the options name none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteOptions:
+    """Which activations are read."""
+
+    units: Annotated[
+        Path | None,
+        typer.Option(help="File of located units, written by `safe-decode locate`."),
+    ] = None
+    features: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Features to read at the most critical units. May be given several times; each "
+            "number is tried. Without it: 64 and 256."
+        ),
+    ] = None
+    residual: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers whose whole residual stream is read: all, or numbers such as 2,4,5."
+        ),
+    ] = None
+
+
+def site_sets_of(
+    model: Any,  # noqa: ANN401 - a transformers causal language model
+    units: Path | None,
+    features: Sequence[int] | None,
+    residual: str | None,
+) -> dict[str, tuple[Site, ...]]:
+    """Name the sets of sites that the options ask for.
+
+    Raises:
+        ConfigurationError: They ask for none, or for a layer that is not there.
+    """
+    found: dict[str, tuple[Site, ...]] = {}
+    if units is not None:
+        from probes.location.units import UnitSet, sites_of
+
+        located = UnitSet.load(units)
+        for count in features or FEATURE_COUNTS:
+            found[f"units-{count}"] = sites_of(located.most_critical(count))
+    if residual is not None:
+        found[f"residual-{residual}"] = residual_sites(model, residual)
+    if not found:
+        raise ConfigurationError("nothing to read; pass --units from `locate`, or --residual all.")
+    return found
+
+
+def residual_sites(model: Any, spec: str) -> tuple[Site, ...]:  # noqa: ANN401
+    """Read whole residual layers: `all`, or numbers with commas."""
+    from safe_decode.activations.architecture import anatomy_of
+    from safe_decode.activations.site import Site, sorted_sites
+
+    anatomy = anatomy_of(model)
+    n_layers = len(anatomy.blocks)
+    try:
+        layers = range(n_layers) if spec == "all" else [int(part) for part in spec.split(",")]
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--residual={spec!r} is neither all nor layers such as 2,4,5."
+        ) from error
+    if any(not 0 <= layer < n_layers for layer in layers):
+        raise ConfigurationError(
+            f"--residual={spec!r} names a layer outside this model's 0..{n_layers - 1}."
+        )
+    width = tuple(range(anatomy.d_model))
+    return sorted_sites(Site(layer, "resid", width) for layer in set(layers))

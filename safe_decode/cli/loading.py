@@ -1,0 +1,93 @@
+"""Loading what a command works on, quietly: a model, a bundle, or both with the guard on.
+
+Knows the embedded defaults. Does not know options or what a command does.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safe_decode.cli.console import working
+from safe_decode.decision import Redirect
+from safe_decode.errors import ConfigurationError
+from safe_decode.loading import Dtype, Loaded
+
+if TYPE_CHECKING:
+    from safe_decode.bundle.bundle import ProbeBundle
+    from safe_decode.engines.transformers.decoder import SafeDecoder
+
+__all__ = ["decoder_of", "loaded_bundle", "loaded_model"]
+
+
+def loaded_model(model: str | None, device: str, dtype: Dtype) -> Loaded:
+    """Load a model by name or directory, the embedded aligned one where None.
+
+    Raises:
+        ConfigurationError: Nothing to load under that name.
+    """
+    from safe_decode.demo.embedded_pair import artefact
+    from safe_decode.loading import load_model
+
+    name = model or artefact("aligned")
+    with working("Loading the model"):
+        _silence_transformers()
+        return load_model(name, device=device, dtype=dtype)
+
+
+def loaded_bundle(bundle: Path | None, *, trusted_key: Path | None = None) -> ProbeBundle:
+    """Load a bundle from its directory, the embedded one where None.
+
+    Raises:
+        BundleError: The bundle is damaged, or is not signed by the trusted key.
+    """
+    from safe_decode.bundle.bundle import ProbeBundle
+    from safe_decode.demo.embedded_pair import artefact
+
+    return ProbeBundle.load(bundle or artefact("bundle"), trusted_key=trusted_key)
+
+
+def decoder_of(
+    model: str | None,
+    bundle: Path | None,
+    *,
+    redirect: Redirect,
+    alpha: float | None,
+    population: str = "benign",
+    device: str,
+    dtype: Dtype,
+    trusted_key: Path | None = None,
+) -> SafeDecoder:
+    """Load a model and a bundle, the embedded ones where None, and put the guard on.
+
+    Raises:
+        ConfigurationError: A model without its bundle, or nothing to load.
+        BundleError: The bundle is damaged, was made for another model, or is not signed by the
+            trusted key.
+    """
+    if model is not None and bundle is None:
+        raise ConfigurationError(
+            f"--model={model!r} was given without --bundle; pass the bundle made for that model, "
+            "the embedded one fits the embedded model alone."
+        )
+    # The bundle and its signature first: a bad one is told before seconds are spent on the model.
+    probes = loaded_bundle(bundle, trusted_key=trusted_key)
+    loaded = loaded_model(model, device, dtype)
+    from safe_decode.engines.transformers.decoder import SafeDecoder
+
+    return SafeDecoder(
+        loaded.model,
+        loaded.tokenizer,
+        probes,
+        redirect=redirect,
+        alpha=alpha,
+        population=population,
+    )
+
+
+def _silence_transformers() -> None:
+    """Keep standard error for our own progress, and for errors of one line."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
