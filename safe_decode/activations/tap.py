@@ -1,10 +1,10 @@
-"""Activations at sites, read by forward hooks. The only room that hooks.
+"""Activations at sites, read by forward hooks. No other runtime module installs hooks.
 
 Knows when a forward passes a site and counts it. Does not know tokens, rows that
 have ended, probes or decisions.
 
 Hooks belong to a tap and are installed once however many sessions listen; which
-session a forward belongs to is a matter of the calling context (`contextvars`), so
+session a forward belongs to is told by the calling context (`contextvars`), so
 two threads, or two tasks, on one model do not see each other, and no lock is held
 while the model runs. A forward outside `listening()`, or inside `unwatched()`, writes
 nothing.
@@ -35,6 +35,7 @@ from safe_decode.activations.recorder import ForwardRecorder, site_name
 from safe_decode.activations.site import Site, sorted_sites
 from safe_decode.activations.visitor import ActivationVisitor, Visit
 from safe_decode.errors import BeatError, ConfigurationError, UnsupportedError
+from safe_decode.typing import CausalLM
 
 __all__ = ["ActivationTap", "ForwardRecorder", "unwatched"]
 
@@ -74,7 +75,7 @@ class ActivationTap:
             experts).
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    def __init__(self, model: CausalLM, sites: Sequence[Site]) -> None:
         """Find the modules to hook; nothing is hooked yet."""
         self.sites = sorted_sites(sites)
         anatomy = anatomy_of(model)
@@ -185,7 +186,7 @@ class ActivationTap:
             yield
         finally:
             # A generator may be closed in another context than it was entered in; the closed
-            # listener then stays behind there, deaf and empty.
+            # listener then stays behind there and records nothing more.
             listener.close()
             with suppress(ValueError):
                 _listeners.reset(token)
@@ -251,11 +252,13 @@ class ActivationTap:
     def _whole_hook(self, index: int, site: Site) -> Callable[[Any, Any, Any], None]:
         listeners, copy = _listeners.get, self._copy_hook(index, site)
 
-        def hook(module: Any, args: Any, activation: Any) -> None:  # noqa: ANN401
+        def hook(module: object, args: object, activation: object) -> None:
             beats = listeners().get(self)
             if beats is None:
                 return
-            hidden = activation[0] if type(activation) is tuple and activation else activation
+            hidden: Any = activation
+            if type(activation) is tuple and activation:
+                hidden = activation[0]
             is_plain = beats.is_open and type(hidden) is Tensor and hidden.dim() == 3
             if not (is_plain and beats.borrow(index, hidden)):
                 copy(module, args, activation)
@@ -266,7 +269,7 @@ class ActivationTap:
         listeners, copy = _listeners.get, self._copy_hook(index, site)
         is_flat = self._batch_source is not None
 
-        def hook(module: Any, args: Any) -> None:  # noqa: ANN401 - torch's signature
+        def hook(module: object, args: tuple[Any, ...]) -> None:
             beats = listeners().get(self)
             if beats is None:
                 return
@@ -282,7 +285,7 @@ class ActivationTap:
         is_whole = len(site.channels) == self._widths[index]
         channels = None if is_whole else torch.tensor(site.channels)
 
-        def hook(_module: object, _args: object, activation: Any) -> None:  # noqa: ANN401
+        def hook(_module: object, _args: object, activation: object) -> None:
             nonlocal channels
             beats = _listeners.get().get(self)
             if beats is None or not beats.is_open:
@@ -302,7 +305,7 @@ class ActivationTap:
         return hook
 
 
-def _first(activation: Any, site: Site) -> Tensor:  # noqa: ANN401 - whatever a block returns
+def _first(activation: object, site: Site) -> Tensor:
     if isinstance(activation, tuple) and activation and isinstance(activation[0], Tensor):
         return activation[0]
     raise BeatError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
 from safe_decode.prompts.chat import encode_batch, encode_chat, open_turn_start, require_room
+from safe_decode.typing import Tokenizer
 
 __all__ = [
     "RAW_WINDOW_TOKENS",
@@ -95,7 +96,7 @@ class PromptBatch:
 
 
 def from_prompts(
-    tokenizer: Any,  # noqa: ANN401 - duck-typed
+    tokenizer: Tokenizer,
     prompts: Prompts,
     prefill: str | Sequence[str | None] | None,
     device: torch.device,
@@ -134,7 +135,7 @@ def from_prompts(
 
 
 def from_ids(
-    tokenizer: Any,  # noqa: ANN401 - duck-typed
+    tokenizer: Tokenizer,
     input_ids: Tensor,
     attention_mask: Tensor | None,
 ) -> PromptBatch:
@@ -224,7 +225,7 @@ def _as_chats(prompts: Prompts) -> list[Any]:
     return chats
 
 
-def _left_mask(tokenizer: Any, input_ids: Tensor) -> Tensor:  # noqa: ANN401
+def _left_mask(tokenizer: Tokenizer, input_ids: Tensor) -> Tensor:
     # Only a pad id that means nothing else tells padding from text, as in transformers.
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None or pad == end:
