@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from safe_decode.activations.tap import ActivationTap, unwatched
 from safe_decode.certificate import Certificate, certificate_of
 from safe_decode.errors import CertificateError, ConfigurationError
 from safe_decode.probe.linear import LinearProbe
+from safe_decode.typing import CausalLM
 
 __all__ = ["HeaderCheck", "Look", "SelfCheck", "SelfChecker", "looks_due"]
 
@@ -157,7 +157,7 @@ class SelfChecker:
     def __init__(
         self,
         check: SelfCheck,
-        model: Any,  # noqa: ANN401 - duck-typed
+        model: CausalLM,
         tap: ActivationTap,
         *,
         header: Sequence[int],

@@ -1,7 +1,7 @@
 """From chosen and judged ids to events: what a reader sees of each row, and when.
 
 Knows the release rule, texts and events. Does not know models, scores or threads: a loop
-says what was chosen and which rows tripped. Only a stream needs this room; without one,
+says what was chosen and which rows tripped. Only a stream needs this module; without one,
 the same rule is applied to the finished response.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from safe_decode.decision import Redirect
 from safe_decode.policy.holdback import HoldBack
@@ -25,6 +25,7 @@ from safe_decode.streaming.events import (
     Tripped,
 )
 from safe_decode.trace.schema import SafetyTrace
+from safe_decode.typing import Tokenizer
 
 __all__ = ["Cancelled", "ReleaseRules", "Releaser", "RowRelease", "TripNotice"]
 
@@ -77,7 +78,7 @@ class RowRelease:
     def __init__(
         self,
         row: int,
-        tokenizer: Any,  # noqa: ANN401 - duck-typed
+        tokenizer: Tokenizer,
         *,
         holdback_tokens: int,
         redirect: Redirect,

@@ -240,7 +240,7 @@ def _record(value: TraceHeader | TraceStep | TraceEnd) -> dict[str, Any]:
     return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _plain(value: object) -> object:
     # JSON has no NaN; what failed must still be readable by other languages.
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
@@ -295,7 +295,7 @@ _WORDS: Mapping[str, Sequence[str]] = {
 }
 
 
-def _checked(name: str, kind: str, value: Any, number: int) -> Any:  # noqa: ANN401 - from JSON
+def _checked(name: str, kind: str, value: object, number: int) -> object:
     if kind in _WORDS:
         if value not in _WORDS[kind]:
             raise DataError(
