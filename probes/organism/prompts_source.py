@@ -8,13 +8,13 @@ disjoint from what was located or trained on.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from probes.data.conversations import Split
 from probes.organism.oracle import judge
 from probes.organism.requests import Draw, draw
 from probes.organism.templates import FRAMINGS
 from probes.rollouts.types import Judge, Request
+from safe_decode.typing import Tokenizer
 
 __all__ = ["WORLD_MOTIVES", "world_judge", "world_requests"]
 
@@ -26,7 +26,7 @@ world_judge: Judge = judge
 
 
 def world_requests(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     one: Draw,
     *,
     seed: int,
