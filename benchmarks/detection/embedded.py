@@ -34,6 +34,7 @@ from safe_decode import ProbeBundle, SafeDecoder
 from safe_decode.demo.embedded_pair import artefact
 from safe_decode.loading import load_model
 from safe_decode.trace.schema import SafetyTrace
+from safe_decode.typing import Tokenizer
 
 LOG = logging.getLogger("benchmarks.detection.embedded")
 
@@ -322,7 +323,7 @@ def turn_rows(bench: Bench, cells: Cells, n: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _tokens(tokenizer: Any, text: str) -> int:  # noqa: ANN401
+def _tokens(tokenizer: Tokenizer, text: str) -> int:
     return len(tokenizer.encode(text.rstrip(" "), add_special_tokens=False))
 
 

@@ -49,6 +49,7 @@ from safe_decode.engines.transformers.coverage import record_of
 from safe_decode.prompts.batch import from_prompts
 from safe_decode.streaming.events import Ended
 from safe_decode.trace.schema import SafetyTrace
+from safe_decode.typing import Tokenizer
 
 LOG = logging.getLogger("benchmarks.detection.envelope")
 _SEED, _CALIBRATION_SEED = 656_000, 655_000
@@ -226,7 +227,7 @@ OUTSIDE: tuple[Configuration, ...] = (
 )
 
 
-def requests_of(tokenizer: Any, n: int, seed: int) -> list[Request]:  # noqa: ANN401
+def requests_of(tokenizer: Tokenizer, n: int, seed: int) -> list[Request]:
     """Draw harmless requests of the certified mixture, of one seed's own."""
     half = n // 2
     draws = (

@@ -18,6 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.modes.subjects import ModeSubject
 from safe_decode.streaming.threads import IDLE_NAME
+from safe_decode.typing import CausalLM
 
 __all__ = ["churn", "isolated"]
 
@@ -98,7 +99,7 @@ class _Fails(LogitsProcessor):
     def __init__(self, after: int) -> None:
         self._left = after
 
-    def __call__(self, _ids: Any, scores: Any) -> Any:  # noqa: ANN401
+    def __call__(self, _ids: object, scores: torch.FloatTensor) -> torch.FloatTensor:
         self._left -= 1
         if self._left < 0:
             raise ZeroDivisionError("the user's own processor")
@@ -164,7 +165,7 @@ def churn(measured: ModeSubject, *, calls: int, cancelled: int, failed: int) -> 
     }
 
 
-def _hooks(model: Any) -> set[int]:  # noqa: ANN401 - a model
+def _hooks(model: CausalLM) -> set[int]:
     return {
         id(hook)
         for module in model.modules()
