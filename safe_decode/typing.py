@@ -37,6 +37,13 @@ class Cache(Protocol):
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` positions; a negative number says how many to remove."""
 
+    def reset(self) -> None:
+        """Forget all positions."""
+
+    @property
+    def is_croppable(self) -> bool:
+        """Say whether `crop` takes the cache back to what it held before."""
+
 
 class ForwardOutput(Protocol):
     """What a forward pass returns with `return_dict=True`."""
@@ -108,6 +115,10 @@ class CausalLM(Protocol):
         """Continue a batch of prompts; takes the options of transformers' `generate`."""
 
     @property
+    def prepare_inputs_for_generation(self) -> Callable[..., dict[str, Any]]:
+        """Return the arguments of the next forward pass from the ids and the cache."""
+
+    @property
     def to(self) -> Callable[..., Self]:
         """Move the model to a device or dtype."""
 
@@ -129,8 +140,9 @@ class CausalLM(Protocol):
     def get_submodule(self, target: str) -> nn.Module:
         """Return the module at a path."""
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the module that maps token ids to vectors."""
+    @property
+    def get_input_embeddings(self) -> Callable[[], Any]:
+        """Return the module that maps token ids to vectors; its weight is [vocab, d_model]."""
 
     def eval(self) -> Self:
         """Switch dropout off."""

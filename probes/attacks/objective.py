@@ -129,7 +129,7 @@ class Objective:
         self._model, self._frame, self._answers = model, frame, tuple(answers)
         self._watch, self._weights = (None if weights.margin == 0 else watch), weights
         self._reader = None if watch is None else GradientTap(model, watch.probe.sites)
-        self._embed: Any = model.get_input_embeddings()
+        self._embed = model.get_input_embeddings()
         # Scores of the prompt are never read, and with a large vocabulary they are most of it.
         self._keeps_few = "logits_to_keep" in inspect.signature(model.forward).parameters
 

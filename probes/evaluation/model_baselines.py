@@ -77,8 +77,7 @@ def mean_embedding_scores(
     tokens: int | None,
 ) -> NDArray[np.float64]:
     """Fit on the mean token embedding of the response's first tokens, and score it, [n]."""
-    embedding: Any = model.get_input_embeddings()
-    weight = embedding.weight.detach().float().cpu().numpy()
+    weight = model.get_input_embeddings().weight.detach().float().cpu().numpy()
 
     def means(rows: Sequence[EncodedResponse]) -> NDArray[np.float32]:
         said = [row.ids[row.turn_start :][:tokens] for row in rows]

@@ -49,6 +49,7 @@ from safe_decode.streaming.events import StreamEvent
 from safe_decode.streaming.hf_streamer import Streamer, feeder
 from safe_decode.streaming.reader import AsyncGuardedStream, GuardedStream, Producer
 from safe_decode.trace.writer import TraceWriter
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 
@@ -85,8 +86,8 @@ class SafeDecoder:
 
     def __init__(
         self,
-        model: Any,  # noqa: ANN401 - duck-typed
-        tokenizer: Any,  # noqa: ANN401 - duck-typed
+        model: CausalLM,
+        tokenizer: Tokenizer,
         bundle: ProbeBundle,
         *,
         redirect: Redirect = "rewind",
@@ -440,7 +441,7 @@ class SafeDecoder:
         asked = GenerateRequest(prompts, input_ids, attention_mask, prefill, options=options)
         return self._composer().inputs(asked)
 
-    def _call(self, prompts: Prompts | None, **asked: Any) -> GuardedCall:  # noqa: ANN401
+    def _call(self, prompts: Prompts | None, **asked: Any) -> GuardedCall:  # noqa: ANN401 - of GenerateRequest
         self.require_unchanged()
         return self._composer().call(GenerateRequest(prompts, **asked))
 
@@ -449,7 +450,7 @@ class SafeDecoder:
         prompts: Prompts | None,
         *,
         includes_stop: bool,
-        **given: Any,  # noqa: ANN401
+        **given: Any,  # noqa: ANN401 - of GenerateRequest
     ) -> Producer:
         composer = self._composer()
         streamer = given["options"].get("streamer")

@@ -30,6 +30,7 @@ from safe_decode.session.records import Redirected, Try
 from safe_decode.session.row_rng import RowRNG, continued_seed
 from safe_decode.session.session import Session, Trip
 from safe_decode.streaming.release import Releaser, RowRelease
+from safe_decode.typing import CausalLM
 
 __all__ = ["Rewinder"]
 
@@ -56,7 +57,7 @@ class Rewinder:
             None: `options` hold all that does.
     """
 
-    model: Any
+    model: CausalLM
     tap: ActivationTap
     probe: LinearProbe
     config: MonitorConfig
