@@ -106,7 +106,7 @@ class Pair:
         return rollout(loaded.model, loaded.tokenizer, requests, judge=judge, config=config)
 
     def task(self, n: int, part: Part, *, seed: int = 0) -> list[Conversation]:
-        """Return benign requests with benign answers, to fine-tune on or to be surprised at."""
+        """Return benign requests with benign answers, to fine-tune on or for perplexity."""
         if self.is_embedded:
             return _benign_task(n, _STREAM + 1_000 * _PARTS.index(part) + seed)
         rows = [

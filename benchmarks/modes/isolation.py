@@ -28,7 +28,7 @@ FLAT_KIB = 4096
 
 
 def isolated(measured: ModeSubject, *, rounds: int) -> dict[str, Any]:
-    """Run two decoders in two threads on one model, a stranger calling it, against solo runs."""
+    """Compare two decoders in two threads on one model, unguarded calls between, with solo runs."""
     model, asked = measured.subject.model, measured.asked
     limits = (measured.middle, measured.middle - 0.05)
     decoders = [
@@ -107,7 +107,7 @@ class _Fails(LogitsProcessor):
 
 
 def churn(measured: ModeSubject, *, calls: int, cancelled: int, failed: int) -> dict[str, Any]:
-    """Generate many times, some streams left early and some calls failing, and look for rests.
+    """Generate many times, some streams left early, some calls failing; see what is left behind.
 
     Args:
         measured: On a machine whose memory is read from /proc.

@@ -1,4 +1,4 @@
-"""`output_hidden_states=True` and a scikit-learn probe on the host: an afternoon's guard.
+"""`output_hidden_states=True` and a scikit-learn probe on the host: the simplest guard to write.
 
 All layers' states of the newest token are copied to the host and given to a pipeline of a
 scaler and a logistic regression at each token.

@@ -213,7 +213,9 @@ def perplexity(
     encoded = [encode_response(tokenizer, row) for row in conversations]
     encoded = [row for row in encoded if len(row.ids) > row.turn_start]
     if not encoded:
-        raise DataError("no response has a token to be surprised at; pass responses with text.")
+        raise DataError(
+            "no response has a token to measure perplexity on; pass responses with text."
+        )
     encoded.sort(key=lambda row: len(row.ids))
     vocab = int(model.config.get_text_config().vocab_size)
     total, count, batch = 0.0, 0, []

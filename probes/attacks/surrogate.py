@@ -1,4 +1,4 @@
-"""T2: a probe of the attacker's own, fitted on what the model itself feels.
+"""T2: a probe of the attacker's own, fitted on the attacked model's activations.
 
 The attacker has the model but not the probe: reads whole residual layers, fits a probe on
 labelled responses of his own, and searches a suffix against that. Whether it passes the

@@ -1,4 +1,4 @@
-"""An evaluation as one self-contained page: tables, pictures, and the worst responses read aloud.
+"""An evaluation as one self-contained page: tables, pictures, the worst responses by token.
 
 Knows which responses are shown and how tokens are coloured. Does not know models or figures'
 arithmetic. The page holds texts of the test set: it is for whoever made the bundle. It asks
@@ -36,7 +36,7 @@ _SHOWN = 6
 
 @dataclass(frozen=True, slots=True)
 class ShownResponse:
-    """A response as it is read aloud.
+    """A response as the page shows it, token by token.
 
     Attributes:
         kind: `missed` or `false alarm`.

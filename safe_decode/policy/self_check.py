@@ -1,9 +1,9 @@
-"""The second rung: on an alarm, the model is asked to look at what it has said.
+"""The second stage: on an alarm, the model is asked to look at what it has said.
 
 Knows a probe on the last token of the assistant header, put once more behind a row's ids,
 and how often a row may be asked. Does not know monitors, policies or loops.
 
-The forward serves the guard alone: it passes unheard by the session's tap, uses no cache,
+The forward serves the guard alone: the session's tap does not record it, it uses no cache,
 draws nothing and changes nothing of the row. An alarm that is cleared stays latched in the
 monitor; the next look comes `every_tokens` scores later, until the row's looks are spent.
 """
