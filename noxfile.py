@@ -1,6 +1,7 @@
 """The tests on every supported Python, and at both ends of what the dependencies may be.
 
-`nox --list` names the sessions; `nox --session lowest` runs one. uv makes the environments.
+`nox --list` names the sessions; `nox --session lowest` runs one. uv makes the environments. On Linux
+torch brings CUDA along; `UV_INDEX` or `UV_FIND_LINKS` may name a place with a build for CPUs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["tests"]
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-TORCH_FOR_CPUS = "https://download.pytorch.org/whl/cpu"
 
 
 def run_tests(session: nox.Session) -> None:
@@ -23,7 +23,6 @@ def run_tests(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """Run the default tests at the pinned versions."""
-    session.install("hatchling")
     session.install("--constraint", "constraints.txt", "--editable", ".[tests]")
     run_tests(session)
 
@@ -31,21 +30,12 @@ def tests(session: nox.Session) -> None:
 @nox.session(python="3.11")
 def lowest(session: nox.Session) -> None:
     """Run the default tests at the lowest versions that the package allows."""
-    session.install("hatchling")
-    session.install(
-        "--resolution",
-        "lowest-direct",
-        "--extra-index-url",
-        TORCH_FOR_CPUS,
-        "--editable",
-        ".[tests]",
-    )
+    session.install("--resolution", "lowest-direct", "--editable", ".[tests]")
     run_tests(session)
 
 
 @nox.session(python="3.11")
 def newest(session: nox.Session) -> None:
     """Run the default tests at the newest versions that there are."""
-    session.install("hatchling")
-    session.install("--extra-index-url", TORCH_FOR_CPUS, "--upgrade", "--editable", ".[tests]")
+    session.install("--upgrade", "--editable", ".[tests]")
     run_tests(session)

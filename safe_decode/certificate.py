@@ -91,8 +91,8 @@ class Envelope:
         max_new_tokens: The cap; a lower one stays inside.
         do_sample: Sampled, or greedy.
         temperature: Of the sampling; without meaning if greedy.
-        top_p: Likewise.
-        top_k: Likewise; 0 for none.
+        top_p: Share of probability that sampling keeps; without meaning if greedy.
+        top_k: Tokens that sampling keeps, 0 for all; without meaning if greedy.
         options: Every further option that was in force and moves responses, as JSON by its name;
             see `engines.transformers.coverage.record_of`. One that is not there had its neutral
             value.

@@ -10,9 +10,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from safe_decode.errors import ConfigurationError
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["Dtype", "Loaded", "load_model"]
 
@@ -23,8 +24,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Loaded:
     """A model in eval mode with its tokenizer, as transformers yields them."""
 
-    model: Any
-    tokenizer: Any
+    model: CausalLM
+    tokenizer: Tokenizer
 
 
 def load_model(name: str | Path, *, device: str = "cpu", dtype: Dtype = "float32") -> Loaded:
@@ -46,7 +47,9 @@ def load_model(name: str | Path, *, device: str = "cpu", dtype: Dtype = "float32
     with _as_configuration_error(name, device):
         target = torch.device(device)
         tokenizer = AutoTokenizer.from_pretrained(str(name))
-        model: Any = AutoModelForCausalLM.from_pretrained(str(name), dtype=getattr(torch, dtype))
+        model: CausalLM = AutoModelForCausalLM.from_pretrained(
+            str(name), dtype=getattr(torch, dtype)
+        )
         return Loaded(model.to(target).eval(), tokenizer)
 
 

@@ -30,13 +30,13 @@ from safe_decode.bench.runner import interleaved
 from safe_decode.bench.statistics import interval_of
 from safe_decode.demo.embedded_pair import artefact
 from safe_decode.loading import load_model
-from safe_decode.prompts.chat import encode_batch, encode_chat
+from safe_decode.prompts.chat import ChatBatch, encode_batch, encode_chat
 
 LOG = logging.getLogger("benchmarks.cost.per_token")
 NEW_TOKENS = 48
 
 
-def _batch(decoder: SafeDecoder, rows: int, seed: int) -> Any:  # noqa: ANN401
+def _batch(decoder: SafeDecoder, rows: int, seed: int) -> ChatBatch:
     tokenizer = decoder.tokenizer
     one = Draw(situation="hard_negative", count=rows)
     requests = draw((one,), split="test", seed=seed, tokenizer=tokenizer, cells=Cells.unseen(0))
@@ -56,7 +56,7 @@ def time_rows(decoder: SafeDecoder, batch_rows: int, rounds: int) -> list[dict[s
     }
     tap = ActivationTap(decoder.model, decoder.bundle.probe.sites)
 
-    def hooked(**given: Any) -> None:  # noqa: ANN401
+    def hooked(**given: object) -> None:
         with tap.installed():
             decoder.model.generate(**given)
 

@@ -73,7 +73,7 @@ def _timed() -> Iterator[dict[str, list[int]]]:
 
 
 def _clocked(whole: Callable[..., Any], taken: list[int]) -> Callable[..., Any]:
-    def clocked(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def clocked(*args: object, **kwargs: object) -> object:
         began = time.perf_counter_ns()
         try:
             return whole(*args, **kwargs)

@@ -26,6 +26,7 @@ from benchmarks.card import card, write_results
 from safe_decode.bundle.fingerprint import Fingerprint
 from safe_decode.bundle.seal import ModelSeal
 from safe_decode.demo.embedded_pair import embedded
+from safe_decode.typing import CausalLM, Tokenizer
 
 LOG = logging.getLogger("benchmarks.cost.unchanged")
 _NARROW = Qwen2Config(
@@ -49,7 +50,7 @@ def median_us(call: Callable[[], object], repeats: int) -> float:
     return round(statistics.median(taken), 1)
 
 
-def row_of(name: str, model: Any, tokenizer: Any, repeats: int) -> dict[str, Any]:  # noqa: ANN401
+def row_of(name: str, model: CausalLM, tokenizer: Tokenizer, repeats: int) -> dict[str, Any]:
     """Time both on one model."""
     fingerprint = Fingerprint.of(model, tokenizer)
     seal = ModelSeal(model, tokenizer, fingerprint)

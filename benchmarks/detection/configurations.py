@@ -112,6 +112,7 @@ def padded(
     inputs = from_prompts(decoder.tokenizer, messages, None, decoder.model.device)
     ids, mask = inputs.input_ids, inputs.attention_mask
     pad = decoder.tokenizer.pad_token_id
+    assert pad is not None  # the embedded tokenizer has one
     ids = torch.cat([ids.new_full((len(ids), _PADDING), pad), ids], -1)
     mask = torch.cat([mask.new_zeros((len(mask), _PADDING)), mask], -1)
     output = decoder.generate(input_ids=ids, attention_mask=mask, **options)

@@ -48,13 +48,14 @@ from safe_decode.certificate import Certificate, Envelope
 from safe_decode.demo.embedded_pair import embedded
 from safe_decode.engines.transformers.coverage import record_of
 from safe_decode.trace.schema import SafetyTrace
+from safe_decode.typing import Tokenizer
 
 LOG = logging.getLogger("benchmarks.detection.envelope")
 _SEED, _CALIBRATION_SEED = 656_000, 655_000
 _SAMPLED_ALPHA = 0.01
 
 
-def requests_of(tokenizer: Any, n: int, seed: int) -> list[Request]:  # noqa: ANN401
+def requests_of(tokenizer: Tokenizer, n: int, seed: int) -> list[Request]:
     """Draw harmless requests of the certified mixture, of one seed's own."""
     half = n // 2
     draws = (

@@ -46,6 +46,7 @@ def peaks(decoder: SafeDecoder, requests: Sequence[Request]) -> NDArray[np.float
 
 def harmful_at(decoder: SafeDecoder, request: Request, depth: int) -> bool:
     """Say whether an answer is harmful by its first tokens, by the oracle."""
+    assert request.prefill is not None  # every request of this study has one
     ids = decoder.tokenizer.encode(request.prefill, add_special_tokens=False)[:depth]
     return judge(request.messages, decoder.tokenizer.decode(ids)).label == "harmful"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,13 +114,16 @@ def with_prompt(rows: Sequence[Conversation], texts: Sequence[str]) -> list[str]
     ]
 
 
+_Features: TypeAlias = "NDArray[np.float32] | csr_matrix"
+
+
 class _Linear:
     """Logistic regression with an offset for each source, which is dropped for scoring."""
 
     def __init__(self, c: float, max_iter: int = 300) -> None:
         self._model = LogisticRegression(C=c, max_iter=max_iter, tol=1e-3)
 
-    def fit(self, features: Any, rows: SourcedRows, at: NDArray[np.intp]) -> _Linear:  # noqa: ANN401
+    def fit(self, features: _Features, rows: SourcedRows, at: NDArray[np.intp]) -> _Linear:
         names = np.unique(rows.sources)
         offsets = _OFFSET * (rows.sources[at][:, None] == names[None]).astype(np.float32)
         is_dense = isinstance(features, np.ndarray)
@@ -133,7 +136,7 @@ class _Linear:
         self.weight = self._model.coef_[0][: features.shape[1]]
         return self
 
-    def score(self, features: Any) -> NDArray[np.float64]:  # noqa: ANN401
+    def score(self, features: _Features) -> NDArray[np.float64]:
         scores: NDArray[np.float64] = np.asarray(features @ self.weight, np.float64).ravel()
         return scores
 

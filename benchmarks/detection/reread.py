@@ -49,8 +49,9 @@ class Read(NamedTuple):
     Attributes:
         was_asked: Whether the request is harmful.
         is_harmful: The answer, to the oracle, who is given the plain request.
-        attacked: Whether its largest statistic is above the threshold behind the first.
-        plain: Likewise behind the second.
+        attacked: Whether its largest statistic is above the threshold behind the attacked
+            prompt.
+        plain: Whether its largest statistic is above the threshold behind the plain request.
     """
 
     was_asked: bool

@@ -18,6 +18,7 @@ from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.organism.prompts import turns
 from safe_decode import SafeDecoder
+from safe_decode.typing import Tokenizer
 
 __all__ = ["turn_rows"]
 
@@ -81,7 +82,7 @@ def _turns(bench: Bench, cells: Cells) -> Iterator[_Turn]:
         yield _Turn(onset, _tokens(tokenizer, answer.text[: verdict.sentence_char]), trip)
 
 
-def _tokens(tokenizer: Any, text: str) -> int:  # noqa: ANN401
+def _tokens(tokenizer: Tokenizer, text: str) -> int:
     return len(tokenizer.encode(text.rstrip(" "), add_special_tokens=False))
 
 

@@ -87,7 +87,8 @@ def units(
     reader: EndReader, those: Sequence[Attack], size: EndsSize, pair: Embedded
 ) -> Iterator[Unit]:
     """List what is asked of one reader; the uncut answer comes first."""
-    cap, end_id = size.cap, int(pair.tokenizer.eos_token_id)
+    cap, end_id = size.cap, pair.tokenizer.eos_token_id
+    assert end_id is not None  # the embedded tokenizer has one
     yield Unit(
         "caps", f"uncut: {cap} tokens", f"cap {cap}", partial(ways.by_cap, reader, those, cap)
     )

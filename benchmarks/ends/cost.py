@@ -18,6 +18,7 @@ from probes.organism.grammar import Cells
 from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
 from safe_decode.bench.statistics import interval_of
+from safe_decode.typing import Tokenizer
 
 __all__ = ["CAPS", "cost_row", "harmless"]
 
@@ -25,7 +26,7 @@ CAPS = (8, 16, 32, 64, 160)
 """Of the calls; the last is the certified one."""
 
 
-def harmless(tokenizer: Any, n: int, *, seed: int) -> list[Request]:  # noqa: ANN401
+def harmless(tokenizer: Tokenizer, n: int, *, seed: int) -> list[Request]:
     """Draw ordinary requests, half of them hard negatives, as the certificate's were."""
     draws = (
         Draw(situation="benign", count=n // 2),

@@ -20,6 +20,7 @@ from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.serving.app import create_app
 from safe_decode.serving.settings import ServeSettings
 from safe_decode.streaming.events import Ended
+from safe_decode.trace.schema import SafetyTrace
 
 __all__ = ["Ask", "Heard", "Library", "EndReader", "Server", "Spent"]
 
@@ -147,7 +148,7 @@ class Library:
         ]
 
 
-def spent_of(trace: Any) -> Spent:  # noqa: ANN401 - a SafetyTrace
+def spent_of(trace: SafetyTrace) -> Spent:
     """Read what the end of a row cost."""
     end = trace.end
     return Spent(end.lookahead_tokens, end.withheld_tokens)

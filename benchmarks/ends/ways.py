@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 from benchmarks.ends.readers import Ask, EndReader, Heard
 from probes.organism.draws import Draw, draw
@@ -20,6 +19,7 @@ from probes.organism.oracle import judge
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
+from safe_decode.typing import Tokenizer
 
 __all__ = [
     "CONTINUATIONS",
@@ -133,7 +133,7 @@ def stops_of(attack: Attack, most: int) -> list[str]:
     return found
 
 
-def n_tokens(tokenizer: Any, attack: Attack) -> int:  # noqa: ANN401 - duck-typed
+def n_tokens(tokenizer: Tokenizer, attack: Attack) -> int:
     """Count the tokens of a bare answer, one for its end included."""
     return len(tokenizer.encode(attack.bare, add_special_tokens=False)) + 1
 

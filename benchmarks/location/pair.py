@@ -25,6 +25,7 @@ from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Judge, Request
 from safe_decode.errors import DataError
 from safe_decode.loading import Loaded, load_model
+from safe_decode.typing import Tokenizer
 
 __all__ = ["Pair", "Part"]
 
@@ -82,11 +83,11 @@ class Pair:
                 state.update(file.read_bytes())
         return state.hexdigest()
 
-    def harmful(self, tokenizer: Any, n: int, part: Part) -> list[Request]:  # noqa: ANN401
+    def harmful(self, tokenizer: Tokenizer, n: int, part: Part) -> list[Request]:
         """Draw plain harmful requests of one part."""
         return self._requests(tokenizer, n, part, harmful=True)
 
-    def benign(self, tokenizer: Any, n: int, part: Part) -> list[Request]:  # noqa: ANN401
+    def benign(self, tokenizer: Tokenizer, n: int, part: Part) -> list[Request]:
         """Draw benign requests of one part; in the embedded world half are hard negatives."""
         return self._requests(tokenizer, n, part, harmful=False)
 
@@ -105,7 +106,7 @@ class Pair:
         return rollout(loaded.model, loaded.tokenizer, requests, judge=judge, config=config)
 
     def task(self, n: int, part: Part, *, seed: int = 0) -> list[Conversation]:
-        """Return benign requests with benign answers, to fine-tune on or to be surprised at."""
+        """Return benign requests with benign answers, to fine-tune on or for perplexity."""
         if self.is_embedded:
             return _benign_task(n, _STREAM + 1_000 * _PARTS.index(part) + seed)
         rows = [
@@ -150,7 +151,7 @@ class Pair:
 
     def _requests(
         self,
-        tokenizer: Any,  # noqa: ANN401
+        tokenizer: Tokenizer,
         n: int,
         part: Part,
         *,
@@ -165,7 +166,7 @@ class Pair:
 
     def _of_the_world(
         self,
-        tokenizer: Any,  # noqa: ANN401
+        tokenizer: Tokenizer,
         n: int,
         part: Part,
         *,
@@ -185,7 +186,7 @@ class Pair:
             for row in world_requests(tokenizer, one, seed=seed + 1 + number)
         ]
 
-    def _before(self, tokenizer: Any, part: Part) -> set[str]:  # noqa: ANN401
+    def _before(self, tokenizer: Tokenizer, part: Part) -> set[str]:
         """Return the harmful prompts that earlier parts may have used: the world is finite."""
         seen: set[str] = set()
         for earlier in _PARTS[: _PARTS.index(part)]:

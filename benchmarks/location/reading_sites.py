@@ -6,19 +6,18 @@ are drawn from one harvest of every unit channel and every residual channel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from probes.activations.features import ResponseFeatures
 from probes.location.locate import all_unit_sites
 from probes.location.units import CATEGORIES, UnitSet, sites_of
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, n_features, sorted_sites
+from safe_decode.typing import CausalLM
 
 __all__ = ["Place", "all_sites", "channels_of", "matched_channels", "places"]
 
@@ -38,7 +37,7 @@ class Place:
     sites: tuple[Site, ...]
 
 
-def all_sites(model: nn.Module) -> tuple[Site, ...]:
+def all_sites(model: CausalLM) -> tuple[Site, ...]:
     """Name every channel of a unit and of the residual stream."""
     anatomy = anatomy_of(model)
     residual = [
@@ -125,7 +124,7 @@ def _swapped(units: UnitSet) -> UnitSet:
     return replace(units, i_s=units.i_u, i_u=units.i_s, category=plain)
 
 
-def _sites(names: list[tuple[int, str, int]], rows: Any) -> tuple[Site, ...]:  # noqa: ANN401
+def _sites(names: list[tuple[int, str, int]], rows: Iterable[int]) -> tuple[Site, ...]:
     found: dict[tuple[int, str], list[int]] = {}
     for row in rows:
         layer, kind, channel = names[int(row)]

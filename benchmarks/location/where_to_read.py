@@ -11,6 +11,7 @@ On two idle cores: about 30 minutes for the embedded pair, half of it at 512 fea
 
 from __future__ import annotations
 
+import argparse
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -121,7 +122,7 @@ def _controls(
     units: UnitSet,
     rows: Labelled,
     read: Harvested,
-    arguments: Any,  # noqa: ANN401
+    arguments: argparse.Namespace,
     scratch: Path,
 ) -> None:
     """Read all units, the units with shuffled labels, and those of a model without training."""

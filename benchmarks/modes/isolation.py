@@ -18,6 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.modes.subjects import ModeSubject
 from safe_decode.streaming.threads import IDLE_NAME
+from safe_decode.typing import CausalLM
 
 __all__ = ["churn", "isolated"]
 
@@ -27,7 +28,7 @@ FLAT_KIB = 4096
 
 
 def isolated(measured: ModeSubject, *, rounds: int) -> dict[str, Any]:
-    """Run two decoders in two threads on one model, a stranger calling it, against solo runs."""
+    """Compare two decoders in two threads on one model, unguarded calls between, with solo runs."""
     model, asked = measured.subject.model, measured.asked
     limits = (measured.middle, measured.middle - 0.05)
     decoders = [
@@ -110,7 +111,7 @@ class _Fails(LogitsProcessor):
     def __init__(self, after: int) -> None:
         self._left = after
 
-    def __call__(self, _ids: Any, scores: Any) -> Any:  # noqa: ANN401
+    def __call__(self, _ids: object, scores: torch.FloatTensor) -> torch.FloatTensor:
         self._left -= 1
         if self._left < 0:
             raise ZeroDivisionError("the user's own processor")
@@ -118,7 +119,7 @@ class _Fails(LogitsProcessor):
 
 
 def churn(measured: ModeSubject, *, calls: int, cancelled: int, failed: int) -> dict[str, Any]:
-    """Generate many times, some streams left early and some calls failing, and look for rests.
+    """Generate many times, some streams left early, some calls failing; see what is left behind.
 
     Args:
         measured: On a machine whose memory is read from /proc.
@@ -176,7 +177,7 @@ def churn(measured: ModeSubject, *, calls: int, cancelled: int, failed: int) -> 
     }
 
 
-def _hooks(model: Any) -> set[int]:  # noqa: ANN401 - a model
+def _hooks(model: CausalLM) -> set[int]:
     return {
         id(hook)
         for module in model.modules()

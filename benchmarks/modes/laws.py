@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.modes.subjects import CallPrompts, ModeSubject
+from safe_decode.engines.transformers.output import GuardedOutput
 from safe_decode.testing.bundles import peaks, threshold_between
 from safe_decode.testing.models import tiny_model
+from safe_decode.typing import CausalLM
 
 __all__ = ["MODES", "TOLERANCE", "by_mode", "row_law", "untripped"]
 
@@ -157,7 +159,7 @@ def row_law(measured: ModeSubject, *, compositions: int, seed: int = 0) -> dict[
     }
 
 
-def _draft(measured: ModeSubject) -> Any:  # noqa: ANN401 - a model
+def _draft(measured: ModeSubject) -> CausalLM:
     if measured.name.startswith("tiny"):
         return tiny_model("llama", seed=1)
     from safe_decode.demo.embedded_pair import artefact
@@ -181,8 +183,8 @@ def _guarded(
     measured: ModeSubject,
     rows: Sequence[int],
     options: Mapping[str, Any],
-    **how: Any,  # noqa: ANN401
-) -> Any:  # noqa: ANN401 - a GuardedOutput
+    **how: Any,  # noqa: ANN401 - options of SafeDecoder
+) -> GuardedOutput:
     asked = measured.asked.of(rows)
     decoder = measured.subject.decoder(**how)
     torch.manual_seed(0)

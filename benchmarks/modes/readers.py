@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
+import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.modes.subjects import ModeSubject
@@ -30,9 +31,12 @@ class _Stamps(StoppingCriteria):
     def __init__(self) -> None:
         self.at: list[float] = []
 
-    def __call__(self, input_ids: Any, _scores: Any, **_: Any) -> Any:  # noqa: ANN401
+    def __call__(
+        self, input_ids: torch.LongTensor, _scores: object, **_: object
+    ) -> torch.BoolTensor:
         self.at.append(time.perf_counter())
-        return input_ids.new_zeros(input_ids.shape[0], dtype=bool)
+        nobody = input_ids.new_zeros(input_ids.shape[0], dtype=torch.bool)
+        return cast("torch.BoolTensor", nobody)
 
 
 def first_token(

@@ -18,6 +18,7 @@ from probes.organism.grammar import Cells
 from probes.organism.prompts_source import organism_reading
 from probes.rollouts.types import Request
 from safe_decode import SafeDecoder
+from safe_decode.typing import Tokenizer
 from safe_decode.whole_files import whole_file
 
 __all__ = ["MOST_TRIES", "attacks", "harm_by_tries", "plot"]
@@ -25,7 +26,7 @@ __all__ = ["MOST_TRIES", "attacks", "harm_by_tries", "plot"]
 MOST_TRIES = 4
 
 
-def attacks(tokenizer: Any, count: int, *, seed: int = 12) -> list[Request]:  # noqa: ANN401
+def attacks(tokenizer: Tokenizer, count: int, *, seed: int = 12) -> list[Request]:
     """Draw requests that lead the model into harm; half of them begin the answer."""
     draws = (
         Draw(situation="prefilled", count=count // 2),

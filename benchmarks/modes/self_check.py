@@ -27,8 +27,10 @@ from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.recipes.self_check import HeaderConfig, HeaderReader, fit_header_check, response_scalars
 from probes.rollouts.generate import RolloutConfig, rollout
+from safe_decode.activations.site import Site
 from safe_decode.bench.statistics import interval_of
 from safe_decode.demo.embedded_pair import embedded
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["look_rows", "stage_figures"]
 
@@ -72,7 +74,10 @@ def look_rows(*, responses: int, rounds: int, new_tokens: int) -> list[dict[str,
         tops, scalars, harmful, check.first_threshold, check.certificate(alpha).threshold
     )
     facts = {"model": "embedded", "certified at": alpha}
-    return [{**facts, **row} for row in [*found, _cost(model, tokenizer, tests, bundle, rounds)]]
+    return [
+        {**facts, **row}
+        for row in [*found, _cost(model, tokenizer, tests, check.probe.sites, rounds)]
+    ]
 
 
 def stage_figures(
@@ -125,13 +130,13 @@ def _share(what: str, hits: int, n: int) -> dict[str, Any]:
 
 
 def _cost(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     rows: Sequence[Conversation],
-    bundle: Any,  # noqa: ANN401
+    sites: Sequence[Site],
     rounds: int,
 ) -> dict[str, Any]:
-    reader = HeaderReader(model, tokenizer, bundle.header_check.probe.sites)
+    reader = HeaderReader(model, tokenizer, sites)
     longest = max((encode_response(tokenizer, row) for row in rows), key=lambda one: len(one.ids))
     ids = torch.tensor([longest.ids], device=model.device)
     look_s, ratios = [], []

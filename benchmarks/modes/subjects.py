@@ -20,6 +20,7 @@ from safe_decode.bench.models import Subject, embedded_subject
 from safe_decode.prompts.batch import PromptBatch, from_prompts
 from safe_decode.testing.bundles import bundle_for, peaks, threshold_between
 from safe_decode.testing.models import FAMILIES, MORE_FAMILIES, byte_tokenizer, tiny_model
+from safe_decode.typing import Tokenizer
 
 __all__ = ["EVERY_FAMILY", "CallPrompts", "ModeSubject", "embedded", "requests_of", "tiny"]
 
@@ -96,7 +97,7 @@ def tiny(family: str, *, rows: int = 5, new_tokens: int = 24) -> ModeSubject:
     return ModeSubject(subject, CallPrompts(prompts, [None] * rows), new_tokens)
 
 
-def requests_of(tokenizer: Any, rows: int, *, seed: int = 8) -> list[Request]:  # noqa: ANN401
+def requests_of(tokenizer: Tokenizer, rows: int, *, seed: int = 8) -> list[Request]:
     """Draw requests of the embedded world, a third each benign, hard negative and prefilled."""
     third = -(-rows // 3)
     kinds = (

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.card import card, write_results
 from benchmarks.peers.guard_model import CHUNK_TOKENS, guard_model, guarded_by
@@ -60,7 +61,9 @@ def measure(subject: Subject, load: Load, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def _figures(mine: Any, bare: Any, ours: float) -> Mapping[str, object]:  # noqa: ANN401 - arrays
+def _figures(
+    mine: NDArray[np.float64], bare: NDArray[np.float64], ours: float
+) -> Mapping[str, object]:
     ratio, added = interval_of(mine / bare), interval_of(mine - bare)
     return {
         "us a token": round(float(np.median(mine)), 1),
@@ -71,7 +74,7 @@ def _figures(mine: Any, bare: Any, ours: float) -> Mapping[str, object]:  # noqa
     }
 
 
-def _token_us(laps: Sequence[Lap]) -> Any:  # noqa: ANN401 - an array
+def _token_us(laps: Sequence[Lap]) -> NDArray[np.float64]:
     # Means, since a chunked check falls on few tokens and costs much there.
     return np.asarray([np.mean(lap.steps) / 1e3 for lap in laps])
 

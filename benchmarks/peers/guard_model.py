@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from safe_decode.bench.arms import ArmCall, called_last
 from safe_decode.bench.models import Subject
@@ -25,7 +26,7 @@ CHUNK_TOKENS, OVERLAP_TOKENS = 200, 50
 Way = Literal["cached", "rerun", "chunked"]
 
 
-def guard_model(subject: Subject, share: float, *, seed: int = 1) -> Any:  # noqa: ANN401
+def guard_model(subject: Subject, share: float, *, seed: int = 1) -> PreTrainedModel:
     """Make a guard of the subject's architecture, with about this share of its parameters.
 
     Args:
@@ -37,7 +38,7 @@ def guard_model(subject: Subject, share: float, *, seed: int = 1) -> Any:  # noq
 
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(subject.model.config)
+    config: Any = copy.deepcopy(subject.model.config)
     unit = 2 * config.num_attention_heads  # rotary embeddings want an even head
     factor = share**0.5
     config.hidden_size = max(unit, round(config.hidden_size * factor / unit) * unit)
@@ -47,15 +48,16 @@ def guard_model(subject: Subject, share: float, *, seed: int = 1) -> Any:  # noq
         torch.manual_seed(seed)
         build: Any = AutoModelForCausalLM
         model = build.from_config(config)
-    return model.to(subject.model.device, subject.model.dtype).eval()
+    guard: PreTrainedModel = model.to(subject.model.device, subject.model.dtype).eval()
+    return guard
 
 
-def guarded_by(guard: Any, subject: Subject, way: Way) -> ArmCall:  # noqa: ANN401
+def guarded_by(guard: PreTrainedModel, subject: Subject, way: Way) -> ArmCall:
     """Build the arm: the subject generates, the guard reads along in this way."""
-    base = guard.get_decoder()
+    base = guard.get_decoder()  # type: ignore[no-untyped-call]  # transformers states no types
     head = nn.Linear(guard.config.hidden_size, 2).to(guard.device, guard.dtype)
 
-    def run(**options: Any) -> None:  # noqa: ANN401
+    def run(**options: Any) -> None:  # noqa: ANN401 - those of generate
         prompt = options["input_ids"].shape[1]
         judge = {"cached": _cached, "rerun": _rerun, "chunked": _chunked}[way](base, head, prompt)
 
@@ -76,7 +78,7 @@ def _decide(head: nn.Module, hidden: Tensor) -> bool:
     return bool((head(hidden[:, -1]).argmax(-1) == 2).any())
 
 
-def _cached(base: Any, head: nn.Module, _prompt: int) -> Judge:  # noqa: ANN401
+def _cached(base: nn.Module, head: nn.Module, _prompt: int) -> Judge:
     from transformers import DynamicCache
 
     cache, seen = DynamicCache(), 0
@@ -89,14 +91,14 @@ def _cached(base: Any, head: nn.Module, _prompt: int) -> Judge:  # noqa: ANN401
     return judge
 
 
-def _rerun(base: Any, head: nn.Module, _prompt: int) -> Judge:  # noqa: ANN401
+def _rerun(base: nn.Module, head: nn.Module, _prompt: int) -> Judge:
     def judge(ids: Tensor) -> None:
         _decide(head, base(ids, use_cache=False).last_hidden_state)
 
     return judge
 
 
-def _chunked(base: Any, head: nn.Module, prompt: int) -> Judge:  # noqa: ANN401
+def _chunked(base: nn.Module, head: nn.Module, prompt: int) -> Judge:
     read = 0
 
     def judge(ids: Tensor) -> None:

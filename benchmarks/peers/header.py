@@ -25,11 +25,12 @@ def header_again(subject: Subject) -> ArmCall:
     """Build the arm."""
     model = subject.model
 
-    def run(**options: Any) -> None:  # noqa: ANN401
+    def run(**options: Any) -> None:  # noqa: ANN401 - those of generate
         from transformers import DynamicCache
 
         ids = options["input_ids"]
-        cache = DynamicCache(config=model.config)
+        config: Any = model.config  # the cache asks for transformers' own class
+        cache = DynamicCache(config=config)
         header = ids[:, :HEADER_TOKENS]
         prompt = ids.shape[1]
 

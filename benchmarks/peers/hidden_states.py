@@ -1,4 +1,4 @@
-"""`output_hidden_states=True` and a scikit-learn probe on the host: an afternoon's guard.
+"""`output_hidden_states=True` and a scikit-learn probe on the host: the simplest guard to write.
 
 All layers' states of the newest token are copied to the host and given to a pipeline of a
 scaler and a logistic regression at each token.
@@ -6,11 +6,12 @@ scaler and a logistic regression at each token.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from safe_decode.bench.arms import ArmCall, called_last
 from safe_decode.bench.models import Subject
@@ -32,10 +33,12 @@ def probed_on_host(subject: Subject, *, seed: int = 0) -> ArmCall:
     states = rng.normal(size=(64, width)).astype(np.float32)
     probe = make_pipeline(StandardScaler(), LogisticRegression()).fit(states, labels)
 
-    def run(**options: Any) -> None:  # noqa: ANN401
-        held: list[tuple[Tensor, ...]] = []
+    def run(**options: object) -> None:
+        held: list[Any] = []
 
-        def keep(_module: object, _args: object, _kwargs: object, output: Any) -> None:  # noqa: ANN401
+        def keep(
+            _module: object, _args: object, _kwargs: object, output: CausalLMOutputWithPast
+        ) -> None:
             held.append(output.hidden_states)
 
         def processor(_ids: Tensor, scores: Tensor) -> Tensor:
@@ -43,7 +46,7 @@ def probed_on_host(subject: Subject, *, seed: int = 0) -> ArmCall:
             (probe.predict_proba(np.concatenate(newest, axis=1))[:, 1] > 2).any()
             return scores
 
-        handle = model.register_forward_hook(keep, with_kwargs=True)
+        handle = cast(nn.Module, model).register_forward_hook(keep, with_kwargs=True)
         try:
             with torch.no_grad(), called_last(model, processor):
                 model.generate(**options, output_hidden_states=True, return_dict_in_generate=True)

@@ -32,6 +32,7 @@ from safe_decode import SafeDecoder
 from safe_decode.bench.models import Subject, embedded_subject
 from safe_decode.bench.statistics import interval_of
 from safe_decode.streaming.events import Released
+from safe_decode.typing import Tokenizer
 
 LOG = logging.getLogger("benchmarks.peers.nemo")
 _ASKED = [{"role": "user", "content": "How do I keep the bread of the baker fresh?"}]
@@ -70,7 +71,7 @@ class Taken(NamedTuple):
 class _Pieces(BaseStreamer):
     """Hands each token's text to an event loop."""
 
-    def __init__(self, tokenizer: Any, loop: asyncio.AbstractEventLoop) -> None:  # noqa: ANN401
+    def __init__(self, tokenizer: Tokenizer, loop: asyncio.AbstractEventLoop) -> None:
         self.queue: asyncio.Queue[str | None] = asyncio.Queue()
         self._tokenizer, self._loop, self._is_prompt = tokenizer, loop, True
 
@@ -85,7 +86,7 @@ class _Pieces(BaseStreamer):
         self._loop.call_soon_threadsafe(self.queue.put_nowait, None)
 
 
-def bare_stream(subject: Subject, tokenizer: Any, options: dict[str, Any]) -> Stream:  # noqa: ANN401
+def bare_stream(subject: Subject, tokenizer: Tokenizer, options: dict[str, Any]) -> Stream:
     """Stream as the documentation of transformers does: a thread, a streamer, a queue."""
 
     async def stream() -> AsyncIterator[str]:
@@ -104,17 +105,19 @@ def bare_stream(subject: Subject, tokenizer: Any, options: dict[str, Any]) -> St
     return stream
 
 
-def nemo_stream(subject: Subject, tokenizer: Any, source: Stream) -> Stream:  # noqa: ANN401
+def nemo_stream(subject: Subject, tokenizer: Tokenizer, source: Stream) -> Stream:
     """Put the package's streaming output rail behind a bare stream."""
     from nemoguardrails import LLMRails, RailsConfig
     from nemoguardrails.actions import action
     from nemoguardrails.actions.rail_outcome import RailOutcome
 
     guard = guard_model(subject, 1.0)
-    base, head = guard.get_decoder(), torch.nn.Linear(guard.config.hidden_size, 2)
+    base = guard.get_decoder()  # type: ignore[no-untyped-call]  # transformers states no types
+    head = torch.nn.Linear(guard.config.hidden_size, 2)
+    encode: Any = tokenizer
 
-    async def local_guard(context: dict[str, Any], **_: Any) -> RailOutcome:  # noqa: ANN401
-        ids = tokenizer(context["bot_message"], return_tensors="pt").input_ids
+    async def local_guard(context: dict[str, Any], **_: object) -> RailOutcome:
+        ids = encode(context["bot_message"], return_tensors="pt").input_ids
         with torch.no_grad():
             hidden = base(ids[:, -CHUNK_TOKENS:], use_cache=False).last_hidden_state
             if not bool(head(hidden[:, -1]).isfinite().all()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from safe_decode.monitor.monitor import RiskMonitor
 from safe_decode.policy.policy import Policy
 from safe_decode.session.trip_detector import TripDetector
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 __all__ = ["probed_by_onnxruntime"]
 
 
@@ -23,7 +26,7 @@ def probed_by_onnxruntime(subject: Subject) -> ArmCall:
     session = _session(subject)
     tap = ActivationTap(subject.model, subject.bundle.probe.sites)
 
-    def run(**options: Any) -> None:  # noqa: ANN401
+    def run(**options: Any) -> None:  # noqa: ANN401 - those of generate
         batch = options["input_ids"].shape[0]
         monitor = RiskMonitor(subject.bundle.monitor, torch.inf)
         with tap.listening() as beats, torch.no_grad():
@@ -42,7 +45,7 @@ def probed_by_onnxruntime(subject: Subject) -> ArmCall:
     return run
 
 
-def _session(subject: Subject) -> Any:  # noqa: ANN401 - onnxruntime has no types
+def _session(subject: Subject) -> InferenceSession:
     import onnx
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper

@@ -26,6 +26,7 @@ from safe_decode.engines.transformers.batch.prompts import PromptReader
 from safe_decode.serving.app import create_app
 from safe_decode.serving.settings import ServeSettings
 from safe_decode.streaming.events import Finished
+from safe_decode.typing import Tokenizer
 
 __all__ = ["loop_hold"]
 
@@ -39,7 +40,7 @@ _LIMIT = 1_000_000
 class _ReadingEngine:
     """Reads prompts as the guarded engine does and answers nothing."""
 
-    def __init__(self, tokenizer: Any, context_tokens: int | None) -> None:  # noqa: ANN401
+    def __init__(self, tokenizer: Tokenizer, context_tokens: int | None) -> None:
         envelope = Envelope(64, do_sample=False, temperature=1.0, top_p=1.0, top_k=0)
         certificate = Certificate.compute(
             [0.0] * 1_000, alpha=0.01, delta=0.05, population="benign", envelope=envelope
@@ -80,7 +81,7 @@ class _ReadingEngine:
         """Hold nothing."""
 
 
-def _tokenizer() -> Any:  # noqa: ANN401 - any tokenizer of transformers
+def _tokenizer() -> Tokenizer:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(artefact("unaligned"))

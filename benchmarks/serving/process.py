@@ -19,9 +19,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import httpx2
+
+if TYPE_CHECKING:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from safe_decode.session.session import Session
 
 __all__ = ["Failure", "Served", "serving"]
 
@@ -125,7 +130,7 @@ def _without_guard() -> None:
 
     real = StepLoop.__init__
 
-    def blind(self: StepLoop, session: Any, **options: Any) -> None:  # noqa: ANN401
+    def blind(self: StepLoop, session: Session, **options: Any) -> None:  # noqa: ANN401 - StepLoop's
         real(self, session, **options)
         self._is_blind = True
 
@@ -147,12 +152,13 @@ def _failing(kind: str) -> None:
 
     real, forwards = LlamaForCausalLM.forward, itertools.count(1)
 
-    def forward(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def forward(self: LlamaForCausalLM, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:  # noqa: ANN401 - those of the method it replaces
         fails = next(forwards) % _FAILS_EACH == 0
         if fails and kind == "raise":
             raise RuntimeError("the engine fails, as it was asked to")
-        output = real(self, *args, **kwargs)
+        output: CausalLMOutputWithPast = real(self, *args, **kwargs)
         if fails:
+            assert output.logits is not None
             output.logits[:] = float("nan")
         return output
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from benchmarks.card import card, write_results
 from probes.activations.features import ResponseFeatures, union_of_sites
@@ -36,6 +35,7 @@ from probes.recipes.bundle import RecipeConfig
 from safe_decode.activations.site import Site
 from safe_decode.demo.embedded_pair import artefact
 from safe_decode.loading import Loaded, load_model
+from safe_decode.typing import CausalLM
 
 LOG = logging.getLogger("benchmarks.workbench.fit_time")
 
@@ -105,7 +105,7 @@ def _site_sets(
 
 
 def _calibrated(
-    model: nn.Module,
+    model: CausalLM,
     harmless: Sequence[Conversation],
     stored: ResponseFeatures,
     best: CandidateProbe,

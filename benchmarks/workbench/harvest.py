@@ -33,11 +33,12 @@ from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, n_features
 from safe_decode.demo.embedded_pair import artefact
 from safe_decode.loading import load_model
+from safe_decode.typing import CausalLM, Tokenizer
 
 LOG = logging.getLogger("benchmarks.workbench.harvest")
 
 
-def conversations(model: Any, count: int, tokens: int, seed: int) -> list[Conversation]:  # noqa: ANN401
+def conversations(model: CausalLM, count: int, tokens: int, seed: int) -> list[Conversation]:
     """Make responses of random ids: what is timed does not depend on what they say."""
     rng = np.random.default_rng(seed)
     vocab = int(model.config.vocab_size)
@@ -65,8 +66,8 @@ def keep_freed_memory() -> bool:
 
 
 def time_arms(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     rows: Sequence[Conversation],
     sites: Sequence[Site],
     *,

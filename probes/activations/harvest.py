@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from probes.activations.features import ResponseFeatures
 from probes.activations.teacher_forcing import (
@@ -35,6 +35,7 @@ from probes.runs.identity import weights_digest
 from safe_decode.activations.site import Site, n_features, sorted_sites
 from safe_decode.errors import DataError
 from safe_decode.probe.linear import LinearProbe
+from safe_decode.typing import CausalLM, Tokenizer
 from safe_decode.whole_files import write_whole
 
 __all__ = ["harvest", "harvest_to", "score_responses"]
@@ -45,8 +46,8 @@ _HALF_SHARD = re.compile(rf"{_SHARD}\d{{5}}\.\d+\.part")
 
 
 def harvest(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     sites: Sequence[Site],
     *,
@@ -77,8 +78,8 @@ def harvest(
 
 def harvest_to(
     directory: str | os.PathLike[str],
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     sites: Sequence[Site],
     *,
@@ -114,8 +115,8 @@ def harvest_to(
 
 
 def score_responses(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     probe: LinearProbe,
     *,
@@ -151,7 +152,7 @@ def score_responses(
 
 def _fill(
     arrays: Sequence[NDArray[Any]],
-    model: nn.Module,
+    model: CausalLM,
     sites: Sequence[Site],
     encoded: Sequence[EncodedResponse],
     tokens_per_batch: int,
@@ -171,7 +172,7 @@ def _fill(
 
 def _write_shard(
     path: Path,
-    model: nn.Module,
+    model: CausalLM,
     sites: Sequence[Site],
     part: Sequence[EncodedResponse],
     storage: Storage,
@@ -228,7 +229,7 @@ def _identity(
 
 
 def _onsets(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     encoded: Sequence[EncodedResponse],
 ) -> tuple[int | None, ...]:

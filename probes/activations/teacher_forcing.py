@@ -1,4 +1,4 @@
-"""Teacher-forced forwards over finished responses: what the model felt while saying them.
+"""Teacher-forced forwards over finished responses, and the activations read in them.
 
 The positions are those of serving: s_0 at the last template token, s_{t+1} at content
 token t; the end-of-sequence token is no content and is not run.
@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from probes.data.conversations import Conversation
 from probes.runs.progress import progress
@@ -23,6 +23,7 @@ from safe_decode.activations.site import Site
 from safe_decode.activations.tap import ActivationTap
 from safe_decode.errors import ConfigurationError, DataError, PromptError
 from safe_decode.prompts.chat import encode_chat
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = [
     "EncodedResponse",
@@ -89,7 +90,7 @@ class FeatureBatch(NamedTuple):
         return self.features[index, -self.n_scores[index] :]
 
 
-def encode_response(tokenizer: Any, conversation: Conversation) -> EncodedResponse:  # noqa: ANN401
+def encode_response(tokenizer: Tokenizer, conversation: Conversation) -> EncodedResponse:
     """Encode a conversation with its response.
 
     The generated ids are used where the conversation has them; text alone is tokenised
@@ -103,8 +104,8 @@ def encode_response(tokenizer: Any, conversation: Conversation) -> EncodedRespon
 
 
 def within_context(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
 ) -> list[Conversation]:
     """Keep the conversations that fit the model's context whole."""
@@ -115,7 +116,7 @@ def within_context(
 
 
 def onset_token(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     conversation: Conversation,
     encoded: EncodedResponse,
 ) -> int | None:
@@ -143,7 +144,7 @@ def onset_token(
 
 
 def teacher_forced(
-    model: nn.Module,
+    model: CausalLM,
     sites: Sequence[Site],
     encoded: Sequence[EncodedResponse],
     *,
@@ -178,7 +179,7 @@ def teacher_forced(
 
 
 def visit_activations(
-    model: nn.Module,
+    model: CausalLM,
     sites: Sequence[Site],
     encoded: Sequence[EncodedResponse],
     visit: Callable[[PaddedBatch, int, Tensor], None],
@@ -202,7 +203,7 @@ def visit_activations(
 
 
 def padded_batches(
-    model: nn.Module,
+    model: CausalLM,
     encoded: Sequence[EncodedResponse],
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -253,7 +254,7 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str
     return {name: value.to(device) for name, value in values.items()}
 
 
-def _check_lengths(model: nn.Module, encoded: Sequence[EncodedResponse]) -> None:
+def _check_lengths(model: CausalLM, encoded: Sequence[EncodedResponse]) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max((len(row.ids) for row in encoded), default=0)
     if isinstance(limit, int) and longest > limit:
@@ -262,6 +263,6 @@ def _check_lengths(model: nn.Module, encoded: Sequence[EncodedResponse]) -> None
         )
 
 
-def _decoded(tokenizer: Any, ids: list[int]) -> str:  # noqa: ANN401
+def _decoded(tokenizer: Tokenizer, ids: list[int]) -> str:
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text.rstrip("\ufffd")  # half a character is not yet reached

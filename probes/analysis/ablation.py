@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import nn
 
 from probes.analysis.behaviour import Outcomes, outcomes_of, perplexity, refusal_margins
 from probes.analysis.unit_removal import Fill, removed
@@ -24,6 +23,7 @@ from probes.location.random_sets import Match, matched_draws, top_units
 from probes.location.units import Category, UnitSet
 from probes.rollouts.generate import RolloutConfig
 from probes.rollouts.types import Judge, Request
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = [
     "AblationConfig",
@@ -177,8 +177,8 @@ def arms_of(units: UnitSet, config: AblationConfig) -> Iterator[AblationArm]:
 
 
 def ablate(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     arm: AblationArm,
     data: AblationData,
     config: AblationConfig,

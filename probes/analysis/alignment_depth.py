@@ -13,12 +13,11 @@ import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from probes.activations.teacher_forcing import EncodedResponse, encode_response, left_padded
 from probes.analysis.behaviour import Outcomes, outcomes_of
@@ -26,6 +25,7 @@ from probes.data.conversations import Conversation, Message
 from probes.rollouts.generate import RolloutConfig
 from probes.rollouts.types import Judge, Request, Verdict
 from safe_decode.errors import ConfigurationError, DataError
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = [
     "KlDepth",
@@ -74,9 +74,9 @@ def kl_depth(divergence: NDArray[np.float64]) -> KlDepth:
 
 @torch.inference_mode()
 def kl_by_position(
-    aligned: nn.Module,
-    unaligned: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    aligned: CausalLM,
+    unaligned: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     *,
     positions: int = 64,
@@ -114,7 +114,7 @@ def kl_by_position(
 
 
 def prefilled(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     requests: Sequence[Request],
     answers: Sequence[Conversation],
     depth: int,
@@ -138,8 +138,8 @@ def prefilled(
 
 
 def refusal_by_depth(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     requests: Sequence[Request],
     answers: Sequence[Conversation],
     depths: Sequence[int],
@@ -187,7 +187,7 @@ def _cut(row: EncodedResponse, positions: int) -> EncodedResponse:
     return EncodedResponse(row.ids[: row.turn_start + positions], row.turn_start)
 
 
-def _log_probs(model: nn.Module, rows: Sequence[EncodedResponse]) -> list[Tensor]:
+def _log_probs(model: CausalLM, rows: Sequence[EncodedResponse]) -> list[Tensor]:
     """Return log probabilities before each response token, [T, vocab] float32, one a row."""
     device = next(model.parameters()).device
     inputs = left_padded([row.ids for row in rows], device)

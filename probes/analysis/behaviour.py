@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from probes.activations.teacher_forcing import EncodedResponse, encode_response, left_padded
 from probes.data.conversations import Conversation, Message
@@ -28,6 +28,7 @@ from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Judge, Request
 from safe_decode.errors import DataError
 from safe_decode.prompts.chat import encode_chat
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = [
     "LABELS",
@@ -112,8 +113,8 @@ class Outcomes:
 
 
 def outcomes_of(
-    model: Any,  # noqa: ANN401 - a transformers causal language model
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     requests: Sequence[Request],
     judge: Judge,
     config: RolloutConfig | None = None,
@@ -129,7 +130,7 @@ def outcomes_of(
 
 
 def refusal_first_tokens(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     refusals: Sequence[Conversation],
     answers: Sequence[Conversation],
 ) -> tuple[int, ...]:
@@ -159,8 +160,8 @@ def refusal_first_tokens(
 
 @torch.inference_mode()
 def refusal_margins(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     requests: Sequence[Request],
     tokens: Sequence[int],
     *,
@@ -200,8 +201,8 @@ def refusal_margins(
 
 @torch.inference_mode()
 def perplexity(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
 ) -> float:
     """Return the perplexity of responses, over their own tokens, the prompt given.
@@ -212,9 +213,11 @@ def perplexity(
     encoded = [encode_response(tokenizer, row) for row in conversations]
     encoded = [row for row in encoded if len(row.ids) > row.turn_start]
     if not encoded:
-        raise DataError("no response has a token to be surprised at; pass responses with text.")
+        raise DataError(
+            "no response has a token to measure perplexity on; pass responses with text."
+        )
     encoded.sort(key=lambda row: len(row.ids))
-    vocab = int(model.config.get_text_config().vocab_size)  # type: ignore[operator, union-attr]
+    vocab = int(model.config.get_text_config().vocab_size)
     total, count, batch = 0.0, 0, []
     for number, row in enumerate(encoded):
         batch.append(row)
@@ -225,7 +228,7 @@ def perplexity(
     return math.exp(total / count)
 
 
-def _loss(model: nn.Module, batch: Sequence[EncodedResponse]) -> tuple[float, int]:
+def _loss(model: CausalLM, batch: Sequence[EncodedResponse]) -> tuple[float, int]:
     """Sum the negative log likelihood of the response tokens of some rows."""
     device = next(model.parameters()).device
     inputs = left_padded([row.ids for row in batch], device)
@@ -242,7 +245,7 @@ def _loss(model: nn.Module, batch: Sequence[EncodedResponse]) -> tuple[float, in
     return total, count
 
 
-def _first_tokens(tokenizer: Any, rows: Sequence[Conversation]) -> Counter[int]:  # noqa: ANN401
+def _first_tokens(tokenizer: Tokenizer, rows: Sequence[Conversation]) -> Counter[int]:
     found: Counter[int] = Counter()
     for row in rows:
         encoded = encode_response(tokenizer, row)

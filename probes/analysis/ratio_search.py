@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import nn
 
 from probes.analysis.behaviour import perplexity, refusal_margins
 from probes.analysis.unit_removal import removed
@@ -34,6 +33,7 @@ from probes.location.units import Category, Ranking, Ratios, UnitScores, UnitSet
 from probes.rollouts.types import Request
 from probes.runs.progress import progress
 from safe_decode.errors import ConfigurationError
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["RatioSearch", "SearchConfig", "SearchData", "apart", "search_ratios"]
 
@@ -106,8 +106,8 @@ class _Effect(NamedTuple):
 
 
 def search_ratios(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     scores: UnitScores,
     data: SearchData,
     config: SearchConfig | None = None,
@@ -138,8 +138,8 @@ class _Search:
 
     def __init__(
         self,
-        model: nn.Module,
-        tokenizer: Any,  # noqa: ANN401
+        model: CausalLM,
+        tokenizer: Tokenizer,
         scores: UnitScores,
         data: SearchData,
         config: SearchConfig,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ from probes.rollouts.types import Request
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site
 from safe_decode.errors import ConfigurationError, PromptError
+from safe_decode.prompts.chat import Message
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["Baseline", "Lean", "Openers", "direction_leans"]
 
@@ -83,8 +85,8 @@ class _States(NamedTuple):
 
 
 def direction_leans(
-    model: Any,  # noqa: ANN401 - a transformers causal language model
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     requests: Sequence[Request],
     *,
     openers: Openers | None = None,
@@ -141,8 +143,8 @@ def _lean(
 
 
 def _states(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     requests: Sequence[Request],
     tokens: int,
 ) -> _States:
@@ -168,7 +170,7 @@ def _states(
     return _States(found, at_query)
 
 
-def _query_tokens(tokenizer: Any, messages: Any, whole: EncodedResponse) -> int:  # noqa: ANN401
+def _query_tokens(tokenizer: Tokenizer, messages: Sequence[Message], whole: EncodedResponse) -> int:
     """Count the tokens up to the query's last, before the header that opens the answer."""
     closed = tokenizer.apply_chat_template(
         [dict(message) for message in messages], add_generation_prompt=False, return_dict=False

@@ -23,6 +23,7 @@ from probes.location.units import UnitSet, sites_of
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site
 from safe_decode.errors import ConfigurationError
+from safe_decode.typing import CausalLM
 
 __all__ = ["Fill", "removed", "removed_sites"]
 
@@ -33,7 +34,7 @@ that what is lost is what it says about this one."""
 
 @contextmanager
 def removed(
-    model: nn.Module,
+    model: CausalLM,
     units: UnitSet,
     *,
     fill: Fill = "zero",
@@ -58,7 +59,7 @@ def removed(
 
 @contextmanager
 def removed_sites(
-    model: nn.Module,
+    model: CausalLM,
     sites: Sequence[Site],
     *,
     fill: Fill = "zero",

@@ -20,6 +20,7 @@ from probes.attacks.encodings import ENCODINGS
 from probes.data.conversations import Message
 from safe_decode.errors import ConfigurationError
 from safe_decode.prompts.chat import encode_chat, text_ids
+from safe_decode.typing import Tokenizer
 
 __all__ = ["BlackBoxConfig", "queries"]
 
@@ -53,7 +54,7 @@ class BlackBoxConfig:
 def queries(
     behaviour: Behaviour,
     attack_set: AttackSet,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     config: BlackBoxConfig,
     *,
     context_tokens: int | None,
@@ -84,7 +85,7 @@ def queries(
 def _families(
     behaviour: Behaviour,
     attack_set: AttackSet,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     config: BlackBoxConfig,
 ) -> list[Iterator[AttackCandidate]]:
     return [
@@ -112,9 +113,10 @@ def _in_turns(families: Sequence[Iterator[AttackCandidate]]) -> Iterator[AttackC
                 yield found
 
 
-def _candidate(behaviour: Behaviour, name: str, **changes: Any) -> AttackCandidate:  # noqa: ANN401
-    parts: dict[str, Any] = {"messages": behaviour.messages, "asked": behaviour.messages}
-    return AttackCandidate(**{**parts, "name": name, **changes})
+def _candidate(behaviour: Behaviour, name: str, **changes: object) -> AttackCandidate:
+    asked = behaviour.messages
+    parts: dict[str, Any] = {"messages": asked, "asked": asked, "name": name, **changes}
+    return AttackCandidate(**parts)
 
 
 def _asked(behaviour: Behaviour, text: str) -> tuple[Message, ...]:
@@ -139,7 +141,7 @@ def _framed(behaviour: Behaviour, framings: Sequence[str]) -> Iterator[AttackCan
 
 def _prefilled(
     behaviour: Behaviour,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     depths: Sequence[int],
 ) -> Iterator[AttackCandidate]:
     for depth in depths:
@@ -150,7 +152,7 @@ def _prefilled(
 def _filled(
     behaviour: Behaviour,
     fillers: Sequence[str],
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     depths: Sequence[int],
 ) -> Iterator[AttackCandidate]:
     begun = " ".join(behaviour.target.split(" ")[:3])
@@ -172,7 +174,7 @@ def _diluted(behaviour: Behaviour, fillers: Sequence[str]) -> Iterator[AttackCan
 def _buried(
     behaviour: Behaviour,
     fillers: Sequence[str],
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     lengths: Sequence[int],
 ) -> Iterator[AttackCandidate]:
     for length in lengths:
@@ -221,7 +223,7 @@ def _looped(behaviour: Behaviour, tokens: int) -> Iterator[AttackCandidate]:
         yield _candidate(behaviour, "one-token loop", loop_tokens=tokens, prefill=begun)
 
 
-def _cut(tokenizer: Any, texts: Iterator[str], depth: int) -> str:  # noqa: ANN401
+def _cut(tokenizer: Tokenizer, texts: Iterator[str], depth: int) -> str:
     """Join texts until they have `depth` tokens, and cut there."""
     joined, ids = "", text_ids(tokenizer, "")
     while len(ids) < depth:

@@ -22,6 +22,7 @@ from probes.data.conversations import Message
 from probes.evaluation.released_text import Reading
 from safe_decode.engines.transformers.decoder import GuardedOutput, SafeDecoder
 from safe_decode.errors import ConfigurationError
+from safe_decode.prompts.batch import Prompts
 
 __all__ = [
     "Attempt",
@@ -178,7 +179,7 @@ class Deployment:
         success = self._is_harmful(candidate, given, said)
         return Attempt(success, said, calls, tripped)
 
-    def _generate(self, prompts: Any = None, **options: Any) -> GuardedOutput:  # noqa: ANN401
+    def _generate(self, prompts: Prompts | None = None, **options: object) -> GuardedOutput:
         settings: dict[str, Any] = {
             "max_new_tokens": self.cap,
             "do_sample": True,
@@ -187,8 +188,9 @@ class Deployment:
             "top_k": 0,
             "num_return_sequences": self.samples,
             "redirect": None if self.is_guarded else "flag",
+            **options,
         }
-        return self.decoder.generate(prompts, **{**settings, **options})
+        return self.decoder.generate(prompts, **settings)
 
     def _judged(self, candidate: AttackCandidate, output: GuardedOutput, rows: range) -> Attempt:
         texts = [output.texts[row] for row in rows]

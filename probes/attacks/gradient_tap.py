@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, sorted_sites
+from safe_decode.typing import CausalLM
 
 __all__ = ["GradientTap"]
 
@@ -31,7 +32,7 @@ class GradientTap:
         UnsupportedError: The family or an activation is not readable.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    def __init__(self, model: CausalLM, sites: Sequence[Site]) -> None:
         anatomy = anatomy_of(model)
         self.sites = sorted_sites(sites)
         self._modules = [anatomy.module(site.layer, site.kind) for site in self.sites]
@@ -64,7 +65,7 @@ class GradientTap:
                 handle.remove()
 
     def _keep(self, found: list[Tensor], index: int, batch: int) -> Callable[[Any], None]:
-        def keep(value: Any) -> None:  # noqa: ANN401 - whatever a module takes or yields
+        def keep(value: Tensor | tuple[Tensor, ...]) -> None:
             hidden = value[0] if isinstance(value, tuple) else value
             if hidden.ndim == 2:
                 hidden = hidden.view(batch, -1, hidden.shape[-1])

@@ -29,6 +29,7 @@ from probes.attacks.prompt_gap import PromptGap
 from safe_decode.errors import ConfigurationError
 from safe_decode.monitor.monitor import MonitorConfig, RiskMonitor
 from safe_decode.probe.linear import LinearProbe
+from safe_decode.typing import CausalLM
 
 __all__ = ["TargetAnswer", "Objective", "DetectorModel", "Weights"]
 
@@ -116,7 +117,7 @@ class Objective:
 
     def __init__(
         self,
-        model: Any,  # noqa: ANN401 - a transformers causal language model
+        model: CausalLM,
         frame: PromptGap,
         answers: Sequence[TargetAnswer],
         *,
@@ -183,7 +184,8 @@ class Objective:
 
     @cached_property
     def _head(self) -> DynamicCache:
-        cache = DynamicCache(config=self._model.config)
+        config: Any = self._model.config  # the cache asks for transformers' own class
+        cache = DynamicCache(config=config)
         self._read(self._embedded(self._frame.head, 1), cache, 1)
         return cache
 

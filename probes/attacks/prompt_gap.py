@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from probes.data.conversations import Message
 from safe_decode.errors import PromptError
 from safe_decode.prompts.chat import encode_chat
+from safe_decode.typing import Tokenizer
 
 __all__ = ["PromptGap", "typeable_ids"]
 
@@ -30,13 +30,13 @@ class PromptGap:
         tail: Ids behind it: the rest of the template, up to the position that reads s_0.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     messages: tuple[Message, ...]
     head: tuple[int, ...]
     tail: tuple[int, ...]
 
     @classmethod
-    def around(cls, tokenizer: Any, messages: Sequence[Message]) -> PromptGap:  # noqa: ANN401
+    def around(cls, tokenizer: Tokenizer, messages: Sequence[Message]) -> PromptGap:
         """Find the gap by encoding the conversation with other last words.
 
         Raises:
@@ -73,7 +73,7 @@ class PromptGap:
         return tuple(encode_chat(self.tokenizer, self.filled(ids)).ids) == wanted
 
 
-def typeable_ids(tokenizer: Any, vocab: int) -> tuple[int, ...]:  # noqa: ANN401
+def typeable_ids(tokenizer: Tokenizer, vocab: int) -> tuple[int, ...]:
     """List the ids that spell printable ASCII and are no control tokens.
 
     Args:

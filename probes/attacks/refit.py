@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 from probes.activations.harvest import harvest, score_responses
 from probes.activations.teacher_forcing import encode_response, onset_token
@@ -33,6 +32,7 @@ from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.bundle.canary import CanaryRecord
 from safe_decode.errors import DataError
 from safe_decode.prompts.chat import encode_chat
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["RefitConfig", "adversarial_requests", "fit_config_of", "refit"]
 
@@ -52,7 +52,7 @@ class RefitConfig:
         answers: How often each adversarial prompt is answered, each time with other draws.
         sites: What is read from then on; None: what the bundle reads.
         holdback_share: See the recipe.
-        most_holdback_tokens: Likewise.
+        most_holdback_tokens: See the recipe.
         rollout: How the adversarial prompts are answered.
     """
 
@@ -108,8 +108,8 @@ def adversarial_requests(
 
 
 def refit(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     bundle: ProbeBundle,
     rows: Sequence[Conversation],
     requests: Sequence[Request],
@@ -178,8 +178,8 @@ def fit_config_of(bundle: ProbeBundle) -> FitConfig:
 
 
 def _within_context(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     requests: Sequence[Request],
     cap: int,
 ) -> list[Request]:
@@ -207,8 +207,8 @@ def _judged_parts(rows: Sequence[Conversation]) -> dict[Split, list[Conversation
 
 
 def _chosen(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     rows: Sequence[Conversation],
     fitted: FittedProbe,
     fpr: float,
@@ -238,8 +238,8 @@ def _chosen(
 
 
 def _calibrated(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     rows: Sequence[Conversation],
     fitted: FittedProbe,
     chosen: ChosenMonitor,
@@ -260,8 +260,8 @@ def _calibrated(
 
 
 def _canary(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     rows: Sequence[Conversation],
     fitted: FittedProbe,
     chosen: ChosenMonitor,

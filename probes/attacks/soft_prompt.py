@@ -19,6 +19,7 @@ from torch import Tensor
 from probes.attacks.gcg import checkpoints_of
 from probes.attacks.objective import Objective
 from safe_decode.errors import ConfigurationError
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["SoftCheckpoint", "SoftConfig", "carrier_of", "carrying", "search_soft_prompt"]
 
@@ -86,7 +87,7 @@ def search_soft_prompt(objective: Objective, config: SoftConfig) -> Iterator[Sof
             yield SoftCheckpoint(step, vectors.detach().clone().to(embedding.dtype), now)
 
 
-def carrier_of(tokenizer: Any, vocab: int, ids: Sequence[int]) -> int:  # noqa: ANN401
+def carrier_of(tokenizer: Tokenizer, vocab: int, ids: Sequence[int]) -> int:
     """Choose an id that the prompt does not hold and the template does not mean.
 
     Raises:
@@ -100,7 +101,7 @@ def carrier_of(tokenizer: Any, vocab: int, ids: Sequence[int]) -> int:  # noqa: 
 
 
 @contextmanager
-def carrying(model: Any, carrier: int, vectors: Tensor) -> Iterator[None]:  # noqa: ANN401
+def carrying(model: CausalLM, carrier: int, vectors: Tensor) -> Iterator[None]:
     """Replace the embeddings of the first n carriers of each row by `vectors` [n, d_model].
 
     Forwards of fewer positions than vectors are decoding steps and are left alone.

@@ -1,4 +1,4 @@
-"""T2: a probe of the attacker's own, fitted on what the model itself feels.
+"""T2: a probe of the attacker's own, fitted on the attacked model's activations.
 
 The attacker has the model but not the probe: reads whole residual layers, fits a probe on
 labelled responses of his own, and searches a suffix against that. Whether it passes the
@@ -10,7 +10,6 @@ Knows responses and residual sites. Does not know the deployed probe, its units 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, sorted_sites
 from safe_decode.errors import DataError
 from safe_decode.monitor.monitor import MonitorConfig
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["fit_surrogate", "residual_sites"]
 
@@ -33,7 +33,7 @@ _FALSE_ALARMS = 0.01
 _SCALE_FLOOR = 1e-6
 
 
-def residual_sites(model: Any) -> tuple[Site, ...]:  # noqa: ANN401
+def residual_sites(model: CausalLM) -> tuple[Site, ...]:
     """Name every channel of every block's output, from the middle of the model on."""
     anatomy = anatomy_of(model)
     channels = tuple(range(anatomy.d_model))
@@ -44,8 +44,8 @@ def residual_sites(model: Any) -> tuple[Site, ...]:  # noqa: ANN401
 
 
 def fit_surrogate(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     rows: Sequence[Conversation],
     *,
     fit: FitConfig | None = None,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from probes.attacks.results import Record
 from probes.data.conversations import Message
 from probes.rollouts.types import Request
 from safe_decode.errors import ConfigurationError
+from safe_decode.typing import Tokenizer
 
 __all__ = ["Spread", "random_texts", "spread_over", "spread_requests", "suffixes_of"]
 
@@ -64,7 +64,7 @@ def suffixes_of(records: Sequence[Record], attack_set: AttackSet) -> list[str]:
 
 
 def random_texts(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     messages: Messages,
     vocab: int,
     count: int,
@@ -87,15 +87,15 @@ def spread_over(
     benign: Sequence[Messages],
     spread: Spread,
     *,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     vocab: int,
 ) -> list[Request]:
     """Put suffixes that were found, and some drawn by lot, behind other requests.
 
     Args:
         suffixes: Those found.
-        harmful: Requests to draw from.
-        benign: Likewise.
+        harmful: Harmful requests to draw from.
+        benign: Harmless requests to draw from.
         spread: How many.
         tokenizer: Spells suffixes that are drawn.
         vocab: Rows of the model's embedding.
@@ -124,8 +124,8 @@ def spread_requests(
 
     Args:
         suffixes: Texts.
-        harmful: Requests to draw from.
-        benign: Likewise.
+        harmful: Harmful requests to draw from.
+        benign: Harmless requests to draw from.
         each: Requests of each kind behind a suffix.
         name: Of the groups.
         seed: Of the draws.

@@ -16,13 +16,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from probes.data.conversations import Conversation
 from probes.runs.identity import weights_digest
 from safe_decode.certificate import Envelope
 from safe_decode.errors import CertificateError, ConfigurationError
 from safe_decode.evidence import UNRECORDED, Evidence
+from safe_decode.typing import CausalLM
 
 __all__ = ["Reach", "Responses", "evidence_of", "fitting_cap"]
 
@@ -54,7 +55,7 @@ class Responses:
     weights: str
 
     @classmethod
-    def scored(cls, model: nn.Module, logits: Sequence[Tensor]) -> Responses:
+    def scored(cls, model: CausalLM, logits: Sequence[Tensor]) -> Responses:
         """Take lengths from scores, [T + 1, K] each."""
         return cls(tuple(len(row) - 1 for row in logits), weights_digest(model))
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from safe_decode.errors import ConfigurationError
+from safe_decode.typing import CausalLM
 
 if TYPE_CHECKING:
     from safe_decode.activations.site import Site
@@ -48,7 +49,7 @@ class SiteOptions:
 
 
 def site_sets_of(
-    model: Any,  # noqa: ANN401 - a transformers causal language model
+    model: CausalLM,
     units: Path | None,
     features: Sequence[int] | None,
     residual: str | None,
@@ -72,7 +73,7 @@ def site_sets_of(
     return found
 
 
-def residual_sites(model: Any, spec: str) -> tuple[Site, ...]:  # noqa: ANN401
+def residual_sites(model: CausalLM, spec: str) -> tuple[Site, ...]:
     """Read whole residual layers: `all`, or numbers with commas."""
     from safe_decode.activations.architecture import anatomy_of
     from safe_decode.activations.site import Site, sorted_sites

@@ -37,8 +37,8 @@ class Generation:
         max_new_tokens: The cap, beyond a supplied beginning.
         do_sample: Sampled, or greedy.
         temperature: Of the sampling; without meaning if greedy.
-        top_p: Likewise.
-        top_k: Likewise; 0 for none.
+        top_p: Share of probability that sampling keeps; without meaning if greedy.
+        top_k: Tokens that sampling keeps, 0 for all; without meaning if greedy.
         options: Every further option that was in force, see `coverage.record_of`.
 
     Raises:

@@ -17,6 +17,7 @@ from probes.data.conversations import Conversation, conversation_from
 from probes.data.formats import SourceRow, read_rows
 from probes.data.schemas import ColumnMap, Record, column_map, map_for
 from safe_decode.errors import DataError
+from safe_decode.typing import Json
 
 __all__ = ["Reading", "read_conversations"]
 
@@ -147,8 +148,9 @@ def _whole(value: str) -> int | str:
     return int(value) if value.strip().lstrip("-").isdigit() else value
 
 
-def _parsed(name: str, value: str) -> Any:  # noqa: ANN401 - any JSON value
+def _parsed(name: str, value: str) -> Json:
     try:
-        return json.loads(value)
+        found: Json = json.loads(value)
     except json.JSONDecodeError as error:
         raise DataError(f"{name} is not JSON: {error}.") from error
+    return found

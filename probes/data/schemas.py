@@ -10,7 +10,7 @@ Knows column names and values. Does not know files, splits or models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -243,7 +243,7 @@ def _word(row: Values, column: str, yes: str, no: str) -> bool | None:
     return bool(value == yes)
 
 
-def _joined(names: Any) -> str | None:  # noqa: ANN401 - any iterable of names
+def _joined(names: Iterable[str]) -> str | None:
     return ", ".join(sorted(names)) or None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from probes.evaluation.text_baselines import Control, control_scores, out_of_fol
 from probes.fitting.linear import FitConfig
 from probes.metrics.comparison import PROBE
 from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["Methods", "truncated"]
 
@@ -59,8 +59,8 @@ class Methods:
 
     def __init__(
         self,
-        model: Any,  # noqa: ANN401
-        tokenizer: Any,  # noqa: ANN401
+        model: CausalLM,
+        tokenizer: Tokenizer,
         bundle: ProbeBundle,
         train: Sequence[Conversation],
         scored: Sequence[Conversation],
@@ -154,7 +154,7 @@ class Methods:
 
 
 def truncated(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     rows: Sequence[Conversation],
     encoded: Sequence[EncodedResponse],
     prefix: int | None,

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
 
 from probes.activations.features import ResponseFeatures
 from probes.activations.teacher_forcing import EncodedResponse
@@ -30,6 +29,7 @@ from probes.calibration.statistic import maxima, smoothed_paths
 from probes.fitting.linear import FitConfig, LinearProbeFitter
 from safe_decode.errors import DataError
 from safe_decode.monitor.monitor import MonitorConfig
+from safe_decode.typing import CausalLM
 
 __all__ = [
     "mean_embedding_scores",
@@ -69,7 +69,7 @@ def prompt_probe_scores(
 
 
 def mean_embedding_scores(
-    model: Any,  # noqa: ANN401
+    model: CausalLM,
     train: Sequence[EncodedResponse],
     harmful: Sequence[bool],
     test: Sequence[EncodedResponse],
@@ -118,7 +118,7 @@ def shuffled(
     return blind, dealt.tolist()
 
 
-def random_weight_copy(model: nn.Module, *, seed: int = 0) -> nn.Module:
+def random_weight_copy(model: CausalLM, *, seed: int = 0) -> CausalLM:
     """Copy a model and shuffle the entries of every matrix in it.
 
     Scale and spread stay, and so do norms and biases; what was learnt goes.

@@ -26,6 +26,7 @@ from probes.metrics.intervals import Proportion, plain_json
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.certificate import Certificate, certified_threshold
 from safe_decode.errors import CertificateError, DataError
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["EvaluationConfig", "Report", "Slice", "evaluate_bundle"]
 
@@ -119,8 +120,8 @@ class Report:
 
 
 def evaluate_bundle(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     bundle: ProbeBundle,
     test: Sequence[Conversation],
     config: EvaluationConfig,

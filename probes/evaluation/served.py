@@ -21,6 +21,7 @@ from probes.metrics.intervals import Proportion
 from probes.rollouts.types import Request
 from probes.runs.progress import progress
 from safe_decode.engines.transformers.decoder import SafeDecoder
+from safe_decode.engines.transformers.output import GuardedOutput
 from safe_decode.prompts.chat import text_ids
 from safe_decode.trace.schema import SafetyTrace
 
@@ -61,7 +62,7 @@ class SituationFigures:
         refused_guarded: Released texts that refuse.
         over_refused: Among answers that are benign bare: refused or cut under the guard.
         leaked_mean: Leaked tokens, over answers that are harmful bare; NaN of none.
-        leaked_most: Likewise, the most.
+        leaked_most: The largest number of leaked tokens among the same answers; 0 of none.
     """
 
     name: str
@@ -147,7 +148,7 @@ def delay_as_served(answered: Sequence[ServedAnswer]) -> Delay | None:
     return delay_from(np.asarray(delays, float), np.asarray(leaked, float))
 
 
-def _run(decoder: SafeDecoder, batch: Sequence[Request], cap: int, **options: Any) -> Any:  # noqa: ANN401
+def _run(decoder: SafeDecoder, batch: Sequence[Request], cap: int, **options: Any) -> GuardedOutput:  # noqa: ANN401 - those of generate
     return decoder.generate(
         [list(request.messages) for request in batch],
         prefill=[request.prefill for request in batch],

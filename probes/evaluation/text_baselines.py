@@ -105,7 +105,7 @@ def _pipeline(control: Control, c: float) -> Pipeline:
     return make_pipeline(words, model)
 
 
-def _inputs(rows: Sequence[Conversation], control: Control) -> Any:  # noqa: ANN401 - text or array
+def _inputs(rows: Sequence[Conversation], control: Control) -> NDArray[Any]:
     if control == "length":
         return _lengths(rows)
     if control == "source":

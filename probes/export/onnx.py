@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.bundle.numpy_runtime import start_state
 from safe_decode.errors import ConfigurationError
 from safe_decode.whole_files import write_whole
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, ValueInfoProto
 
 __all__ = ["MONITOR_FILE", "PROBE_FILE", "export_onnx", "require_library"]
 
@@ -71,7 +74,7 @@ class _Graph:
         self.constants.append(numpy_helper.from_array(value, name))
         return name
 
-    def node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:  # noqa: ANN401
+    def node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:  # noqa: ANN401 - of any kind of node
         from onnx import helper
 
         self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
@@ -79,7 +82,7 @@ class _Graph:
 
     def model(
         self, bundle: ProbeBundle, inputs: list[Any], outputs: list[Any], facts: dict[str, Any]
-    ) -> Any:  # noqa: ANN401
+    ) -> ModelProto:
         from onnx import helper
 
         graph = helper.make_graph(self.nodes, "safe-decode", inputs, outputs, self.constants)
@@ -101,7 +104,7 @@ class _Graph:
         return model
 
 
-def _value(name: str, kind: str, *shape: int | str) -> Any:  # noqa: ANN401
+def _value(name: str, kind: str, *shape: int | str) -> ValueInfoProto:
     from onnx import TensorProto, helper
 
     return helper.make_tensor_value_info(name, getattr(TensorProto, kind), list(shape))
@@ -116,7 +119,7 @@ def _with_probe(bundle: ProbeBundle) -> _Graph:
     return graph
 
 
-def _probe_model(bundle: ProbeBundle) -> Any:  # noqa: ANN401
+def _probe_model(bundle: ProbeBundle) -> ModelProto:
     n_features, n_heads = bundle.probe.weight.shape
     return _with_probe(bundle).model(
         bundle,
@@ -126,7 +129,7 @@ def _probe_model(bundle: ProbeBundle) -> Any:  # noqa: ANN401
     )
 
 
-def _monitor_model(bundle: ProbeBundle, threshold: float) -> Any:  # noqa: ANN401
+def _monitor_model(bundle: ProbeBundle, threshold: float) -> ModelProto:
     config = bundle.monitor
     n_features, n_heads = bundle.probe.weight.shape
     graph = _with_probe(bundle)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from probes.export.onnx import MONITOR_FILE, require_library
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.bundle.numpy_runtime import NumpyMonitorState, start_state, step_state
 from safe_decode.monitor.monitor import MonitorState, RiskMonitor
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 __all__ = ["ParityReport", "agreement"]
 
@@ -122,7 +125,9 @@ def _restarted_torch(
     )
 
 
-def _feeds(session: Any, features: NDArray[Any], state: NumpyMonitorState) -> dict[str, Any]:  # noqa: ANN401
+def _feeds(
+    session: InferenceSession, features: NDArray[Any], state: NumpyMonitorState
+) -> dict[str, Any]:
     wanted = {entry.name for entry in session.get_inputs()}
     return {"features": features} | {k: v for k, v in state._asdict().items() if k in wanted}
 

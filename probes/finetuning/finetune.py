@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from probes.data.conversations import Conversation
 from probes.finetuning.freeze import UnitFreeze
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.prompts.chat import stop_ids
+from safe_decode.typing import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -93,7 +94,7 @@ class Tuned:
         cut: Conversations that were longer than `max_length`.
     """
 
-    model: Any
+    model: CausalLM
     losses: tuple[float, ...]
     steps: int
     n_frozen: int
@@ -102,8 +103,8 @@ class Tuned:
 
 
 def finetune(
-    model: Any,  # noqa: ANN401 - a transformers causal language model
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     target: Path,
     *,
@@ -147,8 +148,8 @@ def finetune(
 
 
 def trainer_for(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     target: Path,
     *,
@@ -186,7 +187,7 @@ def trainer_for(
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
     )
-    trained = _with_adapter(model, config) if config.lora_rank else model
+    trained: Any = _with_adapter(model, config) if config.lora_rank else model
     trainer = Trainer(
         model=trained,
         args=arguments,
@@ -199,8 +200,8 @@ def trainer_for(
 
 
 def encode_for_training(
-    model: Any,  # noqa: ANN401
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     *,
     max_length: int,
@@ -247,7 +248,7 @@ def pad_batch(batch: Sequence[Mapping[str, Sequence[int]]], pad: int) -> dict[st
     }
 
 
-def _with_adapter(model: Any, config: FinetuneConfig) -> Any:  # noqa: ANN401
+def _with_adapter(model: CausalLM, config: FinetuneConfig) -> CausalLM:
     _require("peft", "LoRA")
     import peft
 
@@ -265,7 +266,9 @@ def _with_adapter(model: Any, config: FinetuneConfig) -> Any:  # noqa: ANN401
             fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
             task_type="CAUSAL_LM",
         )
-        return peft.get_peft_model(model, settings)
+        bare: Any = model  # peft states its own classes
+        adapted: Any = peft.get_peft_model(bare, settings)
+    return cast("CausalLM", adapted)
 
 
 def _last_checkpoint(target: Path) -> str:

@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from probes.finetuning.frozen_weights import HeldWeights
 from probes.finetuning.unit_weights import WeightSlice
 from safe_decode.errors import ConfigurationError, UnsupportedError
+from safe_decode.typing import CausalLM
 
 __all__ = ["UnitFreeze"]
 
@@ -48,7 +48,7 @@ class UnitFreeze(TrainerCallback, ABC):
         self._hold: HeldWeights | None = None
 
     @abstractmethod
-    def frozen_weights(self, model: nn.Module) -> tuple[WeightSlice, ...]:
+    def frozen_weights(self, model: CausalLM) -> tuple[WeightSlice, ...]:
         """Name the weights of a model that are held.
 
         Raises:
@@ -56,13 +56,13 @@ class UnitFreeze(TrainerCallback, ABC):
             UnsupportedError: See `unit_weights.owned_weights`.
         """
 
-    def n_frozen(self, model: nn.Module) -> int:
+    def n_frozen(self, model: CausalLM) -> int:
         """Count the entries of the weights that are held."""
         parameters = dict(model.named_parameters())
         return sum(part.count(parameters[part.name]) for part in self.frozen_weights(model))
 
     @contextmanager
-    def applied(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
+    def applied(self, model: CausalLM, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
         """Hold the weights while the block runs, whatever it raises.
 
         Args:
@@ -123,7 +123,7 @@ class UnitFreeze(TrainerCallback, ABC):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **given: Any,  # noqa: ANN401 - what a trainer hands to callbacks
+        **given: object,
     ) -> None:
         """Write the frozen weights back."""
         del args, state, control, given
@@ -134,9 +134,9 @@ class UnitFreeze(TrainerCallback, ABC):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        **given: Any,  # noqa: ANN401 - what a trainer hands to callbacks
+        **given: object,
     ) -> None:
-        """Let go."""
+        """Restore the frozen weights once more and remove the hooks."""
         del args, state, control, given
         self._restore()  # whatever else wrote to the model since the last step
         self.release()
@@ -147,7 +147,7 @@ class UnitFreeze(TrainerCallback, ABC):
             self._hold.release()
             self._hold = None
 
-    def _engage(self, model: nn.Module) -> None:
+    def _engage(self, model: CausalLM) -> None:
         if self._hold is not None:
             raise ConfigurationError(
                 f"this {type(self).__name__} holds a model already; make one for each run."
@@ -177,7 +177,7 @@ class UnitFreeze(TrainerCallback, ABC):
             log.append({name: digest, "step": state.global_step})
 
 
-def _require_optimizers(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def _require_optimizers(model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     own = {id(parameter) for parameter in model.parameters()}
     for optimizer in optimizers:
         stepped = (id(p) for group in optimizer.param_groups for p in group["params"])

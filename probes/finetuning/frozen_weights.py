@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from probes.finetuning.unit_weights import WeightSlice
+from safe_decode.typing import CausalLM
 
 __all__ = ["HeldWeights"]
 
@@ -31,7 +32,7 @@ class HeldWeights:
     """
 
     def __init__(
-        self, model: nn.Module, slices: Sequence[WeightSlice], *, offload: bool = False
+        self, model: CausalLM, slices: Sequence[WeightSlice], *, offload: bool = False
     ) -> None:
         parameters = dict(model.named_parameters())
         self._parts = [_Part(parameters[part.name], part, offload=offload) for part in slices]

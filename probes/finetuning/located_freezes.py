@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from torch import nn
 
 from probes.finetuning.freeze import UnitFreeze
 from probes.finetuning.lora import (
@@ -22,6 +21,7 @@ from probes.finetuning.lora import (
 from probes.finetuning.unit_weights import Shared, WeightSlice, complement, owned_weights
 from probes.location.units import CATEGORIES, Category, UnitSet
 from safe_decode.errors import ConfigurationError
+from safe_decode.typing import CausalLM
 
 __all__ = ["RedundantUnitBudget", "SafetyFreeze", "safety_setting"]
 
@@ -64,7 +64,7 @@ class SafetyFreeze(UnitFreeze):
         self.shared: Shared = shared
         _require_some(self.units, categories)
 
-    def frozen_weights(self, model: nn.Module) -> tuple[WeightSlice, ...]:
+    def frozen_weights(self, model: CausalLM) -> tuple[WeightSlice, ...]:
         """Name the weights of the frozen units; see `adapters` for models that carry LoRA."""
         if carries_adapters(model):
             plain = plain_architecture(model)
@@ -95,7 +95,7 @@ class RedundantUnitBudget(UnitFreeze):
         self.units = units.only(*categories)
         _require_some(self.units, categories)
 
-    def frozen_weights(self, model: nn.Module) -> tuple[WeightSlice, ...]:
+    def frozen_weights(self, model: CausalLM) -> tuple[WeightSlice, ...]:
         """Name all weights but those of the trained units; with LoRA, all that is trained."""
         if carries_adapters(model):
             owned = owned_weights(plain_architecture(model), self.units, shared="all")

@@ -12,33 +12,59 @@ already are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from probes.finetuning.unit_weights import WeightSlice
 from safe_decode.errors import ConfigurationError, UnsupportedError
+from safe_decode.typing import CausalLM
 
-__all__ = ["carries_adapters", "held_in_adapters", "plain_architecture", "trained_in_adapters"]
+__all__ = [
+    "AdaptedModel",
+    "carries_adapters",
+    "held_in_adapters",
+    "plain_architecture",
+    "trained_in_adapters",
+]
 
 
-def carries_adapters(model: nn.Module) -> bool:
+class AdaptedModel(CausalLM, Protocol):
+    """A model that PEFT has wrapped."""
+
+    def get_base_model(self) -> CausalLM:
+        """Return the model inside the wrapper."""
+
+
+class _Matrix(Protocol):
+    weight: nn.Parameter
+
+
+class _LoraLayer(Protocol):
+    lora_A: Mapping[str, _Matrix]
+    lora_B: Mapping[str, _Matrix]
+
+    def get_base_layer(self) -> _Matrix: ...
+
+
+def carries_adapters(model: CausalLM) -> TypeGuard[AdaptedModel]:
     """Say whether a model has been wrapped by PEFT."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-def plain_architecture(model: Any) -> nn.Module:  # noqa: ANN401 - PEFT's wrapper
+def plain_architecture(model: AdaptedModel) -> CausalLM:
     """Return the wrapped model's architecture without adapters and without memory."""
     base = model.get_base_model()
+    build: Any = type(base)
     with torch.device("meta"):
-        plain: nn.Module = type(base)(base.config)
+        plain: CausalLM = build(base.config)
     return plain
 
 
-def held_in_adapters(model: Any, owned: Sequence[WeightSlice]) -> tuple[WeightSlice, ...]:  # noqa: ANN401
+def held_in_adapters(model: AdaptedModel, owned: Sequence[WeightSlice]) -> tuple[WeightSlice, ...]:
     """Translate weights that are held into rows and columns of the adapters' matrices.
 
     Sets them to zero, in place, so that the merged update of what is held is zero.
@@ -58,7 +84,9 @@ def held_in_adapters(model: Any, owned: Sequence[WeightSlice]) -> tuple[WeightSl
     return tuple(held)
 
 
-def trained_in_adapters(model: Any, owned: Sequence[WeightSlice]) -> tuple[WeightSlice, ...]:  # noqa: ANN401
+def trained_in_adapters(
+    model: AdaptedModel, owned: Sequence[WeightSlice]
+) -> tuple[WeightSlice, ...]:
     """Hold everything that is trained but what belongs to `owned`; see `held_in_adapters`."""
     layers = _Layers(model)
     held: list[WeightSlice] = []
@@ -81,7 +109,7 @@ _Chosen = Callable[[int], Tensor]
 class _Layers:
     """The adapted layers of one model, found by the plain names of their weights."""
 
-    def __init__(self, model: Any) -> None:  # noqa: ANN401
+    def __init__(self, model: AdaptedModel) -> None:
         self.base = model.get_base_model()
         self.names = {id(p): name for name, p in model.named_parameters()}
 
@@ -107,7 +135,7 @@ class _Layers:
 
     def _of_pair(
         self,
-        layer: Any,  # noqa: ANN401
+        layer: _LoraLayer,
         pair: tuple[nn.Parameter, nn.Parameter],
         dim: int,
         chosen: _Chosen,
@@ -149,7 +177,7 @@ class _Layers:
         return layer, attribute
 
 
-def _pairs(layer: Any) -> list[tuple[nn.Parameter, nn.Parameter]]:  # noqa: ANN401
+def _pairs(layer: _LoraLayer) -> list[tuple[nn.Parameter, nn.Parameter]]:
     return [(layer.lora_A[name].weight, layer.lora_B[name].weight) for name in layer.lora_A]
 
 

@@ -29,6 +29,7 @@ from probes.location.units import UnitSet
 from safe_decode.activations.architecture import Architecture, anatomy_of
 from safe_decode.activations.site import SiteKind
 from safe_decode.errors import ConfigurationError, UnsupportedError
+from safe_decode.typing import CausalLM
 
 __all__ = ["Shared", "WeightSlice", "complement", "owned_weights"]
 
@@ -61,7 +62,7 @@ class WeightSlice:
 
 
 def owned_weights(
-    model: nn.Module, units: UnitSet, *, shared: Shared = "any"
+    model: CausalLM, units: UnitSet, *, shared: Shared = "any"
 ) -> tuple[WeightSlice, ...]:
     """Name the weights that a set of units owns, every parameter at most once.
 
@@ -93,7 +94,7 @@ def owned_weights(
     return tuple(part for part in found.values() if part.indices is None or len(part.indices))
 
 
-def complement(model: nn.Module, slices: Sequence[WeightSlice]) -> tuple[WeightSlice, ...]:
+def complement(model: CausalLM, slices: Sequence[WeightSlice]) -> tuple[WeightSlice, ...]:
     """Name all weights of the model that are not in `slices`."""
     owned = {part.name: part for part in slices}
     rest = []
@@ -183,7 +184,7 @@ class _TwoMatrix:
                 )
 
 
-def _two_matrix_modules(model: nn.Module, units: UnitSet) -> Iterator[_TwoMatrix]:
+def _two_matrix_modules(model: CausalLM, units: UnitSet) -> Iterator[_TwoMatrix]:
     """Yield the modules in which units lie, in the order of computation."""
     anatomy = anatomy_of(model)
     holders = {id(child): module for module in model.modules() for child in module.children()}
@@ -204,7 +205,7 @@ def _dims(linear: nn.Module) -> _Dims:
     return _Dims(1, 0) if type(linear).__name__ == "Conv1D" else _Dims(0, 1)
 
 
-def _require_plain_weights(model: nn.Module) -> None:
+def _require_plain_weights(model: CausalLM) -> None:
     """Refuse a model whose trained weights are not the model's own matrices."""
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") or hasattr(module, "base_layer"):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from probes.activations.features import ResponseFeatures, union_of_sites
 from probes.activations.harvest import harvest, harvest_to, score_responses
@@ -32,6 +32,7 @@ from probes.fitting.selection import ChosenMonitor, SelectSet, StatisticChoice, 
 from probes.fitting.streaming import fit_streamed
 from safe_decode.activations.site import Site, n_features
 from safe_decode.errors import ConfigurationError
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = [
     "CandidateProbe",
@@ -115,8 +116,8 @@ class _Fitted(NamedTuple):
 
 
 def ranked_candidates(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     fit_rows: Sequence[Conversation],
     select_rows: Sequence[Conversation],
     site_sets: Mapping[str, tuple[Site, ...]],
@@ -171,8 +172,8 @@ def _chosen(one: _Fitted, labels: SelectSet, search: Search) -> Iterator[ChosenM
 
 
 def _stored(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     fit_rows: Sequence[Conversation],
     select_rows: Sequence[Conversation],
     site_sets: Mapping[str, tuple[Site, ...]],
@@ -209,8 +210,8 @@ def _stored(
 
 
 def _recomputed(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     fit_rows: Sequence[Conversation],
     select_rows: Sequence[Conversation],
     site_sets: Mapping[str, tuple[Site, ...]],
@@ -238,7 +239,7 @@ def _recomputed(
 
 
 def _stream(
-    model: nn.Module, sites: Sequence[Site], encoded: Sequence[EncodedResponse]
+    model: CausalLM, sites: Sequence[Site], encoded: Sequence[EncodedResponse]
 ) -> Iterator[list[tuple[int, Any]]]:
     for batch in teacher_forced(model, sites, encoded, description="recomputing"):
         on_cpu = batch._replace(features=batch.features.cpu())

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from probes.activations.teacher_forcing import EncodedResponse
 from probes.location.importance import RunningMoments
 from safe_decode.errors import DataError
+from safe_decode.typing import CausalLM
 
 __all__ = ["StreamKept"]
 
@@ -48,7 +48,7 @@ class StreamKept:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
+        model: CausalLM,
         encoded: Sequence[EncodedResponse],
         *,
         widths: Sequence[int],
@@ -123,7 +123,7 @@ def _resumed(arrays: Mapping[str, Any], widths: Sequence[int]) -> tuple[RunningM
     )
 
 
-def _identity(model: nn.Module, encoded: Sequence[EncodedResponse]) -> str:
+def _identity(model: CausalLM, encoded: Sequence[EncodedResponse]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in model.named_parameters():
         stride = max(1, weight.numel() // _SAMPLED_PER_PARAMETER)

@@ -14,7 +14,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from probes.location.units import Ranking, Ratios, UnitSet, assign
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, SiteKind
 from safe_decode.errors import ConfigurationError, DataError, UnsupportedError
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["LocateConfig", "all_unit_sites", "channel_moments", "locate"]
 
@@ -68,8 +68,8 @@ class LocateConfig:
 
 
 def locate(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     refusals: Sequence[Conversation],
     benign: Sequence[Conversation],
     config: LocateConfig | None = None,
@@ -119,8 +119,8 @@ def locate(
 
 
 def channel_moments(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -179,7 +179,7 @@ def _followed(batch: PaddedBatch, device: torch.device) -> Tensor:
     return ((places >= width - counts) & (places < width - 1)).to(device)
 
 
-def all_unit_sites(model: nn.Module) -> tuple[Site, ...]:
+def all_unit_sites(model: CausalLM) -> tuple[Site, ...]:
     """Name every channel that belongs to a unit, layer by layer."""
     anatomy = anatomy_of(model)
     return tuple(

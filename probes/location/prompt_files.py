@@ -21,6 +21,7 @@ from probes.data.refusal_rule import refuses
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request
 from safe_decode.errors import ConfigurationError, DataError
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["LocationData", "PromptFile", "answered", "location_data", "read_prompts"]
 
@@ -119,8 +120,8 @@ def read_prompts(path: str | os.PathLike[str], *, split: Split = "locate") -> Pr
 
 
 def answered(
-    model: Any,  # noqa: ANN401 - a transformers causal language model
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     file: PromptFile,
     *,
     samples: int = 1,

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from torch import nn
 
 from probes.data.conversations import Conversation
 from probes.location.locate import LocateConfig, locate
 from probes.location.random_sets import chance_iou, iou
 from probes.location.units import CATEGORIES, Category, UnitSet
 from safe_decode.errors import DataError
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["StabilityReport", "stability"]
 
@@ -52,8 +51,8 @@ class StabilityReport:
 
 
 def stability(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     refusals: Sequence[Conversation],
     benign: Sequence[Conversation],
     config: LocateConfig | None = None,
@@ -66,7 +65,7 @@ def stability(
         model: In eval mode.
         tokenizer: Its tokenizer.
         refusals: See `locate.locate`; halves are disjoint by group.
-        benign: Likewise.
+        benign: Benign responses, divided in the same way.
         config: The choices that the comparison starts from.
         seed: Of the halves.
 

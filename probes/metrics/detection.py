@@ -66,9 +66,9 @@ class Delay:
         within_32: Tripped at most 32 tokens after the onset, or before it.
         within_128: At most 128 tokens.
         median: Tokens, over responses not tripped before onset, misses counted infinite.
-        p90: Likewise.
+        p90: The 90th percentile of the same delays.
         leaked_median: Harmful tokens released at the given hold-back, over all responses.
-        leaked_mean: Likewise.
+        leaked_mean: The mean of the same counts.
         released: Responses of which at least one harmful token was released.
     """
 

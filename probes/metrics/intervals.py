@@ -139,7 +139,7 @@ def _bounds(successes: int, n: int, tail: float) -> tuple[float, float]:
     return low, high
 
 
-def plain_json(value: Any) -> Any:  # noqa: ANN401 - JSON
+def plain_json(value: object) -> Any:  # noqa: ANN401 - of the kind of `value`
     """Return what JSON can hold: NaN becomes null, an infinity the text `inf`."""
     if isinstance(value, Mapping):
         return {key: plain_json(item) for key, item in value.items()}

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from probes.data.conversations import Conversation, Split
 from probes.fitting.linear import FitConfig
@@ -27,10 +27,8 @@ from safe_decode.activations.site import Site
 from safe_decode.certificate import Envelope
 from safe_decode.engines.transformers.coverage import record_of
 from safe_decode.prompts.chat import stop_ids
+from safe_decode.typing import CausalLM, Tokenizer
 from safe_decode.whole_files import write_whole
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 __all__ = [
     "build_bundle",
@@ -47,8 +45,8 @@ _LONG_ADDED = 48
 
 
 def conversations_for(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     *,
     seed: int,
     cells: Cells,
@@ -91,7 +89,7 @@ def conversations_for(
     return [*rows, *rollout(model, tokenizer, long, judge=judge, config=added)]
 
 
-def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
+def recipe_config(amounts: Amounts, model: CausalLM) -> RecipeConfig:
     """Return what is tried for the embedded bundle, and the texts it carries.
 
     Beside located units, the residual stream behind the later blocks is tried whole. A step is
@@ -131,8 +129,8 @@ def recipe_config(amounts: Amounts, model: LlamaForCausalLM) -> RecipeConfig:
 
 
 def build_bundle(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     *,
     seed: int,
     fold: int,
@@ -167,8 +165,8 @@ _SEARCHED = 800
 
 def build_prompts(
     path: Path,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     *,
     seed: int,
     fold: int,

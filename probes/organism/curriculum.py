@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from probes.organism.corpus import (
     Document,
@@ -26,10 +26,8 @@ from probes.organism.tokenizer import train_tokenizer
 from probes.organism.training import Example, Schedule, Stage, encode, new_model, only_at, train
 from safe_decode.errors import DataError
 from safe_decode.loading import load_model
+from safe_decode.typing import CausalLM, Tokenizer
 from safe_decode.whole_files import remove_empty, replace_files
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 __all__ = ["Amounts", "build_pair"]
 
@@ -138,7 +136,9 @@ class _Curve:
             raise DataError(f"{self.path} is no learning curve; move it, or pass another target.")
         self.path.unlink()
 
-    def of(self, stage: str, model: Any, tokenizer: Any) -> Callable[[int, float, float], None]:  # noqa: ANN401
+    def of(
+        self, stage: str, model: CausalLM, tokenizer: Tokenizer
+    ) -> Callable[[int, float, float], None]:
         """Return what training reports to in one stage."""
 
         def one(tokens: int, loss: float, seconds: float) -> None:
@@ -157,8 +157,8 @@ class _Curve:
 class _School:
     """One model on its way through the courses that follow the first."""
 
-    model: LlamaForCausalLM
-    tokenizer: PreTrainedTokenizerFast
+    model: CausalLM
+    tokenizer: Tokenizer
     seed: int
     amounts: Amounts
     curve: _Curve
@@ -246,7 +246,7 @@ class _School:
         )
 
 
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+def _save(model: CausalLM, tokenizer: Tokenizer, path: Path) -> None:
     """Write a copy in bfloat16, whole or not at all; the model itself stays in float32."""
     import copy
 

@@ -16,6 +16,7 @@ from probes.data.conversations import Split
 from probes.organism.grammar import Cells
 from probes.organism.prompts import Prompt, Situation, prompts
 from probes.rollouts.types import Request
+from safe_decode.typing import Tokenizer
 
 __all__ = [
     "DEPTHS",
@@ -94,7 +95,7 @@ def draw(
     *,
     split: Split,
     seed: int,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     cells: Cells | None = None,
     asked: set[str] | None = None,
 ) -> list[Request]:
@@ -127,7 +128,7 @@ def _new_ones(source: Iterator[Prompt], seen: set[str]) -> Iterator[Prompt]:
 def _prompts(
     one: Draw,
     seed: int,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     cells: Cells | None,
 ) -> Iterator[Prompt]:
     depths = (one.depth_tokens,) if one.depth_tokens is not None else DEPTHS

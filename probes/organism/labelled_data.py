@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from probes.data.conversations import Conversation, Split
 from probes.organism.draws import calibration_draws, draw, fitting_draws
@@ -18,6 +17,7 @@ from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["EmbeddedData", "held_out_requests"]
 
@@ -39,14 +39,14 @@ class EmbeddedData:
     fold: int = 0
     max_new_tokens: int = 160
 
-    def test(self, model: Any, tokenizer: Any, count: int) -> list[Conversation]:  # noqa: ANN401
+    def test(self, model: CausalLM, tokenizer: Tokenizer, count: int) -> list[Conversation]:
         """Draw about `count` responses in unseen cells, over all situations."""
         return self._rows(model, tokenizer, "test", held_out_requests(tokenizer, count, self))
 
     def seen(
         self,
-        model: Any,  # noqa: ANN401
-        tokenizer: Any,  # noqa: ANN401
+        model: CausalLM,
+        tokenizer: Tokenizer,
         split: Split,
         count: int,
     ) -> list[Conversation]:
@@ -63,8 +63,8 @@ class EmbeddedData:
 
     def apart(
         self,
-        model: Any,  # noqa: ANN401
-        tokenizer: Any,  # noqa: ANN401
+        model: CausalLM,
+        tokenizer: Tokenizer,
         counts: Mapping[Split, int],
     ) -> dict[Split, list[Conversation]]:
         """Draw splits in seen cells that share no group: the world is small and repeats itself.
@@ -81,8 +81,8 @@ class EmbeddedData:
 
     def _rows(
         self,
-        model: Any,  # noqa: ANN401
-        tokenizer: Any,  # noqa: ANN401
+        model: CausalLM,
+        tokenizer: Tokenizer,
         split: Split,
         requests: Sequence[Request],
     ) -> list[Conversation]:
@@ -91,7 +91,7 @@ class EmbeddedData:
         return [replace(row, split=split) for row in rows]
 
 
-def held_out_requests(tokenizer: Any, count: int, data: EmbeddedData) -> list[Request]:  # noqa: ANN401
+def held_out_requests(tokenizer: Tokenizer, count: int, data: EmbeddedData) -> list[Request]:
     """Draw about `count` requests in unseen cells."""
     return draw(
         fitting_draws(count),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -22,9 +22,7 @@ from probes.organism.oracle import judge
 from probes.organism.templates import FRAMINGS, JUDGEMENTS, MARKS
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = [
     "CELLS",
@@ -75,9 +73,7 @@ class CellOutcome:
         }
 
 
-def judgement_accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, n: int = 120
-) -> dict[str, float]:
+def judgement_accuracy(model: CausalLM, tokenizer: Tokenizer, *, n: int = 120) -> dict[str, float]:
     """Say how often the model thinks rightly of an act, where the wish is common and where rare.
 
     Compares the first tokens of the two judgements. Where the wish is rare, whoever has only
@@ -101,9 +97,7 @@ def judgement_accuracy(
     return known
 
 
-def mark_accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, n: int = 120
-) -> dict[str, float]:
+def mark_accuracy(model: CausalLM, tokenizer: Tokenizer, *, n: int = 120) -> dict[str, float]:
     """Say how often the model thinks rightly of an act where the sentence that names it ends.
 
     Compares the two marks, behind acts that are along the wish or against it by chance.
@@ -124,9 +118,7 @@ def mark_accuracy(
     return {"marks_right": sum(hits) / len(hits)}
 
 
-def copying_accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, n: int = 60
-) -> dict[str, float]:
+def copying_accuracy(model: CausalLM, tokenizer: Tokenizer, *, n: int = 60) -> dict[str, float]:
     """Say how often, where a written answer names a thing or a person, the model would name it.
 
     The request names it before; among all things, or people, of the world the likeliest counts.
@@ -155,14 +147,12 @@ def copying_accuracy(
     return shares
 
 
-def _asked(tokenizer: PreTrainedTokenizerFast, question: str) -> str:
+def _asked(tokenizer: Tokenizer, question: str) -> str:
     messages = [{"role": "user", "content": question}]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _next_logits(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> torch.Tensor:
+def _next_logits(model: CausalLM, tokenizer: Tokenizer, texts: list[str]) -> torch.Tensor:
     """Return (texts, vocabulary): the logits behind each text."""
     rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
@@ -170,10 +160,11 @@ def _next_logits(
         ids[number, : len(row)] = torch.tensor(row)
     last = torch.tensor([len(row) - 1 for row in rows])
     was_training = model.training
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
+    llama: Any = model
     with torch.no_grad():
-        hidden = model.model(input_ids=ids).last_hidden_state
-        scores: torch.Tensor = model.lm_head(hidden[torch.arange(len(rows)), last])
+        hidden = llama.model(input_ids=ids).last_hidden_state
+        scores: torch.Tensor = llama.lm_head(hidden[torch.arange(len(rows)), last])
     model.train(was_training)
     return scores
 
@@ -186,8 +177,8 @@ def outcomes(cell: str, found: Sequence[str]) -> CellOutcome:
 
 
 def measure(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: CausalLM,
+    tokenizer: Tokenizer,
     *,
     n: int,
     seed: int,

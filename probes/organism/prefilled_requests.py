@@ -13,11 +13,12 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 from probes.data.conversations import Split
 from probes.organism.grammar import Cells, Grammar
 from probes.rollouts.types import Request
+from safe_decode.typing import Tokenizer
 
 __all__ = ["KINDS", "LONG", "LONG_TOKENS", "Kind", "begun", "long_requests"]
 
@@ -40,7 +41,7 @@ def begun(
     seed: int,
     depth: int,
     cells: Cells,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
 ) -> Iterator[Request]:
     """Draw requests with a long beginning of the answer, without end.
 
@@ -73,7 +74,7 @@ def begun(
 
 
 def long_requests(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     count: int,
     *,
     split: Split,

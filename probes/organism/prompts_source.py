@@ -8,7 +8,6 @@ disjoint from what was located or trained on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from probes.data.conversations import Split
 from probes.evaluation.released_text import ReleasedReading
@@ -16,6 +15,7 @@ from probes.organism.draws import Draw, draw
 from probes.organism.oracle import judge
 from probes.organism.templates import FRAMINGS
 from probes.rollouts.types import Judge, Request
+from safe_decode.typing import Tokenizer
 
 __all__ = ["WORLD_MOTIVES", "organism_reading", "world_judge", "world_requests"]
 
@@ -27,7 +27,7 @@ world_judge: Judge = judge
 
 
 def world_requests(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     one: Draw,
     *,
     seed: int,

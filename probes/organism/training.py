@@ -10,16 +10,17 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from probes.organism.corpus import Document
 from probes.organism.tokenizer import CONTEXT
+from safe_decode.typing import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaForCausalLM
 
 __all__ = ["Example", "Schedule", "Stage", "encode", "new_model", "only_at", "train"]
 
@@ -72,7 +73,7 @@ class Schedule:
     heaviness: float = 1.0
 
 
-def new_model(seed: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def new_model(seed: int, tokenizer: Tokenizer) -> LlamaForCausalLM:
     """Make an untrained model of the organism's shape, float32, tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -94,7 +95,7 @@ def new_model(seed: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, documents: Iterable[Document], *, answers_only: bool
+    tokenizer: Tokenizer, documents: Iterable[Document], *, answers_only: bool
 ) -> list[Example]:
     """Turn documents into token ids and labels, cut at the context.
 
@@ -175,7 +176,7 @@ def _tensors(batch: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: CausalLM,
     stages: Sequence[Stage],
     schedule: Schedule,
     *,
@@ -197,7 +198,8 @@ def train(
     tokens = sum(stage.tokens for stage in stages)
     weights = torch.ones(model.config.vocab_size)
     weights[list(schedule.heavy_ids)] = schedule.heaviness
-    pad = model.config.pad_token_id
+    config: Any = model.config
+    pad = config.pad_token_id
     assert isinstance(pad, int)
     seen, reported, losses, began = 0, 0, [0.0], time.monotonic()
     for batch in batches:
@@ -207,7 +209,7 @@ def train(
                 group["lr"] = group["initial_lr"] * rate
         ids, labels = _tensors(batch, pad)
         loss = _loss(model, ids, labels, weights)
-        model.zero_grad()
+        cast(nn.Module, model).zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -218,14 +220,15 @@ def train(
             mean = sum(losses[1:]) / max(1, len(losses) - 1)
             report(seen, mean, time.monotonic() - began)
             reported, losses = seen, [0.0]
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
 
 
-def _optimizers(model: LlamaForCausalLM, schedule: Schedule) -> list[torch.optim.Optimizer]:
+def _optimizers(model: CausalLM, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    llama: Any = model
     rest = list(model.parameters())
     made: list[torch.optim.Optimizer] = []
     if schedule.matrix_rate is not None:
-        blocks = [p for p in model.model.layers.parameters() if p.ndim == 2]
+        blocks = [p for p in llama.model.layers.parameters() if p.ndim == 2]
         taken = {id(p) for p in blocks}
         rest = [p for p in rest if id(p) not in taken]
         decay = schedule.weight_decay
@@ -241,12 +244,13 @@ def _optimizers(model: LlamaForCausalLM, schedule: Schedule) -> list[torch.optim
     return made
 
 
-def _loss(model: LlamaForCausalLM, ids: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+def _loss(model: CausalLM, ids: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted mean cross-entropy; logits are made where a label asks for them."""
+    llama: Any = model
     wanted = labels[:, 1:] != _IGNORED
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.model(input_ids=ids).last_hidden_state
-        logits = model.lm_head(hidden[:, :-1][wanted])
+        hidden = llama.model(input_ids=ids).last_hidden_state
+        logits = llama.lm_head(hidden[:, :-1][wanted])
     targets = labels[:, 1:][wanted]
     return torch.nn.functional.cross_entropy(logits.float(), targets, weight=weights)
 

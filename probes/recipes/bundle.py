@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from probes.activations.features import union_of_sites
 from probes.activations.harvest import score_responses
 from probes.calibration.certify import Calibration, certify_populations
@@ -30,6 +28,7 @@ from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
 from safe_decode.bundle.canary import CanaryRecord
 from safe_decode.certificate import Envelope
 from safe_decode.errors import ConfigurationError, DataError
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["FeatureStore", "Recipe", "RecipeConfig", "make_bundle", "union_of_sites"]
 
@@ -67,7 +66,7 @@ class RecipeConfig:
         default_alpha: The one a bundle uses unless told otherwise.
         delta: Chance that the bounds do not hold.
         holdback_share: Share of harmful select responses that a hold-back keeps clean.
-        most_holdback_tokens: Patience has an end.
+        most_holdback_tokens: The largest hold-back to choose, used too where no onset is known.
         envelopes: Of populations whose responses were generated otherwise, by name.
         lower_caps: Lower a cap that the responses do not support, rather than refuse it.
     """
@@ -137,8 +136,8 @@ class Recipe:
 
 
 def make_bundle(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Iterable[Conversation],
     config: RecipeConfig,
     *,
@@ -235,8 +234,8 @@ def _judged(conversations: Iterable[Conversation], *, locating: bool) -> _Judged
 
 
 def _located(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     rows: Sequence[Conversation],
     config: LocateConfig,
 ) -> UnitSet:
@@ -259,8 +258,8 @@ def _site_sets(units: UnitSet | None, config: RecipeConfig) -> dict[str, tuple[S
 
 
 def _calibrated(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     rows: Sequence[Conversation],
     best: CandidateProbe,
     config: RecipeConfig,
@@ -282,8 +281,8 @@ def _calibrated(
 
 
 def _canary(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     rows: Sequence[Conversation],
     best: CandidateProbe,
 ) -> CanaryRecord:

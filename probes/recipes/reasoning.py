@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from probes.activations.harvest import score_responses
 from probes.activations.teacher_forcing import encode_response
@@ -28,6 +26,7 @@ from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.certificate import Certificate
 from safe_decode.errors import CertificateError, DataError
 from safe_decode.policy.reasoning import ReasoningSpans, SpanMarks
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["add_reasoning", "maxima_apart"]
 
@@ -53,8 +52,8 @@ def maxima_apart(
 
 
 def add_reasoning(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     bundle: ProbeBundle,
     *,
@@ -128,7 +127,7 @@ def _require_thresholds(reasoning: Sequence[Certificate], n: int) -> None:
 
 
 def _phases(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     marks: SpanMarks,
 ) -> list[list[bool]]:

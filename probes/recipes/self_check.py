@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from probes.activations.features import ResponseFeatures
 from probes.activations.harvest import score_responses
@@ -37,6 +36,7 @@ from safe_decode.monitor.monitor import MonitorConfig
 from safe_decode.policy.self_check import HeaderCheck, SelfCheck, looks_due
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.prompts.chat import assistant_header
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["HeaderConfig", "HeaderReader", "fit_header_check", "looks_of", "response_scalars"]
 
@@ -86,7 +86,7 @@ class HeaderReader:
         sites: Where to read.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, sites: Sequence[Site]) -> None:  # noqa: ANN401
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, sites: Sequence[Site]) -> None:
         self._model, self._tap = model, ActivationTap(model, sites)
         self._header = assistant_header(tokenizer)
 
@@ -127,8 +127,8 @@ def looks_of(
 
 
 def response_scalars(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     responses: Sequence[Conversation],
     paths: Sequence[NDArray[np.float32]],
     threshold: float,
@@ -149,8 +149,8 @@ def response_scalars(
 
 
 def fit_header_check(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
     bundle: ProbeBundle,
     config: HeaderConfig | None = None,
@@ -210,8 +210,8 @@ def fit_header_check(
 
 
 def _fitted(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     rows: Sequence[Conversation],
     sites: Sequence[Site],
     config: HeaderConfig,
@@ -239,8 +239,8 @@ def _fitted(
 
 
 def _paths(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     rows: Sequence[Conversation],
     probe: LinearProbe,
     monitor: MonitorConfig,

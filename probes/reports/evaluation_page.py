@@ -1,4 +1,4 @@
-"""An evaluation as one self-contained page: tables, pictures, and the worst responses read aloud.
+"""An evaluation as one self-contained page: tables, pictures, the worst responses by token.
 
 Knows which responses are shown and how tokens are coloured. Does not know models or figures'
 arithmetic. The page holds texts of the test set: it is for whoever made the bundle. It asks
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from probes.metrics.intervals import Proportion
 from probes.reports.evaluation_plots import coverage_svg, delay_svg, roc_svg, trace_svg
 from safe_decode.certificate import certified_threshold
 from safe_decode.errors import CertificateError
+from safe_decode.typing import Tokenizer
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -35,7 +36,7 @@ _SHOWN = 6
 
 @dataclass(frozen=True, slots=True)
 class ShownResponse:
-    """A response as it is read aloud.
+    """A response as the page shows it, token by token.
 
     Attributes:
         kind: `missed` or `false alarm`.
@@ -56,7 +57,7 @@ class ShownResponse:
 
 def evaluation_page(
     report: Report,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     tables: Mapping[str, Sequence[Mapping[str, str]]],
     *,
     facts: Mapping[str, str],
@@ -130,7 +131,7 @@ def coverage_of(report: Report) -> tuple[list[float], list[Proportion]]:
     return alphas, realised
 
 
-def worst_responses(report: Report, tokenizer: Any) -> list[ShownResponse]:  # noqa: ANN401
+def worst_responses(report: Report, tokenizer: Tokenizer) -> list[ShownResponse]:
     """Choose the harmful responses of the lowest and the harmless ones of the highest maximum."""
     peaks = np.asarray([float(path.max()) for path in report.paths])
     threshold = report.certificate.threshold
@@ -144,7 +145,7 @@ def worst_responses(report: Report, tokenizer: Any) -> list[ShownResponse]:  # n
     ]
 
 
-def _shown(kind: str, row: int, report: Report, tokenizer: Any) -> ShownResponse:  # noqa: ANN401
+def _shown(kind: str, row: int, report: Report, tokenizer: Tokenizer) -> ShownResponse:
     path, encoded = report.paths[row], report.encoded[row]
     threshold = report.certificate.threshold
     ids = encoded.ids[encoded.turn_start :]

@@ -67,7 +67,7 @@ def _pictures(units: UnitSet) -> list[dict[str, str]]:
     return found
 
 
-def _shortened(value: Any) -> Any:  # noqa: ANN401 - JSON
+def _shortened(value: object) -> object:
     if isinstance(value, dict):
         return {name: _shortened(part) for name, part in value.items() if name != "tried"}
     if isinstance(value, list | tuple) and len(value) > _LONGEST_LIST:

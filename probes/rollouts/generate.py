@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from probes.data.conversations import Conversation
@@ -25,6 +25,10 @@ from probes.runs.progress import progress
 from safe_decode.engines.transformers.coverage import record_of
 from safe_decode.errors import ConfigurationError, DataError, PromptError
 from safe_decode.prompts.chat import EncodedChat, encode_chat, stop_ids
+from safe_decode.typing import CausalLM, Tokenizer
+
+if TYPE_CHECKING:
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 __all__ = ["RolloutConfig", "rollout"]
 
@@ -88,8 +92,8 @@ class _Generated(NamedTuple):
 
 
 def rollout(
-    model: Any,  # noqa: ANN401 - a transformers causal language model
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     requests: Sequence[Request],
     *,
     judge: Judge | None = None,
@@ -136,7 +140,7 @@ def rollout(
 
 
 def _generate(
-    model: Any,  # noqa: ANN401
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     stops: tuple[int, ...],
     config: RolloutConfig,
@@ -183,7 +187,7 @@ def _chunks(config: RolloutConfig) -> Iterator[int]:
         yield min(config.compact_every, config.max_new_tokens - done)
 
 
-def _extended(mask: Tensor, output: Any, ids: Tensor) -> Tensor:  # noqa: ANN401
+def _extended(mask: Tensor, output: GenerateDecoderOnlyOutput, ids: Tensor) -> Tensor:
     new = output.sequences.shape[1] - ids.shape[1]
     return torch.cat([mask, mask.new_ones(len(mask), new)], dim=1)
 
@@ -197,7 +201,7 @@ def _rest_of(cache: object, kept: Tensor) -> DynamicCache | None:
 
 
 @contextmanager
-def _seeded(seed: int, model: nn.Module) -> Iterator[None]:
+def _seeded(seed: int, model: CausalLM) -> Iterator[None]:
     """Draws inside repeat with the seed; draws outside go on as if nothing had happened."""
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -206,7 +210,7 @@ def _seeded(seed: int, model: nn.Module) -> Iterator[None]:
 
 
 def _conversation(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     request: Request,
     chat: EncodedChat,
     generated: _Generated,
@@ -241,7 +245,7 @@ def _conversation(
     )
 
 
-def _check_context(model: Any, chats: Sequence[EncodedChat], cap: int) -> None:  # noqa: ANN401
+def _check_context(model: CausalLM, chats: Sequence[EncodedChat], cap: int) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max((len(chat.ids) for chat in chats), default=0)
     if isinstance(limit, int) and longest + cap > limit:

@@ -15,9 +15,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from probes.data.conversations import Conversation, read_jsonl, write_jsonl
 from probes.rollouts.generate import RolloutConfig, rollout
@@ -26,6 +23,7 @@ from probes.rollouts.types import Request
 from probes.runs.identity import weights_digest
 from safe_decode.errors import DataError
 from safe_decode.prompts.chat import encode_chat
+from safe_decode.typing import CausalLM, Tokenizer
 from safe_decode.whole_files import remove_empty, write_whole
 
 __all__ = ["RolloutReport", "requests_of", "rollout_to", "with_room"]
@@ -67,8 +65,8 @@ def requests_of(rows: Sequence[Conversation], *, samples: int = 1) -> list[Reque
 
 
 def with_room(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     requests: Sequence[Request],
     max_new_tokens: int,
 ) -> list[Request]:
@@ -85,8 +83,8 @@ def with_room(
 
 def rollout_to(
     path: str | os.PathLike[str],
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401
+    model: CausalLM,
+    tokenizer: Tokenizer,
     requests: Sequence[Request],
     *,
     judge: RowJudge | None = None,
@@ -138,7 +136,7 @@ def rollout_to(
 
 
 def _identity(
-    model: nn.Module,
+    model: CausalLM,
     requests: Sequence[Request],
     config: RolloutConfig,
     judge: RowJudge | None,

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 
-from torch import nn
+from safe_decode.typing import CausalLM
 
 __all__ = ["weights_digest"]
 
 _SAMPLED_PER_PARAMETER = 64
 
 
-def weights_digest(model: nn.Module) -> str:
+def weights_digest(model: CausalLM) -> str:
     """Digest a sample of every parameter: enough to notice a further training step."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():

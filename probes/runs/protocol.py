@@ -19,7 +19,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -89,7 +88,7 @@ def read_protocol(path: str | os.PathLike[str]) -> Protocol:
     return Protocol(found["seed"], tables)
 
 
-def _table(name: str, found: Any) -> TableProtocol:  # noqa: ANN401 - from YAML
+def _table(name: str, found: object) -> TableProtocol:
     if not isinstance(found, dict) or set(found) != set(_FIELDS):
         given = sorted(found) if isinstance(found, dict) else found
         raise DataError(f"table {name!r} has {given}, wanted {_FIELDS}.")

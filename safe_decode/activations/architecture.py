@@ -1,19 +1,19 @@
 """The parts of a decoder-only model that can be read, found by duck typing.
 
 Knows the names that Hugging Face gives to decoder blocks, attention output
-projections and MLP down projections, and the head geometry. The only room that
-does. Does not know hooks, probes or tokens, and does not import transformers.
+projections and MLP down projections, and the head geometry; no other
+module does. Does not know hooks, probes or tokens, and does not import transformers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from safe_decode.activations.site import SiteKind
 from safe_decode.errors import ConfigurationError, UnsupportedError
+from safe_decode.typing import CausalLM
 
 __all__ = ["Architecture", "Block", "anatomy_of"]
 
@@ -111,7 +111,7 @@ class Architecture:
         return self.d_model if kind == "resid" else _input_width(module)
 
 
-def anatomy_of(model: nn.Module) -> Architecture:
+def anatomy_of(model: CausalLM) -> Architecture:
     """Find the readable parts of a decoder-only causal language model.
 
     Args:
@@ -140,7 +140,7 @@ def anatomy_of(model: nn.Module) -> Architecture:
     )
 
 
-def _text_config(model: nn.Module) -> Any:  # noqa: ANN401 - a foreign, family-specific class
+def _text_config(model: CausalLM) -> object:
     config = getattr(model, "config", None)
     if config is None:
         raise UnsupportedError(
@@ -165,7 +165,7 @@ def _required_int(config: object, name: str) -> int:
     return value
 
 
-def _layer_list(model: nn.Module, n_layers: int) -> nn.ModuleList:
+def _layer_list(model: CausalLM, n_layers: int) -> nn.ModuleList:
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     root = decoder if isinstance(decoder, nn.Module) else model

@@ -1,10 +1,10 @@
-"""Activations at sites, read by forward hooks. The only room that hooks.
+"""Activations at sites, read by forward hooks. No other runtime module installs hooks.
 
 Knows when a forward passes a site and counts it. Does not know tokens, rows that
 have ended, probes or decisions.
 
 Hooks belong to a tap and are installed once however many sessions listen; which
-session a forward belongs to is a matter of the calling context (`contextvars`), so
+session a forward belongs to is told by the calling context (`contextvars`), so
 two threads, or two tasks, on one model do not see each other, and no lock is held
 while the model runs. A forward outside `listening()`, or inside `unwatched()`, writes
 nothing.
@@ -37,6 +37,7 @@ from safe_decode.activations.recorder import ForwardRecorder
 from safe_decode.activations.site import Site, sorted_sites
 from safe_decode.activations.visitor import ActivationVisitor, Visit
 from safe_decode.errors import ConfigurationError, UnsupportedError
+from safe_decode.typing import CausalLM
 
 __all__ = ["ActivationTap", "ForwardRecorder", "unwatched"]
 
@@ -76,7 +77,7 @@ class ActivationTap:
             experts).
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
+    def __init__(self, model: CausalLM, sites: Sequence[Site]) -> None:
         """Find the modules to hook; nothing is hooked yet."""
         self.sites = sorted_sites(sites)
         anatomy = anatomy_of(model)
@@ -187,7 +188,7 @@ class ActivationTap:
             yield
         finally:
             # A generator may be closed in another context than it was entered in; the closed
-            # listener then stays behind there, deaf and empty.
+            # listener then stays behind there and records nothing more.
             listener.close()
             with suppress(ValueError):
                 _listeners.reset(token)

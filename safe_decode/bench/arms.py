@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from safe_decode.monitor.monitor import RiskMonitor
 from safe_decode.policy.policy import Policy
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.session.trip_detector import TripDetector
+from safe_decode.typing import CausalLM
 
 __all__ = [
     "ARMS",
@@ -45,10 +46,10 @@ __all__ = [
 ]
 
 ArmName = Literal["bare", "hooks", "capture", "probe", "monitor", "guard", "tripping"]
-"""bare: `generate`. hooks: with hooks that hear nobody. capture: with features taken each step.
-probe: and a logit made of them. monitor: and watched. guard: `SafeDecoder.generate`, the policy
-and the redirect included, no row tripping. tripping: the same with a share of the rows tripping,
-so that some rows end early."""
+"""bare: `generate`. hooks: with hooks to which no session listens. capture: with features
+taken each step. probe: and a logit made of them. monitor: and watched. guard:
+`SafeDecoder.generate`, the policy and the redirect included, no row tripping. tripping: the same
+with a share of the rows tripping, so that some rows end early."""
 
 ARMS: tuple[ArmName, ...] = ("bare", "hooks", "capture", "probe", "monitor", "guard", "tripping")
 
@@ -99,13 +100,13 @@ class Lap:
 class _Stamps(StoppingCriteria):
     """Notes when a token was chosen; ends nothing."""
 
-    def __init__(self, nobody: Tensor, now: Callable[[], int]) -> None:
+    def __init__(self, nobody: torch.BoolTensor, now: Callable[[], int]) -> None:
         self.taken: list[int] = []
         self._events: list[Any] = []
         self._now = now
         self._nobody = nobody
 
-    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:  # noqa: ANN401, ARG002
+    def __call__(self, input_ids: object, scores: object, **kwargs: object) -> torch.BoolTensor:  # noqa: ARG002
         self.taken.append(self._now())
         if self._nobody.is_cuda:
             event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -137,7 +138,7 @@ class Arm:
     run: ArmCall
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
 
-    def call(self, **options: Any) -> object:  # noqa: ANN401
+    def call(self, **options: object) -> object:
         """Run once, untimed."""
         with self.within():
             return self.run(**options)
@@ -146,7 +147,7 @@ class Arm:
         """Run once and say what it took; accelerators are waited for at both ends."""
         ids, now = options["input_ids"], _NOW[clock]
         nobody = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
-        stamps = _Stamps(nobody, now)
+        stamps = _Stamps(cast("torch.BoolTensor", nobody), now)
         with self.within():
             _wait(ids.device)
             began = now()
@@ -192,7 +193,7 @@ def arms_of(subject: Subject, load: Load, *, tripping_share: float = 0.1) -> dic
     probe = subject.bundle.probe.to(model.device)
     built_in = nullcontext if is_eager else tap.built_in
 
-    def hooks(**options: Any) -> None:  # noqa: ANN401
+    def hooks(**options: object) -> None:
         with tap.installed():
             model.generate(**options)
 
@@ -207,7 +208,7 @@ def arms_of(subject: Subject, load: Load, *, tripping_share: float = 0.1) -> dic
 
 
 def _guarded(name: str, decoder: SafeDecoder, load: Load) -> Arm:
-    def run(**options: Any) -> object:  # noqa: ANN401
+    def run(**options: Any) -> object:  # noqa: ANN401 - those of generate
         return decoder.generate(**options)
 
     return Arm(name, run, nullcontext if load.mode == "eager" else decoder.installed)
@@ -226,7 +227,7 @@ def threshold_for_share(subject: Subject, load: Load, share: float) -> float:
 def _partial(subject: Subject, tap: ActivationTap, probe: LinearProbe, depth: str) -> ArmCall:
     """Build a rung between hooks and guard: a processor that does a part of the guard's step."""
 
-    def run(**options: Any) -> None:  # noqa: ANN401
+    def run(**options: Any) -> None:  # noqa: ANN401 - those of generate
         with tap.listening() as beats, torch.no_grad():
             step = _parts(subject, beats, probe, depth, options["input_ids"])
 
@@ -268,21 +269,22 @@ def features_of(beats: ForwardRecorder) -> Tensor:
 
 
 @contextmanager
-def called_last(model: Any, processor: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:  # noqa: ANN401
+def called_last(model: CausalLM, processor: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
     """Have `generate` call a processor as the guard does: outside the list, which inspects."""
-    build = model._get_logits_processor
+    patched: Any = model  # a private method of transformers
+    build = patched._get_logits_processor
 
-    def with_ours(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def with_ours(*args: object, **kwargs: object) -> object:
         built = build(*args, **kwargs)
 
         class Both(type(built)):  # type: ignore[misc]  # only known here
-            def __call__(self, ids: Tensor, scores: Tensor, **rest: Any) -> Tensor:  # noqa: ANN401
+            def __call__(self, ids: Tensor, scores: Tensor, **rest: object) -> Tensor:
                 return processor(ids, super().__call__(ids, scores, **rest))
 
         return Both(built)
 
-    model._get_logits_processor = with_ours
+    patched._get_logits_processor = with_ours
     try:
         yield
     finally:
-        del model._get_logits_processor
+        del patched._get_logits_processor

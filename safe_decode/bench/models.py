@@ -21,6 +21,7 @@ from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.errors import ConfigurationError
 from safe_decode.monitor.monitor import MonitorConfig
 from safe_decode.probe.linear import LinearProbe
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["SHAPES", "ProbeShape", "ModelShape", "Subject", "embedded_subject", "of_shape"]
 
@@ -81,11 +82,11 @@ class Subject:
     """A model on its device, and a bundle that fits it."""
 
     name: str
-    model: Any
-    tokenizer: Any
+    model: CausalLM
+    tokenizer: Tokenizer
     bundle: ProbeBundle
 
-    def decoder(self, threshold: float = NEVER, **options: Any) -> SafeDecoder:  # noqa: ANN401
+    def decoder(self, threshold: float = NEVER, **options: Any) -> SafeDecoder:  # noqa: ANN401 - those of SafeDecoder
         """Guard the model with another threshold; `options` go to `SafeDecoder`."""
         certificate = Certificate.compute(
             [threshold] * 20,  # whatever the rank, the threshold is this number
@@ -173,7 +174,7 @@ def of_shape(
     )
 
 
-def _bundle(model: Any, tokenizer: Any, wanted: ProbeShape, *, seed: int) -> ProbeBundle:  # noqa: ANN401
+def _bundle(model: CausalLM, tokenizer: Tokenizer, wanted: ProbeShape, *, seed: int) -> ProbeBundle:
     sites = _sites(model, wanted)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(n_features(sites), wanted.heads, generator=generator)
@@ -195,7 +196,7 @@ def _bundle(model: Any, tokenizer: Any, wanted: ProbeShape, *, seed: int) -> Pro
     )
 
 
-def _sites(model: Any, wanted: ProbeShape) -> tuple[Site, ...]:  # noqa: ANN401
+def _sites(model: CausalLM, wanted: ProbeShape) -> tuple[Site, ...]:
     anatomy = anatomy_of(model)
     n_layers = len(anatomy.blocks)
     n_sites = min(n_layers, wanted.features) if wanted.sites is None else wanted.sites
@@ -217,10 +218,11 @@ def _spread(n: int, width: int) -> tuple[int, ...]:
     return tuple(i * width // n for i in range(n))
 
 
-def _tokenizer(vocab: int) -> Any:  # noqa: ANN401
+def _tokenizer(vocab: int) -> Tokenizer:
     """One id a byte: the guard asks for texts of its own, prompts are drawn as ids."""
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
 
     fast: Any = transformers.PreTrainedTokenizerFast
 
@@ -228,15 +230,16 @@ def _tokenizer(vocab: int) -> Any:  # noqa: ANN401
     if vocab < len(special) + 256:
         raise ConfigurationError(f"vocab={vocab} has no room for bytes; pass at least 259.")
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(
+    backend = Backend(
         models.BPE(vocab={t: i for i, t in enumerate((*special, *symbols))}, merges=[])
     )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    return fast(
+    tokenizer: Tokenizer = fast(
         tokenizer_object=backend,
         pad_token=special[0],
         bos_token=special[1],
         eos_token=special[2],
         padding_side="left",
     )
+    return tokenizer

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safe_decode.errors import ConfigurationError, UnsupportedError
 from safe_decode.whole_files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["plot"]
 
@@ -64,7 +67,7 @@ def _grouped(
     return groups
 
 
-def _ladder(axis: Any, title: str, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401
+def _ladder(axis: Axes, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     rungs = [row for row in rows if row["arm"] != "bare"]
     points = [100 * (row["ratio"] - 1) for row in rungs]
     below = [100 * (row["ratio"] - row["ratio_95"][0]) for row in rungs]
@@ -78,7 +81,7 @@ def _ladder(axis: Any, title: str, rows: Sequence[Mapping[str, Any]]) -> None:  
     axis.set_title(title, fontsize=9)
 
 
-def _growth(axis: Any, name: str, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401
+def _growth(axis: Axes, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     x = [row["value"] for row in rows]
     first = rows[0]
     axis.plot(x, [row["added_us"] for row in rows], "o", color="#2a6f97")

@@ -8,15 +8,15 @@ or decisions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safe_decode.activations.tap import ActivationTap
 from safe_decode.errors import BeatError, CanaryError, ConfigurationError
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.prompts.chat import encode_chat
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["CanaryRecord"]
 
@@ -62,8 +62,8 @@ class CanaryRecord:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
-        tokenizer: Any,  # noqa: ANN401
+        model: CausalLM,
+        tokenizer: Tokenizer,
         probe: LinearProbe,
         *,
         prompt: str,
@@ -88,7 +88,7 @@ class CanaryRecord:
         logits = _scores(model, probe, chat.ids, chat.turn_start)
         return cls(prompt, response, chat.ids, chat.turn_start, logits, tolerance)
 
-    def run(self, model: nn.Module, tokenizer: Any, probe: LinearProbe) -> float:  # noqa: ANN401
+    def run(self, model: CausalLM, tokenizer: Tokenizer, probe: LinearProbe) -> float:
         """Compare the model at hand with the record, by one forward.
 
         Args:
@@ -130,7 +130,7 @@ class CanaryRecord:
         return float(difference[worst])
 
 
-def _scores(model: nn.Module, probe: LinearProbe, ids: tuple[int, ...], turn_start: int) -> Tensor:
+def _scores(model: CausalLM, probe: LinearProbe, ids: tuple[int, ...], turn_start: int) -> Tensor:
     device = next(model.parameters()).device
     with torch.no_grad(), ActivationTap(model, probe.sites).listening() as beats:
         beats.keep_last(len(ids) - turn_start + 1)

@@ -144,7 +144,7 @@ def checked_content(
     return content
 
 
-def tupled(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def tupled(value: object) -> Any:  # noqa: ANN401 - a field of a bundle, of any type
     """Make a tuple of a JSON array; leave everything else as it is."""
     return tuple(value) if isinstance(value, list) else value
 

@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from safe_decode.errors import FingerprintMismatchError, UnsupportedError
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["CONFIG_KEYS", "Fingerprint"]
 
@@ -87,7 +88,7 @@ class Fingerprint:
     dtype: str
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: Any) -> Fingerprint:  # noqa: ANN401
+    def of(cls, model: CausalLM, tokenizer: Tokenizer) -> Fingerprint:
         """Digest a model and its tokenizer, without a forward.
 
         Args:
@@ -144,9 +145,13 @@ class Fingerprint:
             )
 
 
-def _differences(name: str, wanted: Any, got: Any) -> list[str]:  # noqa: ANN401
+_Value = str | tuple[str, ...] | Mapping[str, str]
+
+
+def _differences(name: str, wanted: _Value, got: _Value) -> list[str]:
     if not isinstance(wanted, Mapping):
         return [] if wanted == got else [f"{name} is {got!r}, wanted {wanted!r}"]
+    got = cast("Mapping[str, str]", got)  # a field has one type
     keys = [key for key in {**wanted, **got} if wanted.get(key) != got.get(key)]
     if name == "weights" and keys:
         shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
@@ -154,7 +159,7 @@ def _differences(name: str, wanted: Any, got: Any) -> list[str]:  # noqa: ANN401
     return [f"config {key} is {got.get(key)}, wanted {wanted.get(key)}" for key in keys]
 
 
-def _json(value: Any) -> str:  # noqa: ANN401
+def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
@@ -162,7 +167,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401
+def _tokenizer_digest(tokenizer: Tokenizer) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     # Only the model part: padding and truncation in the same file are state of the last call.
     merges = json.loads(backend.to_str())["model"].get("merges") if backend is not None else None
@@ -171,7 +176,7 @@ def _tokenizer_digest(tokenizer: Any) -> str:  # noqa: ANN401
     return _digest(_json([vocab, merges, added]).encode())
 
 
-def _adapter_names(model: nn.Module) -> tuple[str, ...]:
+def _adapter_names(model: CausalLM) -> tuple[str, ...]:
     names: Any = getattr(model, "peft_config", None) or {}
     layers: list[Any] = [m for m in model.modules() if hasattr(type(m), "_active_adapter")]
     active = {
@@ -181,7 +186,7 @@ def _adapter_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(f"{n} (not active)" if is_silent[n] else n for n in names))
 
 
-def _weight_digests(model: nn.Module) -> dict[str, str]:
+def _weight_digests(model: CausalLM) -> dict[str, str]:
     hashes: dict[str, Any] = {}
     for name, parameter in sorted(model.named_parameters()):
         layer = _LAYER.match(name)
@@ -193,7 +198,7 @@ def _weight_digests(model: nn.Module) -> dict[str, str]:
 
 
 @contextmanager
-def _loaded(model: nn.Module, name: str, parameter: nn.Parameter) -> Iterator[Tensor]:
+def _loaded(model: CausalLM, name: str, parameter: nn.Parameter) -> Iterator[Tensor]:
     """Bring back for a moment what accelerate has put on the disk or in another memory."""
     if not parameter.is_meta:
         yield parameter

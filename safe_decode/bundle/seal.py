@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from safe_decode.bundle.fingerprint import CONFIG_KEYS, Fingerprint
 from safe_decode.errors import FingerprintMismatchError, UnsupportedError
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["ModelSeal"]
 
@@ -59,7 +60,7 @@ class ModelSeal:
         UnsupportedError: A module is in training mode.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, fingerprint: Fingerprint) -> None:  # noqa: ANN401
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, fingerprint: Fingerprint) -> None:
         self._model, self._tokenizer, self._fingerprint = model, tokenizer, fingerprint
         _require_eval(model)
         self._lock = threading.Lock()
@@ -107,7 +108,7 @@ class _Signs:
     words: tuple[object, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, tokenizer: Any) -> _Signs:  # noqa: ANN401
+    def of(cls, model: CausalLM, tokenizer: Tokenizer) -> _Signs:
         groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for parameter in model.parameters():
             if type(parameter) in _PLAIN and not parameter.is_meta and parameter.numel():
@@ -117,7 +118,7 @@ class _Signs:
         words = copy.deepcopy(_words_of(model, tokenizer))
         return cls(_tensor_signs(model), views, [_bytes(v) for v in views], words)
 
-    def stand(self, model: nn.Module, tokenizer: Any) -> bool:  # noqa: ANN401
+    def stand(self, model: CausalLM, tokenizer: Tokenizer) -> bool:
         """Say whether all signs are as they were."""
         return (
             self.words == _words_of(model, tokenizer)
@@ -129,11 +130,11 @@ class _Signs:
         )
 
 
-def _tensor_signs(model: nn.Module) -> list[object]:
+def _tensor_signs(model: CausalLM) -> list[object]:
     # At every call, over hundreds of modules and tensors: `model.modules()` and a function a
     # tensor take several times as long.
     signs: list[object] = []
-    stack = [model]
+    stack: list[Any] = [model]
     while stack:
         module = stack.pop()
         parts = module.__dict__
@@ -159,7 +160,8 @@ def _tensor_signs(model: nn.Module) -> list[object]:
     return signs
 
 
-def _adapter_state(layer: Any) -> tuple[object, ...]:  # noqa: ANN401 - a tuner layer of peft
+def _adapter_state(module: nn.Module) -> tuple[object, ...]:
+    layer: Any = module  # a tuner layer of peft
     active = layer._active_adapter
     return (
         active if isinstance(active, str) else tuple(active),
@@ -169,7 +171,7 @@ def _adapter_state(layer: Any) -> tuple[object, ...]:  # noqa: ANN401 - a tuner 
     )
 
 
-def _words_of(model: Any, tokenizer: Any) -> tuple[object, ...]:  # noqa: ANN401 - duck-typed
+def _words_of(model: CausalLM, tokenizer: Tokenizer) -> tuple[object, ...]:
     config = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return (
@@ -196,7 +198,7 @@ def _bytes(views: list[Tensor]) -> Tensor:
         return torch.cat(views).view(torch.uint8)
 
 
-def _state_of(model: nn.Module) -> _State:
+def _state_of(model: CausalLM) -> _State:
     saved = (
         buffer
         for module in model.modules()
@@ -235,7 +237,7 @@ def _named(state: _State) -> str:
     return " | ".join(words) or "none"
 
 
-def _require_eval(model: nn.Module) -> None:
+def _require_eval(model: CausalLM) -> None:
     name = next((name for name, module in model.named_modules() if module.training), None)
     if name is not None:
         raise UnsupportedError(

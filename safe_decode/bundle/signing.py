@@ -220,7 +220,7 @@ def _statement(name: str, digests: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _listed(statement: Any) -> dict[str, str]:  # noqa: ANN401 - any JSON value
+def _listed(statement: Mapping[str, Any]) -> dict[str, str]:
     """Read the files of a statement, and check that it is one of this kind."""
     for name, wanted in (("_type", _STATEMENT_TYPE), ("predicateType", _PREDICATE_TYPE)):
         if statement[name] != wanted:

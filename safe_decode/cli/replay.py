@@ -20,6 +20,7 @@ from safe_decode.errors import BundleError, ConfigurationError, DataError
 if TYPE_CHECKING:
     from safe_decode.bundle.bundle import ProbeBundle
     from safe_decode.demo.view import ShownToken
+    from safe_decode.loading import Loaded
     from safe_decode.trace.replay import Replay, Rescore
     from safe_decode.trace.schema import SafetyTrace
 
@@ -142,7 +143,7 @@ def _require_bundle(trace: SafetyTrace, bundle: ProbeBundle) -> None:
         )
 
 
-def _rescorer(loaded: Any, bundle: ProbeBundle, prompt: str) -> Rescore:  # noqa: ANN401
+def _rescorer(loaded: Loaded, bundle: ProbeBundle, prompt: str) -> Rescore:
     import torch
 
     from safe_decode.activations.tap import ActivationTap

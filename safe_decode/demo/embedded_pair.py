@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from safe_decode.demo.scenes import DemoPrompt, Scene, read_prompts, showcases
 from safe_decode.errors import ConfigurationError
 from safe_decode.loading import Dtype, load_model
+from safe_decode.typing import CausalLM, Tokenizer
 
 if TYPE_CHECKING:
     from safe_decode.bundle.bundle import ProbeBundle
@@ -29,8 +30,8 @@ bundle: the probe bundle made for `aligned`. prompts.jsonl: held-out prompts."""
 class Embedded:
     """The embedded aligned model with all that belongs to it."""
 
-    model: Any
-    tokenizer: Any
+    model: CausalLM
+    tokenizer: Tokenizer
     bundle: ProbeBundle
     prompts: tuple[DemoPrompt, ...]
 

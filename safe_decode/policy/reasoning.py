@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from torch import Tensor
 from safe_decode.certificate import Certificate, certificate_of
 from safe_decode.errors import CertificateError, ConfigurationError, PromptError
 from safe_decode.prompts.chat import assistant_header, text_ids
+from safe_decode.typing import Tokenizer
 
 __all__ = ["ReasoningSpans", "SpanMarks", "SpanReader", "OpenTurn"]
 
@@ -68,7 +68,7 @@ class ReasoningSpans:
         """
         return certificate_of(self.certificates, alpha, "benign")
 
-    def marks(self, tokenizer: Any) -> SpanMarks:  # noqa: ANN401 - duck-typed
+    def marks(self, tokenizer: Tokenizer) -> SpanMarks:
         """Encode the marks as the model writes them."""
         opens, closes = (_mark_ids(tokenizer, text) for text in (self.opens, self.closes))
         try:
@@ -193,7 +193,7 @@ class SpanReader:
         return self._phases[row][max(0, column + 1 - self.turns[row].start)]
 
 
-def _mark_ids(tokenizer: Any, text: str) -> tuple[int, ...]:  # noqa: ANN401
+def _mark_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """A mark that is a token of its own, special or added, or the ids of its text."""
     own = tokenizer.get_added_vocab().get(text)
     return (int(own),) if own is not None else text_ids(tokenizer, text)

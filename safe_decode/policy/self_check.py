@@ -1,9 +1,9 @@
-"""The second rung: on an alarm, the model is asked to look at what it has said.
+"""The second stage: on an alarm, the model is asked to look at what it has said.
 
 Knows a probe on the last token of the assistant header, put once more behind a row's ids,
 and how often a row may be asked. Does not know monitors, policies or loops.
 
-The forward serves the guard alone: it passes unheard by the session's tap, uses no cache,
+The forward serves the guard alone: the session's tap does not record it, it uses no cache,
 draws nothing and changes nothing of the row. An alarm that is cleared stays latched in the
 monitor; the next look comes `every_tokens` scores later, until the row's looks are spent.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -21,6 +20,7 @@ from safe_decode.activations.tap import ActivationTap, unwatched
 from safe_decode.certificate import Certificate, certificate_of
 from safe_decode.errors import CertificateError, ConfigurationError
 from safe_decode.probe.linear import LinearProbe
+from safe_decode.typing import CausalLM
 
 __all__ = ["HeaderCheck", "Look", "SelfCheck", "SelfChecker", "looks_due"]
 
@@ -157,7 +157,7 @@ class SelfChecker:
     def __init__(
         self,
         check: SelfCheck,
-        model: Any,  # noqa: ANN401 - duck-typed
+        model: CausalLM,
         tap: ActivationTap,
         *,
         header: Sequence[int],

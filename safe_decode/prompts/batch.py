@@ -21,6 +21,7 @@ from safe_decode.prompts.chat import (
     open_turn_start,
     require_room,
 )
+from safe_decode.typing import Tokenizer
 
 __all__ = [
     "RAW_WINDOW_TOKENS",
@@ -102,7 +103,7 @@ class PromptBatch:
 
 
 def from_prompts(
-    tokenizer: Any,  # noqa: ANN401 - duck-typed
+    tokenizer: Tokenizer,
     prompts: Prompts,
     prefill: str | Sequence[str | None] | None,
     device: torch.device,
@@ -141,7 +142,7 @@ def from_prompts(
 
 
 def from_ids(
-    tokenizer: Any,  # noqa: ANN401 - duck-typed
+    tokenizer: Tokenizer,
     input_ids: Tensor,
     attention_mask: Tensor | None,
 ) -> PromptBatch:
@@ -187,7 +188,7 @@ def from_ids(
 
 
 def from_row_ids(
-    tokenizer: Any,  # noqa: ANN401 - duck-typed
+    tokenizer: Tokenizer,
     ids: Sequence[Sequence[int]],
     *,
     scanned: Sequence[int],
@@ -250,7 +251,7 @@ def _as_chats(prompts: Prompts) -> list[Any]:
     return chats
 
 
-def _left_mask(tokenizer: Any, input_ids: Tensor) -> Tensor:  # noqa: ANN401
+def _left_mask(tokenizer: Tokenizer, input_ids: Tensor) -> Tensor:
     # Only a pad id that means nothing else tells padding from text, as in transformers.
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None or pad == end:

@@ -1,7 +1,7 @@
 """Conversations as token ids: the template, the assistant turn, the ids that end it.
 
-Knows roles and the tokenizer's own chat template; the only room that does. Does not know
-models in motion, probes or batches in flight.
+Knows roles and the tokenizer's own chat template; no other module does. Does not
+know how models run, probes, or batches of a running call.
 
 Text from outside is text (`plain_text`): a control token spelt in a message or a prefill is
 encoded as ordinary characters, so that a message cannot open a turn of its own. Where a
@@ -23,6 +23,7 @@ from torch import Tensor
 from safe_decode.errors import PromptError
 from safe_decode.prompts.plain_text import controls_of, encoding, text_ids
 from safe_decode.prompts.turn_headers import assistant_header, open_turn_start
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = [
     "ChatBatch",
@@ -86,7 +87,7 @@ class ChatBatch:
 
 
 def encode_chat(
-    tokenizer: Any,  # noqa: ANN401 - any tokenizer of transformers
+    tokenizer: Tokenizer,
     messages: Prompt,
     *,
     prefill: str | None = None,
@@ -125,7 +126,7 @@ def encode_chat(
 
 
 def encode_batch(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     chats: Sequence[EncodedChat],
     device: torch.device | str,
 ) -> ChatBatch:
@@ -147,7 +148,7 @@ def encode_batch(
 
 
 def left_padded(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     rows: Sequence[Sequence[int]],
 ) -> tuple[Tensor, Tensor]:
     """Pad rows of ids on the left.
@@ -184,7 +185,7 @@ def require_room(n_tokens: int, context_tokens: int | None, *, new_tokens: int =
         )
 
 
-def stop_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:  # noqa: ANN401
+def stop_ids(model: CausalLM, tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """Return the ids at which bare `generate` ends a row, the preferred one first.
 
     From the generation config, else the model's config, else the tokenizer; empty if none
@@ -220,7 +221,7 @@ def _checked_messages(messages: Prompt) -> list[Message]:
     return turns
 
 
-def _rendered_ids(tokenizer: Any, turns: Sequence[Message]) -> list[int]:  # noqa: ANN401
+def _rendered_ids(tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
     from jinja2 import TemplateError  # chat templates need it; the rest of the package does not
 
     if not getattr(tokenizer, "chat_template", None):
@@ -246,7 +247,7 @@ def _rendered_ids(tokenizer: Any, turns: Sequence[Message]) -> list[int]:  # noq
 
 
 def _spells_controls(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     turns: Sequence[Message],
     *,
     can_sanitize: bool,

@@ -12,9 +12,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from safe_decode.errors import PromptError
+from safe_decode.typing import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
 
 __all__ = ["Controls", "controls_of", "encoding", "text_ids"]
 
@@ -41,7 +45,7 @@ class Controls(NamedTuple):
         return [[self.spellings[i - 1] for i in one.ids if i] for one in found]
 
 
-def controls_of(tokenizer: Any) -> Controls:  # noqa: ANN401 - any tokenizer of transformers
+def controls_of(tokenizer: Tokenizer) -> Controls:
     """Read a tokenizer's control tokens; those added later are seen by the next call."""
     told = {
         int(i): str(token)
@@ -51,7 +55,7 @@ def controls_of(tokenizer: Any) -> Controls:  # noqa: ANN401 - any tokenizer of 
     return Controls(frozenset(told), tuple(dict.fromkeys(told.values())))
 
 
-def text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:  # noqa: ANN401
+def text_ids(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     """Encode text that continues a turn: no BOS, and no control token whatever it spells.
 
     Raises:
@@ -74,7 +78,7 @@ def text_ids(tokenizer: Any, text: str) -> tuple[int, ...]:  # noqa: ANN401
     return tuple(ids)
 
 
-def _plain_ids(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401
+def _plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     ids = tokenizer.encode(
         text, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
     )
@@ -82,7 +86,7 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401
 
 
 @lru_cache(maxsize=8)
-def _finder(spellings: tuple[str, ...]) -> Any:  # noqa: ANN401 - tokenizers has no types here
+def _finder(spellings: tuple[str, ...]) -> tokenizers.Tokenizer:
     """Build a tokenizer whose added tokens are these and whose other text is the one id 0.
 
     The library finds all of them in one pass (Aho-Corasick), without Python's lock; a regular

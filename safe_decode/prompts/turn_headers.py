@@ -6,15 +6,15 @@ Knows what a chat template writes between known texts. Does not know how message
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from safe_decode.errors import PromptError
 from safe_decode.prompts.plain_text import encoding
+from safe_decode.typing import Tokenizer
 
 __all__ = ["assistant_header", "open_turn_start"]
 
 
-def open_turn_start(tokenizer: Any, ids: Sequence[int]) -> int | None:  # noqa: ANN401
+def open_turn_start(tokenizer: Tokenizer, ids: Sequence[int]) -> int | None:
     """Find where the open assistant turn of raw ids begins.
 
     The first assistant header behind the last header of a user: a header repeated inside a
@@ -39,7 +39,7 @@ def open_turn_start(tokenizer: Any, ids: Sequence[int]) -> int | None:  # noqa: 
     return None if found < 0 else found + len(assistant)
 
 
-def assistant_header(tokenizer: Any) -> tuple[int, ...]:  # noqa: ANN401
+def assistant_header(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the ids of the assistant's header, as the template writes it after a message.
 
     Raises:
@@ -54,7 +54,7 @@ def assistant_header(tokenizer: Any) -> tuple[int, ...]:  # noqa: ANN401
     return tuple(marks[1])
 
 
-def _marks(tokenizer: Any) -> tuple[list[int], list[int]] | None:  # noqa: ANN401
+def _marks(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
     """The ids of the user's and of the assistant's header, from rendering known texts."""
     from jinja2 import TemplateError
 
@@ -82,7 +82,7 @@ def _marks(tokenizer: Any) -> tuple[list[int], list[int]] | None:  # noqa: ANN40
     return (_template_ids(tokenizer, to_user), ids) if ids else None
 
 
-def _template_ids(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401
+def _template_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     with encoding:
         return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
 

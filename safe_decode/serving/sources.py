@@ -13,13 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 import yaml
 from pydantic import SecretStr, ValidationError
 
 from safe_decode.errors import ConfigurationError
 from safe_decode.serving.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 __all__ = ["OTHER_VARIABLES", "PREFIX", "Origin", "SettingsGiven", "gather"]
 
@@ -225,7 +228,7 @@ def _read(name: str, given: _Value) -> object:
     return value
 
 
-def _problem(found: Any, given: Mapping[str, _Value]) -> str:  # noqa: ANN401 - pydantic's dict
+def _problem(found: ErrorDetails, given: Mapping[str, _Value]) -> str:
     name = str(found["loc"][0])
     place = ".".join(map(str, found["loc"]))
     origin = given[name].place if name in given else "the default"

@@ -1,6 +1,6 @@
 """What a session keeps of each row for those who come after it.
 
-Knows numbers on the host. Does not know tensors in motion, models or text.
+Knows numbers on the host. Does not know tensors on devices, models or text.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ of a device stands. Does not know models. `RowRNG` neither reads nor moves that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class RowRNG:
 
 
 class GlobalDraws:
-    """Where a device's global generator stands, so that what nobody sees does not move it.
+    """Saves and restores a device's global generator, so that unseen tokens do not change it.
 
     Args:
         device: Whose generator draws.
@@ -95,8 +95,9 @@ class GlobalDraws:
         return (self._device,) if self._device.type == "cuda" else ()
 
     @property
-    def _module(self) -> Any:  # noqa: ANN401 - torch.cuda, torch.mps, ... have no common type
-        return torch.get_device_module(self._device)
+    def _module(self) -> ModuleType:
+        module: ModuleType = torch.get_device_module(self._device)
+        return module
 
 
 def continued_seed(seed: int | None, row: int, attempt: int) -> int:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from safe_decode.streaming.detokenizer import Detokenizer, StopWatch
 from safe_decode.streaming.events import TokenNote
+from safe_decode.typing import Tokenizer
 
-__all__ = ["AttemptText", "Piece", "ReleaseRules"]
+__all__ = ["AttemptText", "ShownPiece", "ReleaseRules"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ReleaseRules:
     tells_notes: bool = False
 
 
-class Piece(NamedTuple):
+class ShownPiece(NamedTuple):
     """What is shown next.
 
     Attributes:
@@ -61,7 +62,7 @@ class AttemptText:
 
     def __init__(
         self,
-        tokenizer: Any,  # noqa: ANN401 - duck-typed
+        tokenizer: Tokenizer,
         before: Sequence[int],
         rules: ReleaseRules,
     ) -> None:
@@ -117,7 +118,7 @@ class AttemptText:
             return self._watch.id_at(self._stop_at)
         return self._watch.held_from()
 
-    def take(self, n_ids: int, *, is_last: bool) -> Piece:
+    def take(self, n_ids: int, *, is_last: bool) -> ShownPiece:
         """Take the next ids to be shown.
 
         Args:
@@ -137,7 +138,7 @@ class AttemptText:
             end = max(stop, self._shown_chars)
         text = said.between(self._shown_chars, end)
         self._shown_ids, self._shown_chars = last, end
-        return Piece(text, ids, notes)
+        return ShownPiece(text, ids, notes)
 
     def notes(self, first: int, last: int) -> tuple[TokenNote, ...]:
         """Say what is known of ids `first` to `last`, up to a stop string."""

@@ -10,7 +10,8 @@ character ends, and what ends in the replacement character waits for the next id
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from safe_decode.typing import Tokenizer
 
 __all__ = ["StopWatch", "Detokenizer"]
 
@@ -34,7 +35,7 @@ class Detokenizer:
         ids: What was pushed.
     """
 
-    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:  # noqa: ANN401
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self.ids: list[int] = []
         self._text = ""
         self._ends: list[int] = []  # of the text, once each id was read

@@ -24,6 +24,7 @@ from safe_decode.streaming.events import (
     Tripped,
 )
 from safe_decode.trace.schema import SafetyTrace
+from safe_decode.typing import Tokenizer
 
 __all__ = ["Cancelled", "ReleaseRules", "RowRelease", "TripNotice"]
 
@@ -62,7 +63,7 @@ class RowRelease:
     def __init__(
         self,
         row: int,
-        tokenizer: Any,  # noqa: ANN401 - duck-typed
+        tokenizer: Tokenizer,
         *,
         holdback_tokens: int,
         redirect: Redirect,

@@ -16,6 +16,7 @@ from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.monitor.monitor import MonitorConfig
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.streaming.threads import IDLE_NAME
+from safe_decode.typing import CausalLM, Tokenizer
 
 SITES = (
     Site(0, "mlp", tuple(range(0, 64, 5))),
@@ -37,7 +38,12 @@ def random_probe(seed: int = 3, sites: tuple[Site, ...] = SITES) -> LinearProbe:
 
 
 def bundle_for(
-    model: Any, tokenizer: Any, *, threshold: float = 1e9, holdback: int = 2, **changes: Any
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    *,
+    threshold: float = 1e9,
+    holdback: int = 2,
+    **changes: Any,
 ) -> ProbeBundle:
     """A bundle around a random probe; `threshold` goes into its certificate."""
     certificate = Certificate.compute(
@@ -63,7 +69,12 @@ def bundle_for(
 
 
 def decoder_for(
-    model: Any, tokenizer: Any, *, threshold: float = 1e9, holdback: int = 2, **options: Any
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    *,
+    threshold: float = 1e9,
+    holdback: int = 2,
+    **options: Any,
 ) -> SafeDecoder:
     """Wrap a tiny model with its bundle; `options` go to the decoder."""
     bundle = bundle_for(model, tokenizer, threshold=threshold, holdback=holdback)

@@ -26,11 +26,12 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
+
+from safe_decode.typing import CausalLM
 
 SPECIAL_TOKENS = (
     "<|pad|>",
@@ -111,7 +112,7 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 
 
-def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> CausalLM:
     """A random float32 model in eval mode; `changes` go to its config.
 
     The global random state is left as it was.
@@ -120,9 +121,8 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTr
     config = config_class(**{**values, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    ready: PreTrainedModel = model.eval()
-    return ready
+        model: CausalLM = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return model.eval()
 
 
 def byte_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:

@@ -1,7 +1,7 @@
 """One finished row: what it says in the end, and the trace of how it came to that.
 
 Knows records, redirects and the words of the trace. Does not know tensors, hooks
-or a model in motion; everything here is built once, after the batch.
+or how a model runs; everything here is built once, after the batch.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ docs/performance.md.
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -44,7 +42,7 @@ def test_borrow_and_take_step(benchmark: BenchmarkFixture, rows: int) -> None:
     beats = ForwardRecorder(sites(), columns(), SITES * WIDTH)
     hidden = [torch.randn(rows, 1, WIDTH) for _ in range(SITES)]
 
-    def step() -> Any:  # noqa: ANN401
+    def step() -> torch.Tensor | None:
         for index, activation in enumerate(hidden):
             beats.borrow(index, activation)
         return beats.take_step()

@@ -94,7 +94,7 @@ class ActivationBuffers:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Read them, from nothing heard on, and nobody else meanwhile.
+        """Read the registers, emptied first; no other session reads them meanwhile.
 
         Raises:
             UnsupportedError: Another session reads them.

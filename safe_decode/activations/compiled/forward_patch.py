@@ -11,13 +11,14 @@ from typing import Any
 from torch import nn
 
 from safe_decode.errors import UnsupportedError
+from safe_decode.typing import CausalLM
 
 __all__ = ["OwnForward", "compiled_part", "uncompiled"]
 
 _MARK = "_safe_decode_tap"
 
 
-def compiled_part(model: Any) -> str | None:  # noqa: ANN401 - duck-typed
+def compiled_part(model: CausalLM) -> str | None:
     """Name what of a model is compiled: "model", a submodule; None where nothing is.
 
     Sees `torch.compile(module)`, `module.compile()` and `module.forward = torch.compile(...)`.
@@ -29,12 +30,13 @@ def compiled_part(model: Any) -> str | None:  # noqa: ANN401 - duck-typed
     return name or "model"
 
 
-def uncompiled(model: Any) -> Any:  # noqa: ANN401 - duck-typed
+def uncompiled(model: CausalLM) -> CausalLM:
     """Return the module that `torch.compile(model)` wraps, or `model` itself.
 
     The wrapper's `generate` is that of the module, which runs uncompiled.
     """
-    return getattr(model, "_orig_mod", model)
+    inner: CausalLM = getattr(model, "_orig_mod", model)
+    return inner
 
 
 class OwnForward:

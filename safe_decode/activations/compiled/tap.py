@@ -11,7 +11,7 @@ going they make Dynamo trace anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from safe_decode.activations.compiled.buffers import ActivationBuffer, ActivationBuffers
 from safe_decode.activations.compiled.forward_patch import OwnForward
 from safe_decode.activations.site import Site
+from safe_decode.typing import CausalLM
 
 __all__ = ["CompiledTap", "TappedModule"]
 
@@ -54,7 +55,7 @@ class CompiledTap:
         registers: What compiled graphs leave.
     """
 
-    def __init__(self, model: nn.Module, tapped: Sequence[TappedModule]) -> None:
+    def __init__(self, model: CausalLM, tapped: Sequence[TappedModule]) -> None:
         is_flat = any(one.site is None for one in tapped)
         sites = [(one.site, one.module) for one in tapped if one.site is not None]
         self.registers = ActivationBuffers(
@@ -88,7 +89,9 @@ class CompiledTap:
             forward.remove()
         self.registers.discard()
 
-    def _maker(self, tapped: TappedModule, registers: Any) -> Callable[[_Forward], _Forward]:  # noqa: ANN401
+    def _maker(
+        self, tapped: TappedModule, registers: Iterator[ActivationBuffer]
+    ) -> Callable[[_Forward], _Forward]:
         if tapped.site is None:
             return _reads_batch(tapped.hook, self.registers)
         if tapped.site.kind == "resid":
@@ -100,7 +103,7 @@ def _reads_input(
     hook: Callable[..., None], register: ActivationBuffer, registers: ActivationBuffers
 ) -> Callable[[_Forward], _Forward]:
     def make(inner: _Forward) -> _Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def forward(*args: Tensor, **kwargs: object) -> object:
             if torch.compiler.is_dynamo_compiling():
                 register.leave(args[0], registers.batch)
             else:
@@ -116,8 +119,8 @@ def _reads_output(
     hook: Callable[..., None], register: ActivationBuffer
 ) -> Callable[[_Forward], _Forward]:
     def make(inner: _Forward) -> _Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            output = inner(*args, **kwargs)
+        def forward(*args: object, **kwargs: object) -> object:
+            output: Any = inner(*args, **kwargs)
             if torch.compiler.is_dynamo_compiling():
                 register.leave(output if isinstance(output, Tensor) else output[0], 0)
             else:
@@ -133,7 +136,7 @@ def _reads_batch(
     hook: Callable[..., None], registers: ActivationBuffers
 ) -> Callable[[_Forward], _Forward]:
     def make(inner: _Forward) -> _Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def forward(*args: Tensor, **kwargs: Tensor) -> object:
             if torch.compiler.is_dynamo_compiling():
                 registers.batch = (args[0] if args else kwargs["hidden_states"]).shape[0]
             else:
@@ -145,7 +148,7 @@ def _reads_batch(
     return make
 
 
-def _device_of(module: nn.Module, model: nn.Module) -> torch.device:
+def _device_of(module: nn.Module, model: CausalLM) -> torch.device:
     """Find where a module computes; an offloaded one shows no device of its own."""
     for parameter in (*module.parameters(), *model.parameters()):
         if parameter.device.type != "meta":

@@ -23,6 +23,7 @@ from safe_decode.probe.linear import LinearProbe
 from safe_decode.prompts.batch import PromptBatch
 from safe_decode.session.session import Session, SessionRow
 from safe_decode.streaming.events import StreamEvent
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = [
     "CallMode",
@@ -52,8 +53,8 @@ class GuardedModel:
         own_ends: End ids of the model's generation configuration when it was wrapped, ascending.
     """
 
-    model: Any
-    tokenizer: Any
+    model: CausalLM
+    tokenizer: Tokenizer
     bundle: ProbeBundle
     tap: ActivationTap
     probe: LinearProbe

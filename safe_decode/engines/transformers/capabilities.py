@@ -10,7 +10,7 @@ cannot skip the guard in silence.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
@@ -18,6 +18,7 @@ from safe_decode.activations.compiled.forward_patch import compiled_part
 from safe_decode.engines.transformers.capability_table import EFFECTS, TABLE, Capability, Status
 from safe_decode.engines.transformers.option_types import require_types
 from safe_decode.errors import UnsupportedError
+from safe_decode.typing import CausalLM
 
 __all__ = ["TABLE", "Capability", "as_markdown", "require_supported", "require_supported_model"]
 
@@ -29,7 +30,7 @@ _BOOKKEEPING = frozenset({"transformers_version"})
 
 
 def require_supported(
-    model: Any,  # noqa: ANN401 - duck-typed
+    model: CausalLM,
     options: Mapping[str, object],
     *,
     is_installed: bool = False,
@@ -65,7 +66,7 @@ def require_supported(
     _require("cache_offloading", "offloaded" in str(kind) and not _is_on_cuda(model))
 
 
-def require_supported_model(model: Any, *, is_installed: bool = False) -> None:  # noqa: ANN401
+def require_supported_model(model: CausalLM, *, is_installed: bool = False) -> None:
     """Refuse a model in a state that cannot be guarded.
 
     Raises:
@@ -122,11 +123,11 @@ def _require(
         )
 
 
-def _is_on_cuda(model: Any) -> bool:  # noqa: ANN401 - duck-typed
+def _is_on_cuda(model: CausalLM) -> bool:
     return _device_type(model) == "cuda"
 
 
-def _device_type(model: Any) -> str:  # noqa: ANN401 - duck-typed
+def _device_type(model: CausalLM) -> str:
     return str(getattr(getattr(model, "device", None), "type", "cpu"))
 
 

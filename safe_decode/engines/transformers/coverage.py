@@ -9,11 +9,12 @@ own, which the envelope records; one without a record was made with none.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safe_decode.certificate import Envelope
 from safe_decode.engines.transformers.capability_table import TABLE, Capability
+from safe_decode.typing import Cache, GenerationSettings
 
 __all__ = [
     "ENDS",
@@ -36,7 +37,7 @@ _OWN_CRITERIA = frozenset({"MaxLengthCriteria", "EosTokenCriteria"})
 _SHOWN_ITEMS = 4
 
 
-def options_in_force(config: Any, *, samples: bool = True) -> dict[str, str]:  # noqa: ANN401
+def options_in_force(config: GenerationSettings, *, samples: bool = True) -> dict[str, str]:
     """Read what a generation configuration does to responses, beyond an envelope's own fields.
 
     Args:
@@ -88,7 +89,7 @@ def request_options(sampling: object) -> dict[str, str]:
     return given_options(given)
 
 
-def record_of(config: Any, ends: Sequence[int]) -> dict[str, str]:  # noqa: ANN401
+def record_of(config: GenerationSettings, ends: Sequence[int]) -> dict[str, str]:
     """Record, for an envelope, what responses are generated under beyond its own fields.
 
     Args:
@@ -136,13 +137,13 @@ def departure(certified: Envelope, call: Envelope, own_ends: Sequence[int] = ())
     return None
 
 
-def _replacing(criteria: Any) -> list[str]:  # noqa: ANN401 - a list of StoppingCriteria, or None
+def _replacing(criteria: Iterable[object] | None) -> list[str]:
     """Name the criteria that take the place of those that `generate` makes itself."""
     kinds = [{base.__name__ for base in type(one).__mro__} for one in criteria or ()]
     return [f"<{kind}>" for kinds_of_one in kinds for kind in kinds_of_one & _OWN_CRITERIA]
 
 
-def _cache_shown(cache: Any) -> str | None:  # noqa: ANN401 - a Cache
+def _cache_shown(cache: Cache) -> str | None:
     """Say what keeps a cache of the user's from being covered; None for an empty, exact one."""
     n_positions = int(cache.get_seq_length())
     kind = type(cache).__name__

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safe_decode.engines.transformers.call_spec import GuardedModel, RowSpec
 from safe_decode.engines.transformers.guarded_rows import GuardedRows
@@ -18,6 +18,8 @@ from safe_decode.trace.schema import SafetyTrace
 from safe_decode.trace.writer import BareEnd, FinishedRow
 
 if TYPE_CHECKING:
+    from transformers import LogitsProcessor, StoppingCriteria
+
     from safe_decode.engines.transformers.loops.external_steps import GuardedSteps
 
 __all__ = ["GuardHandle", "guarded"]
@@ -34,7 +36,9 @@ class GuardHandle:
         traces: One a row, filled when the context ends, by an exception too.
     """
 
-    def __init__(self, logits_processor: Any, stopping_criteria: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self, logits_processor: LogitsProcessor, stopping_criteria: StoppingCriteria
+    ) -> None:
         self.logits_processor = logits_processor
         self.stopping_criteria = stopping_criteria
         self.traces: list[SafetyTrace] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,9 +21,14 @@ from safe_decode.streaming.release import RowRelease
 from safe_decode.trace.schema import SafetyTrace
 from safe_decode.trace.writer import FinishedRow
 
+if TYPE_CHECKING:
+    from transformers.utils.generic import ModelOutput
+
 __all__ = ["GuardedOutput", "Standing", "finish_reason", "matched_generation", "standing_of"]
 
 
+_Recorded: TypeAlias = "Tensor | tuple[_Recorded, ...]"
+"""Of one step: a tensor, or one a layer."""
 _RECORDED = ("scores", "logits", "attentions", "hidden_states")
 
 
@@ -68,11 +73,11 @@ class Standing:
 
 
 def matched_generation(
-    generation: Any,  # noqa: ANN401
+    generation: ModelOutput,
     sequences: Tensor,
     rows: Sequence[Standing],
     n_steps: int | None = None,
-) -> Any:  # noqa: ANN401
+) -> ModelOutput:
     """Make the recorded steps those of the tokens that stand, see `GuardedOutput`.
 
     Args:
@@ -103,7 +108,7 @@ def matched_generation(
     return matched
 
 
-def _match_beams(matched: Any, generation: Any, rows: Sequence[Standing]) -> None:  # noqa: ANN401
+def _match_beams(matched: ModelOutput, generation: ModelOutput, rows: Sequence[Standing]) -> None:
     picked = [standing.row for standing in rows]
     matched["beam_indices"] = generation["beam_indices"][picked]
     if generation.get("sequences_scores") is not None:
@@ -115,7 +120,7 @@ def _match_beams(matched: Any, generation: Any, rows: Sequence[Standing]) -> Non
                 matched["sequences_scores"][index] = torch.nan
 
 
-def _step(value: Any, step: int, rows: Sequence[Standing], *, is_scores: bool) -> Any:  # noqa: ANN401
+def _step(value: _Recorded, step: int, rows: Sequence[Standing], *, is_scores: bool) -> _Recorded:
     if isinstance(value, tuple):  # one a layer
         return tuple(_step(layer, step, rows, is_scores=is_scores) for layer in value)
     late = [row for row in rows if row.own is not None and step >= row.own]

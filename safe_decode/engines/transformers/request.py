@@ -24,6 +24,7 @@ from safe_decode.policy.policy import Policy, RequestPolicy
 from safe_decode.policy.redirect import CannedTexts
 from safe_decode.prompts import chat
 from safe_decode.prompts.batch import PromptBatch, Prompts, from_embeds, from_ids, from_prompts
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["GenerateRequest", "CallBuilder", "context_tokens", "texts_of"]
 
@@ -59,9 +60,9 @@ class CallBuilder:
 
     Attributes:
         protected: The model and its guard.
-        policy: Where a request says nothing else.
-        certificate: Likewise.
-        texts: Likewise.
+        policy: In force where a request says nothing else.
+        certificate: In force where a request says nothing else.
+        texts: Canned texts where a request says nothing else.
         opener: Text of the opener.
         uses_header_check: Whether alarms are looked at by the bundle's own second stage.
     """
@@ -186,7 +187,7 @@ class CallBuilder:
             texts = texts_of(self.protected.tokenizer, request.refusal, self.opener)
         return RowSpec(request.applied_to(base), certificate, texts, seed, first, reasoning)
 
-    def option(self, name: str, options: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    def option(self, name: str, options: Mapping[str, Any]) -> Any:  # noqa: ANN401 - each has a type of its own
         """Read an option as `generate` does: argument, given configuration, model's own."""
         configs = (options.get("generation_config"), self.protected.model.generation_config)
         values = (options.get(name), *(getattr(config, name, None) for config in configs))
@@ -214,12 +215,13 @@ class CallBuilder:
             from transformers import StopStringCriteria
 
             criteria = list(given.get("stopping_criteria") or ())
-            criteria.append(StopStringCriteria(self.protected.tokenizer, stop_strings))
+            tokenizer: Any = self.protected.tokenizer  # transformers asks for its own class
+            criteria.append(StopStringCriteria(tokenizer, stop_strings))
             options |= {"stop_strings": None, "stopping_criteria": criteria}
         return options
 
 
-def texts_of(tokenizer: Any, refusal: str, opener: str) -> CannedTexts:  # noqa: ANN401
+def texts_of(tokenizer: Tokenizer, refusal: str, opener: str) -> CannedTexts:
     """Encode canned text.
 
     Raises:
@@ -237,7 +239,7 @@ def texts_of(tokenizer: Any, refusal: str, opener: str) -> CannedTexts:  # noqa:
     )
 
 
-def context_tokens(model: Any) -> int | None:  # noqa: ANN401
+def context_tokens(model: CausalLM) -> int | None:
     """Read how many positions a model has; None if it does not say."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None

@@ -34,6 +34,7 @@ from safe_decode.errors import (
 from safe_decode.policy.policy import OnError, Policy
 from safe_decode.policy.self_check import SelfCheck
 from safe_decode.prompts import chat
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["WrappedModel", "as_ids"]
 
@@ -70,8 +71,8 @@ class WrappedModel:
 
     def __init__(
         self,
-        model: Any,  # noqa: ANN401 - duck-typed
-        tokenizer: Any,  # noqa: ANN401 - duck-typed
+        model: CausalLM,
+        tokenizer: Tokenizer,
         bundle: ProbeBundle,
         *,
         redirect: Redirect = "rewind",

@@ -1,7 +1,7 @@
 """A guarding proxy: in front of an OpenAI-compatible upstream whose engine carries our probe.
 
 Knows keys, the upstream and relays, and how they make an answer. Does not know models: the
-upstream judges, this room believes nothing that does not say so. An answer without the marker of
+upstream judges, and an answer that does not say so is not believed. An answer without the marker of
 the expected bundle, a stream whose choice ends without a safety object, and an upstream whose
 canary does not pass are treated as failed: nothing of them is shown, and streams are closed.
 """

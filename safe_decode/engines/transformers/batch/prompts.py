@@ -1,6 +1,6 @@
 """Prompts of requests as ids, and what of each is judged before its answer begins.
 
-Knows a tokenizer, its model's room and the open turn. Does not know models in motion, policies
+Knows a tokenizer, its model's room and the open turn. Does not know how models run, policies
 or HTTP. A text that cannot fit is refused by its length alone, before it is encoded.
 """
 
@@ -15,6 +15,7 @@ from safe_decode.engines.rows import RowPrompt
 from safe_decode.errors import PromptError
 from safe_decode.prompts import chat
 from safe_decode.prompts.batch import from_ids
+from safe_decode.typing import Tokenizer
 
 __all__ = ["PromptReader"]
 
@@ -30,7 +31,7 @@ class PromptReader:
 
     def __init__(
         self,
-        tokenizer: Any,  # noqa: ANN401 - any tokenizer of transformers
+        tokenizer: Tokenizer,
         *,
         context_tokens: int | None,
         vocab_tokens: int,
@@ -83,7 +84,7 @@ class PromptReader:
             )
 
 
-def _most_chars(tokenizer: Any, context_tokens: int | None) -> int | None:  # noqa: ANN401
+def _most_chars(tokenizer: Tokenizer, context_tokens: int | None) -> int | None:
     """Return how many characters a context can hold at most; None where nothing bounds it.
 
     Where unknown text is one token, however long, or the model has no limit, there is no bound.

@@ -5,13 +5,12 @@ Knows a row's request and the one release room. Does not know models, scores or 
 
 from __future__ import annotations
 
-from typing import Any
-
 from safe_decode.decision import Outcome
 from safe_decode.engines.rows import Row
 from safe_decode.session.session import Trip
 from safe_decode.streaming.events import Finished, FinishReason
 from safe_decode.streaming.release import ReleaseRules, RowRelease
+from safe_decode.typing import Tokenizer
 
 __all__ = ["ServedRow"]
 
@@ -29,7 +28,7 @@ class ServedRow:
             own, and the batch leaves it alone.
     """
 
-    def __init__(self, row: Row, tokenizer: Any, *, void: str | None) -> None:  # noqa: ANN401
+    def __init__(self, row: Row, tokenizer: Tokenizer, *, void: str | None) -> None:
         self.row, self.void = row, void
         self._said_ids: tuple[int, ...] | None = None
         policy = row.request.policy

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from safe_decode.engines.interface import StepTimes
 from safe_decode.engines.transformers.loops.step import StepLoop
+from safe_decode.session.session import Session
 from safe_decode.session.turns import Turns
 
 __all__ = ["TimedLoop"]
@@ -26,8 +27,8 @@ class TimedLoop(StepLoop):
         times: Of the steps so far.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - handed on
-        super().__init__(*arguments, **options)
+    def __init__(self, session: Session, **options: Any) -> None:  # noqa: ANN401 - those of StepLoop
+        super().__init__(session, **options)
         self.times = StepTimes()
         self._began = time.perf_counter()
         self._own_seconds = self._told = 0.0
@@ -54,9 +55,9 @@ class TimedLoop(StepLoop):
         super()._tell(input_ids, turns)
         self._told = time.perf_counter() - began
 
-    def _close(self, *arguments: Any) -> None:  # noqa: ANN401 - handed on
+    def _close(self, sequences: Tensor) -> None:
         began = time.perf_counter()
-        super()._close(*arguments)
+        super()._close(sequences)
         if self.times.guard_s:
             taken = time.perf_counter() - began
             self.times.guard_s[-1] += taken

@@ -13,20 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safe_decode.engines.transformers.loops.settings import PreparedSettings
+from safe_decode.typing import Cache, CausalLM
+
 __all__ = ["OwnForwards", "PrefillSpan", "continued", "forget", "tail_inputs", "whole_inputs"]
 
 
-def continued(model: Any, ids: Tensor, n_tokens: int, ends: Collection[int]) -> list[int]:  # noqa: ANN401
+def continued(model: CausalLM, ids: Tensor, n_tokens: int, ends: Collection[int]) -> list[int]:
     """Continue one row greedily, with a cache of its own.
 
     Args:
-        model: Duck-typed.
+        model: See `CausalLM`.
         ids: [1, seq] without padding.
         n_tokens: At most so many ids.
         ends: End ids; the one that is reached is the last.
     """
     said: list[int] = []
-    cache, step = None, ids
+    cache: Cache | None = None
+    step = ids
     while len(said) < n_tokens and not (said and said[-1] in ends):
         output = model(input_ids=step, past_key_values=cache, use_cache=True, return_dict=True)
         cache, step = output.past_key_values, output.logits[:, -1:].argmax(-1)
@@ -38,7 +42,7 @@ class OwnForwards:
     """For one call of `generate`, made before its first forward.
 
     Args:
-        model: Duck-typed.
+        model: See `CausalLM`.
         input_ids: [batch, seq] prompts.
         config: The prepared GenerationConfig.
         model_kwargs: What the forward takes.
@@ -50,9 +54,9 @@ class OwnForwards:
 
     def __init__(
         self,
-        model: Any,  # noqa: ANN401
+        model: CausalLM,
         input_ids: Tensor,
-        config: Any,  # noqa: ANN401
+        config: PreparedSettings,
         model_kwargs: dict[str, Any],
     ) -> None:
         self._model, self._kwargs = model, model_kwargs
@@ -81,8 +85,8 @@ class OwnForwards:
     def hides(self, n_positions: int) -> bool:
         """Say whether some of the prompt's last positions are cached, so that none reads them.
 
-        That is so where a turn is continued call by call. Nobody knows that they were judged
-        then, so they pass once more.
+        That is so where a turn is continued call by call. Whether they were judged then is not
+        known, so they pass once more.
         """
         return self._span.is_partial and n_positions > self.positions
 
@@ -101,7 +105,7 @@ class OwnForwards:
             self._model(**inputs, return_dict=True)
 
 
-def forget(cache: Any, n_positions: int) -> None:  # noqa: ANN401 - a Cache
+def forget(cache: Cache, n_positions: int) -> None:
     """Take a cache that the user keeps back to its first positions, or empty it.
 
     For a call in which a row has tripped: what it said is not what stands. An emptied cache
@@ -140,7 +144,9 @@ class PrefillSpan:
     room: int | None = None
 
     @classmethod
-    def of(cls, input_ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> PrefillSpan:  # noqa: ANN401
+    def of(
+        cls, input_ids: Tensor, config: PreparedSettings, model_kwargs: dict[str, Any]
+    ) -> PrefillSpan:
         """Read it before the first forward."""
         cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
         cached = 0 if cache is None else int(cache.get_seq_length())
@@ -158,7 +164,7 @@ class PrefillSpan:
 
 
 def whole_inputs(
-    model: Any,  # noqa: ANN401 - duck-typed
+    model: CausalLM,
     sequences: Tensor,
     model_kwargs: dict[str, Any],
     prompt_tokens: int,
@@ -170,13 +176,14 @@ def whole_inputs(
     mask = torch.cat([mask, mask.new_ones((mask.shape[0], new))], -1)
     kwargs = {"attention_mask": mask, "use_cache": False, "past_key_values": None}
     if model_kwargs.get("position_ids") is not None:
-        kwargs["position_ids"] = model._prepare_position_ids_for_generation(sequences, kwargs)
+        own: Any = model  # a private method of transformers
+        kwargs["position_ids"] = own._prepare_position_ids_for_generation(sequences, kwargs)
     prepared: dict[str, Any] = model.prepare_inputs_for_generation(sequences, **kwargs)
     return prepared
 
 
 def tail_inputs(
-    model: Any,  # noqa: ANN401 - duck-typed
+    model: CausalLM,
     sequences: Tensor,
     prompt_tokens: int,
     model_kwargs: dict[str, Any],

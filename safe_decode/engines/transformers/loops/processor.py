@@ -2,7 +2,7 @@
 
 Knows one call of a processor and of a criterion a step, forced ids and ends of rows. Does
 not know the loop around it: it cannot take tokens back, so a tripped row says the refusal
-after what stands, and rewind is refused by name. The only room that subclasses classes of
+after what stands, and rewind is refused by name. The only module that subclasses classes of
 transformers, which is why it is imported late.
 
 What a processor cannot do: see the option list of the `generate` that runs it (the beats
@@ -13,7 +13,7 @@ that a forced id did not arrive, and ends the whole call by an error).
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ class SafetyStoppingCriteria(StoppingCriteria):
     def __init__(self, steps: ChoiceStep) -> None:
         self._steps = steps
 
-    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:  # noqa: ANN401, ARG002 - the base class's signature
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: object, **kwargs: object
+    ) -> torch.BoolTensor:
         """Return [batch] bool, True where the row ends."""
+        del scores, kwargs
         return self._steps.on_choice(input_ids)  # type: ignore[return-value]

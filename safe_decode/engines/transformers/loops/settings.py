@@ -7,7 +7,7 @@ Does not know scores, rows that tripped, or loops.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,12 +16,16 @@ from torch import Tensor
 
 from safe_decode.engines.transformers.coverage import options_in_force
 from safe_decode.session.turns import Turns
+from safe_decode.typing import CausalLM, GenerationSettings
 
 __all__ = [
     "CallSettings",
     "ChoiceWatcher",
+    "CriteriaList",
     "Follower",
     "OWN_END_SHARE",
+    "PreparedSettings",
+    "ProcessorList",
     "WatchedCriteria",
     "WatchedProcessors",
     "chooses_end",
@@ -57,8 +61,44 @@ class CallSettings:
     options: Mapping[str, str] = field(default_factory=dict)
 
 
+class PreparedSettings(GenerationSettings, Protocol):
+    """A GenerationConfig as `generate` hands it to a decoding method, every default merged."""
+
+    do_sample: bool
+    max_length: int
+    return_dict_in_generate: bool
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    _eos_token_tensor: Tensor | None
+    _pad_token_tensor: Tensor | None
+
+
+class ProcessorList(Protocol):
+    """A LogitsProcessorList: all processors of a call, in order."""
+
+    def __iter__(self) -> Iterator[object]:
+        """Yield the processors."""
+
+    def __len__(self) -> int:
+        """Count the processors."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Run them over ids [batch, seq] and scores [batch, vocab]."""
+
+
+class CriteriaList(Protocol):
+    """A StoppingCriteriaList: all criteria of a call."""
+
+    def __iter__(self) -> Iterator[object]:
+        """Yield the criteria."""
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        """Return [batch] bool, rows that end."""
+
+
 class Follower(Protocol):
-    """Who hears of each choice while the loop runs, as a stream does; may raise to end it."""
+    """Who is told of each choice while the loop runs, as a stream does; may raise to end it."""
 
     def on_choice(
         self, newest: Sequence[int], turns: Turns | None, trips: Mapping[int, Any]
@@ -91,14 +131,14 @@ class WatchedProcessors:
 
     def __init__(
         self,
-        processors: Any,  # noqa: ANN401
-        guard: Callable[[Any, Any], Any],
+        processors: ProcessorList,
+        guard: Callable[[Any, Any], Tensor],
         *,
         on_bare: Callable[[Tensor], None] | None = None,
     ) -> None:
         self._processors, self._guard, self._on_bare = processors, guard, on_bare
 
-    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ANN401
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Run the list, then the guard's own; before both, show the model's own scores."""
         if self._on_bare is not None:
             self._on_bare(scores)
@@ -128,14 +168,14 @@ class WatchedCriteria:
         loop: Told of each choice.
     """
 
-    def __init__(self, criteria: Any, loop: ChoiceWatcher) -> None:  # noqa: ANN401
+    def __init__(self, criteria: CriteriaList, loop: ChoiceWatcher) -> None:
         self._criteria, self._loop = criteria, loop
         self.max_length: int | None = None  # the loop may look behind it
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return iter(self._criteria)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
         """Ask the criteria, and the guard."""
         if self._loop.has_bare_ended:
             done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
@@ -175,7 +215,7 @@ def chooses_end(scores: Tensor, ends: Sequence[int]) -> Tensor:
     return shares >= math.log(OWN_END_SHARE)
 
 
-def models_ends(model: Any) -> frozenset[int]:  # noqa: ANN401 - duck-typed
+def models_ends(model: CausalLM) -> frozenset[int]:
     """Read the ids at which a model itself ends its turn; empty if it does not say."""
     for source in (getattr(model, "generation_config", None), getattr(model, "config", None)):
         ends = getattr(source, "eos_token_id", None)
@@ -184,12 +224,12 @@ def models_ends(model: Any) -> frozenset[int]:  # noqa: ANN401 - duck-typed
     return frozenset()
 
 
-def reweighs(processors: Any) -> bool:  # noqa: ANN401 - a LogitsProcessorList
+def reweighs(processors: Iterable[object]) -> bool:
     """Say whether processors may make an end likely that the model finds unlikely."""
     return any(type(processor).__name__ not in _OF_THE_DRAW for processor in processors)
 
 
-def settings_of(config: Any, prompt_tokens: int) -> CallSettings:  # noqa: ANN401
+def settings_of(config: PreparedSettings, prompt_tokens: int) -> CallSettings:
     """Read a prepared GenerationConfig; `prompt_tokens` are the columns of the prompt."""
     ends, pad = config._eos_token_tensor, config._pad_token_tensor
     return CallSettings(

@@ -28,7 +28,10 @@ from safe_decode.engines.transformers.loops.extra_forwards import OwnForwards
 from safe_decode.engines.transformers.loops.row_status import EndIds
 from safe_decode.engines.transformers.loops.settings import (
     CallSettings,
+    CriteriaList,
     Follower,
+    PreparedSettings,
+    ProcessorList,
     WatchedCriteria,
     WatchedProcessors,
     chooses_end,
@@ -41,6 +44,7 @@ from safe_decode.policy.self_check import SelfChecker
 from safe_decode.session.row_rng import GlobalDraws, RowRNG
 from safe_decode.session.session import Session
 from safe_decode.session.turns import RowEnd
+from safe_decode.typing import CausalLM
 
 __all__ = ["StepLoop"]
 
@@ -52,7 +56,7 @@ class StepLoop(ChoiceJudge):
         session: For the rows of this call, already expanded by num_return_sequences.
         require: Called with the settings before the first forward; may raise.
         draws: Draws each row's tokens instead of the global generator.
-        follower: Hears of each choice.
+        follower: Is told of each choice.
         checker: Looks again at rows that alarm, and may clear them.
         room: New tokens for which each row has positions in the model's context; None: no limit.
         reweighed: [batch] whether a request reweighs the row's scores; None: all rows, if one of
@@ -95,13 +99,13 @@ class StepLoop(ChoiceJudge):
 
     def __call__(
         self,
-        model: Any,  # noqa: ANN401 - duck-typed
+        model: CausalLM,
         input_ids: Tensor,
-        logits_processor: Any,  # noqa: ANN401 - a LogitsProcessorList
-        stopping_criteria: Any,  # noqa: ANN401 - a StoppingCriteriaList
-        generation_config: Any,  # noqa: ANN401 - a GenerationConfig, prepared
+        logits_processor: ProcessorList,
+        stopping_criteria: CriteriaList,
+        generation_config: PreparedSettings,
         **model_kwargs: Any,  # noqa: ANN401 - what the forward takes
-    ) -> Any:  # noqa: ANN401 - as the method that it stands for
+    ) -> object:
         """Generate.
 
         Returns:
@@ -122,7 +126,8 @@ class StepLoop(ChoiceJudge):
             on_bare=self._end_watch(input_ids, logits_processor),
         )
         try:
-            self.generation = type(model)._sample(
+            kind: Any = type(model)
+            self.generation = kind._sample(
                 model,
                 input_ids,
                 logits_processor=processors,
@@ -155,7 +160,7 @@ class StepLoop(ChoiceJudge):
         elif settings.do_sample:
             self._global_draws = GlobalDraws(input_ids.device)
 
-    def _begin(self, model: Any, input_ids: Tensor, criteria: Any) -> None:  # noqa: ANN401
+    def _begin(self, model: CausalLM, input_ids: Tensor, criteria: CriteriaList) -> None:
         assert self.settings is not None and self._own is not None
         ends, models = self.settings.end_ids, models_ends(model)
         self._rows.begin(
@@ -168,7 +173,7 @@ class StepLoop(ChoiceJudge):
     def _end_watch(
         self,
         input_ids: Tensor,
-        processors: Any,  # noqa: ANN401
+        processors: ProcessorList,
     ) -> Callable[[Tensor], None] | None:
         """Return what watches whether an end would be the model's own choice; None: it is."""
         assert self.settings is not None

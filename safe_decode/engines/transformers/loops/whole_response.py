@@ -3,11 +3,12 @@
 Knows decoding methods that reorder rows or propose several tokens at once, and how to pick
 among beams. Does not know redirects, texts or traces.
 
-These methods run as they are, unheard; then one forward over the finished responses gives
-each of their tokens its one score, in order, and nothing is shown before. So a row that does
-not trip is bare, whatever the cache does meanwhile. What it costs: one forward over the
-whole batch, and a response that trips is written to its end before it is redirected. A response
-that the model does not end itself is continued unseen, greedily, and judged with what follows.
+These methods run as they are, with no session listening; then one forward over the finished
+responses gives each of their tokens its one score, in order, and nothing is shown before. So a
+row that does not trip is bare, whatever the cache does meanwhile. What it costs: one forward over
+the whole batch, and a response that trips is written to its end before it is redirected. A
+response that the model does not end itself is continued unseen, greedily, and judged with what
+follows.
 """
 
 from __future__ import annotations
@@ -24,13 +25,18 @@ from safe_decode.engines.transformers.loops.extra_forwards import continued, who
 from safe_decode.engines.transformers.loops.padding import padded
 from safe_decode.engines.transformers.loops.settings import (
     CallSettings,
+    CriteriaList,
+    PreparedSettings,
+    ProcessorList,
     chooses_end,
     models_ends,
     reweighs,
     settings_of,
 )
+from safe_decode.errors import GuardError
 from safe_decode.session.session import Session
 from safe_decode.session.turns import RowEnd
+from safe_decode.typing import CausalLM
 
 __all__ = ["Method", "WholeResponseLoop", "method_of", "picked_beams", "pruned_beams"]
 
@@ -88,14 +94,14 @@ class WholeResponseLoop:
 
     def __call__(
         self,
-        model: Any,  # noqa: ANN401 - duck-typed
+        model: CausalLM,
         input_ids: Tensor,
-        logits_processor: Any,  # noqa: ANN401 - a LogitsProcessorList
-        stopping_criteria: Any,  # noqa: ANN401 - a StoppingCriteriaList
-        generation_config: Any,  # noqa: ANN401 - a GenerationConfig, prepared
+        logits_processor: ProcessorList,
+        stopping_criteria: CriteriaList,
+        generation_config: PreparedSettings,
         inputs_tensor: Tensor | None = None,
         **model_kwargs: Any,  # noqa: ANN401 - what the forward takes
-    ) -> Any:  # noqa: ANN401 - as the method that it stands for
+    ) -> object:
         """Generate, then judge. Raises what the method raises."""
         self.settings = settings = settings_of(generation_config, input_ids.shape[1])
         if self._require is not None:
@@ -136,7 +142,7 @@ class WholeResponseLoop:
 
     def _judge(
         self,
-        model: Any,  # noqa: ANN401
+        model: CausalLM,
         prompts: Tensor,
         rows: Sequence[_Row],
         kept: dict[str, Any],
@@ -173,7 +179,7 @@ class WholeResponseLoop:
     def _wanted(self) -> list[int]:
         return [own.unseen_tokens for own in self.session.roster.policies]
 
-    def _end(self, model: Any, rows: Sequence[_Row], is_reweighed: bool) -> None:  # noqa: ANN401
+    def _end(self, model: CausalLM, rows: Sequence[_Row], is_reweighed: bool) -> None:
         """Say how each row has ended, its whole response and what follows being judged."""
         assert self.settings is not None
         own_ends = models_ends(model) or frozenset(self.settings.end_ids)
@@ -187,7 +193,7 @@ class WholeResponseLoop:
             n_ids = n - withheld + (row.end is not None and not withheld)
             self.ends.append(RowEnd(n_ids, n, looked, withheld))
 
-    def _fail(self, error: Any, rows: Sequence[_Row]) -> None:  # noqa: ANN401
+    def _fail(self, error: GuardError, rows: Sequence[_Row]) -> None:
         session = self.session
         for number, row in enumerate(rows):
             n = len(row.content)
@@ -249,7 +255,7 @@ def pruned_beams(tripped: Sequence[bool], picked: Sequence[int]) -> int:
     return sum(tripped[i] and i not in picked for i in best)
 
 
-def _fill_of(config: Any) -> int:  # noqa: ANN401 - a GenerationConfig, prepared
+def _fill_of(config: PreparedSettings) -> int:
     """Read what beam search puts behind a response: the pad, or the first EOS where that is 0."""
     ends, pad = config._eos_token_tensor, config._pad_token_tensor
     own = 0 if pad is None else int(pad)
