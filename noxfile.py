@@ -1,7 +1,7 @@
 """The tests on every supported Python, and at both ends of what the dependencies may be.
 
-`nox --list` names the sessions; `nox --session lowest` runs one. uv makes the environments. On Linux
-torch brings CUDA along; `UV_INDEX` or `UV_FIND_LINKS` may name a place with a build for CPUs.
+`nox --list` names the sessions; `nox --session lowest` runs one. uv makes the environments. On
+Linux torch brings CUDA along; `UV_INDEX` or `UV_FIND_LINKS` may name a place with a CPU build.
 """
 
 from __future__ import annotations
