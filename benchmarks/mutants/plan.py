@@ -28,6 +28,17 @@ class MutatedModule:
         return f"safe_decode/{self.module.replace('.', '/')}.py"
 
 
+_LOOPS = (
+    "laws/test_closed.py",
+    "laws/test_failure_injection.py",
+    "engines/test_processor.py",
+)
+_SESSION = (
+    "session/test_update.py",
+    "laws/test_state_machine.py",
+    "laws/test_closed.py",
+    "laws/test_failure_injection.py",
+)
 _PROXY = ("serving/test_proxy_relay.py", "serving/test_proxy.py")
 
 PLAN = (
@@ -50,17 +61,19 @@ PLAN = (
     MutatedModule(
         "session.trip_detector", ("session/test_trip_detector.py", "engines/test_async_flag.py")
     ),
-    MutatedModule("policy.redirect", ("policy/test_redirect.py",)),
-    MutatedModule("policy.holdback", ("policy/test_holdback.py",)),
+    MutatedModule("policy.redirect", ("policy/test_redirect.py", "policy/test_policy.py")),
+    MutatedModule("policy.holdback", ("policy/test_holdback.py", "streaming/test_release.py")),
+    MutatedModule("engines.transformers.loops.processor", _LOOPS),
+    MutatedModule("engines.transformers.loops.external_steps", _LOOPS),
+    MutatedModule("session.session", _SESSION),
+    MutatedModule("session.trip_log", _SESSION),
+    MutatedModule("session.history", _SESSION),
+    MutatedModule("session.forward_reader", _SESSION),
+    MutatedModule("session.batch_update", ("session/test_update.py",)),
     MutatedModule(
-        "engines.transformers.loops.processor",
-        ("laws/test_closed.py", "laws/test_failure_injection.py", "engines/test_processor.py"),
+        "streaming.attempt_text", ("streaming/test_release.py", "streaming/test_reader.py")
     ),
-    MutatedModule(
-        "session.session",
-        ("laws/test_state_machine.py", "laws/test_closed.py", "laws/test_failure_injection.py"),
-    ),
-    MutatedModule("streaming.release", ("streaming/test_reader.py",)),
+    MutatedModule("streaming.release", ("streaming/test_release.py", "streaming/test_reader.py")),
     MutatedModule("serving.middleware.gate", ("serving/test_gate.py", "serving/test_operation.py")),
     MutatedModule("serving.proxy.middleware", _PROXY),
     MutatedModule("serving.proxy.requests", _PROXY),
