@@ -47,11 +47,13 @@ class HookFactory:
         """
         owner, listeners, copy = self.owner, self.listeners, self.copying(index, site, width)
 
-        def hook(module: Any, args: Any, activation: Any) -> None:  # noqa: ANN401
+        def hook(module: object, args: object, activation: object) -> None:
             recorder = listeners().get(owner)
             if recorder is None:
                 return
-            hidden = activation[0] if type(activation) is tuple and activation else activation
+            hidden: Any = activation
+            if type(activation) is tuple and activation:
+                hidden = activation[0]
             is_plain = recorder.is_open and type(hidden) is Tensor and hidden.dim() == 3
             if not (is_plain and recorder.borrow(index, hidden)):
                 copy(module, args, activation)
@@ -63,7 +65,7 @@ class HookFactory:
         owner, listeners, copy = self.owner, self.listeners, self.copying(index, site, width)
         is_flat = self.is_flat
 
-        def hook(module: Any, args: Any) -> None:  # noqa: ANN401 - torch's signature
+        def hook(module: object, args: tuple[Any, ...]) -> None:
             recorder = listeners().get(owner)
             if recorder is None:
                 return
@@ -80,7 +82,7 @@ class HookFactory:
         # Channels are distinct and in order, so that as many as there are is all of them.
         channels = None if len(site.channels) == width else torch.tensor(site.channels)
 
-        def hook(_module: object, _args: object, activation: Any) -> None:  # noqa: ANN401
+        def hook(_module: object, _args: object, activation: object) -> None:
             nonlocal channels
             recorder = listeners().get(owner)
             if recorder is None or not recorder.is_open:
@@ -100,7 +102,7 @@ class HookFactory:
         return hook
 
 
-def _first(activation: Any, site: Site) -> Tensor:  # noqa: ANN401 - whatever a block returns
+def _first(activation: object, site: Site) -> Tensor:
     if isinstance(activation, tuple) and activation and isinstance(activation[0], Tensor):
         return activation[0]
     raise BeatError(

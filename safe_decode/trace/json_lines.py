@@ -18,7 +18,7 @@ __all__ = ["checked", "line", "parsed", "plain"]
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def plain(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def plain(value: object) -> object:
     """Write a value as JSON has it."""
     # JSON has no NaN; what failed must still be readable by other languages.
     if isinstance(value, float) and not math.isfinite(value):
@@ -56,7 +56,7 @@ _WORDS: Mapping[str, Sequence[str]] = {
 }
 
 
-def checked(name: str, kind: str, value: Any, number: int) -> Any:  # noqa: ANN401 - from JSON
+def checked(name: str, kind: str, value: object, number: int) -> object:
     """Read a value.
 
     Args:

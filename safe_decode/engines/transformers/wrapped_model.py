@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from safe_decode.errors import (
 from safe_decode.policy.policy import OnError, Policy
 from safe_decode.policy.self_check import SelfCheck
 from safe_decode.prompts import chat
-from safe_decode.typing import CausalLM, Tokenizer
+from safe_decode.typing import CausalLM, GenerationSettings, ModelConfig, Tokenizer
 
 __all__ = ["WrappedModel", "as_ids"]
 
@@ -114,12 +114,12 @@ class WrappedModel:
             self._self_check = (check, tap, chat.assistant_header(tokenizer))
 
     @property
-    def config(self) -> Any:  # noqa: ANN401 - the model's
+    def config(self) -> ModelConfig:
         """The model's configuration."""
         return self.model.config
 
     @property
-    def generation_config(self) -> Any:  # noqa: ANN401 - the model's
+    def generation_config(self) -> GenerationSettings:
         """The model's generation configuration, which holds where a call says nothing else."""
         return self.model.generation_config
 

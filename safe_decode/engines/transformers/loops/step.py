@@ -144,7 +144,7 @@ class StepLoop(ChoiceJudge):
             self._follower.on_end(self._rows.wanted, self.session.trips)
         return self.generation
 
-    def _prepare(self, input_ids: Tensor, config: Any) -> None:  # noqa: ANN401
+    def _prepare(self, input_ids: Tensor, config: PreparedSettings) -> None:
         self.settings = settings = settings_of(config, input_ids.shape[1])
         if self._require is not None:
             self._require(settings)
