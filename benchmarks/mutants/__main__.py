@@ -15,7 +15,6 @@ from typing import Any
 from benchmarks.mutants import forks
 from benchmarks.mutants.operators import Mutant, mutants_of
 from benchmarks.mutants.plan import PLAN, MutatedModule
-from safe_decode.whole_files import write_whole
 
 __all__ = ["main"]
 
@@ -42,6 +41,7 @@ def _written(rows: Sequence[dict[str, Any]], *, is_whole: bool) -> int:
     # Imported behind the forks: these rooms import the project.
     from benchmarks.card import card, write_results
     from benchmarks.mutants import report
+    from safe_decode.whole_files import write_whole
 
     if not is_whole:
         return 0  # a part of a module is looked at, not recorded

@@ -99,6 +99,7 @@ def get_ready() -> None:
             importlib.import_module(name)
     # The tiny models come with the package; nothing of it that is mutated may be there.
     ready = {"safe_decode", "safe_decode.testing", "safe_decode.testing.models"}
+    ready |= {"safe_decode.typing"}
     strays = [n for n in sys.modules if n.split(".")[0] == "safe_decode" and n not in ready]
     assert not strays, strays
     gc.collect()
