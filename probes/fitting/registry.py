@@ -27,6 +27,7 @@ __all__ = [
 
 FITTERS: Mapping[str, str] = {
     "linear": "probes.fitting.linear:LinearProbeFitter",
+    "mlp": "probes.fitting.mlp:MLPProbeFitter",
 }
 """Module and class by kind, as `module:Class`."""
 _MEANING = {

@@ -22,6 +22,8 @@ __all__ = ["OPERATORS", "Node", "ProbeLayout"]
 OPERATORS: Mapping[str, Callable[..., NDArray[Any]]] = {
     "Add": np.add,
     "MatMul": np.matmul,
+    "Relu": lambda values: np.maximum(values, np.float32(0)),
+    "Sub": np.subtract,
 }
 """Operators of ONNX that a node may name, and what they are in NumPy."""
 _FEATURES, _LOGITS, _HEADS = "features", "logits", "heads"

@@ -31,6 +31,25 @@ _LAYOUTS = (
             Node("Add", ("projected", "bias"), "logits"),
         ),
     ),
+    ProbeLayout(
+        "mlp",
+        "safe_decode.probe.mlp:MLPProbe",
+        {
+            "hidden_weight": ("features", "hidden"),
+            "hidden_bias": ("hidden",),
+            "output_weight": ("hidden", "heads"),
+            "output_bias": ("heads",),
+        },
+        (
+            Node("MatMul", ("features", "hidden_weight"), "hidden_product"),
+            Node("Add", ("hidden_product", "hidden_bias"), "hidden"),
+            Node("Relu", ("hidden",), "rectified"),
+            Node("Sub", ("hidden", "hidden"), "hidden_residue"),  # NaN where not finite, else 0
+            Node("Add", ("rectified", "hidden_residue"), "activated"),
+            Node("MatMul", ("activated", "output_weight"), "output_product"),
+            Node("Add", ("output_product", "output_bias"), "logits"),
+        ),
+    ),
 )
 KINDS: Mapping[str, ProbeLayout] = {layout.kind: layout for layout in _LAYOUTS}
 
