@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from safe_decode.monitor.monitor import MonitorConfig
     from safe_decode.policy.policy import Policy, RequestPolicy
     from safe_decode.policy.self_check import SelfCheck
+    from safe_decode.probe.interface import Probe
     from safe_decode.probe.linear import LinearProbe
     from safe_decode.streaming.events import Ended, GuardText, Released, StreamEvent, Tripped
     from safe_decode.streaming.reader import AsyncGuardedStream, GuardedStream
@@ -34,6 +35,7 @@ _HOMES = {
     "LinearProbe": "probe.linear",
     "MonitorConfig": "monitor.monitor",
     "Policy": "policy.policy",
+    "Probe": "probe.interface",
     "ProbeBundle": "bundle.bundle",
     "Released": "streaming.events",
     "RequestPolicy": "policy.policy",
@@ -59,6 +61,7 @@ __all__ = [
     "LinearProbe",
     "MonitorConfig",
     "Policy",
+    "Probe",
     "ProbeBundle",
     "Released",
     "RequestPolicy",

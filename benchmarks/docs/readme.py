@@ -29,7 +29,13 @@ __all__ = ["PAGES", "block_names", "fill", "main", "standing_in", "table_of"]
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "probes.md", ROOT / "docs" / "serving.md")
+DOCS = ROOT / "docs"
+PAGES = (
+    README,
+    DOCS / "probes.md",
+    DOCS / "serving.md",
+    DOCS / "development" / "adding-a-probe.md",
+)
 RESULTS = ROOT / "benchmarks" / "results"
 UNMEASURED = "*Not measured yet.*"
 

@@ -50,16 +50,16 @@ def _session(subject: Subject) -> InferenceSession:
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
-    probe = subject.bundle.probe
-    n_features, n_heads = probe.weight.shape
+    weight, bias = (subject.bundle.probe.tensors()[name] for name in ("weight", "bias"))
+    n_features, n_heads = weight.shape
     graph = helper.make_graph(
         [helper.make_node("Gemm", ["features", "weight", "bias"], ["logits"])],
         "probe",
         [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["rows", n_features])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", n_heads])],
         [
-            numpy_helper.from_array(np.ascontiguousarray(probe.weight.numpy()), "weight"),
-            numpy_helper.from_array(probe.bias.numpy(), "bias"),
+            numpy_helper.from_array(np.ascontiguousarray(weight.numpy()), "weight"),
+            numpy_helper.from_array(bias.numpy(), "bias"),
         ],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

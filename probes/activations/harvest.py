@@ -34,7 +34,7 @@ from probes.data.conversations import Conversation
 from probes.runs.identity import weights_digest
 from safe_decode.activations.site import Site, n_features, sorted_sites
 from safe_decode.errors import DataError
-from safe_decode.probe.linear import LinearProbe
+from safe_decode.probe.interface import Probe
 from safe_decode.typing import CausalLM, Tokenizer
 from safe_decode.whole_files import write_whole
 
@@ -118,7 +118,7 @@ def score_responses(
     model: CausalLM,
     tokenizer: Tokenizer,
     conversations: Sequence[Conversation],
-    probe: LinearProbe,
+    probe: Probe,
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     on_batch: Callable[[int], None] | None = None,

@@ -28,7 +28,7 @@ from probes.attacks.gradient_tap import GradientTap
 from probes.attacks.prompt_gap import PromptGap
 from safe_decode.errors import ConfigurationError
 from safe_decode.monitor.monitor import MonitorConfig, RiskMonitor
-from safe_decode.probe.linear import LinearProbe
+from safe_decode.probe.interface import Probe
 from safe_decode.typing import CausalLM
 
 __all__ = ["TargetAnswer", "Objective", "DetectorModel", "Weights"]
@@ -46,7 +46,7 @@ class DetectorModel:
         threshold: An alarm is statistic > threshold.
     """
 
-    probe: LinearProbe
+    probe: Probe
     monitor: MonitorConfig
     threshold: float
 

@@ -13,7 +13,7 @@ anything was gained is for a new attack, from scratch, on other behaviours, to s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from probes.activations.harvest import harvest, score_responses
 from probes.activations.teacher_forcing import encode_response, onset_token
@@ -23,7 +23,9 @@ from probes.calibration.certify import Calibration, certify_populations, populat
 from probes.calibration.reach import Responses
 from probes.calibration.statistic import maxima, smoothed_paths
 from probes.data.conversations import Conversation, Message, Split, by_split
-from probes.fitting.linear import FitConfig, FittedProbe, LinearProbeFitter
+from probes.fitting.interface import FitSettings, FittedProbe
+from probes.fitting.linear import FitConfig
+from probes.fitting.registry import fitter_for, settings_from
 from probes.fitting.selection import ChosenMonitor, SelectSet, score_monitor
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Judge, Request
@@ -56,7 +58,7 @@ class RefitConfig:
         rollout: How the adversarial prompts are answered.
     """
 
-    fit: FitConfig
+    fit: FitSettings
     windows: tuple[int, ...] = (1, 2, 4, 8)
     answers: int = 8
     sites: tuple[Site, ...] | None = None
@@ -149,7 +151,8 @@ def refit(
     sites = config.sites or bundle.probe.sites
     features = harvest(model, tokenizer, taught, sites, storage="float16")
     labels = [bool(row.response_harmful) for row in taught]
-    fitted = LinearProbeFitter(config.fit).fit(features, labels)
+    groups = [row.group for row in taught]
+    fitted = fitter_for(config.fit).fit(features, labels, groups=groups)
     chosen = _chosen(model, tokenizer, parts["select"], fitted, bundle.default_alpha, config)
     calibration = _calibrated(model, tokenizer, parts["calibrate"], fitted, chosen, bundle)
     return replace(
@@ -168,13 +171,12 @@ def refit(
     )
 
 
-def fit_config_of(bundle: ProbeBundle) -> FitConfig:
+def fit_config_of(bundle: ProbeBundle) -> FitSettings:
     """Return the configuration that a bundle was fitted with, or the default if it is not told."""
     told = bundle.provenance.get("select")
     if not isinstance(told, list) or not told or "fit" not in told[0]:
         return FitConfig()
-    known = {field.name for field in fields(FitConfig)}
-    return FitConfig(**{name: value for name, value in told[0]["fit"].items() if name in known})
+    return settings_from(told[0]["fit"])
 
 
 def _within_context(

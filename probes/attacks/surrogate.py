@@ -18,7 +18,9 @@ from probes.activations.harvest import harvest
 from probes.attacks.objective import DetectorModel
 from probes.calibration.statistic import maxima, smoothed_paths
 from probes.data.conversations import Conversation
-from probes.fitting.linear import FitConfig, LinearProbeFitter
+from probes.fitting.interface import FitSettings
+from probes.fitting.linear import FitConfig
+from probes.fitting.registry import fitter_for
 from probes.metrics.detection import threshold_at
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, sorted_sites
@@ -48,7 +50,7 @@ def fit_surrogate(
     tokenizer: Tokenizer,
     rows: Sequence[Conversation],
     *,
-    fit: FitConfig | None = None,
+    fit: FitSettings | None = None,
 ) -> DetectorModel:
     """Fit a probe, a smoother and a threshold to labelled responses.
 
@@ -66,7 +68,7 @@ def fit_surrogate(
     if len(judged) < 2 or len(set(labels.tolist())) < 2:
         raise DataError("a surrogate needs harmful and harmless responses; give both.")
     features = harvest(model, tokenizer, judged, residual_sites(model))
-    fitted = LinearProbeFitter(fit or FitConfig()).fit(features, labels.tolist())
+    fitted = fitter_for(fit or FitConfig()).fit(features, labels.tolist())
     logits = [fitted.probe(torch.from_numpy(values)) for values in features.responses]
     plain = MonitorConfig(2 / (_WINDOW + 1), fitted.benign_mean, (0.0,), (1.0,), 0.0)
     peaks = maxima(smoothed_paths(logits, plain))[~labels]

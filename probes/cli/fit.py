@@ -22,6 +22,7 @@ from probes.cli.envelopes import (
 from probes.cli.options import DataOptions, SplitOptions, whole
 from probes.cli.sites import FEATURE_COUNTS, SiteOptions, residual_sites
 from probes.cli.tables.facts import show_facts, show_warnings
+from probes.fitting.registry import FITTERS
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, require_place
 from safe_decode.cli.options import JsonOptions, ModelOptions
@@ -48,11 +49,14 @@ class FitOptions(
     """Options of `safe-decode fit`."""
 
     out: Annotated[Path, typer.Option(help="Directory that the bundle is written to.")]
+    probe: Annotated[
+        str, typer.Option(help=f"Kind of probe to fit: {' or '.join(sorted(FITTERS))}.")
+    ] = "linear"
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="Way of fitting to try: pooled, token, windowed or mass_mean. May be given "
-            "several times. Without it: all four."
+            help="Way of fitting a linear probe: pooled, token, windowed or mass_mean. May be "
+            "given several times. Without it: all four."
         ),
     ] = None
     statistic: Annotated[
@@ -66,8 +70,8 @@ class FitOptions(
         list[float] | None,
         typer.Option(
             "--c",
-            help="Inverse strength C of the L2 penalty. Given several times, the values are "
-            "compared on the fit split. Without it: 0.1.",
+            help="Inverse strength C of the L2 penalty of a linear probe. Given several times, "
+            "the values are compared on the fit split. Without it: 0.1.",
         ),
     ] = None
     by_category: Annotated[
@@ -159,7 +163,7 @@ def _config(own: Loaded, rows: Sequence[Conversation], options: FitOptions) -> R
     # Which responses certify is decided by split and label, as the recipe takes them.
     calibrating = [row for row in rows if row.split == "calibrate" and not row.response_harmful]
     envelope = envelope_of(own, calibrating or rows, options)
-    residual, c = options.residual, options.c or [0.1]
+    residual, c = options.residual, options.c or []
     reads_units = options.units is not None or residual is None
     alphas = tuple(options.alpha or (0.01,))
     return RecipeConfig(
@@ -172,7 +176,7 @@ def _config(own: Loaded, rows: Sequence[Conversation], options: FitOptions) -> R
             if residual is None
             else {f"residual-{residual}": residual_sites(own.model, residual)}
         ),
-        fits=fits_of(options.method, c[0]),
+        fits=fits_of(options.method, c[0] if c else None, options.probe),
         windows=(),
         statistics=statistics_of(options.statistic),
         c_grid=tuple(c) if len(c) > 1 else (),
@@ -214,16 +218,13 @@ def _show(recipe: Recipe, out: Path) -> None:
     columns = ("sites", "fit", "statistic", "TPR", "AUROC", "delay p90", "hold-back")
     table = Table(*columns, title="Best on select", title_justify="left")
     for one in recipe.tried[:_SHOWN]:
-        way = one["fit"]
-        name = f"{way['method']} C={way['c']:g}"
-        name += f" M={way['window']}" if way["method"] == "windowed" else ""
         hits = f" x{one['hits']}" if one["hits"] > 1 else ""
         size = {"mean": one["window"], "cusum": round(one["drift"], 2)}.get(
             one["statistic"], round(one["smoothing"], 2)
         )
         table.add_row(
             one["sites"],
-            name,
+            one["way"],
             f"{one['statistic']} {size}{hits}",
             f"{one['tpr']:.1%}",
             f"{one['auroc']:.4f}",

@@ -27,7 +27,7 @@ from probes.evaluation.model_baselines import (
     stacked_scores,
 )
 from probes.evaluation.text_baselines import Control, control_scores, out_of_fold_scores
-from probes.fitting.linear import FitConfig
+from probes.fitting.interface import FitSettings
 from probes.metrics.comparison import PROBE
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.typing import CausalLM, Tokenizer
@@ -65,7 +65,7 @@ class Methods:
         train: Sequence[Conversation],
         scored: Sequence[Conversation],
         *,
-        fit: FitConfig,
+        fit: FitSettings,
         seed: int = 0,
         model_controls: bool = True,
     ) -> None:

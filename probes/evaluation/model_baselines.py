@@ -26,7 +26,8 @@ from sklearn.preprocessing import StandardScaler
 from probes.activations.features import ResponseFeatures
 from probes.activations.teacher_forcing import EncodedResponse
 from probes.calibration.statistic import maxima, smoothed_paths
-from probes.fitting.linear import FitConfig, LinearProbeFitter
+from probes.fitting.interface import FitSettings
+from probes.fitting.registry import fitter_for
 from safe_decode.errors import DataError
 from safe_decode.monitor.monitor import MonitorConfig
 from safe_decode.typing import CausalLM
@@ -91,7 +92,7 @@ def refitted_scores(
     harmful: Sequence[bool],
     test: ResponseFeatures,
     *,
-    fit: FitConfig,
+    fit: FitSettings,
     monitor: MonitorConfig,
 ) -> NDArray[np.float64]:
     """Fit a probe as the bundle's was and score the maximum of its smoothed logit, [n].
@@ -103,7 +104,7 @@ def refitted_scores(
         fit: How the bundle's probe was fitted.
         monitor: The bundle's; its smoothing is used, with one head and no offset.
     """
-    fitted = LinearProbeFitter(fit).fit(train, harmful)
+    fitted = fitter_for(fit).fit(train, harmful)
     logits = [fitted.probe(torch.from_numpy(np.asarray(v))) for v in test.responses]
     plain = replace(monitor, start=fitted.benign_mean, offset=(0.0,), scale=(1.0,), low_mark=0.0)
     return maxima(smoothed_paths(logits, plain))

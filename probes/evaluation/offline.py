@@ -19,7 +19,7 @@ from probes.calibration.statistic import maxima
 from probes.data.conversations import Conversation
 from probes.evaluation.methods import Methods
 from probes.evaluation.text_baselines import source_of
-from probes.fitting.linear import FitConfig
+from probes.fitting.interface import FitSettings
 from probes.metrics.comparison import PROBE, Figures, MethodScores, ScoredRows, compare
 from probes.metrics.detection import Delay, delay_of, rates_by_group
 from probes.metrics.intervals import Proportion, plain_json
@@ -52,7 +52,7 @@ class EvaluationConfig:
     seed: int = 0
     alpha: float | None = None
     population: str = "benign"
-    fit: FitConfig
+    fit: FitSettings
     model_controls: bool = True
 
 

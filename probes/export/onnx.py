@@ -2,7 +2,8 @@
 
 The second graph is stateful by its signature: it takes the state of the rows and returns the
 next one, under the same names with `next_` in front. Both are built node by node from the
-definition in `monitor_config`; nothing is traced. `parity` holds them to torch and NumPy.
+definition in `monitor.config` and the layout of the probe's kind; nothing is traced. `parity`
+holds them to torch and NumPy.
 
 Knows graphs. Does not know models or how activations are read.
 """
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from safe_decode.activations.site import n_features
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.bundle.numpy_runtime import start_state
 from safe_decode.errors import ConfigurationError
+from safe_decode.probe.registry import layout_of
 from safe_decode.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -112,26 +115,25 @@ def _value(name: str, kind: str, *shape: int | str) -> ValueInfoProto:
 
 def _with_probe(bundle: ProbeBundle) -> _Graph:
     graph = _Graph()
-    graph.constant("weight", bundle.probe.weight.detach().cpu().numpy())
-    graph.constant("bias", bundle.probe.bias.detach().cpu().numpy())
-    graph.node("MatMul", ["features", "weight"], "projected")
-    graph.node("Add", ["projected", "bias"], "logits")
+    for name, tensor in bundle.probe.tensors().items():
+        graph.constant(name, tensor.detach().cpu().numpy())
+    for node in layout_of(bundle.probe.kind).nodes:
+        graph.node(node.operator, list(node.inputs), node.output)
     return graph
 
 
 def _probe_model(bundle: ProbeBundle) -> ModelProto:
-    n_features, n_heads = bundle.probe.weight.shape
     return _with_probe(bundle).model(
         bundle,
-        [_value("features", "FLOAT", "batch", n_features)],
-        [_value("logits", "FLOAT", "batch", n_heads)],
+        [_value("features", "FLOAT", "batch", n_features(bundle.probe.sites))],
+        [_value("logits", "FLOAT", "batch", len(bundle.probe.heads))],
         {},
     )
 
 
 def _monitor_model(bundle: ProbeBundle, threshold: float) -> ModelProto:
     config = bundle.monitor
-    n_features, n_heads = bundle.probe.weight.shape
+    n_heads = len(bundle.probe.heads)
     graph = _with_probe(bundle)
     scale = np.asarray(config.scale, np.float64)
     graph.constant("inverse_scale", (1 / scale).astype(np.float32))
@@ -162,7 +164,7 @@ def _monitor_model(bundle: ProbeBundle, threshold: float) -> ModelProto:
         _value("alarm", "BOOL", "batch"),
     ]
     outputs += [_value(f"next_{name}", kind, *shape) for name, kind, shape in state]
-    inputs = [_value("features", "FLOAT", "batch", n_features)]
+    inputs = [_value("features", "FLOAT", "batch", n_features(bundle.probe.sites))]
     inputs += [_value(name, kind, *shape) for name, kind, shape in state]
     first = start_state(config, 1)
     facts = {

@@ -14,15 +14,18 @@ import torch
 from numpy.typing import NDArray
 
 from probes.export.onnx import MONITOR_FILE, require_library
+from safe_decode.activations.site import n_features
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.bundle.numpy_runtime import NumpyMonitorState, start_state, step_state
 from safe_decode.monitor.monitor import MonitorState, RiskMonitor
+from safe_decode.probe.registry import layout_of
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 __all__ = ["ParityReport", "agreement"]
 
+_SAMPLE = 1_000  # rows from which the spread of the logits is taken
 _RESTART = 1 / 200  # a row of the comparison ends about so often, as responses do
 
 
@@ -88,18 +91,20 @@ def agreement(
     config, probe = bundle.monitor, bundle.probe.to("cpu")
     monitor = RiskMonitor(config, threshold)
     rng = np.random.default_rng(seed)
-    weight, bias = probe.weight.numpy(), probe.bias.numpy()
-    spread = np.linalg.norm(weight, axis=0).max()  # logits of about unit spread
+    layout, tensors = layout_of(probe.kind), {k: v.numpy() for k, v in probe.tensors().items()}
+    width = n_features(probe.sites)
+    sample = layout.logits(tensors, rng.normal(size=(_SAMPLE, width)))
+    spread = sample.std(axis=0).max()  # logits of about unit spread, once divided by it
     begun, begun_torch = start_state(config, batch), monitor.start(batch)
     onnx_state, numpy_state, torch_state = begun, begun, begun_torch
     largest, flags = np.zeros(3), 0
     for _ in range(steps):
-        features = (rng.normal(size=(batch, len(weight))) / spread).astype(np.float32)
+        features = (rng.normal(size=(batch, width)) / spread).astype(np.float32)
         found = dict(
             zip(names, session.run(None, _feeds(session, features, onnx_state)), strict=True)
         )
         onnx_state = NumpyMonitorState(**_state(found, onnx_state))
-        numpy_state = step_state(config, threshold, numpy_state, features @ weight + bias)
+        numpy_state = step_state(config, threshold, numpy_state, layout.logits(tensors, features))
         torch_state = monitor.step(torch_state, probe(torch.from_numpy(features)))
         as_arrays = NumpyMonitorState(*(field.numpy() for field in torch_state))
         pairs = ((onnx_state, as_arrays), (onnx_state, numpy_state), (as_arrays, numpy_state))

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold
 
 from probes.activations.features import ResponseFeatures
-from probes.fitting.linear import FitConfig, LinearProbeFitter, mean_logit
+from probes.fitting.interface import FitSettings, mean_logit
+from probes.fitting.registry import fitter_for, require_abilities
 from safe_decode.errors import ConfigurationError, DataError
 
 __all__ = ["ChosenC", "choose_c", "cross_validated_auroc"]
@@ -36,7 +37,7 @@ def choose_c(
     features: ResponseFeatures,
     harmful: Sequence[bool],
     groups: Sequence[str],
-    config: FitConfig,
+    config: FitSettings,
     *,
     grid: Sequence[float],
     folds: int = 4,
@@ -47,19 +48,21 @@ def choose_c(
         features: Of responses.
         harmful: One label a response.
         groups: Of each response.
-        config: How to fit, but for `c`.
+        config: How to fit, but for `c`; of a kind with a penalty.
         grid: Candidates.
         folds: As in `cross_validated_auroc`.
 
     Raises:
-        ConfigurationError: The grid is empty.
+        ConfigurationError: The grid is empty, or the kind has no penalty.
         DataError: As in `cross_validated_auroc`.
     """
     if not grid:
         raise ConfigurationError("grid is empty; pass at least one C.")
+    require_abilities((config,), ("penalty",))
+    ways: dict[float, Any] = {c: {"c": c} for c in grid}
     aurocs = {
-        c: cross_validated_auroc(features, harmful, groups, replace(config, c=c), folds=folds)
-        for c in grid
+        c: cross_validated_auroc(features, harmful, groups, replace(config, **own), folds=folds)
+        for c, own in ways.items()
     }
     return ChosenC(min(aurocs, key=lambda c: (-aurocs[c], c)), aurocs)
 
@@ -68,7 +71,7 @@ def cross_validated_auroc(
     features: ResponseFeatures,
     harmful: Sequence[bool],
     groups: Sequence[str],
-    config: FitConfig,
+    config: FitSettings,
     *,
     folds: int = 4,
 ) -> float:
@@ -91,7 +94,11 @@ def cross_validated_auroc(
     for train, held_out in GroupKFold(folds).split(labels, labels, groups):
         if len(set(labels[held_out])) < 2 or len(set(labels[train])) < 2:
             continue
-        fitted = LinearProbeFitter(config).fit(features.take(train), labels[train].tolist())
+        fitted = fitter_for(config).fit(
+            features.take(train),
+            labels[train].tolist(),
+            groups=[groups[row] for row in train],
+        )
         means = [mean_logit(fitted.probe, [features.responses[row]])[0] for row in held_out]
         scores.append(float(roc_auc_score(labels[held_out], means)))
     if not scores:

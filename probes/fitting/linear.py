@@ -1,15 +1,15 @@
 """Fit a linear probe to activations of labelled responses.
 
-Knows four ways of fitting, standardisation and what makes a feature unusable. Does not know
-models, text, thresholds or which configuration is best.
+Knows four ways of fitting. Does not know models, text, thresholds or which configuration is
+best.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,22 +17,33 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from probes.activations.features import BeforeOnset, ResponseFeatures, Segment, label_segments
+from probes.activations.features import ResponseFeatures, Segment, columns_of, label_segments
+from probes.fitting.examples import (
+    ABSOLUTE_STD_FLOOR,
+    Examples,
+    examples_of,
+    standardise,
+)
+from probes.fitting.interface import (
+    Ability,
+    FitSettings,
+    FittedProbe,
+    Fitter,
+    Stream,
+    require_positive,
+)
 from probes.fitting.windowed_loss import Solution, Windows, minimise
-from safe_decode.activations.site import Site
-from safe_decode.errors import ConfigurationError, DataError, NonFiniteError
+from safe_decode.activations.site import Site, n_features, sorted_sites
+from safe_decode.errors import ConfigurationError
+from safe_decode.probe.interface import Probe
 from safe_decode.probe.linear import LinearProbe
 
 __all__ = [
+    "WINDOWS",
     "FitConfig",
-    "FittedProbe",
     "LinearProbeFitter",
     "Method",
-    "Standardisation",
-    "evenly",
     "fitted_probe",
-    "mean_logit",
-    "standardisation_of",
 ]
 
 Method = Literal["pooled", "token", "windowed", "mass_mean"]
@@ -42,23 +53,20 @@ windowed: softmax-weighted cross-entropy of sliding-window means (arXiv 2601.046
 mass_mean: difference of the two means (arXiv 2310.06824), every feature of equal spread;
 nothing is optimised, so nothing is overfitted."""
 
-# A feature whose spread is this small beside the median feature's is dead or constant;
-# dividing by it would turn float noise into signal.
-_RELATIVE_STD_FLOOR = 1e-4
-_ABSOLUTE_STD_FLOOR = 1e-7
+WINDOWS = (1, 4, 8, 16)
+"""Positions of the windowed loss to try."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    """How a probe is fitted.
+class FitConfig(FitSettings):
+    """How a linear probe is fitted.
 
     Attributes:
         method: See `Method`.
         c: Inverse strength of the L2 penalty, in scikit-learn's sense with one unit of
             weight a response. Without meaning for `mass_mean`.
         before_onset: See `BeforeOnset`.
-        tokens_per_response: At most so many positions of a segment, evenly spaced, are
-            used by `token`; neighbours carry almost the same information.
+        tokens_per_response: As in `FitSettings`; used by `token`.
         window: Positions of a sliding window, for `windowed`.
         tau: Temperature of the softmax over windows, for `windowed`.
         max_iterations: Of the optimiser.
@@ -67,62 +75,63 @@ class FitConfig:
         ConfigurationError: A number is not above 0.
     """
 
+    kind: ClassVar[str] = "linear"
     method: Method = "token"
     c: float = 0.1
-    before_onset: BeforeOnset = "negative"
-    tokens_per_response: int = 24
     window: int = 8
     tau: float = 1.0
     max_iterations: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("c", "tokens_per_response", "window", "tau", "max_iterations"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"{name}={getattr(self, name)} must be above 0.")
+        require_positive(self, ("c", "tokens_per_response", "window", "tau", "max_iterations"))
+
+    @property
+    def label(self) -> str:
+        """Name these settings in tables."""
+        window = f" M={self.window}" if self.method == "windowed" else ""
+        return f"{self.method} C={self.c:g}{window}"
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether `c` has a meaning; `mass_mean` optimises nothing."""
+        return self.method != "mass_mean"
 
 
-@dataclass(frozen=True, eq=False)
-class FittedProbe:
-    """A probe and what fitting found out.
-
-    Attributes:
-        probe: One head, `harm`.
-        benign_mean: [K] mean logit over the positions of harmless responses, each response
-            of equal weight; where a monitor's smoother starts.
-        config: How it was fitted.
-        dead_features: Features without spread; their weights are 0.
-        converged: Whether the optimiser stopped by itself.
-    """
-
-    probe: LinearProbe
-    benign_mean: tuple[float, ...]
-    config: FitConfig
-    dead_features: int
-    converged: bool
-
-
-class LinearProbeFitter:
+class LinearProbeFitter(Fitter):
     """Fits one `LinearProbe`; after `fit`, it holds nothing of the data.
 
     Args:
         config: How to fit.
     """
 
+    abilities: ClassVar[frozenset[Ability]] = frozenset({"streamed", "penalty", "heads"})
+
     def __init__(self, config: FitConfig | None = None) -> None:
         self.config = config or FitConfig()
 
-    def fit(self, features: ResponseFeatures, harmful: Sequence[bool]) -> FittedProbe:
-        """Fit a probe that tells harmful from harmless positions.
+    @classmethod
+    def ways(cls, methods: Sequence[str] | None, c: float | None) -> tuple[FitSettings, ...]:
+        """Name the ways of fitting to try; see `Method`. Raises as `Fitter.ways`."""
+        known: dict[str, Method] = {name: name for name in get_args(Method)}
+        unknown = [name for name in methods or () if name not in known]
+        if unknown:
+            raise ConfigurationError(
+                f"method={unknown[0]!r} is not one of {tuple(known)}; pass one of these."
+            )
+        return tuple(
+            FitConfig(method=known[name], c=0.1 if c is None else c, window=window)
+            for name in methods or known
+            for window in (WINDOWS if name == "windowed" else (8,))
+        )
 
-        Args:
-            features: Of responses; float16 storage is read as float32.
-            harmful: One label a response.
-
-        Raises:
-            ConfigurationError: Labels or onsets do not fit the responses.
-            DataError: All labels are equal, or every feature is dead.
-            NonFiniteError: An activation is NaN or infinite.
-        """
+    def fit(
+        self,
+        features: ResponseFeatures,
+        harmful: Sequence[bool],
+        *,
+        groups: Sequence[str] | None = None,  # noqa: ARG002 - nothing is held out
+    ) -> FittedProbe:
+        """Fit a probe that tells harmful from harmless positions. Raises as `Fitter.fit`."""
         segments = label_segments(features, harmful, before_onset=self.config.before_onset)
         return self.fit_segments(features, segments, harmful)
 
@@ -130,41 +139,44 @@ class LinearProbeFitter:
         self, features: ResponseFeatures, segments: Sequence[Segment], harmful: Sequence[bool]
     ) -> FittedProbe:
         """Fit on segments that were labelled already; otherwise as `fit`."""
-        examples = self._examples(features, segments)
-        mean, std, dead = _standardisation(examples)
-        rows = examples.rows
-        rows -= mean
-        rows /= std
-        rows[:, dead] = 0.0
+        examples = examples_of(
+            features,
+            segments,
+            most_rows=self.config.tokens_per_response if self.config.method == "token" else None,
+            is_pooled=self.config.method == "pooled",
+        )
+        mean, std, dead = standardise(examples)
         solution = self._solve(examples)
         solution.weight[dead] = 0.0
         probe = fitted_probe(features.sites, solution, mean, std)
         benign = [v for v, label in zip(features.responses, harmful, strict=True) if not label]
         return FittedProbe(
-            probe, mean_logit(probe, benign), self.config, int(dead.sum()), solution.converged
+            probe, _logit_of_means(probe, benign), self.config, int(dead.sum()), solution.converged
         )
 
-    def _examples(self, features: ResponseFeatures, segments: Sequence[Segment]) -> _Examples:
-        parts: list[NDArray[np.float32]] = []
-        for segment in segments:
-            part = features.responses[segment.row][segment.start : segment.stop]
-            if self.config.method == "token":
-                part = part[evenly(len(part), self.config.tokens_per_response)]
-            part = np.asarray(part, dtype=np.float32)
-            if self.config.method == "pooled":
-                part = part.mean(axis=0, keepdims=True)
-            parts.append(part)
-        rows = np.concatenate(parts)
-        if not np.isfinite(rows).all():
-            raise NonFiniteError("an activation is NaN or infinite; harvest in float32.")
-        return _Examples(
-            rows,
-            np.asarray([len(part) for part in parts]),
-            np.asarray([segment.harmful for segment in segments]),
-            np.asarray([segment.weight for segment in segments]),
-        )
+    def fit_streamed(
+        self,
+        stream: Stream,
+        sites: Sequence[Site],
+        n_scores: Sequence[int],
+        onset_tokens: Sequence[int | None],
+        harmful: Sequence[bool],
+    ) -> FittedProbe:
+        """Fit as `fit` does, without holding the activations; see `probes.fitting.streaming`."""
+        from probes.fitting.streaming import fit_streamed
 
-    def _solve(self, examples: _Examples) -> Solution:
+        return fit_streamed(stream, sites, n_scores, onset_tokens, harmful, self.config)
+
+    def joined(self, sites: Sequence[Site], parts: Mapping[str, Probe]) -> Probe:
+        """Put the weights of each part at its own columns, and zeros elsewhere."""
+        ordered = sorted_sites(sites)
+        weight = torch.zeros(n_features(ordered), len(parts))
+        for head, part in enumerate(parts.values()):
+            weight[columns_of(ordered, part.sites), head] = part.tensors()["weight"][:, 0]
+        bias = torch.cat([part.tensors()["bias"] for part in parts.values()])
+        return LinearProbe(ordered, weight, bias, tuple(parts))
+
+    def _solve(self, examples: Examples) -> Solution:
         config = self.config
         if config.method == "windowed":
             windows = Windows.over(
@@ -212,14 +224,14 @@ def fitted_probe(
     )
 
 
-def mean_logit(probe: LinearProbe, responses: Sequence[NDArray[Any]]) -> tuple[float, ...]:
-    """Return the mean logit of each head, [K], each response of equal weight."""
+def _logit_of_means(probe: LinearProbe, responses: Sequence[NDArray[Any]]) -> tuple[float, ...]:
+    """Return `mean_logit`: of a linear map, the logit of a mean is the mean of logits."""
     means = np.stack([np.asarray(v, dtype=np.float32).mean(axis=0) for v in responses])
     logits = probe(torch.from_numpy(means)).double().mean(dim=0)
     return tuple(logits.tolist())
 
 
-def _mass_mean(examples: _Examples) -> Solution:
+def _mass_mean(examples: Examples) -> Solution:
     """Take the difference of means, scaled to the logit of two normal laws of equal spread."""
     weights = examples.row_weights()
     positive = np.repeat(examples.harmful, examples.sizes)
@@ -231,63 +243,6 @@ def _mass_mean(examples: _Examples) -> Solution:
     projected = examples.rows @ direction
     high, low = (float(mean @ direction) for mean in means)
     within = np.average((projected - np.where(positive, high, low)) ** 2, weights=weights)
-    scale = (high - low) / max(float(within), _ABSOLUTE_STD_FLOOR)
+    scale = (high - low) / max(float(within), ABSOLUTE_STD_FLOOR)
     weight = (scale * direction).astype(np.float32)
     return Solution(weight, -scale * (high + low) / 2, True)
-
-
-class _Examples(NamedTuple):
-    """Rows of all segments, one after the other.
-
-    Attributes:
-        rows: [N, F] float32.
-        sizes: [S] rows of each segment.
-        harmful: [S] label of each segment.
-        weight: [S] weight of each segment.
-    """
-
-    rows: NDArray[np.float32]
-    sizes: NDArray[np.intp]
-    harmful: NDArray[np.bool_]
-    weight: NDArray[np.float64]
-
-    def row_weights(self) -> NDArray[np.float64]:
-        weights: NDArray[np.float64] = np.repeat(self.weight / self.sizes, self.sizes)
-        return weights
-
-
-class Standardisation(NamedTuple):
-    """Means and spreads of features, [F] each; the spread of a dead one is 1."""
-
-    mean: NDArray[np.float32]
-    std: NDArray[np.float32]
-    dead: NDArray[np.bool_]
-
-
-def _standardisation(examples: _Examples) -> Standardisation:
-    weights = examples.row_weights() / examples.weight.sum()
-    # float64 through the product with the weights: means far above their spread stay exact.
-    mean = weights @ examples.rows
-    return standardisation_of(mean, weights @ np.square(examples.rows - mean))
-
-
-def standardisation_of(mean: NDArray[np.float64], variance: NDArray[np.float64]) -> Standardisation:
-    """Set the floor under the spread of features.
-
-    Raises:
-        DataError: Every feature is dead.
-    """
-    std = np.sqrt(np.maximum(variance, 0.0))
-    dead = std <= max(_RELATIVE_STD_FLOOR * float(np.median(std)), _ABSOLUTE_STD_FLOOR)
-    if dead.all():
-        raise DataError(f"all {len(std)} features are constant; read other sites.")
-    return Standardisation(
-        mean.astype(np.float32), np.where(dead, 1.0, std).astype(np.float32), dead
-    )
-
-
-def evenly(length: int, most: int) -> NDArray[np.intp]:
-    """Choose at most so many of the numbers below `length`, evenly spaced, ends included."""
-    if length <= most:
-        return np.arange(length)
-    return np.linspace(0, length - 1, most).round().astype(np.intp)

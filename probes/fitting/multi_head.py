@@ -9,13 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import torch
-
-from probes.activations.features import ResponseFeatures, columns_of, union_of_sites
-from probes.fitting.linear import FitConfig, FittedProbe, LinearProbeFitter
-from safe_decode.activations.site import n_features
+from probes.activations.features import ResponseFeatures, union_of_sites
+from probes.fitting.interface import FitSettings, FittedProbe
+from probes.fitting.registry import fitter_for, require_abilities
 from safe_decode.errors import ConfigurationError
-from safe_decode.probe.linear import LinearProbe
 
 __all__ = ["fit_heads", "stacked"]
 
@@ -24,8 +21,9 @@ def fit_heads(
     features: ResponseFeatures,
     harmful: Sequence[bool],
     categories: Sequence[str | None],
-    config: FitConfig,
+    config: FitSettings,
     *,
+    groups: Sequence[str] | None = None,
     least: int = 50,
 ) -> FittedProbe:
     """Fit a head for all harm, and one for each category of it against all harmless responses.
@@ -35,15 +33,21 @@ def fit_heads(
         harmful: One label a response.
         categories: Of each response; only those of harmful ones are used.
         config: How each head is fitted.
+        groups: Of each response; see `Fitter.fit`.
         least: Harmful responses a category needs for a head of its own.
+
+    Raises:
+        ConfigurationError: The kind joins no heads.
     """
-    fits = {"harm": LinearProbeFitter(config).fit(features, harmful)}
+    require_abilities((config,), ("heads",))
+    fits = {"harm": fitter_for(config).fit(features, harmful, groups=groups)}
     named = zip(harmful, categories, strict=True)
     counts = Counter(name for label, name in named if label and name is not None)
     for name in sorted(name for name, count in counts.items() if count >= least):
         rows = [row for row, label in enumerate(harmful) if not label or categories[row] == name]
         labels = [harmful[row] for row in rows]
-        fits[f"harm:{name}"] = LinearProbeFitter(config).fit(features.take(rows), labels)
+        own = None if groups is None else [groups[row] for row in rows]
+        fits[f"harm:{name}"] = fitter_for(config).fit(features.take(rows), labels, groups=own)
     return stacked(fits)
 
 
@@ -51,20 +55,21 @@ def stacked(fits: Mapping[str, FittedProbe]) -> FittedProbe:
     """Join probes of one head each into one probe over the union of their sites.
 
     Raises:
-        ConfigurationError: No probe, or one that has several heads already.
+        ConfigurationError: No probe, one that has several heads already, or probes of several
+            kinds or of one that is not joined.
     """
     if not fits or any(len(one.probe.heads) != 1 for one in fits.values()):
         raise ConfigurationError("fits must hold at least one probe, of one head each.")
+    kinds = {one.config.kind for one in fits.values()}
+    if len(kinds) > 1:
+        raise ConfigurationError(f"fits hold the kinds {sorted(kinds)}; join probes of one kind.")
     sites = union_of_sites(one.probe.sites for one in fits.values())
-    weight = torch.zeros(n_features(sites), len(fits))
-    for head, one in enumerate(fits.values()):
-        weight[columns_of(sites, one.probe.sites), head] = one.probe.weight[:, 0]
     first = next(iter(fits.values()))
-    bias = torch.cat([one.probe.bias for one in fits.values()])
+    probe = fitter_for(first.config).joined(sites, {name: one.probe for name, one in fits.items()})
     return FittedProbe(
-        LinearProbe(sites, weight, bias, tuple(fits)),
+        probe,
         tuple(one.benign_mean[0] for one in fits.values()),
         first.config,
-        int((weight == 0).all(dim=1).sum()),
+        min(one.dead_features for one in fits.values()),
         all(one.converged for one in fits.values()),
     )

@@ -7,9 +7,9 @@ know how one probe is fitted, how one monitor is measured, or what becomes of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ from probes.activations.teacher_forcing import (
 from probes.calibration.certify import population_of
 from probes.data.conversations import Conversation
 from probes.fitting.cross_validation import choose_c
-from probes.fitting.linear import FitConfig, FittedProbe, LinearProbeFitter, Method
+from probes.fitting.interface import Ability, FitSettings, FittedProbe
 from probes.fitting.multi_head import fit_heads
+from probes.fitting.registry import fitter_class, fitter_for, require_abilities, settings_record
 from probes.fitting.selection import ChosenMonitor, SelectSet, StatisticChoice, score_monitor
-from probes.fitting.streaming import fit_streamed
 from safe_decode.activations.site import Site, n_features
 from safe_decode.errors import ConfigurationError
 from safe_decode.typing import CausalLM, Tokenizer
@@ -39,7 +39,6 @@ __all__ = [
     "FeatureStore",
     "STATISTICS",
     "Search",
-    "WINDOWS",
     "fits_of",
     "ranked_candidates",
     "statistics_of",
@@ -69,13 +68,31 @@ class FeatureStore:
 class Search:
     """What is tried; see `recipes.bundle.RecipeConfig` for the fields."""
 
-    fits: tuple[FitConfig, ...]
+    fits: tuple[FitSettings, ...]
     statistics: tuple[StatisticChoice, ...]
     c_grid: tuple[float, ...]
     by_category: bool
     fpr: float
     holdback_share: float
     most_holdback_tokens: int
+
+    def require_supported(self, store: FeatureStore) -> None:
+        """Check, before anything is read, that every way of fitting can do what is asked.
+
+        Raises:
+            ConfigurationError: A kind cannot, or it would be fitted many times over a stream.
+        """
+        asked: dict[Ability, bool] = {
+            "streamed": store.recompute,
+            "penalty": bool(self.c_grid),
+            "heads": self.by_category,
+        }
+        require_abilities(self.fits, [name for name, is_asked in asked.items() if is_asked])
+        if store.recompute and (self.by_category or self.c_grid):
+            raise ConfigurationError(
+                "a grid of C and heads by category fit many times over; store the activations, "
+                "or name one C and no categories."
+            )
 
 
 class CandidateProbe(NamedTuple):
@@ -100,7 +117,8 @@ class CandidateProbe(NamedTuple):
             "sites": self.sites_name,
             "features": n_features(self.fitted.probe.sites),
             "heads": list(self.fitted.probe.heads),
-            "fit": asdict(self.fitted.config),
+            "fit": settings_record(self.fitted.config),
+            "way": self.fitted.config.label,
             **(searched if self.aurocs else {}),
             "dead_features": self.fitted.dead_features,
             "converged": self.fitted.converged,
@@ -137,13 +155,9 @@ def ranked_candidates(
 
     Raises:
         DataError: A split holds only one label.
-        ConfigurationError: Heads by category, or a grid of C, without stored activations.
+        ConfigurationError: As `Search.require_supported`.
     """
-    if store.recompute and (search.by_category or search.c_grid):
-        raise ConfigurationError(
-            "a grid of C and heads by category fit many times over; store the activations, or "
-            "name one C and no categories."
-        )
+    search.require_supported(store)
     labels = SelectSet(
         tuple(row.response_harmful is True for row in select_rows),
         tuple(onset_token(tokenizer, row, encode_response(tokenizer, row)) for row in select_rows),
@@ -195,12 +209,13 @@ def _stored(
         here, there = fit_features.at(sites), select_features.at(sites)
         for config in search.fits:
             aurocs: Mapping[float, float] = {}
-            if search.c_grid and config.method != "mass_mean":
+            if search.c_grid and config.has_penalty:
                 c, aurocs = choose_c(here, harmful, groups, config, grid=search.c_grid)
-                config = replace(config, c=c)  # noqa: PLW2901 - the same way of fitting
-            fitted = [LinearProbeFitter(config).fit(here, harmful)]
+                chosen: Any = {"c": c}
+                config = replace(config, **chosen)  # noqa: PLW2901 - the same way of fitting
+            fitted = [fitter_for(config).fit(here, harmful, groups=groups)]
             if search.by_category:
-                heads = fit_heads(here, harmful, categories, config)
+                heads = fit_heads(here, harmful, categories, config, groups=groups)
                 fitted += [heads] if len(heads.probe.heads) > 1 else []
             for one in fitted:
                 # Copied: what is memory-mapped cannot be lent to torch.
@@ -225,13 +240,12 @@ def _recomputed(
     device = next(model.parameters()).device
     for name, sites in site_sets.items():
         for config in search.fits:
-            fitted = fit_streamed(
+            fitted = fitter_for(config).fit_streamed(
                 lambda sites=sites: _stream(model, sites, encoded),  # type: ignore[misc]
                 sites,
                 [row.n_scores for row in encoded],
                 onsets,
                 harmful,
-                config,
             )
             probe = fitted.probe.to(device)
             logits = score_responses(model, tokenizer, select_rows, probe)
@@ -246,9 +260,6 @@ def _stream(
         yield [(row, on_cpu.of(index).numpy()) for index, row in enumerate(batch.rows)]
 
 
-WINDOWS = (1, 4, 8, 16)
-"""Positions of the windowed loss."""
-
 STATISTICS: Mapping[str, tuple[StatisticChoice, ...]] = {
     "ema": tuple(StatisticChoice("ema", window) for window in (1, 2, 4, 8, 16)),
     "mean": tuple(StatisticChoice("mean", window) for window in (4, 8, 16)),
@@ -259,23 +270,18 @@ STATISTICS: Mapping[str, tuple[StatisticChoice, ...]] = {
 }
 
 
-def fits_of(methods: Sequence[str] | None, c: float) -> tuple[FitConfig, ...]:
+def fits_of(methods: Sequence[str] | None, c: float | None, probe: str) -> tuple[FitSettings, ...]:
     """Name the ways of fitting to try.
 
     Args:
-        methods: See `linear.Method`; None for all.
-        c: Of each.
+        methods: Of the kind of probe, for `linear` see `linear.Method`; None for all.
+        c: Inverse strength of the penalty; None for the kind's default.
+        probe: The kind of probe; see `probes.fitting.registry`.
 
     Raises:
-        ConfigurationError: There is no such method.
+        ConfigurationError: There is no such kind, or it has no such method or no such penalty.
     """
-    known: dict[str, Method] = {name: name for name in get_args(Method)}
-    _require("method", methods or (), tuple(known))
-    found: list[FitConfig] = []
-    for method in (known[name] for name in methods or known):
-        windows = WINDOWS if method == "windowed" else (8,)
-        found += [FitConfig(method=method, c=c, window=window) for window in windows]
-    return tuple(found)
+    return fitter_class(probe).ways(methods or None, c)
 
 
 def statistics_of(names: Sequence[str] | None) -> tuple[StatisticChoice, ...]:
@@ -287,11 +293,8 @@ def statistics_of(names: Sequence[str] | None) -> tuple[StatisticChoice, ...]:
     Raises:
         ConfigurationError: There is no such statistic.
     """
-    _require("statistic", names or (), tuple(STATISTICS))
+    if unknown := [name for name in names or () if name not in STATISTICS]:
+        raise ConfigurationError(
+            f"statistic={unknown[0]!r} is not one of {tuple(STATISTICS)}; pass one of these."
+        )
     return tuple(choice for name in names or STATISTICS for choice in STATISTICS[name])
-
-
-def _require(what: str, names: Sequence[str], known: tuple[str, ...]) -> None:
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigurationError(f"{what}={unknown[0]!r} is not one of {known}; pass one of these.")

@@ -9,8 +9,7 @@ Knows sums over batches. Does not know where activations come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,24 +18,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from probes.activations.features import ResponseFeatures, Segment, label_spans
-from probes.fitting.linear import (
-    FitConfig,
-    FittedProbe,
-    LinearProbeFitter,
-    Standardisation,
-    evenly,
-    fitted_probe,
-    standardisation_of,
-)
+from probes.fitting.examples import Standardisation, evenly, standardisation_of
+from probes.fitting.interface import FittedProbe, Stream
+from probes.fitting.linear import FitConfig, LinearProbeFitter, fitted_probe
 from probes.fitting.windowed_loss import Solution, Windows
 from safe_decode.activations.site import Site, n_features, sorted_sites
 from safe_decode.errors import NonFiniteError
 
-__all__ = ["Stream", "fit_streamed"]
-
-Stream = Callable[[], Iterator[Sequence[tuple[int, NDArray[Any]]]]]
-"""Called once a pass: yields batches of (response, [T + 1, F] activations), each response once,
-in any order."""
+__all__ = ["fit_streamed"]
 
 
 class _Batch:

@@ -18,6 +18,7 @@ from probes.calibration.certify import Calibration, certify_populations
 from probes.calibration.reach import Responses
 from probes.calibration.statistic import maxima, smoothed_paths
 from probes.data.conversations import SPLITS, Conversation, Split, by_split
+from probes.fitting.interface import FitSettings
 from probes.fitting.linear import FitConfig
 from probes.fitting.search import CandidateProbe, FeatureStore, Search, ranked_candidates
 from probes.fitting.selection import StatisticChoice
@@ -56,7 +57,7 @@ class RecipeConfig:
         locate: See `LocateConfig`.
         feature_counts: Numbers of features at the most safety-critical units to try.
         extra_sites: Further sets of sites to try, by name, such as whole residual layers.
-        fits: Ways of fitting to try.
+        fits: Ways of fitting to try, of one kind of probe or several.
         windows: Smoothing to try: an EMA that matches a window of so many tokens.
         statistics: Further statistics to try.
         c_grid: Where not empty, each way of fitting takes the C of it that does best on the
@@ -77,7 +78,7 @@ class RecipeConfig:
     locate: LocateConfig = field(default_factory=LocateConfig)
     feature_counts: tuple[int, ...] = (64, 256)
     extra_sites: Mapping[str, tuple[Site, ...]] = field(default_factory=dict)
-    fits: tuple[FitConfig, ...] = _DEFAULT_FITS
+    fits: tuple[FitSettings, ...] = _DEFAULT_FITS
     windows: tuple[int, ...] = (1, 2, 4, 8)
     statistics: tuple[StatisticChoice, ...] = ()
     c_grid: tuple[float, ...] = ()
@@ -161,7 +162,10 @@ def make_bundle(
     Raises:
         DataError: A split lacks what its step needs.
         CertificateError: Too few benign responses in calibrate for an alpha.
+        ConfigurationError: A kind of probe does not support what the config or `features` ask.
     """
+    search, features = config.search(), features or FeatureStore()
+    search.require_supported(features)
     parts, unjudged = _judged(conversations, locating=bool(config.feature_counts and not units))
     if config.feature_counts and units is None:
         units = _located(model, tokenizer, parts["locate"], config.locate)
@@ -171,8 +175,8 @@ def make_bundle(
         parts["fit"],
         parts["select"],
         _site_sets(units, config),
-        config.search(),
-        features or FeatureStore(),
+        search,
+        features,
     )
     best = candidates[0]
     calibration = _calibrated(model, tokenizer, parts["calibrate"], best, config)

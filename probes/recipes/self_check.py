@@ -26,7 +26,9 @@ from probes.calibration.certify import certify
 from probes.calibration.reach import Responses
 from probes.calibration.statistic import smoothed_paths
 from probes.data.conversations import Conversation, by_split
-from probes.fitting.linear import FitConfig, LinearProbeFitter
+from probes.fitting.interface import FitSettings
+from probes.fitting.linear import FitConfig
+from probes.fitting.registry import fitter_for
 from probes.runs.identity import weights_digest
 from safe_decode.activations.site import Site
 from safe_decode.activations.tap import ActivationTap, unwatched
@@ -34,7 +36,7 @@ from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.monitor.monitor import MonitorConfig
 from safe_decode.policy.self_check import HeaderCheck, SelfCheck, looks_due
-from safe_decode.probe.linear import LinearProbe
+from safe_decode.probe.interface import Probe
 from safe_decode.prompts.chat import assistant_header
 from safe_decode.typing import CausalLM, Tokenizer
 
@@ -65,7 +67,7 @@ class HeaderConfig:
     every_tokens: int = 16
     max_looks: int = 12
     cuts: int = 4
-    fit: FitConfig = FitConfig(method="token", c=0.1)
+    fit: FitSettings = FitConfig(method="token", c=0.1)
     alphas: tuple[float, ...] = (0.01,)
     delta: float = 0.05
 
@@ -215,9 +217,9 @@ def _fitted(
     rows: Sequence[Conversation],
     sites: Sequence[Site],
     config: HeaderConfig,
-) -> LinearProbe:
+) -> Probe:
     reader = HeaderReader(model, tokenizer, sites)
-    values, labels = [], []
+    values, labels, groups = [], [], []
     for row in rows:
         encoded = encode_response(tokenizer, row)
         onset = onset_token(tokenizer, row, encoded)
@@ -228,6 +230,7 @@ def _fitted(
             # Scores of a response begin before its first token: one that counts, one that not.
             values.append(np.repeat(reader.read(encoded, at).numpy()[None], 2, axis=0))
             labels.append(bool(row.response_harmful) and at >= harmful_from)
+            groups.append(row.group)
     if len(set(labels)) < 2:
         raise DataError(
             "the looks at responses of the split 'fit' are all harmful or all harmless; add "
@@ -235,14 +238,14 @@ def _fitted(
         )
     features = ResponseFeatures(tuple(sites), tuple(values), (None,) * len(values))
     fit = replace(config.fit, before_onset="exclude")
-    return LinearProbeFitter(fit).fit(features, labels).probe
+    return fitter_for(fit).fit(features, labels, groups=groups).probe
 
 
 def _paths(
     model: CausalLM,
     tokenizer: Tokenizer,
     rows: Sequence[Conversation],
-    probe: LinearProbe,
+    probe: Probe,
     monitor: MonitorConfig,
 ) -> list[NDArray[np.float32]]:
     device = next(model.parameters()).device

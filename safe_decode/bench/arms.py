@@ -27,7 +27,7 @@ from safe_decode.bench.models import Subject
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.monitor.monitor import RiskMonitor
 from safe_decode.policy.policy import Policy
-from safe_decode.probe.linear import LinearProbe
+from safe_decode.probe.interface import Probe
 from safe_decode.session.trip_detector import TripDetector
 from safe_decode.typing import CausalLM
 
@@ -224,7 +224,7 @@ def threshold_for_share(subject: Subject, load: Load, share: float) -> float:
     return (peaks[-n_tripping - 1] + peaks[-n_tripping]) / 2
 
 
-def _partial(subject: Subject, tap: ActivationTap, probe: LinearProbe, depth: str) -> ArmCall:
+def _partial(subject: Subject, tap: ActivationTap, probe: Probe, depth: str) -> ArmCall:
     """Build a rung between hooks and guard: a processor that does a part of the guard's step."""
 
     def run(**options: Any) -> None:  # noqa: ANN401 - those of generate
@@ -242,18 +242,18 @@ def _partial(subject: Subject, tap: ActivationTap, probe: LinearProbe, depth: st
 
 
 def _parts(
-    subject: Subject, beats: ForwardRecorder, probe: LinearProbe, depth: str, ids: Tensor
+    subject: Subject, beats: ForwardRecorder, probe: Probe, depth: str, ids: Tensor
 ) -> Callable[[], object]:
     monitor = RiskMonitor(subject.bundle.monitor, torch.inf)
     watch = TripDetector(monitor, Policy(), monitor.start(ids.shape[0], ids.device))
-    spread = probe.over_whole_activations(beats.columns, beats.n_columns)
+    read_whole = probe.whole_step_reader(beats.columns, beats.n_columns)
 
     def features() -> Tensor:
         return features_of(beats)
 
     def logits() -> Tensor:
         taken = features()
-        return (probe if taken.shape[1] == len(beats.columns) else spread)(taken)
+        return (probe if taken.shape[1] == len(beats.columns) else read_whole)(taken)
 
     def watched() -> Tensor:
         watch.step(logits())

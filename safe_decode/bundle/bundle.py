@@ -51,7 +51,7 @@ from safe_decode.errors import (
 from safe_decode.monitor.monitor import MonitorConfig
 from safe_decode.policy.reasoning import ReasoningSpans
 from safe_decode.policy.self_check import HeaderCheck
-from safe_decode.probe.linear import LinearProbe
+from safe_decode.probe.interface import Probe
 from safe_decode.whole_files import replace_files
 
 __all__ = ["SCHEMA", "Fingerprint", "ProbeBundle"]
@@ -80,7 +80,7 @@ class ProbeBundle:
         CertificateError: A certificate does not recompute, or the default is not certified.
     """
 
-    probe: LinearProbe
+    probe: Probe
     monitor: MonitorConfig
     certificates: tuple[Certificate, ...]
     default_alpha: float

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safe_decode.activations.tap import ActivationTap
 from safe_decode.errors import BeatError, CanaryError, ConfigurationError
-from safe_decode.probe.linear import LinearProbe
+from safe_decode.probe.interface import Probe
 from safe_decode.prompts.chat import encode_chat
 from safe_decode.typing import CausalLM, Tokenizer
 
@@ -64,7 +64,7 @@ class CanaryRecord:
         cls,
         model: CausalLM,
         tokenizer: Tokenizer,
-        probe: LinearProbe,
+        probe: Probe,
         *,
         prompt: str,
         response: str,
@@ -88,7 +88,7 @@ class CanaryRecord:
         logits = _scores(model, probe, chat.ids, chat.turn_start)
         return cls(prompt, response, chat.ids, chat.turn_start, logits, tolerance)
 
-    def run(self, model: CausalLM, tokenizer: Tokenizer, probe: LinearProbe) -> float:
+    def run(self, model: CausalLM, tokenizer: Tokenizer, probe: Probe) -> float:
         """Compare the model at hand with the record, by one forward.
 
         Args:
@@ -130,7 +130,7 @@ class CanaryRecord:
         return float(difference[worst])
 
 
-def _scores(model: CausalLM, probe: LinearProbe, ids: tuple[int, ...], turn_start: int) -> Tensor:
+def _scores(model: CausalLM, probe: Probe, ids: tuple[int, ...], turn_start: int) -> Tensor:
     device = next(model.parameters()).device
     with torch.no_grad(), ActivationTap(model, probe.sites).listening() as beats:
         beats.keep_last(len(ids) - turn_start + 1)

@@ -18,28 +18,41 @@ from torch import Tensor
 from safe_decode.activations.site import Site
 from safe_decode.bundle.canary import CanaryRecord
 from safe_decode.bundle.certificate_card import CertificateSets, certificates_of
-from safe_decode.bundle.files import FORMAT, SCHEMA, WITH_EVIDENCE, WITH_FURTHER, tupled
+from safe_decode.bundle.files import (
+    FORMAT,
+    SCHEMA,
+    WITH_EVIDENCE,
+    WITH_FURTHER,
+    WITH_KIND,
+    tupled,
+)
 from safe_decode.bundle.fingerprint import Fingerprint
+from safe_decode.bundle.probe_card import layout_in, probe_record, probe_tensors_in
 from safe_decode.monitor.monitor import MonitorConfig
 from safe_decode.policy.reasoning import ReasoningSpans
 from safe_decode.policy.self_check import HeaderCheck
-from safe_decode.probe.linear import LinearProbe
+from safe_decode.probe.interface import Probe
+from safe_decode.probe.registry import probe_class
 
 if TYPE_CHECKING:
     from safe_decode.bundle.bundle import ProbeBundle
 
 __all__ = ["calibration_tensors", "card_of", "parts_of", "probe_tensors"]
 
+_HEADER = "header_"
+"""Stands before the names of the tensors of a self-check's probe."""
+
 
 def probe_tensors(bundle: ProbeBundle) -> dict[str, Tensor]:
-    """Return weights and the canary's logits, by name."""
-    tensors = {"weight": bundle.probe.weight, "bias": bundle.probe.bias}
+    """Return the tensors of the probes and the canary's logits, by name."""
+    tensors = bundle.probe.tensors()
     if bundle.header_check is not None:
-        own = bundle.header_check.probe
-        tensors |= {"header_weight": own.weight, "header_bias": own.bias}
+        own = bundle.header_check.probe.tensors()
+        tensors |= {f"{_HEADER}{name}": tensor for name, tensor in own.items()}
     if bundle.canary is not None:
         tensors["canary"] = bundle.canary.logits
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copied: safetensors refuses tensors that share memory, as those of one probe in two places do.
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def calibration_tensors(bundle: ProbeBundle) -> dict[str, Tensor]:
@@ -81,11 +94,11 @@ def card_of(bundle: ProbeBundle, digests: Mapping[str, str]) -> dict[str, Any]:
             "closes": bundle.reasoning.closes,
             "certificates": [sets.record(one) for one in bundle.reasoning.certificates],
         }
-    schema = WITH_FURTHER if further else SCHEMA
+    further |= probe_record(bundle.probe)
     return {
         **further,
         "format": FORMAT,
-        "schema": WITH_EVIDENCE if sets.evidence else schema,
+        "schema": _schema(bundle, sets),
         "files": dict(digests),
         "sites": [asdict(site) for site in bundle.probe.sites],
         "heads": bundle.probe.heads,
@@ -114,10 +127,9 @@ def parts_of(
     Raises:
         KeyError, TypeError, ValueError, SafeDecodeError: An entry is missing or of no use.
     """
-    sites = tuple(Site(s["layer"], s["kind"], tuple(s["channels"])) for s in card["sites"])
     canary = card["canary"]
     return {
-        "probe": LinearProbe(sites, tensors["weight"], tensors["bias"], tuple(card["heads"])),
+        "probe": _probe(card, tensors),
         "monitor": MonitorConfig(**{k: tupled(v) for k, v in card["monitor"].items()}),
         "certificates": certificates_of(card["certificates"], calibration),
         "default_alpha": card["default_alpha"],
@@ -135,10 +147,27 @@ def parts_of(
     }
 
 
+def _schema(bundle: ProbeBundle, sets: CertificateSets) -> int:
+    """Return the lowest schema whose readers read this bundle whole."""
+    check = bundle.header_check
+    if any(probe_record(own.probe) for own in (bundle, check) if own is not None):
+        return WITH_KIND
+    if sets.evidence:
+        return WITH_EVIDENCE
+    return SCHEMA if check is None and bundle.reasoning is None else WITH_FURTHER
+
+
+def _probe(record: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = "") -> Probe:
+    sites = tuple(Site(s["layer"], s["kind"], tuple(s["channels"])) for s in record["sites"])
+    own = probe_tensors_in(record, tensors, prefix=prefix)
+    return probe_class(layout_in(record).kind).from_tensors(sites, own, tuple(record["heads"]))
+
+
 def _header_record(check: HeaderCheck, sets: CertificateSets) -> dict[str, Any]:
     return {
         "sites": [asdict(site) for site in check.probe.sites],
         "heads": check.probe.heads,
+        **probe_record(check.probe),
         "first_threshold": check.first_threshold,
         "every_tokens": check.every_tokens,
         "max_looks": check.max_looks,
@@ -153,11 +182,8 @@ def _header_check(
 ) -> HeaderCheck | None:
     if record is None:
         return None
-    sites = tuple(Site(s["layer"], s["kind"], tuple(s["channels"])) for s in record["sites"])
     return HeaderCheck(
-        LinearProbe(
-            sites, tensors["header_weight"], tensors["header_bias"], tuple(record["heads"])
-        ),
+        _probe(record, tensors, _HEADER),
         record["first_threshold"],
         certificates_of(record["certificates"], calibration),
         every_tokens=record["every_tokens"],

@@ -10,6 +10,7 @@ activations come from is its user's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from safe_decode.activations.site import Site, n_features
 from safe_decode.bundle.certificate_card import certificates_of
 from safe_decode.bundle.files import CALIBRATION, CARD, PROBE, checked_content, read_card, tupled
 from safe_decode.bundle.plausible import require_plausible_rules
+from safe_decode.bundle.probe_card import layout_in, probe_tensors_in
 from safe_decode.certificate import certificate_of
 from safe_decode.errors import (
     BundleCorruptError,
@@ -31,6 +33,7 @@ from safe_decode.errors import (
     ConfigurationError,
 )
 from safe_decode.monitor.config import MonitorConfig
+from safe_decode.probe.layout import ProbeLayout
 
 __all__ = ["NumpyBundle", "NumpyMonitorState", "Scored", "start_state", "step_state"]
 
@@ -146,8 +149,8 @@ class NumpyBundle:
 
     Attributes:
         sites: Where the features are read, in the order of the columns.
-        weight: [F, K] float32.
-        bias: [K] float32.
+        layout: Names, shapes and arithmetic of the probe's kind.
+        tensors: Of the probe, float32, by name.
         heads: K names.
         monitor: Logits to a statistic.
         threshold: Of the chosen certificate.
@@ -155,8 +158,8 @@ class NumpyBundle:
     """
 
     sites: tuple[Site, ...]
-    weight: Floats
-    bias: Floats
+    layout: ProbeLayout
+    tensors: Mapping[str, Floats]
     heads: tuple[str, ...]
     monitor: MonitorConfig
     threshold: float
@@ -196,15 +199,20 @@ class NumpyBundle:
             require_plausible_rules(monitor, certificates)
             for certificate in certificates:
                 certificate.verify()
-            weight, bias = tensors["weight"], tensors["bias"]
-            _require_weights(weight, bias, (n_features(sites), len(heads)))
+            layout, own = layout_in(card), probe_tensors_in(card, tensors)
+            _require_tensors(layout, own, n_features(sites), len(heads))
         except _UNREADABLE as error:
             raise BundleCorruptError(
                 f"bundle {source} is corrupt: {error} (fetch or export the bundle again)."
             ) from error
         wanted = card["default_alpha"] if alpha is None else alpha
         threshold = certificate_of(certificates, wanted, population).threshold
-        return cls(sites, weight, bias, heads, monitor, threshold, card["digest"])
+        return cls(sites, layout, own, heads, monitor, threshold, card["digest"])
+
+    @property
+    def n_features(self) -> int:
+        """Channels that the probe reads, F."""
+        return n_features(self.sites)
 
     def logits(self, features: NDArray[Any]) -> Floats:
         """Map features [..., F] to logits [..., K], float32.
@@ -212,14 +220,12 @@ class NumpyBundle:
         Raises:
             ConfigurationError: F is another than the probe's.
         """
-        if features.shape[-1] != len(self.weight):
+        if features.shape[-1] != self.n_features:
             raise ConfigurationError(
                 f"features have {features.shape[-1]} channels, the probe reads "
-                f"{len(self.weight)}; pass those of its sites, in their order."
+                f"{self.n_features}; pass those of its sites, in their order."
             )
-        with np.errstate(invalid="ignore"):  # NaN and infinities come out as such
-            found: Floats = np.asarray(features, np.float32) @ self.weight + self.bias
-        return found
+        return self.layout.logits(self.tensors, features)
 
     def start(self, batch: int) -> NumpyMonitorState:
         """Begin rows."""
@@ -259,11 +265,13 @@ def _level(
     return np.maximum(state.ema + (logits - forgiven), 0) + (logits - logits), state.recent
 
 
-def _require_weights(weight: Floats, bias: Floats, shape: tuple[int, int]) -> None:
-    if weight.shape != shape or bias.shape != shape[1:]:
-        raise ConfigurationError(
-            f"weight {weight.shape} and bias {bias.shape} do not fit {shape[0]} features and "
-            f"{shape[1]} heads"
-        )
-    if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-        raise ConfigurationError("weight or bias holds NaN or infinite values, wanted none")
+def _require_tensors(
+    layout: ProbeLayout, tensors: Mapping[str, Floats], channels: int, heads: int
+) -> None:
+    shapes = {name: one.shape for name, one in tensors.items()}
+    layout.require_shapes(shapes, n_features=channels, n_heads=heads)
+    for name, one in tensors.items():
+        if one.dtype != np.float32 or not np.isfinite(one).all():
+            raise ConfigurationError(
+                f"{name} is {one.dtype} or holds NaN or infinite values, wanted finite float32"
+            )

@@ -19,7 +19,7 @@ import torch
 from safe_decode.activations.tap import ActivationTap, unwatched
 from safe_decode.certificate import Certificate, certificate_of
 from safe_decode.errors import CertificateError, ConfigurationError
-from safe_decode.probe.linear import LinearProbe
+from safe_decode.probe.interface import Probe
 from safe_decode.typing import CausalLM
 
 __all__ = ["HeaderCheck", "Look", "SelfCheck", "SelfChecker", "looks_due"]
@@ -41,7 +41,7 @@ class SelfCheck:
         ConfigurationError: A threshold that is NaN, or a count below 1.
     """
 
-    probe: LinearProbe
+    probe: Probe
     threshold: float
     every_tokens: int = 16
     max_looks: int = 4
@@ -73,7 +73,7 @@ class HeaderCheck:
         CertificateError: A certificate does not recompute, or there is none.
     """
 
-    probe: LinearProbe
+    probe: Probe
     first_threshold: float
     certificates: tuple[Certificate, ...]
     every_tokens: int = 16

@@ -6,21 +6,25 @@ know how it was fitted, what a logit means over time, or where features come fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from safe_decode.activations.site import Site, n_features, sorted_sites
-from safe_decode.errors import ConfigurationError
+from safe_decode.activations.site import Site
+from safe_decode.probe.checks import require_device, require_features, require_parts
+from safe_decode.probe.folding import fold_standardisation
+from safe_decode.probe.interface import Probe, StepReader
+from safe_decode.probe.registry import layout_of
 
 __all__ = ["LinearProbe"]
 
 
 @dataclass(frozen=True, eq=False)
-class LinearProbe:
+class LinearProbe(Probe):
     """One linear map for all heads.
 
     Attributes:
@@ -34,6 +38,7 @@ class LinearProbe:
             sites are out of order, or a weight is NaN or infinite.
     """
 
+    kind: ClassVar[str] = "linear"
     sites: tuple[Site, ...]
     weight: Tensor
     bias: Tensor
@@ -45,23 +50,7 @@ class LinearProbe:
 
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""
-        if tuple(self.sites) != sorted_sites(self.sites):
-            raise ConfigurationError("sites are out of order; pass sorted_sites(sites).")
-        expected = (n_features(self.sites), len(self.heads))
-        if tuple(self.weight.shape) != expected or tuple(self.bias.shape) != expected[1:]:
-            raise ConfigurationError(
-                f"weight {tuple(self.weight.shape)} and bias {tuple(self.bias.shape)} do not fit "
-                f"{expected[0]} features and {expected[1]} heads; pass weight {expected} and "
-                f"bias {expected[1:]}."
-            )
-        if not self.heads or len(set(self.heads)) != len(self.heads):
-            raise ConfigurationError(f"heads={self.heads} must be distinct names, at least one.")
-        for name, value in (("weight", self.weight), ("bias", self.bias)):
-            _require_finite_float32(name, value)
-        if self.weight.device != self.bias.device:
-            raise ConfigurationError(
-                f"weight is on {self.weight.device} and bias on {self.bias.device}; use one device."
-            )
+        require_parts(layout_of(self.kind), self.sites, self.tensors(), self.heads)
         object.__setattr__(self, "_transposed", self.weight.detach().t().contiguous())
         object.__setattr__(self, "_columns", self._transposed.t())
 
@@ -77,53 +66,39 @@ class LinearProbe:
         Raises:
             ConfigurationError: F or the device is another than the probe's.
         """
-        if features.shape[-1] != self._transposed.shape[1]:
-            raise ConfigurationError(
-                f"features have {features.shape[-1]} channels, the probe reads "
-                f"{self._transposed.shape[1]}; tap the probe's own sites."
-            )
-        if features.device != self._transposed.device:
-            raise _elsewhere(features, self._transposed.device)
+        require_features(features, self._transposed.shape[1], self._transposed.device)
         return functional.linear(features.float(), self._transposed, self.bias)
 
-    def unchecked(self, features: Tensor) -> Tensor:
-        """Map features as a call does, bit for bit, in the way of every token.
+    def tensors(self) -> dict[str, Tensor]:
+        """Return weight and bias."""
+        return {"weight": self.weight, "bias": self.bias}
 
-        Args:
-            features: [batch, F] float32 on the probe's device: as a call has checked before.
-        """
-        return torch.addmm(self.bias, features, self._columns)
+    @classmethod
+    def from_tensors(
+        cls, sites: tuple[Site, ...], tensors: Mapping[str, Tensor], heads: tuple[str, ...]
+    ) -> Self:
+        """Build a probe from weight and bias. Raises as the class."""
+        return cls(sites, tensors["weight"], tensors["bias"], tuple(heads))
 
-    def over_whole_activations(self, columns: Tensor, n_columns: int) -> Callable[[Tensor], Tensor]:
-        """Read whole activations instead of features: zero weights elsewhere.
+    def step_reader(self) -> StepReader:
+        """Return one product and sum, without the checks of a call."""
+        bias, columns = self.bias, self._columns
+        return lambda features: torch.addmm(bias, features, columns)
 
-        Where activations are short, this costs less than selecting the features first. NaN and
-        infinities in channels that are not read come out as NaN.
+    def whole_step_reader(self, columns: Tensor, n_columns: int) -> StepReader:
+        """Return a reader with zero weights for the channels that are not read.
 
-        Args:
-            columns: [F] long, where the features stand in the whole.
-            n_columns: Width of the whole.
-
-        Returns:
-            A map from [batch, n_columns] float32 on the probe's device to [batch, K]; it raises
-            ConfigurationError for activations on another device.
+        Where activations are short, this costs less than selecting the features first.
         """
         weight = self._transposed.new_zeros(self._transposed.shape[0], n_columns)
         weight[:, columns.to(weight.device)] = self._transposed
         bias, device = self.bias, weight.device
 
         def read(whole: Tensor) -> Tensor:
-            if whole.device != device:
-                raise _elsewhere(whole, device)
+            require_device(whole, device)
             return functional.linear(whole, weight, bias)
 
         return read
-
-    def to(self, device: torch.device | str) -> LinearProbe:
-        """Return this probe with its weights on `device`."""
-        return LinearProbe(
-            self.sites, self.weight.to(device), self.bias.to(device), tuple(self.heads)
-        )
 
     @classmethod
     def folded(
@@ -134,11 +109,8 @@ class LinearProbe:
         mean: Tensor,
         std: Tensor,
         heads: Sequence[str],
-    ) -> LinearProbe:
-        """Fold standardisation into the weights.
-
-        (x - mean) / std @ weight + bias = x @ (weight / std) + (bias - mean / std @ weight).
-        Folded in float64, since mean / std may be large beside the bias.
+    ) -> Self:
+        """Fold standardisation into the weights; see `fold_standardisation`.
 
         Args:
             sites: In the order of `sorted_sites`.
@@ -149,37 +121,7 @@ class LinearProbe:
             heads: K names.
 
         Raises:
-            ConfigurationError: A std is not above 0, mean or std are not [F], or the
-                folded probe is refused as in the class.
+            ConfigurationError: As `fold_standardisation`, or as the class.
         """
-        if mean.shape != weight.shape[:1] or std.shape != weight.shape[:1]:
-            raise ConfigurationError(
-                f"mean {tuple(mean.shape)} and std {tuple(std.shape)} must both be "
-                f"{tuple(weight.shape[:1])}, one value a feature."
-            )
-        if not bool((std > 0).all()):
-            raise ConfigurationError(
-                f"std holds {float(std.min())}, wanted values above 0; set the std of constant "
-                "features to 1 before folding."
-            )
-        scaled = weight.double() / std.double()[:, None]
-        shifted = bias.double() - mean.double() @ scaled
-        return cls(tuple(sites), scaled.float(), shifted.float(), tuple(heads))
-
-
-def _elsewhere(features: Tensor, device: torch.device) -> ConfigurationError:
-    # torch itself does not always object: a product with a meta tensor is whatever memory held.
-    return ConfigurationError(
-        f"features are on {features.device}, the probe on {device}; "
-        "move the probe with probe.to(device)."
-    )
-
-
-def _require_finite_float32(name: str, value: Tensor) -> None:
-    if value.dtype != torch.float32:
-        raise ConfigurationError(f"{name} is {value.dtype}, wanted torch.float32; call .float().")
-    if not bool(torch.isfinite(value).all()):
-        count = int((~torch.isfinite(value)).sum())
-        raise ConfigurationError(
-            f"{name} holds {count} NaN or infinite values, wanted none; fit the probe again."
-        )
+        folded = fold_standardisation(weight, bias, mean, std)
+        return cls(tuple(sites), folded.weight, folded.bias, tuple(heads))

@@ -6,7 +6,7 @@ statistics, thresholds or what a trip is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safe_decode.activations.tap import ForwardRecorder
 from safe_decode.errors import BeatError
-from safe_decode.probe.linear import LinearProbe
+from safe_decode.probe.interface import Probe, StepReader
 
 __all__ = ["ForwardReader"]
 
@@ -30,13 +30,14 @@ class ForwardReader:
         is_prefilled: Whether the prompt has been read.
     """
 
-    def __init__(self, probe: LinearProbe, recorder: ForwardRecorder) -> None:
+    def __init__(self, probe: Probe, recorder: ForwardRecorder) -> None:
         self._probe, self._recorder = probe, recorder
+        self._read_step = probe.step_reader()
         self.is_prefilled = False
 
     @cached_property
-    def _spread(self) -> Callable[[Tensor], Tensor]:
-        return self._probe.over_whole_activations(self._recorder.columns, self._recorder.n_columns)
+    def _read_whole(self) -> StepReader:
+        return self._probe.whole_step_reader(self._recorder.columns, self._recorder.n_columns)
 
     def prompt(self, positions: Sequence[int], batch: int) -> Tensor:
         """Return the logits [batch, seq, K] of the last positions of the prompt.
@@ -61,10 +62,10 @@ class ForwardReader:
             # All but the way of a plain step looks closer, and says what is wrong.
             return self._probe(self._features(positions, batch)[:, -1])
         if features.shape == torch.Size((batch, len(self._recorder.columns))):
-            return self._probe.unchecked(features)  # the prompt's were checked
+            return self._read_step(features)  # the prompt's were checked
         if features.shape[0] != batch:
             raise foreign_batch(features, batch)
-        return self._spread(features)
+        return self._read_whole(features)
 
     def whole(self, width: int, batch: int) -> Tensor:
         """Return the logits [batch, seq, K] of finished responses. Errors as `prompt`."""

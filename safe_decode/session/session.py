@@ -20,7 +20,7 @@ from safe_decode.errors import ConfigurationError, GuardError
 from safe_decode.monitor.monitor import MonitorConfig, MonitorState
 from safe_decode.policy.reasoning import SpanReader
 from safe_decode.policy.self_check import Look
-from safe_decode.probe.linear import LinearProbe
+from safe_decode.probe.interface import Probe
 from safe_decode.session.batch_update import BatchUpdate, JoiningRow, Rearrangement
 from safe_decode.session.forward_reader import ForwardReader
 from safe_decode.session.history import History, non_finite
@@ -57,7 +57,7 @@ class Session:
     def __init__(
         self,
         *,
-        probe: LinearProbe,
+        probe: Probe,
         config: MonitorConfig,
         rows: Sequence[SessionRow],
         recorder: ForwardRecorder,

@@ -73,6 +73,8 @@ MOST_LINES_OF_A_MODULE, MOST_LINES_OF_A_FUNCTION, MOST_MODULES_OF_A_FOLDER = 300
 NAMES_THAT_MAY_RECUR = {
     "__init__.py": "each package has one",
     "__main__.py": "each package that is run has one",
+    "interface.py": "the Protocols of engines, of probes and of their fitters",
+    "registry.py": "the kinds of engines, of probes and of their fitters",
     "settings.py": "the generation loop, the server and the proxy each have settings of their own",
     "harvest.py": "the step, the command that runs it and the benchmark that times it",
     "self_check.py": "the policy, the recipe that makes its certificate, and its benchmark",

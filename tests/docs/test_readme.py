@@ -44,7 +44,7 @@ def test_the_outputs_in_the_readme_are_what_the_examples_print():
 
 
 def test_every_results_file_has_its_block_or_its_page():
-    pages = list((RESULTS.parents[1] / "docs").glob("*.md"))
+    pages = list((RESULTS.parents[1] / "docs").rglob("*.md"))
     blocks = [name for page in pages for name in block_names(page.read_text(encoding="utf-8"))]
     shown = {*block_names(TEXT), *blocks, *(page.stem for page in pages)}
     assert {path.stem for path in RESULTS.glob("*.jsonl")} <= shown

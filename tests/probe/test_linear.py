@@ -101,10 +101,10 @@ def test_reading_whole_activations_equals_reading_the_features() -> None:
     probe, whole = random_probe(), torch.randn(3, 11)
     columns = torch.tensor([1, 3, 4, 8, 10])
     torch.testing.assert_close(
-        probe.over_whole_activations(columns, 11)(whole), probe(whole[:, columns])
+        probe.whole_step_reader(columns, 11)(whole), probe(whole[:, columns])
     )
     whole[1, 0] = torch.nan  # not read
-    logits = probe.over_whole_activations(columns, 11)(whole)
+    logits = probe.whole_step_reader(columns, 11)(whole)
     assert logits.isfinite().all(-1).tolist() == [True, False, True]
 
 
@@ -117,4 +117,4 @@ def test_the_way_of_every_token_yields_what_a_call_does_bit_for_bit(batch, n_hea
     bias = torch.randn(n_heads, generator=generator)
     probe = LinearProbe((site,), weight, bias, tuple("abc"[:n_heads]))
     features = torch.randn(batch, 96, generator=generator)
-    assert torch.equal(probe.unchecked(features), probe(features))
+    assert torch.equal(probe.step_reader()(features), probe(features))

@@ -56,7 +56,7 @@ def test_borrow_and_take_step(benchmark: BenchmarkFixture, rows: int) -> None:
 def test_probe(benchmark: BenchmarkFixture, rows: int, way: str) -> None:
     probe = LinearProbe(sites(), torch.randn(FEATURES, 1), torch.zeros(1), ("harm",))
     read, width = (probe, FEATURES) if way == "features" else (
-        probe.over_whole_activations(columns(), SITES * WIDTH), SITES * WIDTH,
+        probe.whole_step_reader(columns(), SITES * WIDTH), SITES * WIDTH,
     )  # fmt: skip
     logits = benchmark(read, torch.randn(rows, width))
     assert logits.shape == (rows, 1)

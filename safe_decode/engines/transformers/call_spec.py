@@ -19,7 +19,7 @@ from safe_decode.policy.policy import Policy
 from safe_decode.policy.reasoning import OpenTurn, SpanMarks, SpanReader
 from safe_decode.policy.redirect import CannedTexts
 from safe_decode.policy.self_check import SelfCheck
-from safe_decode.probe.linear import LinearProbe
+from safe_decode.probe.interface import Probe
 from safe_decode.prompts.batch import PromptBatch
 from safe_decode.session.session import Session, SessionRow
 from safe_decode.streaming.events import StreamEvent
@@ -57,7 +57,7 @@ class GuardedModel:
     tokenizer: Tokenizer
     bundle: ProbeBundle
     tap: ActivationTap
-    probe: LinearProbe
+    probe: Probe
     strict: bool
     context_tokens: int | None
     self_check: tuple[SelfCheck, ActivationTap, tuple[int, ...]] | None = None

@@ -96,6 +96,19 @@ def test_fit_without_storing_finds_the_same(folder):
     )  # fmt: skip
 
 
+def test_a_probe_of_another_kind_is_fitted_and_refused_where_it_cannot(folder):
+    given = (
+        "fit", "--data", folder / "rows.jsonl", "--model", folder / "model", "--out",
+        folder / "bent", "--residual", "1", "--statistic", "ema", "--alpha", 0.05,
+    )  # fmt: skip
+    found = told(*given, "--probe", "mlp")
+    assert found["chosen"]["fit"]["probe"] == ProbeBundle.load(folder / "bent").probe.kind == "mlp"
+    assert found["chosen"]["tpr"] > 0.9 and found["chosen"]["way"].startswith("mlp H=64")
+    assert "do not support" in refused(*given, "--probe", "mlp", "--recompute")
+    assert "method='token' is of linear" in refused(*given, "--probe", "mlp", "--method", "token")
+    assert "probe='cubic' is no kind" in refused(*given, "--probe", "cubic")
+
+
 def test_people_see_a_table_and_what_is_doubtful(folder):
     result = run(
         "fit", "--data", folder / "foreign.jsonl", "--model", folder / "model", "--out",

@@ -92,7 +92,7 @@ def test_a_portable_bundle_scores_as_torch_does(llama, tokenizer, tmp_path, chan
     bundle = bundle_with(llama, tokenizer, changes)
     bundle.save(tmp_path / "bundle")
     portable = NumpyBundle.load(tmp_path / "bundle")
-    features = np.random.default_rng(0).normal(size=(40, len(portable.weight)))
+    features = np.random.default_rng(0).normal(size=(40, portable.n_features))
     features = features.astype(np.float32)
     found = portable.score(features)
     logits = bundle.probe(torch.from_numpy(features))
@@ -109,7 +109,7 @@ def test_a_portable_row_that_is_not_finite_says_so(llama, tokenizer, tmp_path):
     for changes in STATISTICS:
         bundle_with(llama, tokenizer, changes).save(tmp_path / "bundle")
         portable = NumpyBundle.load(tmp_path / "bundle")
-        features = np.zeros((2, len(portable.weight)), np.float32)
+        features = np.zeros((2, portable.n_features), np.float32)
         state = portable.step(portable.start(2), features)
         features[1, 0] = np.inf
         state = portable.step(state, features)
@@ -123,7 +123,7 @@ def test_scoring_a_bundle_loads_no_torch(llama, tokenizer, tmp_path):
         "import sys, numpy\n"
         "from safe_decode.bundle.numpy_runtime import NumpyBundle\n"
         f"bundle = NumpyBundle.load({str(tmp_path / 'bundle')!r})\n"
-        "found = bundle.score(numpy.ones((3, len(bundle.weight))))\n"
+        "found = bundle.score(numpy.ones((3, bundle.n_features)))\n"
         "print(found.logits.shape, 'torch' in sys.modules)"
     )
     done = subprocess.run(
