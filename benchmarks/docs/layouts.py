@@ -34,6 +34,8 @@ class Layout:
 
 
 LAYOUTS: Mapping[str, Layout] = {
+    "attacks": Layout(groups=("bundle",)),
+    "attacks-refit": Layout(groups=("bundle",)),
     "evaluation": Layout(groups=("responses", "first tokens")),
     "growth": Layout(
         columns=("axis", "value", "bare_us", "added_us", "slope_us_per_unit", "slope_us_95")
@@ -84,9 +86,9 @@ def card_lines(card: Row) -> str:
     parts = []
     if facts:
         parts.append(f"*{'; '.join(f'{name}: {cell(value)}' for name, value in facts.items())}.*")
-    for name, sentences in told.items():
-        if sentences:
-            parts.append("\n".join(f"- {name}: {cell(sentence)}" for sentence in sentences))
+    sentences = [f"- {name}: {one}" for name, several in told.items() for one in several]
+    if sentences:
+        parts.append("\n".join(sentences))
     return "\n\n".join(parts)
 
 
@@ -96,6 +98,7 @@ def _is_text_list(value: object) -> bool:
 
 def _pairs(row: Row, names: Sequence[str]) -> str:
     return ", ".join(
-        cell(row[name]) if isinstance(row[name], str) else f"{name} {cell(row[name])}"
+        row[name] if isinstance(row[name], str) else f"{name} {cell(row[name])}"
         for name in names
+        if row[name] is not None
     )

@@ -142,15 +142,15 @@ def test_a_table_wider_than_a_screen_becomes_several_that_repeat_what_tells_rows
 
 def test_a_layout_says_what_is_shown_and_what_gets_a_table_of_its_own():
     rows = [
-        {"run": "one", "batch": 1, "us": 1.5, "left out": 0},
-        {"run": "two", "batch": 8, "us": 2.5, "left out": 0},
+        {"run": "one", "depth": None, "batch": 1, "us": 1.5, "left out": 0},
+        {"run": "two", "depth": 3, "batch": 8, "us": 2.5, "left out": 0},
     ]
-    layout = Layout(columns=("us",), groups=("run",), merged=("batch",), merged_as="call")
+    layout = Layout(columns=("us",), groups=("run", "depth"), merged=("batch",), merged_as="call")
     drawn = table_of([json.dumps(row) for row in rows], layout)
     assert drawn.split("\n\n") == [
         "**one**",
         "| call | us |\n|---|---|\n| batch 1 | 1.5 |",
-        "**two**",
+        "**two, depth 3**",
         "| call | us |\n|---|---|\n| batch 8 | 2.5 |",
     ]
 
