@@ -1,7 +1,7 @@
 """What the documentation site has beside the pages of `docs/`; mkdocs calls it while it builds.
 
-CHANGELOG.md and SECURITY.md stand at the repository's root, where readers look for them. The
-site shows them as pages of its own, with their links turned.
+CHANGELOG.md, CONTRIBUTING.md and SECURITY.md stand at the repository's root, where readers look
+for them. The site shows them as pages of its own, with their links turned.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ __all__ = ["SHOWN", "as_page", "on_files"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
-SHOWN = {"changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
+SHOWN = {
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
+}
 """Page of the site -> file at the root."""
 
 

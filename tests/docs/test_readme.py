@@ -98,7 +98,7 @@ def test_examples_import_from_the_roots_alone():
 
 
 def test_links_of_the_pages_at_the_root_lead_to_files():
-    for name in ("README.md", "SECURITY.md", "CHANGELOG.md"):
+    for name in ("README.md", "SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text("utf-8")):
             assert (ROOT / target).exists(), (name, target)
 
