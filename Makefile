@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check fmt organism readme browser clients serving mutants clean
+.PHONY: help demo test slow check fmt organism readme docs browser clients serving mutants clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,11 @@ $(VENV)/.tests: $(VENV)/.runtime
 $(VENV)/.check: $(VENV)/.tests
 	@echo "Installing the checkers"
 	@$(INSTALL) '.[check]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runtime
+	@echo "Installing what the documentation needs"
+	@$(INSTALL) '.[docs]'
 	@touch $@
 
 demo: $(VENV)/.runtime ## Show the main job: a model led into harm, noticed, turned to a refusal.
@@ -85,8 +90,11 @@ fmt: $(VENV)/.check ## Format the code and repair what can be repaired.
 organism: $(VENV)/.runtime ## Retrain the embedded pair and its bundle.
 	@$(BIN)/python -m probes.organism
 
-readme: $(VENV)/.runtime ## Fill the generated blocks of the README from benchmarks/results.
+readme: $(VENV)/.tests ## Fill the generated blocks of README and docs.
 	@$(BIN)/python -m benchmarks.docs.readme
+
+docs: $(VENV)/.docs ## Build the documentation site into build/site; any warning is an error.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove the environment and the caches.
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

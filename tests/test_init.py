@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+import probes
 import safe_decode
 
 HEAVY = ("transformers", "sklearn", "scipy", "pandas", "datasets")
@@ -34,9 +35,22 @@ def test_rooms_that_serve_other_engines_do_not_import_transformers(room):
     assert not loaded_after(f"import safe_decode.{room}") & set(HEAVY)
 
 
-def test_every_public_name_is_there_and_an_unknown_one_is_not():
-    for name in safe_decode.__all__:
-        assert getattr(safe_decode, name) is not None
-    assert set(safe_decode.__all__) <= set(dir(safe_decode))
+def test_import_probes_is_light():
+    assert not loaded_after("import probes") & {*HEAVY, "torch"}
+
+
+@pytest.mark.parametrize("package", [safe_decode, probes], ids=lambda package: package.__name__)
+def test_every_public_name_is_there_and_an_unknown_one_is_not(package):
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match="nonsense"):
-        _ = safe_decode.nonsense
+        _ = package.nonsense
+
+
+def test_what_the_roots_name_otherwise_is_what_its_module_holds():
+    from probes.data.splits import prepared
+    from safe_decode.demo.embedded_pair import embedded
+
+    assert safe_decode.load_embedded is embedded
+    assert probes.prepare_splits is prepared

@@ -2,7 +2,7 @@
 
 Ladders, growth and stages into `results/latency.jsonl`, `growth.jsonl` and `stages.jsonl`, the
 stated targets with what was measured into `targets.jsonl`, peers into `peers.jsonl`; then
-`docs/performance.md` is filled and its plot drawn. The machine should have nothing else to do;
+`docs/results/cost.md` is filled and its plot drawn. The machine should have nothing else to do;
 its load stands on the card.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.card import card, write_results
 from benchmarks.cost.stages import stage_rows
-from benchmarks.docs import performance
+from benchmarks.docs import readme
 from benchmarks.peers.__main__ import measure as measure_peers
 from safe_decode.bench.arms import Clock, Load
 from safe_decode.bench.models import embedded_subject, of_shape
@@ -29,7 +29,7 @@ from safe_decode.bench.scaling import Axis, Made, growth_rows
 
 LOG = logging.getLogger("benchmarks.cost.latency")
 LADDER, PAIR = "ladder", "pair"
-PLOT = Path(__file__).resolve().parents[2] / "docs" / "performance.png"
+PLOT = Path(__file__).resolve().parents[2] / "docs" / "results" / "cost.png"
 
 GROWTH: tuple[tuple[Axis, tuple[int, ...]], ...] = (
     ("batch", (1, 4, 16, 64)),
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_results(name, rows, facts)
     ladder = [row for row in results["latency"] if row["run"] == LADDER]
     plot(ladder + results["growth"], PLOT)
-    performance.main()
+    readme.main(("latency", "targets", "stages", "growth", "peers"))
 
 
 if __name__ == "__main__":

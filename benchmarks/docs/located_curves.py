@@ -1,4 +1,4 @@
-"""The curves of docs/located-units.md: fine-tuning, reasoning direction, depth of alignment.
+"""The curves of docs/results/location.md: fine-tuning, reasoning direction, depth of alignment.
 
 Knows columns, lines and sentences. Does not know where rows lie. Every function returns
 Markdown, and nothing where it is given no rows.

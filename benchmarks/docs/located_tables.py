@@ -1,4 +1,4 @@
-"""The tables of docs/located-units.md, from rows of the studies' journals.
+"""The tables of docs/results/location.md, from rows of the studies' journals.
 
 Knows columns and sentences. Does not know where rows lie. Every function returns Markdown,
 and nothing where it is given no rows.
@@ -88,9 +88,10 @@ def _rises(rises: Sequence[Row]) -> str:
         )
         for row in rises
     ]
-    columns = ("located by", "against", "sets", "harmful, points", "random: median, 95th, max")
-    more = ("p", "perplexity", "random", "margin falls", "random", "sets", "p")
-    return table((*columns, *more), rows)
+    columns = ("located by", "against", "sets", "harmful, points", "of random: median, 95th, max")
+    more = ("p of harm", "perplexity", "of random", "margin falls", "of random sets")
+    last = ("random sets of the margin", "p of the margin")
+    return table((*columns, *more, *last), rows)
 
 
 def stability(rows: Sequence[Row]) -> str:

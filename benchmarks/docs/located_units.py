@@ -1,4 +1,4 @@
-"""Writes docs/located-units.md from the studies' results.
+"""Writes docs/results/location.md from the studies' results.
 
 Run: `python -m benchmarks.docs.located_units`.
 
@@ -32,7 +32,8 @@ _INTRODUCTION = """\
 Which units carry a model's refusals, what happens without them, what freezing them keeps, what
 alignment costs, and where probes should read. The method is that of the superficial safety
 alignment hypothesis (Li & Kim, arXiv 2410.10862), whose code is not public; where the paper is
-silent, the choices are options, and [the decisions](decisions/) say which are the defaults.
+silent, the choices are options, and [the decisions](../decisions/index.md) say which are the
+defaults.
 
 This page is written by `python -m benchmarks.docs.located_units` from
 `benchmarks/results/located/`; no figure in it is typed. Negative results stay.
@@ -203,9 +204,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "located")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     arguments = parser.parse_args(argv)
-    pictures = arguments.docs / "located-units"
+    pictures = arguments.docs / "results" / "location"
     pictures.mkdir(parents=True, exist_ok=True)
-    target = arguments.docs / "located-units.md"
+    target = arguments.docs / "results" / "location.md"
     write_whole(target, page(arguments.results, pictures).rstrip() + "\n")
 
 

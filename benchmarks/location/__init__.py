@@ -1,1 +1,1 @@
-"""The studies behind docs/located-units.md: one command each, resumed when ended."""
+"""The studies behind docs/results/location.md: one command each, resumed when ended."""

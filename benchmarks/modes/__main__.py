@@ -27,7 +27,7 @@ from safe_decode import SafeDecoder
 from safe_decode.demo.embedded_pair import embedded as load_embedded
 
 LOG = logging.getLogger("benchmarks.modes")
-PLOT = Path(__file__).resolve().parents[2] / "docs" / "tries.png"
+PLOT = Path(__file__).resolve().parents[2] / "docs" / "results" / "rewind-tries.png"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`docs/mutants.md`: what was planted, what was noticed, and why the rest was not.
+"""`docs/development/mutants.md`: what was planted, what was noticed, and why the rest was not.
 
 Knows results and reasons. Does not know how a mutant runs.
 """
@@ -17,7 +17,7 @@ from safe_decode.bench.machine import read_lines
 
 __all__ = ["PAGE", "TARGET", "page", "reasons", "recorded", "shortfalls"]
 
-PAGE = ROOT / "docs" / "mutants.md"
+PAGE = ROOT / "docs" / "development" / "mutants.md"
 TARGET = 0.9
 """Share of the mutants of each module that the tests are to notice."""
 

@@ -95,14 +95,14 @@ def bundle(
 
 @app.command()
 def card(target: Target = ARTEFACTS) -> None:
-    """Write docs/organism.md and the learning curve beside it from what was measured."""
+    """Write docs/results/embedded-pair.md and its learning curve from what was measured."""
     from probes.organism.model_card import card_text, write_curve
 
-    docs = RESULTS.parents[1] / "docs"
+    docs = RESULTS.parents[1] / "docs" / "results"
     text = card_text(RESULTS / "organism.jsonl", target / "aligned")
-    write_whole(docs / "organism.md", text)
+    write_whole(docs / "embedded-pair.md", text)
     if (target / "curve.jsonl").exists():
-        write_curve(target / "curve.jsonl", docs / "organism-curve.png")
+        write_curve(target / "curve.jsonl", docs / "embedded-pair-curve.png")
 
 
 @app.command()

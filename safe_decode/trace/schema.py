@@ -153,7 +153,7 @@ class SafetyTrace:
         return self.end.trip_step is not None
 
     def logits_of(self, attempt: int = 0) -> list[list[float]]:
-        """Return the logits of one attempt, [n][K], to run a monitor over again."""
+        """Return the logits of one attempt, n lists of K, to run a monitor over again."""
         return [list(step.logits) for step in self.steps if step.attempt == attempt]
 
     def lines(self, *, token_ids: bool = False) -> Iterator[str]:

@@ -95,7 +95,7 @@ def superficial_rows():
 
 def test_nothing_measured_is_said_and_nothing_is_made_up(tmp_path):
     main(["--results", str(tmp_path), "--docs", str(tmp_path)])
-    page = (tmp_path / "located-units.md").read_text(encoding="utf-8")
+    page = (tmp_path / "results" / "location.md").read_text(encoding="utf-8")
     assert page.count(UNMEASURED) == 8
     assert "| " not in page
 
@@ -122,7 +122,7 @@ def test_every_table_and_picture_stands_on_the_page(tmp_path):
     framed = Framed("{request} B", MotiveResult(outcomes(3, 7)), MotiveResult(outcomes(3, 7), 9))
     journal(results, "framing-embedded", [framed.to_json()])
     main(["--results", str(results), "--docs", str(docs)])
-    page = (docs / "located-units.md").read_text(encoding="utf-8")
+    page = (docs / "results" / "location.md").read_text(encoding="utf-8")
     assert UNMEASURED not in page
     for told in (
         "| flap, stated | SCU | 12 | 20 | 80 | 0 | – | 2.1 | -2.5 |",
@@ -138,7 +138,7 @@ def test_every_table_and_picture_stands_on_the_page(tmp_path):
         "machine: of the test",
     ):
         assert told in page, told
-    pictures = {path.name for path in (docs / "located-units").iterdir()}
+    pictures = {path.name for path in (docs / "results" / "location").iterdir()}
     assert pictures == {
         "ablation-embedded.png",
         "finetuning-embedded.png",
@@ -148,4 +148,4 @@ def test_every_table_and_picture_stands_on_the_page(tmp_path):
         "depth-embedded.png",
         "framing-embedded.png",
     }
-    assert all(f"(located-units/{name})" in page for name in pictures)
+    assert all(f"(location/{name})" in page for name in pictures)

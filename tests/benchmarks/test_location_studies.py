@@ -49,7 +49,7 @@ def test_the_page_is_written_from_what_the_studies_kept(results, tmp_path):
             ["--tiny", "--results", str(results)]
         )
     write_page(["--results", str(results), "--docs", str(tmp_path)])
-    page = (tmp_path / "located-units.md").read_text(encoding="utf-8")
+    page = (tmp_path / "results" / "location.md").read_text(encoding="utf-8")
     assert page.count(UNMEASURED) == 1  # the motives are asked by a command of their own
 
 

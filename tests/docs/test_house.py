@@ -48,7 +48,9 @@ def test_every_constraint_is_an_exact_pin_and_stands_once():
 
 def test_everything_the_commands_install_directly_is_pinned():
     extras = PYPROJECT["project"]["optional-dependencies"]
-    wanted = PYPROJECT["project"]["dependencies"] + extras["tests"] + extras["check"]
+    wanted = (
+        PYPROJECT["project"]["dependencies"] + extras["tests"] + extras["check"] + extras["docs"]
+    )
     names = {normalised(re.split(r"[\[><=]", line)[0]) for line in wanted} - {"safe-decode"}
     assert names <= {normalised(PIN.match(line).group(1)) for line in pinned()}
 
@@ -60,7 +62,8 @@ def test_lower_bounds_stay_open():
 
 def test_no_registry_host_is_named_in_the_build_files():
     host = re.compile(r"https?://|--(extra-)?index-url|--find-links")
-    for name in ("pyproject.toml", "constraints.txt", "Makefile", ".ci/run", "noxfile.py"):
+    names = ("pyproject.toml", "constraints.txt", "Makefile", ".ci/run", "noxfile.py", "mkdocs.yml")
+    for name in names:
         assert not host.search((ROOT / name).read_text(encoding="utf-8")), name
 
 

@@ -2,7 +2,7 @@
 
 `python -m pytest benchmarks/cost/micro --benchmark-autosave --benchmark-compare` says what changed.
 In use, with the whole model between two calls, every stage costs several times more; see
-docs/performance.md.
+docs/results/cost.md.
 """
 
 from __future__ import annotations

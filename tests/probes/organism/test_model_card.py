@@ -25,5 +25,7 @@ def test_card_shows_the_range_over_seeds(tmp_path):
 
 
 def test_the_card_in_the_docs_is_the_one_of_the_results():
-    page = (RESULTS.parents[1] / "docs" / "organism.md").read_text(encoding="utf-8")
+    page = (RESULTS.parents[1] / "docs" / "results" / "embedded-pair.md").read_text(
+        encoding="utf-8"
+    )
     assert page == card_text(RESULTS / "organism.jsonl", artefact("aligned"))
