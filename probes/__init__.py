@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from probes.evaluation.offline import evaluate_bundle
     from probes.export.onnx import export_onnx
     from probes.fitting.linear import FitConfig, LinearProbeFitter
+    from probes.fitting.mlp import MLPFitConfig
     from probes.location.locate import LocateConfig, locate
     from probes.location.units import UnitSet
     from probes.recipes.bundle import RecipeConfig, make_bundle
@@ -26,6 +27,7 @@ _HOMES = {
     "FitConfig": "fitting.linear",
     "LinearProbeFitter": "fitting.linear",
     "LocateConfig": "location.locate",
+    "MLPFitConfig": "fitting.mlp",
     "RecipeConfig": "recipes.bundle",
     "UnitSet": "location.units",
     "certify": "calibration.certify",
@@ -45,6 +47,7 @@ __all__ = [
     "FitConfig",
     "LinearProbeFitter",
     "LocateConfig",
+    "MLPFitConfig",
     "RecipeConfig",
     "UnitSet",
     "certify",

@@ -169,14 +169,9 @@ def make_bundle(
     parts, unjudged = _judged(conversations, locating=bool(config.feature_counts and not units))
     if config.feature_counts and units is None:
         units = _located(model, tokenizer, parts["locate"], config.locate)
+    sites = _site_sets(units, config)
     candidates = ranked_candidates(
-        model,
-        tokenizer,
-        parts["fit"],
-        parts["select"],
-        _site_sets(units, config),
-        search,
-        features,
+        model, tokenizer, parts["fit"], parts["select"], sites, search, features
     )
     best = candidates[0]
     calibration = _calibrated(model, tokenizer, parts["calibrate"], best, config)

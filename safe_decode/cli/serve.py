@@ -121,7 +121,7 @@ def serve(options: ServeOptions) -> None:
 
 
 def _run(given: SettingsGiven) -> None:
-    from safe_decode.engines.transformers.batch.engine import TransformersEngine
+    from safe_decode.engines.registry import engine_named
     from safe_decode.serving.app import create_app
     from safe_decode.serving.operations.screen import first_screen
     from safe_decode.serving.process import serve_app
@@ -138,7 +138,7 @@ def _run(given: SettingsGiven) -> None:
         dtype=settings.dtype,
         trusted_key=settings.require_signature,
     )
-    engine = TransformersEngine(
+    engine = engine_named("transformers")(
         decoder,
         holdback_tokens=settings.holdback_tokens,
         tells_scores=settings.expose_scores,
