@@ -7,6 +7,7 @@ nothing new is taken, rows in flight have their grace, and then every stream get
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 from collections.abc import Callable
 from types import FrameType
@@ -93,6 +94,10 @@ def serve_app(app: FastAPI, settings: ServeSettings, on_start: Callable[[str], N
     """
     require_descriptors(settings)
     service: Service = app.state.service
+    # What is loaded by now stays. The garbage collector need not go over it again and again, which
+    # would hold the event loop for as long.
+    gc.collect()
+    gc.freeze()
     GuardedServer(
         BoundedConfig(app, settings, service.metrics),
         service.scheduler,

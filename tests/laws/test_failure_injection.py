@@ -16,6 +16,7 @@ from safe_decode.errors import (
     SafeDecodeError,
     UnsupportedError,
 )
+from safe_decode.probe.interface import Probe
 from safe_decode.prompts.batch import from_prompts
 from safe_decode.testing.bundles import REFUSAL, decoder_for, peaks
 from safe_decode.testing.models import tiny_model
@@ -121,7 +122,7 @@ def test_the_guards_processor_dropped_while_generating_closes_every_row(
 def test_a_probe_that_fails_closes_every_row(llama, tokenizer):
     decoder = decoder_for(llama, tokenizer, redirect="rewind")
 
-    class Fails:
+    class Fails(Probe):
         def __call__(self, _features):
             raise RuntimeError("expected all tensors on one device")
 

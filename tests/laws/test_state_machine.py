@@ -19,6 +19,7 @@ from safe_decode.monitor.monitor import MonitorConfig, reference
 from safe_decode.policy.holdback import HoldBack
 from safe_decode.policy.policy import Policy
 from safe_decode.policy.redirect import Script, forced_scores
+from safe_decode.probe.interface import Probe
 from safe_decode.session.session import Session, SessionRow
 
 _HEADS = {"start": (0.0, 0.2), "offset": (0.1, -0.1), "scale": (1.0, 0.5), "low_mark": -0.2}
@@ -68,13 +69,11 @@ class Heard:
     discard = take
 
 
-class Unchanged:
+class Unchanged(Probe):
     """A probe whose logits are its features, on every way to them."""
 
     def __call__(self, features):
         return features
-
-    unchecked = __call__
 
 
 def session_of(config, thresholds, policies, scanned, resume=None):

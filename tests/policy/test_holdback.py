@@ -76,3 +76,43 @@ def test_a_pinned_stop_string_is_held_whatever_is_judged():
 def test_negative_hold_back_is_refused():
     with pytest.raises(ConfigurationError, match="holdback_tokens=-1"):
         HoldBack(-1)
+
+
+CALLS = {
+    "say": lambda hold: hold.say(),
+    "judge": lambda hold: hold.judge(0),
+    "pin": lambda hold: hold.pin(0),
+    "close": lambda hold: hold.close(),
+    "end": lambda hold: hold.end(),
+    "trip": lambda hold: hold.trip(),
+}
+
+
+@pytest.mark.parametrize(("last", "phase"), [("end", "ended"), ("trip", "tripped")])
+@pytest.mark.parametrize("action", CALLS)
+def test_nothing_happens_to_a_row_that_is_over(last, phase, action):
+    hold = HoldBack(0)
+    CALLS[last](hold)
+    with pytest.raises(BeatError, match=f"^cannot {action}: the row has {phase};"):
+        CALLS[action](hold)
+    assert hold.phase == phase
+
+
+@pytest.mark.parametrize("looked", [0, 1, 2, 3])
+def test_a_tail_that_lacks_unseen_tokens_is_withheld(looked):
+    hold = HoldBack(2)
+    hold.say(4)
+    assert hold.judge(4) == 2
+    hold.close()
+    hold.say(looked)
+    assert hold.judge(looked) == min(looked, 2)
+    assert hold.withheld == 0, "nothing is withheld while the row may go on"
+    hold.end(wanted=2)
+    assert hold.released == min(4, 2 + looked) and hold.withheld == max(0, 2 - looked)
+
+
+def test_a_tripped_row_withholds_nothing():
+    hold = HoldBack(3)
+    hold.say(2)
+    hold.trip()
+    assert hold.withheld == 0

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from safe_decode.errors import ConfigurationError
 from safe_decode.monitor.monitor import MonitorConfig
 from safe_decode.policy.policy import Policy
+from safe_decode.probe.interface import Probe
 from safe_decode.session.session import BatchUpdate, JoiningRow, Session, SessionRow
 
 CPU = torch.device("cpu")
@@ -16,13 +17,11 @@ CONFIG = MonitorConfig(
 )
 
 
-class Identity:
+class Identity(Probe):
     """A probe whose logits are its features."""
 
     def __call__(self, features):
         return features
-
-    unchecked = __call__
 
 
 class Silent:

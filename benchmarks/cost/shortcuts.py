@@ -1,0 +1,144 @@
+"""Do the short ways of a step pay? `python -m benchmarks.cost.shortcuts`.
+
+A step of the guard takes short ways where nothing happens. Each is switched off in turn, beside
+the whole guard and the bare model in one run, on the embedded shape and on published ones. A short
+way pays where switching it off makes a step longer by more than chance: then its interval lies
+above 1. Results go to `results/shortcuts.jsonl`. The machine should have nothing else to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.card import card, write_results
+from safe_decode.activations.recorder import ForwardRecorder
+from safe_decode.bench.arms import Arm, Load, arms_of, options_of
+from safe_decode.bench.models import Subject, embedded_subject, of_shape
+from safe_decode.bench.runner import interleaved
+from safe_decode.bench.statistics import interval_of
+from safe_decode.engines.transformers.loops import choices, settings
+from safe_decode.session import forward_reader, trip_detector
+
+LOG = logging.getLogger("benchmarks.cost.shortcuts")
+LOADS = (
+    ("embedded", Load(1, 128, 64), 120),
+    ("embedded", Load(32, 128, 32), 60),
+    ("llama-160m", Load(1, 64, 16), 24),
+)
+
+
+@contextmanager
+def put(owner: object, name: str, value: object) -> Iterator[None]:
+    """Put another attribute in the place of one."""
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)
+
+
+def _asks_the_list(
+    self: settings.WatchedProcessors, input_ids: torch.LongTensor, scores: torch.FloatTensor
+) -> torch.Tensor:
+    from transformers import LogitsProcessorList
+
+    if self._on_bare is not None:
+        self._on_bare(scores)
+    return LogitsProcessorList([*self._processors, self._guard])(input_ids, scores)
+
+
+SHORTCUTS: Mapping[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
+    "whole activations are lent": (
+        "activations/recorder.py: borrow",
+        lambda: put(ForwardRecorder, "borrow", lambda *_: False),
+    ),
+    "a plain step is taken at once": (
+        "activations/recorder.py: take_step",
+        lambda: put(ForwardRecorder, "take_step", lambda _: None),
+    ),
+    "checked features are not checked again": (
+        "session/forward_reader.py: step_reader",
+        lambda: put(
+            forward_reader.ForwardReader,
+            "_read_step",
+            property(lambda self: self._probe, lambda *_: None),
+        ),
+    ),
+    "levels alone decide": (
+        "session/trip_detector.py: _is_moving_average",
+        lambda: put(trip_detector, "_is_moving_average", lambda _: False),
+    ),
+    "few levels are read as a list": (
+        "session/trip_detector.py: _FEW",
+        lambda: put(trip_detector, "_FEW", 0),
+    ),
+    "calm steps are not sorted": (
+        "loops/choices.py: _is_calm",
+        lambda: put(choices.ChoiceJudge, "_is_calm", lambda *_: False),
+    ),
+    "the guard's processor is in no list": (
+        "loops/settings.py: WatchedProcessors",
+        lambda: put(settings.WatchedProcessors, "__call__", _asks_the_list),
+    ),
+}
+
+
+def rows_of(subject: Subject, load: Load, rounds: int) -> list[dict[str, Any]]:
+    """Measure every short way under one load."""
+    arms = {name: arm for name, arm in arms_of(subject, load).items() if name in ("bare", "guard")}
+    guard = arms["guard"].run
+    arms |= {name: Arm(name, guard, off) for name, (_, off) in SHORTCUTS.items()}
+    laps = interleaved(arms, options_of(subject, load), rounds=rounds, clock=load.clock)
+    medians = {
+        name: np.array([np.median(lap.steps) for lap in taken]) / 1e3
+        for name, taken in laps.items()
+    }
+    rows = []
+    for name, (where, _) in SHORTCUTS.items():
+        ratio = interval_of(medians[name] / medians["guard"])
+        added = interval_of(medians[name] - medians["guard"])
+        rows.append(
+            {
+                "subject": subject.name,
+                "batch": load.batch,
+                "short way": name,
+                "where": where,
+                "step without it / with it": round(ratio.point, 4),
+                "95 % interval": ratio.as_list(4),
+                "us a step": round(added.point, 1),
+                "guard / bare": round(float(np.median(medians["guard"] / medians["bare"])), 4),
+                "rounds": rounds,
+                "pays": "yes" if ratio.low > 1 else "not shown",
+            }
+        )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Measure, write `results/shortcuts.jsonl`, print the rows."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cost.shortcuts", description=__doc__
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="times the rounds")
+    given = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    rows = []
+    for name, load, rounds in LOADS:
+        subject = embedded_subject() if name == "embedded" else of_shape(name)
+        rows += rows_of(subject, load, max(2, round(rounds * given.scale)))
+    for row in rows:
+        LOG.info("%s", row)
+    write_results("shortcuts", rows, card(threads=torch.get_num_threads()))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
