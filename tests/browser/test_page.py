@@ -103,7 +103,7 @@ def test_a_prefilled_answer_trips_rewinds_and_turns(page):
     assert "The reader gets" in page.inner_text("#status")
     # What a stranger reads first.
     assert page.inner_text(".why") == (
-        "The guard read harm in this answer and stepped in. 3 tokens were taken back "
+        "The guard read harm in this answer and stepped in. 2 tokens were taken back "
         "before any reader saw them, and the model was made to think again."
     )
 

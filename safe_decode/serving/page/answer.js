@@ -64,7 +64,8 @@ export class Answer {
     if (delta?.refusal) {
       // It may stand in `content` too, for clients that show nothing else: shown once.
       this.refusal += delta.refusal;
-      this.later(() => this.turn(delta.refusal), 260);
+      const isFirst = this.refusal === delta.refusal;
+      this.later(() => this.turn(delta.refusal), isFirst ? 260 : this.paced);
     } else if (delta?.content) {
       this.content += delta.content;
       for (const token of safety?.tokens ?? [{ text: delta.content, risk: null }]) {
@@ -151,8 +152,11 @@ export class Answer {
     this.caption.textContent = this.dropped ? `Tripped; ${tokens(this.dropped)} taken back.` : "Tripped.";
   }
 
+  /** Show what follows a trip; its pieces are one passage. */
   turn(text) {
-    this.append("ins", text, "");
+    const last = this.said.lastElementChild;
+    if (last?.tagName === "INS") last.textContent += text;
+    else this.append("ins", text, "");
   }
 
   flag(text) {
