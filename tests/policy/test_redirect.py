@@ -85,3 +85,29 @@ def test_no_module_compares_a_redirect_with_a_name():
         if compares.search(line)
     ]
     assert not found
+
+
+def test_the_table_says_what_the_documents_promise():
+    told = {
+        name: (rule.keeps, rule.says, rule.outcome, rule.resumes, rule.protects)
+        for name, rule in REDIRECTS.items()
+    }
+    assert told == {
+        "refuse": ("released", "refusal", "refused", False, True),
+        "rewind": ("clear", "opener", "rewound", True, True),
+        "stop": ("released", "nothing", "stopped", False, True),
+        "flag": ("all", "nothing", "flagged", False, False),
+    }
+    failed = {name: rule.if_guard_fails for name, rule in REDIRECTS.items()}
+    assert failed == {"refuse": "refuse", "rewind": "refuse", "stop": "stop", "flag": "flag"}
+    data = {name: rule.if_structured for name, rule in REDIRECTS.items()}
+    assert data == {"refuse": "stop", "rewind": "stop", "stop": "stop", "flag": "flag"}
+
+
+def test_a_script_counts_what_it_forced_and_what_arrived():
+    script = Script([5, 6])
+    assert script.has_next is True and script.arrived == 0
+    assert script.force() == 5 and script.arrived == 0 and script.has_next is True
+    assert script.check(5) is None and script.arrived == 1
+    assert script.force() == 6 and script.has_next is False and not script.is_done
+    assert script.check(6) is None and script.arrived == 2 and script.is_done

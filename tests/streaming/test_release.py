@@ -89,3 +89,99 @@ def test_a_trip_behind_a_stop_string_shows_none_of_it():
         row.take(token, 0, Turns([turn], [False], [1]))
     row.trip(Trip(Cut(kept=2, released=2, dropped=0), None, None))
     assert "".join(e.text for e in events if isinstance(e, Released)) == row.text == "a "
+
+
+def row_of(events, *, k=0, stop=(), tokenizer=None, **rules):
+    return RowRelease(
+        0,
+        tokenizer or WordTokenizer(),
+        holdback_tokens=k,
+        redirect="refuse",
+        rules=ReleaseRules(stop, **rules),
+        emit=events.append,
+        is_cancelled=lambda: False,
+    )
+
+
+class ByteTokenizer:
+    """One id a byte; what is no whole character is shown as the replacement character."""
+
+    def decode(self, ids, **_):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_stop_strings_stay_and_notes_are_left_out_unless_asked_for():
+    assert ReleaseRules() == ReleaseRules((), includes_stop=True, tells_notes=False)
+    events = []
+    row = row_of(events)
+    row.say(0)
+    row.judge()
+    assert events[0].notes == ()
+
+
+@pytest.mark.parametrize("includes_stop", [False, True])
+def test_a_row_that_ends_with_its_stop_string_shows_all_before_it(includes_stop):
+    events = []
+    row = row_of(events, k=5, stop=("END",), includes_stop=includes_stop)
+    for token in (0, 1, 3, 4):
+        row.say(token)
+        row.judge()
+    assert not events, "the row is shorter than what it holds back"
+    row.end()
+    assert row.token_ids == ([0, 1, 3, 4] if includes_stop else [0, 1])
+    assert row.text == ("a b END" if includes_stop else "a b ")
+    assert row.stop_string == "END"
+
+
+def test_a_stop_string_may_end_where_a_token_ends_and_the_next_one_begins():
+    events = []
+    row = row_of(events, k=9, stop=("b ",), includes_stop=False, tells_notes=True)
+    for token in (0, 1):
+        row.say(token)
+    row.judge()
+    row.end()
+    assert (row.text, row.token_ids, row.shown_tokens) == ("a ", [0], 1)
+    assert [note.token for note in events[0].notes] == [0]
+
+
+def test_notes_hold_the_statistic_of_the_score_that_judged_the_token():
+    events = []
+    row = row_of(events, tells_notes=True)
+    for statistic, token in ((None, 0), (0.25, 1), (0.75, 3), (None, 4)):
+        row.judge(statistic)
+        row.say(token)
+    row.trip(Trip(Cut(kept=2, released=2, dropped=2), None, None), 1.5)
+    notes = [note for e in events if isinstance(e, Released) for note in e.notes]
+    assert [(n.token, n.statistic) for n in notes] == [(0, 0.25), (1, 0.75), (3, None)]
+    tripped = events[-1]
+    assert tripped.statistic == 1.5 and [n.statistic for n in tripped.dropped] == [1.5]
+    assert [n.text for n in tripped.dropped] == ["D"]
+
+
+def test_a_character_is_shown_when_it_is_whole_and_its_beginning_at_the_end():
+    events = []
+    row = row_of(events, tokenizer=ByteTokenizer(), tells_notes=True)
+    for token in b"a\xc3":
+        row.say(token)
+        row.judge()
+    assert row.text == "a" and row.token_ids == [0x61, 0xC3]
+    row.say(0xA9)
+    row.judge()
+    assert row.text == "a\u00e9"
+    row.say(0xC3)
+    row.judge()
+    row.end()
+    assert row.text == "a\u00e9\ufffd" and row.shown_tokens == 4
+    assert "".join(note.text for e in events for note in e.notes) == "a\u00e9"
+
+
+def test_what_a_trip_cuts_inside_a_character_is_completed_unless_a_stop_string_cuts_it():
+    for stop, text in (((), "a\ufffd"), (("\u00e9",), "a\ufffd")):
+        events = []
+        row = row_of(events, tokenizer=ByteTokenizer(), stop=stop, includes_stop=False)
+        for token in b"a\xc3":
+            row.say(token)
+            row.judge()
+        row.trip(Trip(Cut(kept=2, released=2, dropped=0), None, None))
+        row.complete()
+        assert row.text == text and "".join(getattr(e, "text", "") for e in events) == text
