@@ -24,7 +24,8 @@ from safe_decode.bench.models import Subject, embedded_subject, of_shape
 from safe_decode.bench.runner import interleaved
 from safe_decode.bench.statistics import interval_of
 from safe_decode.engines.transformers.loops import choices, settings
-from safe_decode.session import forward_reader, trip_detector
+from safe_decode.probe.linear import LinearProbe
+from safe_decode.session import trip_detector
 
 LOG = logging.getLogger("benchmarks.cost.shortcuts")
 LOADS = (
@@ -65,12 +66,8 @@ SHORTCUTS: Mapping[str, tuple[str, Callable[[], AbstractContextManager[None]]]] 
         lambda: put(ForwardRecorder, "take_step", lambda _: None),
     ),
     "checked features are not checked again": (
-        "session/forward_reader.py: step_reader",
-        lambda: put(
-            forward_reader.ForwardReader,
-            "_read_step",
-            property(lambda self: self._probe, lambda *_: None),
-        ),
+        "probe/linear.py: step_reader",
+        lambda: put(LinearProbe, "step_reader", lambda probe: probe),
     ),
     "levels alone decide": (
         "session/trip_detector.py: _is_moving_average",
