@@ -125,15 +125,17 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         prog="python -m benchmarks.cost.shortcuts", description=__doc__
     )
     parser.add_argument("--scale", type=float, default=1.0, help="times the rounds")
+    parser.add_argument("--loads", type=int, default=len(LOADS), help="the first so many")
     given = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    rows = []
-    for name, load, rounds in LOADS:
+    rows, facts = [], card(threads=torch.get_num_threads())
+    for name, load, rounds in LOADS[: given.loads]:
         subject = embedded_subject() if name == "embedded" else of_shape(name)
-        rows += rows_of(subject, load, max(2, round(rounds * given.scale)))
-    for row in rows:
-        LOG.info("%s", row)
-    write_results("shortcuts", rows, card(threads=torch.get_num_threads()))
+        found = rows_of(subject, load, max(2, round(rounds * given.scale)))
+        for row in found:
+            LOG.info("%s", row)
+        rows += found
+        write_results("shortcuts", rows, facts)
     return rows
 
 
