@@ -155,14 +155,19 @@ def adjusted(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return told
 
 
+def finished(work: Path) -> list[dict[str, Any]]:
+    """Read the configurations that `work` holds, in their order."""
+    lines = work.read_text(encoding="utf-8").splitlines() if work.exists() else []
+    held = {row["what"]: row for row in map(json.loads, lines)}
+    return [held[one.name] for one in (*INSIDE, *OUTSIDE) if one.name in held]
+
+
 def measured(work: Path, n: int) -> list[dict[str, Any]]:
     """Measure each configuration that `work` does not hold yet."""
     parts = embedded()
     greedy = SafeDecoder(parts.model, parts.tokenizer, parts.bundle, redirect="flag")
     sampled: SafeDecoder | None = None
-    done = {}
-    if work.exists():
-        done = {row["what"]: row for row in map(json.loads, work.read_text().splitlines())}
+    done = {row["what"]: row for row in finished(work)}
     work.parent.mkdir(parents=True, exist_ok=True)
     for number, one in enumerate((*INSIDE, *OUTSIDE)):
         if one.name in done:
@@ -186,11 +191,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=1_120)
     parser.add_argument("--work", type=Path, default=Path(".work/envelope.jsonl"))
     parser.add_argument("--name", default="envelope")
+    parser.add_argument(
+        "--finished", action="store_true", help="measure nothing; write what --work holds"
+    )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    rows = adjusted(measured(arguments.work, arguments.requests))
+    work, n = arguments.work, arguments.requests
+    rows = adjusted(finished(work) if arguments.finished else measured(work, n))
+    configurations = len(INSIDE) + len(OUTSIDE)
     bundle = embedded().bundle.digest[:12]
-    write_results(arguments.name, rows, card(bundle=bundle, requests=arguments.requests))
+    facts = card(bundle=bundle, requests=n, configurations=f"{len(rows)} of {configurations}")
+    write_results(arguments.name, rows, facts)
 
 
 if __name__ == "__main__":
