@@ -108,8 +108,9 @@ class AblationResult:
         n_units: Removed.
         margin: Mean first-token refusal margin on the harmful requests.
         harmful: Outcomes of the harmful requests; None where only the margin was taken.
-        benign: Outcomes of the benign ones, likewise, or where none were given.
-        perplexity: Of benign answers, likewise.
+        benign: Outcomes of the benign ones; None where only the margin was taken, or where none
+            were given.
+        perplexity: Of benign answers; None where only the margin was taken.
     """
 
     name: str

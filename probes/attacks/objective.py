@@ -72,7 +72,7 @@ class Weights:
     Attributes:
         margin: w; 0 attacks the bare model.
         temperature: tau, in units of the statistic.
-        slack: How far below the threshold is far enough, likewise.
+        slack: How far below the threshold is far enough, in the unit of the statistic.
     """
 
     margin: float = 1.0

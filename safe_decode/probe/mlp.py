@@ -35,7 +35,7 @@ class MLPProbe(Probe):
     Attributes:
         sites: In the order of `sorted_sites`; features are concatenated in this order.
         hidden_weight: [F, H] float32, with the standardisation of the features folded in.
-        hidden_bias: [H] float32, likewise.
+        hidden_bias: [H] float32, with the standardisation folded in too.
         output_weight: [H, K] float32.
         output_bias: [K] float32.
         heads: K distinct names.

@@ -176,36 +176,36 @@ class Session:
                 "move; open a session for each batch."
             )
         moved = Rearrangement.of(self.batch, change)
-        records, old = self.records(), self._detector
+        stay, old = self.roster.rows, self._detector
+        rows = [moved.joining[i].row if s is None else stay[s] for i, s in enumerate(moved.sources)]
+        # What may be refused comes first, so that a refused change changes nothing.
+        roster = Roster.of(rows, self.roster.monitor.config, self.roster.device)
+        prompts = {
+            row: self.reader.given(one.prompt_features, one.row.scanned)
+            for row, one in moved.joining.items()
+        }
+        records, start = self.records(), roster.start()
         self._history.settle(old)
         self._history.rearrange(moved.sources)
-        stay = self.roster.rows
-        rows = [moved.joining[i].row if s is None else stay[s] for i, s in enumerate(moved.sources)]
-        self.roster = Roster.of(rows, self.roster.monitor.config, self.roster.device)
-        start = self.roster.start()
         self._log.rearrange(moved, start)
+        self.roster = roster
         self._detector = old.rearranged(
-            moved.sources,
-            self.roster.monitor,
-            rows[0].policy,
-            start,
-            n_snapshots=self.roster.n_snapshots,
+            moved.sources, roster.monitor, rows[0].policy, start, n_snapshots=roster.n_snapshots
         )
-        self._judge_joining(moved.joining)
+        self._judge_prompts(prompts)
         return [records[row] for row in change.removed]
 
-    def _judge_joining(self, joining: Mapping[int, JoiningRow]) -> None:
-        """Judge the prompts of new rows, the longest beginning first, as one batch would."""
-        longest = max((one.row.scanned for one in joining.values()), default=0)
+    def _judge_prompts(self, prompts: Mapping[int, Tensor]) -> None:
+        """Judge the logits [scanned, K] of new rows' prompts, all ending at one position."""
+        longest, n_heads = max(map(len, prompts.values()), default=0), self.state.ema.shape[-1]
         for position in range(longest):
-            active = torch.zeros(self.batch, dtype=torch.bool)
-            logits = torch.zeros(self.batch, self.roster.monitor.config.n_heads)
-            for row, one in joining.items():
-                at = position - (longest - one.row.scanned)
+            active = torch.zeros(self.batch, dtype=torch.bool, device=self.roster.device)
+            scores = torch.zeros(self.batch, n_heads, device=self.roster.device)
+            for row, logits in prompts.items():
+                at = position - (longest - len(logits))
                 if at >= 0:
-                    active[row] = True
-                    logits[row] = self.reader.given(one.prompt_features[at : at + 1], 1)[0]
-            self._detector.step(logits.to(self.roster.device), active.to(self.roster.device))
+                    active[row], scores[row] = True, logits[at]
+            self._detector.step(scores, active)
         if longest:
             self._detector.trips(longest)
 

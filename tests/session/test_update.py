@@ -21,6 +21,8 @@ class Identity(Probe):
     """A probe whose logits are its features."""
 
     def __call__(self, features):
+        if features.shape[-1] != 2:
+            raise ConfigurationError(f"{features.shape[-1]} features, wanted 2.")
         return features
 
 
@@ -175,6 +177,9 @@ def test_a_row_resumes_where_it_stood():
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+ALLOWS = SessionRow(1.0, Policy("refuse", on_error="allow"))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -187,6 +192,14 @@ def test_a_row_resumes_where_it_stood():
             BatchUpdate(added={2: JoiningRow(row_of(0), torch.zeros(3, 2))}),
             "has 3 positions, wanted scanned=1",
         ),
+        (
+            BatchUpdate(removed=[1], added={1: JoiningRow(ALLOWS, torch.zeros(1, 2))}),
+            "on_error differs between rows",
+        ),
+        (
+            BatchUpdate(removed=[1], added={1: JoiningRow(row_of(0), torch.zeros(1, 7))}),
+            "7 features, wanted 2",
+        ),
     ],
 )
 def test_a_change_that_cannot_be_is_refused_and_nothing_has_changed(change, says):
@@ -196,3 +209,6 @@ def test_a_change_that_cannot_be_is_refused_and_nothing_has_changed(change, says
     with pytest.raises(ConfigurationError, match=says):
         session.update(change)
     assert session.batch == 2 and session.records() == before
+    assert session.roster.rows == (row_of(0), row_of(1))
+    session.judge_features(torch.zeros(2, 2))
+    assert [len(record.statistic) for record in session.records()] == [2, 2]

@@ -365,3 +365,16 @@ def test_an_opener_is_shown_with_the_first_word_after_it(shared, tokenizer):
     assert openers and OPENER in events[openers[0]].text
     for i in openers:
         assert isinstance(events[i + 1], Released) and events[i + 1].attempt > 0
+
+
+def test_a_stream_may_choose_its_redirect_as_a_call_may(shared, tokenizer):
+    options = {"max_new_tokens": 60, "redirect": "stop"}
+    threshold = middle(shared, tokenizer, max_new_tokens=60)
+    decoder = decoder_for(shared, tokenizer, redirect="refuse", threshold=threshold)
+    whole = decoder.generate(PROMPTS, **options)
+    outcomes = [trace.end.outcome for trace in whole.traces]
+    assert set(outcomes) == {"stopped", "released"}
+    with decoder.stream(PROMPTS, **options) as stream:
+        ends = sorted((e for e in stream if isinstance(e, Ended)), key=lambda end: end.row)
+    assert [end.trace.end.outcome for end in ends] == outcomes
+    assert [end.text for end in ends] == whole.texts

@@ -37,7 +37,7 @@ from safe_decode.streaming.reader import AsyncGuardedStream, GuardedStream, Prod
 
 __all__ = ["GuardHandle", "GuardedOutput", "SafeDecoder"]
 
-_OF_THE_REQUEST = ("input_ids", "attention_mask", "prefill", "policy", "seed")
+_OF_THE_REQUEST = ("input_ids", "attention_mask", "prefill", "redirect", "policy", "seed")
 """Arguments of `stream` that are no options of `model.generate`."""
 
 
@@ -129,7 +129,7 @@ class SafeDecoder(WrappedModel):
                 continuations come when the last row of the batch has ended or tripped.
             includes_stop: Whether the text keeps the stop string that ended it, as `generate`
                 has it; without it, neither the string nor the ids that make it are shown.
-            **asked: The other arguments of `generate`, but for `redirect`.
+            **asked: The other arguments of `generate`.
 
         Returns:
             An iterator of `StreamEvent`, see `safe_decode.streaming.events`.

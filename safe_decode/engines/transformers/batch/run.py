@@ -8,8 +8,9 @@ by itself, in a thread of its own, while its neighbours run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -99,15 +100,8 @@ class BatchRun:
         self, newest: Sequence[int], turns: Turns | None, trips: Mapping[int, Trip]
     ) -> None:
         """Take note of one choice, and of what the newest score says of the choice before."""
-        statistics = self._statistics()
-        for index, served in enumerate(self._served):
+        for index, served in self._judged(trips):
             release = served.release
-            if served.is_over:
-                continue
-            if index in trips:
-                self._redirect(index, trips[index])
-                continue
-            release.judge(None if statistics is None else statistics[index])
             if turns is None:
                 release.say(newest[index])
                 continue
@@ -117,17 +111,21 @@ class BatchRun:
 
     def on_end(self, wanted: Sequence[int], trips: Mapping[int, Trip]) -> None:
         """Take note that the tails of all rows were judged."""
+        for index, served in self._judged(trips):
+            served.release.end(wanted[index])
+            served.finish(is_flagged=self._is_flagged(index))
+
+    def _judged(self, trips: Mapping[int, Trip]) -> Iterator[tuple[int, ServedRow]]:
+        """Redirect the rows that have just tripped; yield the others that are not over."""
         statistics = self._statistics()
         for index, served in enumerate(self._served):
-            release = served.release
             if served.is_over:
                 continue
             if index in trips:
                 self._redirect(index, trips[index])
                 continue
-            release.judge(None if statistics is None else statistics[index])
-            release.end(wanted[index])
-            served.finish(is_flagged=self._is_flagged(index))
+            served.release.judge(None if statistics is None else statistics[index])
+            yield index, served
 
     def write_traces(self) -> None:
         """Fill the rows' traces."""
@@ -136,14 +134,17 @@ class BatchRun:
             served = self._served[index]
             future = self._redirected.get(index)
             failed = future is None or future.exception() is not None
+            redirected = None if future is None or failed else future.result()
             finished = self._rows.finished(
                 index,
                 record,
                 served.said_ids,
-                redirected=None if future is None or failed else future.result(),
+                redirected=redirected,
                 withheld=self._loop.ends[index].withheld,
                 ahead=self._loop.ahead(index, record.ahead),
             )
+            if served.has_left:
+                finished = replace(finished, cancelled_after=served.release.released_tokens)
             row.trace = self._rows.writer(index).trace(finished, served.void)
 
     def _enders(self, input_ids: Tensor, _scores: object, **_: object) -> Tensor:
@@ -193,9 +194,11 @@ class BatchRun:
         if policy.rule.resumes and trip.error is None:
             self._redirected[index] = self._pool.submit(job)
             return
-        done: Future[Redirected] = Future()
-        done.set_result(job())
-        self._redirected[index] = done
+        self._redirected[index] = done = Future[Redirected]()
+        try:
+            done.set_result(job())
+        except Exception as error:  # it has told its reader, and its neighbours go on
+            done.set_exception(error)
 
     def _spec_of(self, row: Row) -> RowSpec:
         asked, guard = row.request.policy, self._guard

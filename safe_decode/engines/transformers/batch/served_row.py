@@ -26,10 +26,12 @@ class ServedRow:
     Attributes:
         release: Of the row. After a trip it belongs to what follows the trip, in a thread of its
             own, and the batch leaves it alone.
+        has_left: Whether its reader left before it had ended.
     """
 
     def __init__(self, row: Row, tokenizer: Tokenizer, *, void: str | None) -> None:
         self.row, self.void = row, void
+        self.has_left = False
         self._said_ids: tuple[int, ...] | None = None
         policy = row.request.policy
         self.release = RowRelease(
@@ -64,6 +66,7 @@ class ServedRow:
 
     def leave(self) -> None:
         """End the row: its reader has left."""
+        self.has_left = True
         self.release.leave()
         self._finish("cancelled", None)
 
