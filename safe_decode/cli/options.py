@@ -58,6 +58,19 @@ MaxNewTokens = Annotated[
         min=1, help="Longest answer, in tokens. Without it: the cap that the certificate states."
     ),
 ]
+ConfigFile = Annotated[Path | None, typer.Option(help="YAML file of settings.")]
+ClientKeys = Annotated[
+    list[str] | None,
+    typer.Option(help="Key that a client may use. May be given several times."),
+]
+AuditFile = Annotated[
+    str | None,  # as text: an empty one is refused, and as a path it would be the present folder
+    typer.Option(metavar="PATH", help="Append one line for each response to this file."),
+]
+FurtherSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other setting, as NAME=VALUE. May be given several times."),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead of text and tables.")
 ]

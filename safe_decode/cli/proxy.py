@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console
+from safe_decode.cli.options import AuditFile, ClientKeys, ConfigFile, FurtherSettings
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class ProxyOptions:
             "prints it."
         ),
     ] = None
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None
+    config: ConfigFile = None
     host: Annotated[str | None, typer.Option(help="Address that the proxy listens on.")] = None
     port: Annotated[
         int | None, typer.Option(help="Port that the proxy listens on. 0: any free port.")
@@ -46,17 +46,9 @@ class ProxyOptions:
         int | None,
         typer.Option(help="Tokens that the proxy holds back, besides those the upstream holds."),
     ] = None
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="Key that a client may use. May be given several times."),
-    ] = None
-    audit: Annotated[
-        Path | None, typer.Option(help="Append one line for each response to this file.")
-    ] = None
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other setting, as NAME=VALUE. May be given several times."),
-    ] = None
+    api_key: ClientKeys = None
+    audit: AuditFile = None
+    settings: FurtherSettings = None
 
 
 @command("Serve")

@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +18,7 @@ import typer
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console
 from safe_decode.cli.loading import decoder_of
-from safe_decode.cli.options import Alpha
+from safe_decode.cli.options import Alpha, AuditFile, ClientKeys, ConfigFile, FurtherSettings
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class ServeOptions:
             metavar="PATH", help="Public key that must have signed the bundle, a PEM file."
         ),
     ] = None
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None
+    config: ConfigFile = None
     host: Annotated[str | None, typer.Option(help="Address that the server listens on.")] = None
     port: Annotated[
         int | None, typer.Option(help="Port that the server listens on. 0: any free port.")
@@ -76,14 +75,8 @@ class ServeOptions:
             help="What happens to an answer once the guard trips: refuse, rewind or stop."
         ),
     ] = None
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help="Key that a client may use. May be given several times."),
-    ] = None
-    audit: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Append one line for each response to this file."),
-    ] = None
+    api_key: ClientKeys = None
+    audit: AuditFile = None
     expose_scores: Annotated[
         bool | None,
         typer.Option(
@@ -92,10 +85,7 @@ class ServeOptions:
             "model alone.",
         ),
     ] = None
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other setting, as NAME=VALUE. May be given several times."),
-    ] = None
+    settings: FurtherSettings = None
 
 
 _FLAGS = (

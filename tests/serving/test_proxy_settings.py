@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from safe_decode.cli.main import app
 from safe_decode.errors import ConfigurationError
 from safe_decode.serving.proxy.app import proxy_screen
-from safe_decode.serving.proxy.settings import load_proxy_settings
+from safe_decode.serving.proxy.settings import ProxySettings, load_proxy_settings
 from tests.proxying import BUNDLE, MARK, proxy_settings
 
 BASE = {"upstream": "http://up:1/", "bundle": BUNDLE}
@@ -110,3 +110,20 @@ def test_the_command_refuses_in_one_line():
         done = CliRunner().invoke(app, ["proxy", *arguments])
         assert done.exit_code == 2 and told in done.output
         assert "secret" not in done.output and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("name", ProxySettings.model_fields)
+@pytest.mark.parametrize("way", ["flag", "--set", "environment", "file"])
+def test_a_blank_value_is_refused_by_name_whichever_way_it_is_given(name, way, tmp_path):
+    if name == "upstream_key" and way in ("flag", "--set"):
+        pytest.skip("refused there whatever it holds")
+    given = {key: value for key, value in BASE.items() if key != name}
+    config = tmp_path / "proxy.yaml"
+    config.write_text(f"{name}: ' '\n" if way == "file" else "")
+    with pytest.raises(ConfigurationError, match=rf"^{name}=' ' \({way}\) is blank"):
+        load_proxy_settings(
+            config,
+            flags={**given, **({name: " "} if way == "flag" else {})},
+            assignments={name: " "} if way == "--set" else {},
+            environ={PREFIX + name.upper(): " "} if way == "environment" else {},
+        )

@@ -194,6 +194,11 @@ def load_proxy_settings(
     for source, layer in layers:
         values |= layer
         sources |= dict.fromkeys(layer, source)
+    for name, value in values.items():
+        if isinstance(value, str) and not value.strip():
+            raise ConfigurationError(
+                f"{name}={value!r} ({sources[name]}) is blank; give a value, or leave it out."
+            )
     try:
         settings = ProxySettings.model_validate(values)
         _ = settings.as_server  # the server's own rules for keys and hosts
