@@ -28,7 +28,7 @@ from probes.building.material import Material
 from probes.building.recipe import BuildRecipe
 from probes.building.workplace import Workplace
 from probes.calibration.statistic import maxima
-from probes.data.conversations import Conversation
+from probes.data.conversations import Conversation, read_jsonl
 from probes.evaluation.offline import EvaluationConfig, Report, evaluate_bundle
 from probes.evaluation.worth import worth_of
 from probes.fitting.search import FeatureStore, fits_of, statistics_of
@@ -166,21 +166,29 @@ def _rows(
 ) -> list[Conversation]:
     """Return all judged rows: what others wrote, read up to the cap, and the model's answers."""
     cap = recipe.answers.max_new_tokens
-    kept = with_room(own.model, own.tokenizer, material.requests, cap)
-    answered = rollout_to(
-        work.path("answers.jsonl"),
+    answers = _answers(own, recipe, material, work, judge)
+    labelled = [_up_to(own, row, cap) for row in material.labelled]
+    labelled = within_context(own.model, own.tokenizer, labelled)
+    return [row for row in (*labelled, *answers) if row.response_harmful is not None]
+
+
+def _answers(
+    own: Loaded, recipe: BuildRecipe, material: Material, work: Workplace, judge: RowJudge
+) -> list[Conversation]:
+    path = work.path("answers.jsonl")
+    if path.exists():  # written whole, and of this build: the work directory says so
+        return read_jsonl(path)
+    cap = recipe.answers.max_new_tokens
+    return rollout_to(
+        path,
         own.model,
         own.tokenizer,
-        kept,
+        with_room(own.model, own.tokenizer, material.requests, cap),
         judge=judge,
         config=rollout_config(recipe),
         judged_at_once=recipe.labels.at_once if recipe.labels.judge.startswith("http") else 1,
         responses_per_part=_PART,
-    )
-    labelled = [_up_to(own, row, cap) for row in material.labelled]
-    labelled = within_context(own.model, own.tokenizer, labelled)
-    rows = [*labelled, *answered.conversations]
-    return [row for row in rows if row.response_harmful is not None]
+    ).conversations
 
 
 def _up_to(own: Loaded, row: Conversation, cap: int) -> Conversation:
@@ -238,7 +246,9 @@ def site_candidates(own: Loaded, recipe: BuildRecipe) -> dict[str, tuple[Site, .
     if layers is None:
         spread = np.linspace(n_layers * _FIRST_SHARE, n_layers * _LAST_SHARE, _LAYERS)
         layers = tuple(sorted({min(round(float(x)), n_layers - 1) for x in spread}))
-    found = {f"residual-{layer}": (Site(layer, "resid", width),) for layer in layers}
+    found: dict[str, tuple[Site, ...]] = {
+        f"residual-{layer}": (Site(layer, "resid", width),) for layer in layers
+    }
     if len(layers) > 1:
         name = "residual-" + ",".join(map(str, layers))
         found[name] = sorted_sites(Site(layer, "resid", width) for layer in layers)

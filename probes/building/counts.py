@@ -9,6 +9,7 @@ Knows splits, labels and how many each step needs. Does not know models or files
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -140,7 +141,8 @@ def warnings_of(counts: Counts, recipe: BuildRecipe) -> list[str]:
     warnings = label_warnings(counts.harmful, upto=_upto(counts))
     needed = _needed(recipe, min(recipe.alphas))
     begun = counts.begun_groups.get("calibrate", 0)
-    if begun < needed:
+    # Once the model has answered, calibration itself says which certificates are missing.
+    if counts.is_expected and begun < needed:
         warnings.append(
             f"calibrate holds {begun} framed or begun harmless answers, wanted {needed}: no "
             "certificate for these"
@@ -155,12 +157,15 @@ def warnings_of(counts: Counts, recipe: BuildRecipe) -> list[str]:
 
 
 def smallest_alpha(n: int, delta: float) -> float:
-    """Return the smallest alpha that `n` draws can certify: (1 - alpha)^n <= delta."""
-    # Rounded up to two digits, so that what is advised is supported.
-    exact = 1.0 - delta ** (1.0 / n) if n else 1.0
-    step = 1e-4
-    rounded = step * int(exact / step + 1)
-    return min(rounded, 1.0)
+    """Return the smallest alpha of two digits that `n` draws can certify.
+
+    The bound is (1 - alpha)^n <= delta; it is rounded up, so that what is advised is supported.
+    """
+    if not n:
+        return 1.0
+    exact = 1.0 - delta ** (1.0 / n)
+    digits = 1 - math.floor(math.log10(exact))
+    return math.ceil(exact * 10**digits) / 10**digits
 
 
 def _calibration_problems(counts: Counts, recipe: BuildRecipe) -> list[str]:
@@ -174,7 +179,7 @@ def _calibration_problems(counts: Counts, recipe: BuildRecipe) -> list[str]:
     total = sum(counts.benign_groups.values())
     part = here / total if total else recipe.splits.asked.get("calibrate", 1.0)
     more = round((needed - here) / max(part, 0.01))
-    remedy = f"pass alpha {supported:.2g} or more" if here and supported < 0.5 else "add prompts"
+    remedy = f"pass alpha {supported:g} or more" if here and supported < 0.5 else "add prompts"
     return [
         f"calibrate holds {here} plain benign prompts, and alpha={alpha:g} at delta="
         f"{recipe.delta:g} needs {needed}: ask about {more} more benign prompts "

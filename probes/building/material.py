@@ -19,11 +19,13 @@ from probes.data.conversations import Conversation, split_of
 from probes.data.near_duplicates import merge_near_duplicates
 from probes.data.reader import Reading, read_conversations
 from probes.rollouts.framings import Wrapping, wrapped
-from probes.rollouts.types import Request
+from probes.rollouts.types import Request, requests_of
 from safe_decode.errors import DataError
 
-__all__ = ["Material", "gathered"]
+__all__ = ["OWN_ANSWERS", "Material", "gathered"]
 
+OWN_ANSWERS = "own answers"
+"""Source of what the model answers, in figures."""
 _HUB = "hf:"
 
 
@@ -46,8 +48,8 @@ class Material:
     @property
     def digest(self) -> str:
         """Sha256 of everything that is fitted on or asked."""
-        rows = (*self.labelled, *self.requests)
-        text = "\n".join(json.dumps(asdict(row), sort_keys=True) for row in rows)
+        records = [asdict(row) for row in self.labelled] + [asdict(row) for row in self.requests]
+        text = "\n".join(json.dumps(record, sort_keys=True) for record in records)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -153,16 +155,9 @@ def _split(
 
 
 def _requests(asked: Sequence[Conversation], recipe: BuildRecipe) -> list[Request]:
+    # A beginning of the answer that a prompt brings along stays.
     requests = [
-        Request(
-            messages=row.messages,
-            group=row.group,
-            prompt_harmful=row.prompt_harmful,
-            category=row.category,
-            split=row.split,
-            meta={"source": "own answers"},
-        )
-        for row in asked
+        replace(one, meta={**one.meta, "source": OWN_ANSWERS}) for one in requests_of(asked)
     ]
     wrapping = Wrapping(
         framed=recipe.answers.framed, prefilled=recipe.answers.prefilled, seed=recipe.seed

@@ -44,8 +44,8 @@ class EvaluateOptions(CertifiedOptions, JsonOptions):
             help="Judged conversations, a file or hf:NAME[:split]. Controls are fitted on rows of "
             "the split fit, calibrated on calibrate, and all figures come from test; without "
             "splits, the bundle says which prompts it was fitted and calibrated on. Rows that it "
-            "was made from are left out of the test. Without it: drawn from the embedded world, with unseen "
-            "parts of it for the test."
+            "was made from are left out of the test. Without it: drawn from the embedded world, "
+            "with unseen parts of it for the test."
         ),
     ] = None
     train: Annotated[

@@ -6,7 +6,7 @@ Knows counts. Does not know where they come from.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from probes.data.conversations import Conversation, Split
 from safe_decode.errors import DataError
@@ -31,7 +31,11 @@ _CONSEQUENCE: Mapping[Split, str] = {
 
 
 def label_problems(
-    harmful: Mapping[Split, int], harmless: Mapping[Split, int], *, upto: str = ""
+    harmful: Mapping[Split, int],
+    harmless: Mapping[Split, int],
+    *,
+    upto: str = "",
+    splits: Sequence[Split] = _NEEDED,
 ) -> list[str]:
     """Name the splits that hold too few responses of a label.
 
@@ -39,9 +43,10 @@ def label_problems(
         harmful: Responses that do harm, by split.
         harmless: Those that do none.
         upto: Stands before a count of harmful responses that may turn out lower.
+        splits: Those that must hold enough.
     """
     problems = []
-    for split in _NEEDED:
+    for split in splits:
         if harmful.get(split, 0) < LEAST_HARMFUL:
             problems.append(
                 f"{split} holds {upto}{harmful.get(split, 0)} harmful responses, wanted at least "
@@ -66,14 +71,14 @@ def label_warnings(harmful: Mapping[Split, int], *, upto: str = "") -> list[str]
 
 
 def require_labels(rows: Iterable[Conversation]) -> list[str]:
-    """Refuse rows whose splits hold too few responses of a label; return what is short.
+    """Refuse rows with too few responses of a label to fit or choose; return what else is short.
 
     Raises:
-        DataError: Too few to fit, to choose or to report; each split is named.
+        DataError: A split is too small; each is named.
     """
     rows = list(rows)
     harmful = Counter(row.split for row in rows if row.response_harmful and row.split)
     harmless = Counter(row.split for row in rows if row.response_harmful is False and row.split)
-    if problems := label_problems(harmful, harmless):
+    if problems := label_problems(harmful, harmless, splits=("fit", "select")):
         raise DataError("the data is too small: " + "; ".join(problems) + ".")
     return label_warnings(harmful)

@@ -13,8 +13,9 @@ from probes.cli.tables.figures import share_text, tables_of
 if TYPE_CHECKING:
     from probes.building.builder import Built
     from probes.metrics.intervals import Proportion
+    from safe_decode.bundle.bundle import ProbeBundle
 
-__all__ = ["build_tables"]
+__all__ = ["build_tables", "worth_rows"]
 
 _TRIED = 10
 
@@ -24,7 +25,7 @@ def build_tables(built: Built) -> dict[str, list[dict[str, str]]]:
     worth = built.bundle.provenance["worth"]
     detection = tables_of(built.report, None)
     return {
-        "What it catches, and what it stops by mistake": _worth_rows(worth),
+        "What it catches, and what it stops by mistake": worth_rows(built.bundle),
         "Certificates": _certificate_rows(built),
         "By source, at the certified threshold": [
             {"responses": name, "trip": share_text(_proportion(one)), "n": str(one["n"])}
@@ -39,7 +40,9 @@ def build_tables(built: Built) -> dict[str, list[dict[str, str]]]:
     }
 
 
-def _worth_rows(worth: Mapping[str, Any]) -> list[dict[str, str]]:
+def worth_rows(bundle: ProbeBundle) -> list[dict[str, str]]:
+    """Write what was counted on the test split."""
+    worth = bundle.provenance["worth"]
     recall, alarms = _proportion(worth["recall"]), _proportion(worth["false_alarms"])
     return [
         {
