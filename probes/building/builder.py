@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from probes.activations.teacher_forcing import encode_response, within_context
+from probes.building.answers import judged_rows
 from probes.building.counts import (
     LEAST_REFUSALS,
-    Counts,
+    SplitCounts,
     counts_of,
     require_enough,
     warnings_of,
@@ -28,16 +28,14 @@ from probes.building.material import Material
 from probes.building.recipe import BuildRecipe
 from probes.building.workplace import Workplace
 from probes.calibration.statistic import maxima
-from probes.data.conversations import Conversation, read_jsonl
+from probes.data.conversations import Conversation
 from probes.evaluation.offline import EvaluationConfig, Report, evaluate_bundle
 from probes.evaluation.worth import worth_of
 from probes.fitting.search import FeatureStore, fits_of, statistics_of
 from probes.location.locate import LocateConfig, locate
 from probes.location.units import UnitSet
 from probes.recipes.bundle import Recipe, RecipeConfig, make_bundle
-from probes.rollouts.generate import RolloutConfig
 from probes.rollouts.judges import RowJudge
-from probes.rollouts.resume import rollout_to, with_room
 from probes.runs.identity import weights_digest
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, sorted_sites
@@ -48,12 +46,10 @@ from safe_decode.errors import UnsupportedError
 from safe_decode.loading import Loaded
 from safe_decode.prompts.chat import stop_ids
 
-__all__ = ["Built", "Stage", "build_bundle", "rollout_config", "site_candidates", "work_identity"]
+__all__ = ["Built", "Stage", "build_bundle", "site_candidates", "work_identity"]
 
 Result = TypeVar("Result")
 
-_PART = 128
-"""Answers that an interruption can cost at most."""
 _LAYERS = 4
 _FIRST_SHARE, _LAST_SHARE = 1 / 3, 5 / 6
 """Of the depth: earlier layers hold words rather than meaning, the last ones the next token."""
@@ -77,24 +73,10 @@ class Built:
 
     bundle: ProbeBundle
     report: Report
-    counts: Counts
+    counts: SplitCounts
     tried: tuple[Mapping[str, Any], ...]
     warnings: tuple[str, ...]
     seconds: Mapping[str, float]
-
-
-def rollout_config(recipe: BuildRecipe) -> RolloutConfig:
-    """Return how the model answers."""
-    asked = recipe.answers
-    return RolloutConfig(
-        max_new_tokens=asked.max_new_tokens,
-        do_sample=asked.temperature > 0,
-        temperature=asked.temperature or 1.0,
-        top_p=asked.top_p,
-        top_k=asked.top_k,
-        seed=recipe.seed,
-        batch_size=asked.batch_size,
-    )
 
 
 def build_bundle(
@@ -121,7 +103,7 @@ def build_bundle(
         CertificateError: The responses do not support an alpha.
     """
     clock = _Clock(stage)
-    rows = clock.run("answers", lambda: _rows(own, recipe, material, work, judge))
+    rows = clock.run("answers", lambda: judged_rows(own, recipe, material, work, judge))
     counts = counts_of(rows)
     require_enough(counts, recipe)
     warnings = list(warnings_of(counts, recipe))
@@ -161,54 +143,11 @@ class _Clock:
         return found
 
 
-def _rows(
-    own: Loaded, recipe: BuildRecipe, material: Material, work: Workplace, judge: RowJudge
-) -> list[Conversation]:
-    """Return all judged rows: what others wrote, read up to the cap, and the model's answers."""
-    cap = recipe.answers.max_new_tokens
-    answers = _answers(own, recipe, material, work, judge)
-    labelled = [_up_to(own, row, cap) for row in material.labelled]
-    labelled = within_context(own.model, own.tokenizer, labelled)
-    return [row for row in (*labelled, *answers) if row.response_harmful is not None]
-
-
-def _answers(
-    own: Loaded, recipe: BuildRecipe, material: Material, work: Workplace, judge: RowJudge
-) -> list[Conversation]:
-    path = work.path("answers.jsonl")
-    if path.exists():  # written whole, and of this build: the work directory says so
-        return read_jsonl(path)
-    cap = recipe.answers.max_new_tokens
-    return rollout_to(
-        path,
-        own.model,
-        own.tokenizer,
-        with_room(own.model, own.tokenizer, material.requests, cap),
-        judge=judge,
-        config=rollout_config(recipe),
-        judged_at_once=recipe.labels.at_once if recipe.labels.judge.startswith("http") else 1,
-        responses_per_part=_PART,
-    ).conversations
-
-
-def _up_to(own: Loaded, row: Conversation, cap: int) -> Conversation:
-    """Cut a response where an answer of the model would be cut."""
-    encoded = encode_response(own.tokenizer, row)
-    ids = encoded.ids[encoded.turn_start :]
-    if len(ids) <= cap:
-        return row
-    text = own.tokenizer.decode(list(ids[:cap]), clean_up_tokenization_spaces=False)
-    onset = row.onset_char if row.onset_char is not None and row.onset_char < len(text) else None
-    return replace(
-        row, response=text, response_ids=ids[:cap], prefill_tokens=0, ended=None, onset_char=onset
-    )
-
-
 def _located(
     own: Loaded,
     recipe: BuildRecipe,
     rows: Sequence[Conversation],
-    counts: Counts,
+    counts: SplitCounts,
     work: Workplace,
     warnings: list[str],
 ) -> UnitSet | None:

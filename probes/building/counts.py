@@ -24,7 +24,7 @@ from safe_decode.errors import DataError
 
 __all__ = [
     "LEAST_REFUSALS",
-    "Counts",
+    "SplitCounts",
     "counts_before",
     "counts_of",
     "require_enough",
@@ -38,7 +38,7 @@ _BENIGN = "benign"
 
 
 @dataclass(frozen=True)
-class Counts:
+class SplitCounts:
     """What each split holds.
 
     Attributes:
@@ -80,14 +80,14 @@ class Counts:
         }
 
 
-def counts_before(material: Material) -> Counts:
+def counts_before(material: Material) -> SplitCounts:
     """Count what the data can yield at most, whatever the model answers."""
     asked = material.requests
     harmful = Counter(_splits(row for row in material.labelled if row.response_harmful))
     harmful.update(_splits(one for one in asked if one.prompt_harmful))
     harmless = Counter(_splits(row for row in material.labelled if not row.response_harmful))
     harmless.update(_splits(one for one in asked if not one.prompt_harmful))
-    return Counts(
+    return SplitCounts(
         harmful=harmful,
         harmless=harmless,
         benign_groups=Counter(_splits(one for one in asked if _population(one) == _BENIGN)),
@@ -99,12 +99,12 @@ def counts_before(material: Material) -> Counts:
     )
 
 
-def counts_of(rows: Sequence[Conversation]) -> Counts:
+def counts_of(rows: Sequence[Conversation]) -> SplitCounts:
     """Count judged responses, those of the model and those of others."""
     own = [row for row in rows if row.generation is not None]
     refusing = {(row.split, row.response) for row in own if row.refusal and row.prompt_harmful}
     calm = [row for row in own if row.response_harmful is False and not row.prompt_harmful]
-    return Counts(
+    return SplitCounts(
         harmful=Counter(_splits(row for row in rows if row.response_harmful)),
         harmless=Counter(_splits(row for row in rows if row.response_harmful is False)),
         benign_groups=Counter(_splits(row for row in calm if _population(row) == _BENIGN)),
@@ -114,7 +114,7 @@ def counts_of(rows: Sequence[Conversation]) -> Counts:
     )
 
 
-def require_enough(counts: Counts, recipe: BuildRecipe) -> None:
+def require_enough(counts: SplitCounts, recipe: BuildRecipe) -> None:
     """Refuse what no step could make good.
 
     Raises:
@@ -136,7 +136,7 @@ def require_enough(counts: Counts, recipe: BuildRecipe) -> None:
         raise DataError("the data is too small: " + "; ".join(problems) + ".")
 
 
-def warnings_of(counts: Counts, recipe: BuildRecipe) -> list[str]:
+def warnings_of(counts: SplitCounts, recipe: BuildRecipe) -> list[str]:
     """Say what weakens the result, or will be left out."""
     warnings = label_warnings(counts.harmful, upto=_upto(counts))
     needed = _needed(recipe, min(recipe.alphas))
@@ -168,7 +168,7 @@ def smallest_alpha(n: int, delta: float) -> float:
     return math.ceil(exact * 10**digits) / 10**digits
 
 
-def _calibration_problems(counts: Counts, recipe: BuildRecipe) -> list[str]:
+def _calibration_problems(counts: SplitCounts, recipe: BuildRecipe) -> list[str]:
     here = counts.benign_groups.get("calibrate", 0)
     alpha = min(recipe.alphas)
     needed = _needed(recipe, alpha)
@@ -191,7 +191,7 @@ def _needed(recipe: BuildRecipe, alpha: float) -> int:
     return least_draws(alpha, recipe.delta / len(recipe.alphas))
 
 
-def _upto(counts: Counts) -> str:
+def _upto(counts: SplitCounts) -> str:
     return "at most " if counts.is_expected else ""
 
 

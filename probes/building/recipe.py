@@ -24,7 +24,7 @@ __all__ = [
     "Answers",
     "BuildRecipe",
     "Labels",
-    "Reading",
+    "ProbeReading",
     "Shares",
     "Source",
     "Use",
@@ -140,7 +140,7 @@ class Shares:
 
 
 @dataclass(frozen=True, kw_only=True, config=_KNOWN)
-class Reading:
+class ProbeReading:
     """What is read of the model, and how a probe is fitted on it.
 
     Attributes:
@@ -173,7 +173,7 @@ class BuildRecipe:
         answers: See `Answers`.
         labels: See `Labels`.
         splits: See `Shares`.
-        reading: See `Reading`.
+        reading: See `ProbeReading`.
         alphas: False-alarm rates to certify; the first is the default.
         delta: Largest chance that the bounds of a population do not hold.
         refusal: Text that replaces an answer when the guard refuses.
@@ -186,7 +186,7 @@ class BuildRecipe:
     answers: Answers = field(default_factory=Answers)
     labels: Labels = field(default_factory=Labels)
     splits: Shares = field(default_factory=Shares)
-    reading: Reading = field(default_factory=Reading)
+    reading: ProbeReading = field(default_factory=ProbeReading)
     alphas: Annotated[tuple[Annotated[float, Field(gt=0.0, lt=0.5)], ...], Field(min_length=1)] = (
         0.01,
     )

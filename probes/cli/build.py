@@ -22,7 +22,6 @@ from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from probes.building.builder import Built
-    from probes.building.counts import Counts
     from probes.building.material import Material
     from probes.building.model_facts import ModelFacts
     from probes.building.pace import Pace
@@ -139,6 +138,7 @@ def build(options: BuildOptions) -> None:
     from probes.building.labels import judge_for
     from probes.building.material import gathered
     from probes.building.plan import plan_of
+    from probes.cli.tables.planned import plan_json, show_plan
 
     recipe, work = options.recipe_of(), options.workplace()
     judge = judge_for(recipe.labels)
@@ -147,11 +147,11 @@ def build(options: BuildOptions) -> None:
     counts, plan = counts_before(material), plan_of(material, recipe)
     facts = _checked_model(options, recipe, plan, work)
     if not options.as_json:
-        _show_plan(material, counts, plan, facts, warnings_of(counts, recipe))
+        show_plan(material, counts, plan, facts, warnings_of(counts, recipe))
     require_enough(counts, recipe)
     if options.plan:
         if options.as_json:
-            print_json(_plan_json(material, counts, plan, warnings_of(counts, recipe)))
+            print_json(plan_json(material, counts, plan, warnings_of(counts, recipe)))
         return
     from probes.building.builder import build_bundle, work_identity
 
@@ -210,40 +210,11 @@ def _features(facts: ModelFacts, recipe: BuildRecipe) -> int:
     return residual + units
 
 
-def _show_plan(
-    material: Material, counts: Counts, plan: Plan, facts: ModelFacts, warnings: list[str]
-) -> None:
-    from probes.cli.tables.facts import show_warnings
-    from probes.cli.tables.figures import print_tables
-
-    print_tables({"What each split gets": counts.rows()})
-    console().print(
-        f"{plan.answers:,} answers to generate, up to {plan.generated_tokens:,} tokens; "
-        f"{plan.read_tokens:,} tokens to read; model of {facts.layers or '?'} layers, "
-        f"{facts.width or '?'} wide.",
-        soft_wrap=True,
-    )
-    show_warnings(material.readings, warnings)
-
-
-def _plan_json(
-    material: Material, counts: Counts, plan: Plan, warnings: list[str]
-) -> dict[str, object]:
-    return {
-        "counts": counts.to_json(),
-        "answers": plan.answers,
-        "generated_tokens": plan.generated_tokens,
-        "read_tokens": plan.read_tokens,
-        "warnings": warnings,
-        "data": material.report,
-    }
-
-
 def _show_pace(
     own: Loaded, recipe: BuildRecipe, material: Material, plan: Plan, work: Workplace
 ) -> None:
     """Time the first batch, and say how long the rest takes."""
-    from probes.building.builder import rollout_config
+    from probes.building.answers import rollout_config
     from probes.building.pace import measured_pace
 
     if not material.requests or work.path("answers.jsonl").exists():
@@ -262,7 +233,7 @@ def _told(stage: str) -> None:
 
 def _finish(built: Built, options: BuildOptions, recipe: BuildRecipe) -> None:
     """Write the bundle and its page, and show what it is worth."""
-    from probes.cli.tables.build import build_tables
+    from probes.cli.tables.built import build_tables
     from probes.reports.build_page import build_json, build_page
 
     bundle = replace(built.bundle, made=datetime.now(UTC).date().isoformat())

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from probes.cli.envelopes import (
+from probes.cli.options import DataOptions, SplitOptions, whole
+from probes.cli.shared_options.envelopes import (
     EnvelopeOptions,
     certificate_facts,
     envelope_of,
     foreign_note,
     require_delta,
 )
-from probes.cli.options import DataOptions, SplitOptions, whole
-from probes.cli.sites import FEATURE_COUNTS, SiteOptions, residual_sites
-from probes.cli.tables.build import worth_rows
+from probes.cli.shared_options.sites import FEATURE_COUNTS, SiteOptions, residual_sites
+from probes.cli.tables.built import worth_rows
 from probes.cli.tables.facts import show_facts, show_warnings
 from probes.cli.tables.figures import print_tables
 from probes.fitting.registry import FITTERS

@@ -24,21 +24,14 @@ from probes.fitting.search import CandidateProbe, FeatureStore, Search, ranked_c
 from probes.fitting.selection import StatisticChoice
 from probes.location.locate import LocateConfig, locate
 from probes.location.units import UnitSet, sites_of
-from probes.rollouts.framings import ASKED
+from probes.recipes.records import canary_of, seen_prompts
 from safe_decode.activations.site import Site
 from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
-from safe_decode.bundle.canary import CanaryRecord
-from safe_decode.bundle.seen import SeenPrompts
 from safe_decode.certificate import Envelope
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["FeatureStore", "Recipe", "RecipeConfig", "make_bundle", "union_of_sites"]
-
-# Rounding of other kernels is far below a twentieth of the benign spread, a missing hook or
-# another model far above it.
-_CANARY_SHARE_OF_SPREAD = 0.05
-_SMALLEST_CANARY_TOLERANCE = 1e-3
 
 _UNITS = "units-"
 """Stands before the number of features in the name of a set of located units."""
@@ -194,14 +187,14 @@ def make_bundle(
         refusal=config.refusal,
         opener=config.opener,
         fingerprint=Fingerprint.of(model, tokenizer),
-        canary=_canary(model, tokenizer, parts["select"], best),
+        canary=canary_of(model, tokenizer, parts["select"], best),
         provenance={
             **(provenance or {}),
             **_counts(parts, unjudged),
             **_origin(units, tried, calibration),
             "delta": config.delta,
         },
-        seen=_seen(parts),
+        seen=seen_prompts(parts),
     )
     return Recipe(bundle, units, tried, calibration)
 
@@ -217,16 +210,6 @@ def _located_first(
     if candidates[0].chosen.tpr - first.chosen.tpr > within:
         return list(candidates)
     return [first, *(one for one in candidates if one is not first)]
-
-
-def _seen(parts: Mapping[Split, Sequence[Conversation]]) -> SeenPrompts:
-    """Record prompts as they were asked and, where a framing stands around them, without it."""
-    return SeenPrompts.of(
-        (text, split)
-        for split, rows in parts.items()
-        for row in rows
-        for text in (row.prompt, str(row.meta.get(ASKED, row.prompt)))
-    )
 
 
 def _counts(parts: Mapping[Split, Sequence[Conversation]], unjudged: int) -> dict[str, Any]:
@@ -309,23 +292,4 @@ def _calibrated(
         envelopes=config.envelopes,
         responses=Responses.scored(model, logits),
         lower_caps=config.lower_caps,
-    )
-
-
-def _canary(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    rows: Sequence[Conversation],
-    best: CandidateProbe,
-) -> CanaryRecord:
-    """Record the scores of a harmless exchange, to be compared wherever the bundle is loaded."""
-    row = next(row for row in rows if row.response_harmful is False and row.response)
-    spread = max(best.chosen.monitor.scale)
-    return CanaryRecord.of(
-        model,
-        tokenizer,
-        best.fitted.probe.to(next(model.parameters()).device),
-        prompt=row.prompt,
-        response=row.response,
-        tolerance=max(_CANARY_SHARE_OF_SPREAD * spread, _SMALLEST_CANARY_TOLERANCE),
     )

@@ -83,30 +83,29 @@ def test_what_was_short_follows_the_bundle(folder):
     assert any("distinct refusals, wanted 50" in one for one in warnings)
 
 
-@pytest.mark.parametrize("ended", STEPS[1:])
-def test_a_build_that_was_ended_goes_on_to_the_same_bundle(folder, built, ended, monkeypatch):
+def test_a_build_that_was_ended_at_any_step_goes_on_to_the_same_bundle(folder, built, monkeypatch):
     class Ended(Exception):
         pass
 
-    def ending(own, recipe, material, work, *, judge, stage):
-        def told(name):
-            if name == ended:
-                raise Ended
-            stage(name)
+    out, arguments = folder / "ended", ("build", "--recipe", folder / "recipe.yaml", "--json")
+    for ended in STEPS[1:]:
 
-        return build_bundle(own, recipe, material, work, judge=judge, stage=told)
+        def ending(own, recipe, material, work, *, judge, stage, ended=ended):
+            def told(name):
+                if name == ended:
+                    raise Ended
+                stage(name)
 
-    out = folder / f"ended-{ended.replace(' ', '-')}"
-    monkeypatch.setattr("probes.building.builder.build_bundle", ending)
-    assert isinstance(
-        run("build", "--recipe", folder / "recipe.yaml", "--out", out).exception, Ended
-    )
-    assert not out.exists()
-    monkeypatch.undo()
-    monkeypatch.setattr(
-        "probes.rollouts.resume.rollout", lambda *_, **__: pytest.fail("answered once more")
-    )
-    result = run("build", "--recipe", folder / "recipe.yaml", "--out", out, "--json")
+            return build_bundle(own, recipe, material, work, judge=judge, stage=told)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("probes.building.builder.build_bundle", ending)
+            assert isinstance(run(*arguments, "--out", out).exception, Ended)
+        assert not out.exists()
+        monkeypatch.setattr(
+            "probes.rollouts.resume.rollout", lambda *_, **__: pytest.fail("answered once more")
+        )
+    result = run(*arguments, "--out", out)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["bundle"] == built["bundle"]
 
@@ -249,7 +248,7 @@ def test_evaluate_refuses_a_set_that_the_bundle_was_made_from(folder, monkeypatc
 
 
 def test_labelled_responses_are_read_up_to_the_cap():
-    from probes.building.builder import _up_to
+    from probes.building.answers import up_to
     from probes.data.conversations import Conversation
     from safe_decode.loading import Loaded
 
@@ -260,8 +259,8 @@ def test_labelled_responses_are_read_up_to_the_cap():
         group="g",
         onset_char=6,
     )
-    cut = _up_to(own, row, 4)
+    cut = up_to(own, row, 4)
     whole = encode_chat(own.tokenizer, row.messages, prefill=row.response)
     assert cut.response_ids == whole.ids[whole.turn_start :][:4]
     assert row.response.startswith(cut.response) and cut.onset_char is None
-    assert _up_to(own, row, 100) is row
+    assert up_to(own, row, 100) is row

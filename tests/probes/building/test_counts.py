@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from probes.building.counts import Counts, require_enough, smallest_alpha, warnings_of
-from probes.building.recipe import BuildRecipe, Reading, Source
+from probes.building.counts import SplitCounts, require_enough, smallest_alpha, warnings_of
+from probes.building.recipe import BuildRecipe, ProbeReading, Source
 from safe_decode.certificate import least_draws
 from safe_decode.errors import DataError
 
@@ -26,7 +26,7 @@ def counts(*, is_expected=True, **changes):
     for name, by_split in changes.items():
         parts[name].update(by_split)
         parts[name] = Counter({**ENOUGH, **by_split})
-    return Counts(**parts, is_expected=is_expected)
+    return SplitCounts(**parts, is_expected=is_expected)
 
 
 def test_enough_is_enough():
@@ -84,4 +84,4 @@ def test_few_refusals_mean_the_residual_stream_and_are_said():
     (warning,) = warnings_of(few, recipe())
     assert "the residual stream is read instead" in warning
     with pytest.raises(DataError, match="49 distinct refusals, wanted 50"):
-        require_enough(few, recipe(reading=Reading(where="located")))
+        require_enough(few, recipe(reading=ProbeReading(where="located")))
