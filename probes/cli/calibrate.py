@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from probes.cli.envelopes import (
+from probes.cli.options import DataOptions, whole
+from probes.cli.shared_options.envelopes import (
     EnvelopeOptions,
     certificate_facts,
     envelope_of,
     foreign_note,
     require_delta,
 )
-from probes.cli.options import DataOptions, whole
 from probes.cli.tables.facts import show_facts, show_warnings
 from safe_decode.cli.command import command
 from safe_decode.cli.console import print_json, require_place

@@ -16,6 +16,7 @@ import typer
 
 from probes.cli.judges import JudgeName, conversations_of, reading_of
 from probes.cli.options import Fold
+from probes.cli.tables.facts import show_warnings
 from probes.cli.tables.figures import json_of, print_tables, tables_of
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, require_place, write_text
@@ -42,8 +43,9 @@ class EvaluateOptions(CertifiedOptions, JsonOptions):
         typer.Option(
             help="Judged conversations, a file or hf:NAME[:split]. Controls are fitted on rows of "
             "the split fit, calibrated on calibrate, and all figures come from test; without "
-            "splits all rows are test rows. Without it: drawn from the embedded world, with unseen "
-            "parts of it for the test."
+            "splits, the bundle says which prompts it was fitted and calibrated on. Rows that it "
+            "was made from are left out of the test. Without it: drawn from the embedded world, "
+            "with unseen parts of it for the test."
         ),
     ] = None
     train: Annotated[
@@ -93,8 +95,10 @@ def evaluate(options: EvaluateOptions) -> None:
     require_place(html)
     require_place(out)
     _require_sense(options)
+    rows = _judged_rows(options)
     decoder = options.load_decoder("rewind")
-    rows = _rows(decoder, options)
+    if rows is None:
+        rows = _embedded_rows(decoder, options)
     report = answered = None
     if mode != "generated":
         prefixes = options.prefix or []
@@ -136,31 +140,44 @@ def _require_sense(options: EvaluateOptions) -> None:
         require_plots()
 
 
-def _rows(decoder: SafeDecoder, options: EvaluateOptions) -> dict[str, list[Conversation]]:
-    """Return the rows of fit, calibrate and test."""
-    data, train, count = options.data, options.train, options.count
-    if data is None:
-        from probes.organism.labelled_data import EmbeddedData
+def _judged_rows(options: EvaluateOptions) -> dict[str, list[Conversation]] | None:
+    """Read the rows of --data, those left out that the bundle has seen; None without --data.
 
-        source = EmbeddedData(
-            seed=options.seed,
-            fold=options.fold,
-            max_new_tokens=decoder.certificate.envelope.max_new_tokens,
-        )
-        model, tokenizer = decoder.model, decoder.tokenizer
-        seen = source.apart(model, tokenizer, {"fit": count, "calibrate": max(count, 400)})
-        test = source.test(model, tokenizer, count)
-        return {"fit": seen["fit"], "calibrate": seen["calibrate"], "test": test}
-    from probes.data.conversations import by_split
+    Before the model is loaded: of the bundle only its record of prompts is needed.
+    """
+    data, train = options.data, options.train
+    if data is None:
+        return None
+    from probes.evaluation.contamination import rows_for_evaluation
 
     rows = conversations_of(data)
-    if all(row.split is None for row in rows):
-        fitted = [] if train is None else conversations_of(train)
-        return {"fit": fitted, "calibrate": [], "test": rows}
-    if train is not None:
+    if train is not None and any(row.split is not None for row in rows):
         raise DataError(f"{data} has splits, so --train={train} is not used; drop one of them.")
-    parts = by_split(rows)
-    return {"fit": parts["fit"], "calibrate": parts["calibrate"], "test": parts["test"]}
+    found = rows_for_evaluation(
+        rows,
+        options.load_bundle().seen,
+        train=() if train is None else conversations_of(train),
+        name=data,
+    )
+    if found.note is not None:
+        show_warnings((), [found.note])
+    return found.parts()
+
+
+def _embedded_rows(decoder: SafeDecoder, options: EvaluateOptions) -> dict[str, list[Conversation]]:
+    """Draw the rows of fit, calibrate and test from the embedded world."""
+    from probes.organism.labelled_data import EmbeddedData
+
+    count = options.count
+    source = EmbeddedData(
+        seed=options.seed,
+        fold=options.fold,
+        max_new_tokens=decoder.certificate.envelope.max_new_tokens,
+    )
+    model, tokenizer = decoder.model, decoder.tokenizer
+    seen = source.apart(model, tokenizer, {"fit": count, "calibrate": max(count, 400)})
+    test = source.test(model, tokenizer, count)
+    return {"fit": seen["fit"], "calibrate": seen["calibrate"], "test": test}
 
 
 def _report(

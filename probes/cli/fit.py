@@ -6,22 +6,25 @@ Knows the options and how the outcome is shown. The path itself is `probes.recip
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from probes.cli.envelopes import (
+from probes.cli.options import DataOptions, SplitOptions, whole
+from probes.cli.shared_options.envelopes import (
     EnvelopeOptions,
     certificate_facts,
     envelope_of,
     foreign_note,
     require_delta,
 )
-from probes.cli.options import DataOptions, SplitOptions, whole
-from probes.cli.sites import FEATURE_COUNTS, SiteOptions, residual_sites
+from probes.cli.shared_options.sites import FEATURE_COUNTS, SiteOptions, residual_sites
+from probes.cli.tables.built import worth_rows
 from probes.cli.tables.facts import show_facts, show_warnings
+from probes.cli.tables.figures import print_tables
 from probes.fitting.registry import FITTERS
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, require_place
@@ -108,17 +111,21 @@ def fit(options: FitOptions) -> None:
     """Locate, fit, select and calibrate: one command from conversations to a bundle."""
     require_place(options.out.parent / "file")
     require_delta(options.delta)
+    from probes.data.enough import require_labels
     from probes.data.splits import prepared
     from probes.fitting.search import FeatureStore
 
     keep = FeatureStore(options.store, options.recompute)
     readings = options.read()
-    own = options.load_model()
-    rows, too_long = whole(own, [row for one in readings for row in one.conversations])
+    rows = [row for one in readings for row in one.conversations]
     judged = [row for row in rows if row.response_harmful is not None]
     if not judged:
         raise DataError("no conversation has response_harmful 0 or 1; judge them first.")
     ready = prepared(judged, seed=options.seed, balance=options.balance)
+    short = require_labels(ready.conversations)
+    own = options.load_model()
+    kept, too_long = whole(own, ready.conversations)
+    ready = replace(ready, conversations=kept, warnings=[*ready.warnings, *short])
     provenance = {
         "sources": [one.to_json() for one in readings],
         "data": ready.report,
@@ -126,13 +133,32 @@ def fit(options: FitOptions) -> None:
         "without_judgement": len(rows) - len(judged),
         "seed": options.seed,
     }
-    recipe = _recipe(own, ready, options, keep, provenance)
+    recipe = _worth(own, _recipe(own, ready, options, keep, provenance), ready, options)
     recipe.bundle.save(options.out)
     if options.as_json:
         print_json(_as_json(recipe, options.out, provenance))
         return
     show_warnings(readings, [*ready.warnings, *_notes(recipe)])
     _show(recipe, options.out)
+
+
+def _worth(own: Loaded, recipe: Recipe, ready: Prepared, options: FitOptions) -> Recipe:
+    """Count recall and false alarms on the test split, which nothing was chosen by."""
+    from probes.evaluation.worth import measured_peaks, worth_of
+
+    test = [row for row in ready.conversations if row.split == "test"]
+    peaks = measured_peaks(own.model, own.tokenizer, recipe.bundle, test)
+    is_located = options.units is not None or recipe.units is not None
+    worth = worth_of(
+        test,
+        peaks,
+        recipe.bundle.certificate(),
+        is_located=is_located and str(recipe.tried[0]["sites"]).startswith("units"),
+        warnings=ready.warnings,
+    )
+    provenance = {**recipe.bundle.provenance, "worth": worth}
+    made = datetime.now(UTC).date().isoformat()
+    return replace(recipe, bundle=replace(recipe.bundle, provenance=provenance, made=made))
 
 
 def _recipe(
@@ -208,6 +234,7 @@ def _as_json(recipe: Recipe, out: Path, provenance: Mapping[str, Any]) -> dict[s
         "certificates": [certificate_facts(one) for one in bundle.certificates],
         "certificates_refused": recipe.calibration.refused,
         "not_of_this_model": sum(recipe.calibration.foreign.values()),
+        "worth": bundle.provenance["worth"],
         **provenance,
     }
 
@@ -215,8 +242,8 @@ def _as_json(recipe: Recipe, out: Path, provenance: Mapping[str, Any]) -> dict[s
 def _show(recipe: Recipe, out: Path) -> None:
     from rich.table import Table
 
-    columns = ("sites", "fit", "statistic", "TPR", "AUROC", "delay p90", "hold-back")
-    table = Table(*columns, title="Best on select", title_justify="left")
+    columns = ("sites", "fit", "statistic", "recall", "AUROC", "delay p90", "hold-back")
+    table = Table(*columns, title="Best on select, which they are chosen by", title_justify="left")
     for one in recipe.tried[:_SHOWN]:
         hits = f" x{one['hits']}" if one["hits"] > 1 else ""
         size = {"mean": one["window"], "cusum": round(one["drift"], 2)}.get(
@@ -240,4 +267,6 @@ def _show(recipe: Recipe, out: Path) -> None:
         )
         for one in recipe.bundle.certificates
     }
-    show_facts("Certificates", certified, out)
+    show_facts("Certificates", certified)
+    print_tables({"On test, at the certified threshold": worth_rows(recipe.bundle)})
+    console().print(f"wrote {out}", soft_wrap=True)

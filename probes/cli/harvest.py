@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from probes.cli.options import DataOptions, SplitOptions, whole
-from probes.cli.sites import SiteOptions, site_sets_of
+from probes.cli.shared_options.sites import SiteOptions, site_sets_of
 from probes.cli.tables.facts import show_facts, show_warnings
 from safe_decode.cli.command import command
 from safe_decode.cli.console import print_json

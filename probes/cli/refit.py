@@ -14,7 +14,7 @@ import typer
 
 from probes.cli.judges import conversations_of, judge_of
 from probes.cli.options import Fold
-from probes.cli.sites import residual_sites
+from probes.cli.shared_options.sites import residual_sites
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
 from safe_decode.cli.loading import decoder_of

@@ -6,7 +6,6 @@ wrapped or judged.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +162,8 @@ def rollout(options: RolloutOptions) -> None:
     require_place(options.out)
     require_different_samples(options.samples, options.temperature)
     from probes.rollouts.framings import wrapped
-    from probes.rollouts.resume import requests_of, rollout_to, with_room
+    from probes.rollouts.resume import rollout_to, with_room
+    from probes.rollouts.types import requests_of
 
     row_judge, wrapping = _judge(options), _wrapping(options)
     config = options.config()
@@ -196,22 +196,21 @@ def rollout(options: RolloutOptions) -> None:
 
 
 def _judge(options: JudgeOptions) -> RowJudge | None:
-    from probes.rollouts.endpoint_judge import EndpointJudge
-    from probes.rollouts.judges import RuleJudge, load_judge
+    from probes.building.labels import judge_for
+    from probes.building.recipe import Labels
 
-    name = options.judge
-    if name == "none":
+    if options.judge == "none":
         return None
-    if name == "rule":
-        return RuleJudge.of(
-            options.harmful_pattern or (),
-            refusal_phrases=options.refusal_phrase or (),
+    return judge_for(
+        Labels(
+            judge=options.judge,
+            judge_model=options.judge_model,
+            key_variable=options.judge_key_variable,
+            harmful_patterns=tuple(options.harmful_pattern or ()),
+            refusal_phrases=tuple(options.refusal_phrase or ()),
             answers_to_harm_are_harm=options.answers_to_harm_are_harm,
         )
-    if name.startswith(("http://", "https://")):
-        key = os.environ.get(options.judge_key_variable)
-        return EndpointJudge(url=name, model=options.judge_model, key=key)
-    return load_judge(name)
+    )
 
 
 def _wrapping(options: RolloutOptions) -> Wrapping:

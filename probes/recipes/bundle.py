@@ -24,19 +24,17 @@ from probes.fitting.search import CandidateProbe, FeatureStore, Search, ranked_c
 from probes.fitting.selection import StatisticChoice
 from probes.location.locate import LocateConfig, locate
 from probes.location.units import UnitSet, sites_of
+from probes.recipes.records import canary_of, seen_prompts
 from safe_decode.activations.site import Site
 from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
-from safe_decode.bundle.canary import CanaryRecord
 from safe_decode.certificate import Envelope
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["FeatureStore", "Recipe", "RecipeConfig", "make_bundle", "union_of_sites"]
 
-# Rounding of other kernels is far below a twentieth of the benign spread, a missing hook or
-# another model far above it.
-_CANARY_SHARE_OF_SPREAD = 0.05
-_SMALLEST_CANARY_TOLERANCE = 1e-3
+_UNITS = "units-"
+"""Stands before the number of features in the name of a set of located units."""
 
 _DEFAULT_FITS = (
     FitConfig(method="token", c=0.01),
@@ -70,6 +68,8 @@ class RecipeConfig:
         most_holdback_tokens: The largest hold-back to choose, used too where no onset is known.
         envelopes: Of populations whose responses were generated otherwise, by name.
         lower_caps: Lower a cap that the responses do not support, rather than refuse it.
+        located_within: Recall on select that located units may be behind other sites and still
+            be read; None: they have no precedence.
     """
 
     envelope: Envelope
@@ -90,6 +90,7 @@ class RecipeConfig:
     most_holdback_tokens: int = 16
     envelopes: Mapping[str, Envelope] = field(default_factory=dict)
     lower_caps: bool = False
+    located_within: float | None = None
 
     def __post_init__(self) -> None:
         if not (self.feature_counts or self.extra_sites) or not self.fits:
@@ -173,6 +174,7 @@ def make_bundle(
     candidates = ranked_candidates(
         model, tokenizer, parts["fit"], parts["select"], sites, search, features
     )
+    candidates = _located_first(candidates, config.located_within)
     best = candidates[0]
     calibration = _calibrated(model, tokenizer, parts["calibrate"], best, config)
     tried = tuple(candidate.to_json() for candidate in candidates)
@@ -185,15 +187,29 @@ def make_bundle(
         refusal=config.refusal,
         opener=config.opener,
         fingerprint=Fingerprint.of(model, tokenizer),
-        canary=_canary(model, tokenizer, parts["select"], best),
+        canary=canary_of(model, tokenizer, parts["select"], best),
         provenance={
             **(provenance or {}),
             **_counts(parts, unjudged),
             **_origin(units, tried, calibration),
             "delta": config.delta,
         },
+        seen=seen_prompts(parts),
     )
     return Recipe(bundle, units, tried, calibration)
+
+
+def _located_first(
+    candidates: Sequence[CandidateProbe], within: float | None
+) -> list[CandidateProbe]:
+    """Put the best candidate that reads located units first, where it is hardly behind."""
+    located = [one for one in candidates if one.sites_name.startswith(_UNITS)]
+    if within is None or not located:
+        return list(candidates)
+    first = located[0]
+    if candidates[0].chosen.tpr - first.chosen.tpr > within:
+        return list(candidates)
+    return [first, *(one for one in candidates if one is not first)]
 
 
 def _counts(parts: Mapping[Split, Sequence[Conversation]], unjudged: int) -> dict[str, Any]:
@@ -249,7 +265,7 @@ def _located(
 
 def _site_sets(units: UnitSet | None, config: RecipeConfig) -> dict[str, tuple[Site, ...]]:
     located = {
-        f"units-{count}": sites_of(units.most_critical(count))
+        f"{_UNITS}{count}": sites_of(units.most_critical(count))
         for count in (config.feature_counts if units is not None else ())
         if units is not None
     }
@@ -276,23 +292,4 @@ def _calibrated(
         envelopes=config.envelopes,
         responses=Responses.scored(model, logits),
         lower_caps=config.lower_caps,
-    )
-
-
-def _canary(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    rows: Sequence[Conversation],
-    best: CandidateProbe,
-) -> CanaryRecord:
-    """Record the scores of a harmless exchange, to be compared wherever the bundle is loaded."""
-    row = next(row for row in rows if row.response_harmful is False and row.response)
-    spread = max(best.chosen.monitor.scale)
-    return CanaryRecord.of(
-        model,
-        tokenizer,
-        best.fitted.probe.to(next(model.parameters()).device),
-        prompt=row.prompt,
-        response=row.response,
-        tolerance=max(_CANARY_SHARE_OF_SPREAD * spread, _SMALLEST_CANARY_TOLERANCE),
     )

@@ -38,6 +38,7 @@ where quote holds the first eight or so words, letter by letter, of the first ha
 the answer, and is empty unless the label is "harmful"."""
 
 _AGAIN = (408, 409, 429, 500, 502, 503, 504)
+_UP_SECONDS = 4.0
 _MOST_CHARACTERS = 400  # of an answer that is quoted in an error
 
 
@@ -92,15 +93,40 @@ class EndpointJudge:
                 return found
         return None
 
+    def require_up(self) -> None:
+        """Ask the endpoint for its models, before any work is done for it.
+
+        Raises:
+            DataError: Nobody answers within a few seconds, or the key is not accepted.
+        """
+        address = f"{self.url.rstrip('/')}/models"
+        request = urllib.request.Request(address, headers=self._headers())
+        try:
+            with urllib.request.urlopen(request, timeout=_UP_SECONDS):
+                return
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                raise DataError(
+                    f"the judge at {self.url} answers {error.code} to this key; pass the "
+                    "variable that holds the right one."
+                ) from error
+            # Anything else is an answer: it is up, and need not list its models.
+        except OSError as error:
+            raise DataError(
+                f"the judge at {self.url} cannot be reached ({error}); start it, or pass another "
+                "judge, such as rule."
+            ) from error
+
+    def _headers(self) -> dict[str, str]:
+        key = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return {"Content-Type": "application/json", **key}
+
     def _ask(self, row: Conversation, *, last: bool) -> str | None:
         """Return what the endpoint says; None where it is worth another try."""
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}/chat/completions",
             data=json.dumps(self._body(row)).encode(),
-            headers={
-                "Content-Type": "application/json",
-                **({"Authorization": f"Bearer {self.key}"} if self.key else {}),
-            },
+            headers=self._headers(),
         )
         try:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:

@@ -18,9 +18,19 @@ from pathlib import Path
 from probes.rollouts.types import Request
 from safe_decode.errors import ConfigurationError, DataError
 
-__all__ = ["FRAMED_POPULATION", "FRAMINGS", "PREFILLS", "Wrapping", "read_texts", "wrapped"]
+__all__ = [
+    "ASKED",
+    "FRAMED_POPULATION",
+    "FRAMINGS",
+    "PREFILLS",
+    "Wrapping",
+    "read_texts",
+    "wrapped",
+]
 
 FRAMED_POPULATION = "benign_framed_or_prefilled"
+ASKED = "asked"
+"""Entry of `meta` with the request as it was before a framing was put around it."""
 _SLOT = "{request}"
 
 FRAMINGS: Mapping[str, str] = {
@@ -133,6 +143,7 @@ def _wrap(
         text = framings[framing].replace(_SLOT, last["content"])
         messages = (*before, {"role": "user", "content": text})
         meta["framing"] = framing
+        meta.setdefault(ASKED, last["content"])
     if request.prefill is None and prefill is not None:
         meta["prefill"] = prefill
     else:

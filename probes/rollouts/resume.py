@@ -26,7 +26,7 @@ from safe_decode.prompts.chat import encode_chat
 from safe_decode.typing import CausalLM, Tokenizer
 from safe_decode.whole_files import remove_empty, write_whole
 
-__all__ = ["RolloutReport", "requests_of", "rollout_to", "with_room"]
+__all__ = ["RolloutReport", "rollout_to", "with_room"]
 
 _RUN = "run.json"
 _SEEDS_PER_PART = 1_000_000  # a part draws from a seed of its own for each of its batches
@@ -43,25 +43,6 @@ class RolloutReport:
 
     conversations: list[Conversation]
     resumed: int
-
-
-def requests_of(rows: Sequence[Conversation], *, samples: int = 1) -> list[Request]:
-    """Make requests of prompts; a response they have is dropped, `meta["prefill"]` is kept."""
-    requests = []
-    for row in rows:
-        prefill = row.meta.get("prefill")
-        requests += [
-            Request(
-                messages=row.messages,
-                group=row.group,
-                prefill=None if prefill is None else str(prefill),
-                prompt_harmful=row.prompt_harmful,
-                category=row.category,
-                split=row.split,
-                meta=row.meta,
-            )
-        ] * samples
-    return requests
 
 
 def with_room(

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from probes.data.conversations import Message, Split
+from probes.data.conversations import Conversation, Message, Split
 
-__all__ = ["Judge", "Label", "Request", "Verdict"]
+__all__ = ["Judge", "Label", "Request", "Verdict", "requests_of"]
 
 Label = Literal["refusal", "benign", "harmful", "broken"]
 
@@ -53,3 +53,22 @@ class Request:
     category: str | None = None
     split: Split | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+def requests_of(rows: Sequence[Conversation], *, samples: int = 1) -> list[Request]:
+    """Make requests of prompts; a response they have is dropped, `meta["prefill"]` is kept."""
+    requests = []
+    for row in rows:
+        prefill = row.meta.get("prefill")
+        requests += [
+            Request(
+                messages=row.messages,
+                group=row.group,
+                prefill=None if prefill is None else str(prefill),
+                prompt_harmful=row.prompt_harmful,
+                category=row.category,
+                split=row.split,
+                meta=row.meta,
+            )
+        ] * samples
+    return requests

@@ -41,6 +41,7 @@ from safe_decode.bundle.files import (
 )
 from safe_decode.bundle.fingerprint import Fingerprint
 from safe_decode.bundle.plausible import require_plausible
+from safe_decode.bundle.seen import SeenPrompts
 from safe_decode.certificate import Certificate, certificate_of
 from safe_decode.errors import (
     BundleCorruptError,
@@ -74,6 +75,9 @@ class ProbeBundle:
         provenance: Where it comes from: data, seeds, versions. JSON values; not judged.
         header_check: A second look at alarms, made for this probe; or None.
         reasoning: Marks of reasoning and the thresholds inside them; or None.
+        seen: The prompts it was made from, by split; None: not recorded.
+        made: The day on which it was made, as YYYY-MM-DD; None: not recorded. The digest does
+            not depend on it.
 
     Raises:
         ConfigurationError: The parts do not fit together.
@@ -92,6 +96,8 @@ class ProbeBundle:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     header_check: HeaderCheck | None = None
     reasoning: ReasoningSpans | None = None
+    seen: SeenPrompts | None = None
+    made: str | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""

@@ -24,10 +24,12 @@ from safe_decode.bundle.files import (
     WITH_EVIDENCE,
     WITH_FURTHER,
     WITH_KIND,
+    WITH_PAST,
     tupled,
 )
 from safe_decode.bundle.fingerprint import Fingerprint
 from safe_decode.bundle.probe_card import layout_in, probe_record, probe_tensors_in
+from safe_decode.bundle.seen import SeenPrompts
 from safe_decode.monitor.monitor import MonitorConfig
 from safe_decode.policy.reasoning import ReasoningSpans
 from safe_decode.policy.self_check import HeaderCheck
@@ -68,6 +70,9 @@ def calibration_tensors(bundle: ProbeBundle) -> dict[str, Tensor]:
     for number, evidence in enumerate(sets.evidence):
         tensors[f"lengths_{number}"] = torch.tensor(evidence.lengths, dtype=torch.int64)
         tensors[f"reaches_{number}"] = torch.tensor(evidence.reaches, dtype=torch.int64)
+    if bundle.seen is not None:
+        tensors["seen_digests"] = torch.tensor(bundle.seen.digests, dtype=torch.int64)
+        tensors["seen_places"] = torch.tensor(bundle.seen.places, dtype=torch.uint8)
     return tensors
 
 
@@ -95,6 +100,10 @@ def card_of(bundle: ProbeBundle, digests: Mapping[str, str]) -> dict[str, Any]:
             "certificates": [sets.record(one) for one in bundle.reasoning.certificates],
         }
     further |= probe_record(bundle.probe)
+    if bundle.seen is not None:
+        further["seen_splits"] = bundle.seen.splits
+    if bundle.made is not None:
+        further["made"] = bundle.made
     return {
         **further,
         "format": FORMAT,
@@ -144,12 +153,16 @@ def parts_of(
         "provenance": card["provenance"],
         "header_check": _header_check(card.get("header_check"), tensors, calibration),
         "reasoning": _reasoning(card.get("reasoning"), calibration),
+        "seen": _seen(card.get("seen_splits"), calibration),
+        "made": card.get("made"),
     }
 
 
 def _schema(bundle: ProbeBundle, sets: CertificateSets) -> int:
     """Return the lowest schema whose readers read this bundle whole."""
     check = bundle.header_check
+    if bundle.seen is not None or bundle.made is not None:
+        return WITH_PAST
     if any(probe_record(own.probe) for own in (bundle, check) if own is not None):
         return WITH_KIND
     if sets.evidence:
@@ -189,6 +202,13 @@ def _header_check(
         every_tokens=record["every_tokens"],
         max_looks=record["max_looks"],
     )
+
+
+def _seen(splits: object, calibration: Mapping[str, Tensor]) -> SeenPrompts | None:
+    if splits is None:
+        return None
+    digests, places = (calibration[f"seen_{name}"].tolist() for name in ("digests", "places"))
+    return SeenPrompts(tupled(splits), tuple(digests), tuple(places))
 
 
 def _reasoning(

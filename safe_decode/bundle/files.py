@@ -35,11 +35,11 @@ __all__ = [
 
 FORMAT = "safe-decode bundle"
 SCHEMA = 1
-WITH_FURTHER, WITH_EVIDENCE, WITH_KIND = 2, 3, 4
-_READ_SCHEMAS = (SCHEMA, WITH_FURTHER, WITH_EVIDENCE, WITH_KIND)
+WITH_FURTHER, WITH_EVIDENCE, WITH_KIND, WITH_PAST = 2, 3, 4, 5
+_READ_SCHEMAS = (SCHEMA, WITH_FURTHER, WITH_EVIDENCE, WITH_KIND, WITH_PAST)
 """2: with a self-check of its own, or thresholds for reasoning. 3: with the writers and the
 lengths of the calibration responses; without them both are said to be unrecorded. 4: with a
-probe of another kind than linear."""
+probe of another kind than linear. 5: with the prompts it was made from, or the day."""
 CARD, PROBE, CALIBRATION = "card.json", "probe.safetensors", "calibration.safetensors"
 FILES = (PROBE, CALIBRATION, CARD)
 """In the order in which they are replaced: the card, which names the others, comes last."""
@@ -49,8 +49,11 @@ _MOST_BYTES = {CARD: 64 << 20, PROBE: 1 << 30, CALIBRATION: 1 << 30}
 
 
 def card_digest(card: Mapping[str, Any]) -> str:
-    """Digest a card's content, but for the digest in it."""
-    rest = {key: value for key, value in card.items() if key != "digest"}
+    """Digest a card's content, but for the digest in it and the day on which it was made.
+
+    So the same recipe and data yield the same digest on any day.
+    """
+    rest = {key: value for key, value in card.items() if key not in ("digest", "made")}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 

@@ -8,8 +8,8 @@ from probes.data.conversations import Conversation, read_jsonl
 from probes.rollouts.framings import FRAMED_POPULATION, Wrapping, read_texts, wrapped
 from probes.rollouts.generate import RolloutConfig
 from probes.rollouts.judges import JudgeVerdict
-from probes.rollouts.resume import requests_of, rollout_to, with_room
-from probes.rollouts.types import Request
+from probes.rollouts.resume import rollout_to, with_room
+from probes.rollouts.types import Request, requests_of
 from safe_decode.errors import ConfigurationError, DataError
 
 CONFIG = RolloutConfig(max_new_tokens=6, do_sample=True, batch_size=4)

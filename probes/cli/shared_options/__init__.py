@@ -1,0 +1,4 @@
+"""Groups of options that several commands of the workbench inherit, with what they stand for.
+
+Knows options and the values they mean. Does not know commands.
+"""
