@@ -145,10 +145,10 @@ def build(options: BuildOptions) -> None:
     with working("Reading"):
         material = gathered(recipe, options.folder())
     counts, plan = counts_before(material), plan_of(material, recipe)
-    facts = _checked_model(options, recipe, plan, work)
     if not options.as_json:
-        show_plan(material, counts, plan, facts, warnings_of(counts, recipe))
+        show_plan(material, counts, plan, warnings_of(counts, recipe))
     require_enough(counts, recipe)
+    _require_model(options, recipe, plan, work)
     if options.plan:
         if options.as_json:
             print_json(plan_json(material, counts, plan, warnings_of(counts, recipe)))
@@ -174,9 +174,7 @@ def _require_out(out: Path) -> None:
         )
 
 
-def _checked_model(
-    options: BuildOptions, recipe: BuildRecipe, plan: Plan, work: Workplace
-) -> ModelFacts:
+def _require_model(options: BuildOptions, recipe: BuildRecipe, plan: Plan, work: Workplace) -> None:
     """Read the model's small files; refuse what its weights could not mend."""
     from probes.building.model_facts import model_facts
     from probes.building.workplace import require_disk
@@ -199,7 +197,6 @@ def _checked_model(
             f"this model has 0..{(facts.layers or 1) - 1}; mend the recipe."
         )
     require_disk(work.folder.absolute(), plan.kept_bytes(_features(facts, recipe)))
-    return facts
 
 
 def _features(facts: ModelFacts, recipe: BuildRecipe) -> int:

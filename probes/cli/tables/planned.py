@@ -14,21 +14,17 @@ from safe_decode.cli.console import console
 if TYPE_CHECKING:
     from probes.building.counts import SplitCounts
     from probes.building.material import Material
-    from probes.building.model_facts import ModelFacts
     from probes.building.plan import Plan
 
 __all__ = ["plan_json", "show_plan"]
 
 
-def show_plan(
-    material: Material, counts: SplitCounts, plan: Plan, facts: ModelFacts, warnings: list[str]
-) -> None:
+def show_plan(material: Material, counts: SplitCounts, plan: Plan, warnings: list[str]) -> None:
     """Print what each split gets and how much there is to do."""
     print_tables({"What each split gets": counts.rows()})
     console().print(
         f"{plan.answers:,} answers to generate, up to {plan.generated_tokens:,} tokens; "
-        f"{plan.read_tokens:,} tokens to read; model of {facts.layers or '?'} layers, "
-        f"{facts.width or '?'} wide.",
+        f"{plan.read_tokens:,} tokens to read.",
         soft_wrap=True,
     )
     show_warnings(material.readings, warnings)

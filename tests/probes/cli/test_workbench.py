@@ -253,3 +253,24 @@ def test_unjudged_conversations_are_refused(folder, tmp_path):
     common = ("--data", tmp_path / "rows.jsonl", "--model", folder / "model")
     assert "judge them first" in refused("fit", *common, "--out", tmp_path / "b")
     assert "nothing to read" in refused("harvest", *common, "--out", tmp_path / "b")
+
+
+def test_fit_says_what_the_bundle_is_worth_on_rows_that_nobody_chose_by(folder, fitted):
+    worth = fitted["worth"]
+    test = [row for row in read_jsonl(folder / "rows.jsonl") if row.split in (None, "test")]
+    assert worth["split"] == "test" and 0 < worth["recall"]["n"] < len(test)
+    assert ProbeBundle.load(folder / "bundle").provenance["worth"] == worth
+
+
+def test_fit_refuses_a_select_split_that_decides_nothing_before_it_loads_a_model(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "safe_decode.loading.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
+    rows = read_jsonl(folder / "rows.jsonl")
+    harmful = [row for row in rows if row.response_harmful]
+    few = [row for row in rows if not row.response_harmful] + harmful[:12]
+    write_jsonl(tmp_path / "few.jsonl", few)
+    line = refused("fit", "--data", tmp_path / "few.jsonl", "--out", tmp_path / "bundle")
+    assert "harmful responses, wanted at least 10" in line and "select holds" in line
