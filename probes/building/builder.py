@@ -31,7 +31,8 @@ from probes.calibration.statistic import maxima
 from probes.data.conversations import Conversation
 from probes.evaluation.offline import EvaluationConfig, Report, evaluate_bundle
 from probes.evaluation.worth import worth_of
-from probes.fitting.search import FeatureStore, fits_of, statistics_of
+from probes.fitting.search import FeatureStore, fits_of
+from probes.fitting.statistics import statistics_of
 from probes.location.locate import LocateConfig, locate
 from probes.location.units import UnitSet
 from probes.recipes.bundle import Recipe, RecipeConfig, make_bundle

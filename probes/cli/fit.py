@@ -65,8 +65,8 @@ class FitOptions(
     statistic: Annotated[
         list[str] | None,
         typer.Option(
-            help="Statistic to try: ema, mean, cusum or hysteresis. May be given several times. "
-            "Without it: all four."
+            help="Statistic to try: ema, mean, cusum, shrunk, top or hysteresis. May be given "
+            "several times. Without it: all of them."
         ),
     ] = None
     c: Annotated[
@@ -183,7 +183,8 @@ def _recipe(
 
 
 def _config(own: Loaded, rows: Sequence[Conversation], options: FitOptions) -> RecipeConfig:
-    from probes.fitting.search import fits_of, statistics_of
+    from probes.fitting.search import fits_of
+    from probes.fitting.statistics import statistics_of
     from probes.recipes.bundle import RecipeConfig
 
     # Which responses certify is decided by split and label, as the recipe takes them.
@@ -246,13 +247,10 @@ def _show(recipe: Recipe, out: Path) -> None:
     table = Table(*columns, title="Best on select, which they are chosen by", title_justify="left")
     for one in recipe.tried[:_SHOWN]:
         hits = f" x{one['hits']}" if one["hits"] > 1 else ""
-        size = {"mean": one["window"], "cusum": round(one["drift"], 2)}.get(
-            one["statistic"], round(one["smoothing"], 2)
-        )
         table.add_row(
             one["sites"],
             one["way"],
-            f"{one['statistic']} {size}{hits}",
+            f"{_statistic(one)}{hits}",
             f"{one['tpr']:.1%}",
             f"{one['auroc']:.4f}",
             str(one["delay_p90"]),
@@ -270,3 +268,15 @@ def _show(recipe: Recipe, out: Path) -> None:
     show_facts("Certificates", certified)
     print_tables({"On test, at the certified threshold": worth_rows(recipe.bundle)})
     console().print(f"wrote {out}", soft_wrap=True)
+
+
+def _statistic(one: Mapping[str, Any]) -> str:
+    """Name a statistic with its size."""
+    kind, window = one["statistic"], one["window"]
+    sizes = {
+        "mean": str(window),
+        "shrunk": str(window),
+        "top": f"{one['best']} of {window}",
+        "cusum": f"{one['drift']:.2f}",
+    }
+    return f"{kind} {sizes.get(kind, format(one['smoothing'], '.2f'))}"

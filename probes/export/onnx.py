@@ -32,6 +32,7 @@ __all__ = ["MONITOR_FILE", "PROBE_FILE", "export_onnx", "require_library"]
 
 PROBE_FILE, MONITOR_FILE = "probe.onnx", "probe_monitor.onnx"
 _OPSET, _IR = 20, 10  # of 2024: what runtimes in use read
+_FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 def export_onnx(
@@ -80,7 +81,8 @@ class _Graph:
     def node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:  # noqa: ANN401 - of any kind of node
         from onnx import helper
 
-        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        # Names of several outputs stand with spaces between them.
+        self.nodes.append(helper.make_node(kind, inputs, output.split(), **attributes))
         return output
 
     def model(
@@ -152,8 +154,8 @@ def _monitor_model(bundle: ProbeBundle, threshold: float) -> ModelProto:
         ("clear_point", "INT64", ("batch",)),
         ("finite", "BOOL", ("batch",)),
     ]
-    if config.kind == "mean" and config.window > 1:
-        state.append(("recent", "FLOAT", ("batch", config.window - 1, n_heads)))
+    if kept := len(config.first_recent):
+        state.append(("recent", "FLOAT", ("batch", kept, n_heads)))
     if config.hits > 1:
         state.append(("values", "FLOAT", ("batch", config.hits - 1)))
     _level_nodes(graph, bundle)
@@ -194,6 +196,17 @@ def _level_nodes(graph: _Graph, bundle: ProbeBundle) -> None:
         graph.node("Concat", ["recent", "newest"], "window", axis=1)
         graph.node("ReduceMean", ["window", "axis_1"], "next_ema", keepdims=0)
         graph.node("Slice", ["window", "from_1", "to_end", "axis_1"], "next_recent")
+    elif config.kind == "shrunk":
+        graph.constant("prior", np.asarray(config.window + 1, np.int64))
+        graph.node("Add", ["step", "prior"], "weighed")
+        graph.node("Cast", ["weighed"], "weighed_as_float", to=_FLOAT)
+        graph.node("Reciprocal", ["weighed_as_float"], "gain")
+        graph.node("Unsqueeze", ["gain", "axis_1"], "gain_of_heads")
+        graph.node("Sub", ["logits", "ema"], "away")
+        graph.node("Mul", ["away", "gain_of_heads"], "part_of_it")
+        graph.node("Add", ["ema", "part_of_it"], "next_ema")
+    elif config.kind == "top":
+        _best_windows_nodes(graph, bundle)
     else:
         forgiven = np.asarray(config.start, np.float32) + np.float32(config.drift)
         graph.constant("forgiven", forgiven.astype(np.float32))
@@ -202,6 +215,38 @@ def _level_nodes(graph: _Graph, bundle: ProbeBundle) -> None:
         graph.node("Max", ["grown", "zero"], "clamped")
         graph.node("Sub", ["logits", "logits"], "residue_of_logits")
         graph.node("Add", ["clamped", "residue_of_logits"], "next_ema")
+
+
+def _best_windows_nodes(graph: _Graph, bundle: ProbeBundle) -> None:
+    config = bundle.monitor
+    graph.constant("start", np.asarray(config.start, np.float32))
+    graph.constant("window_length", np.asarray(config.window, np.float32))
+    graph.constant("window_steps", np.asarray(config.window, np.int64))
+    graph.constant("step_0", np.asarray(0, np.int64))
+    graph.constant("from_0", np.asarray([0], np.int64))
+    graph.constant("last", np.asarray([-1], np.int64))
+    graph.constant("best_count", np.asarray([config.best], np.int64))
+    graph.constant("axes_1_2", np.asarray([1, 2], np.int64))
+    graph.node("Slice", ["recent", "from_0", "last", "axis_1"], "means")
+    graph.node("Slice", ["recent", "last", "to_end", "axis_1"], "sum_before")
+    graph.node("Sub", ["logits", "start"], "above_start")
+    graph.node("Unsqueeze", ["above_start", "axis_1"], "newest")
+    graph.node("Add", ["sum_before", "newest"], "sum")
+    graph.node("Div", ["sum", "window_length"], "part_above")
+    graph.node("Add", ["start", "part_above"], "current")
+    graph.node("Concat", ["means", "current"], "windows", axis=1)
+    graph.node("TopK", ["windows", "best_count"], "best places", axis=1)
+    graph.node("ReduceMean", ["best", "axis_1"], "level", keepdims=0)
+    graph.node("Sub", ["logits", "logits"], "residue_of_logits")
+    graph.node("Add", ["level", "residue_of_logits"], "next_ema")
+    graph.node("Concat", ["means", "sum"], "going_on", axis=1)
+    graph.node("Mul", ["sum", "zero"], "nothing")
+    graph.node("Concat", ["best", "nothing"], "ended", axis=1)
+    graph.node("Add", ["step", "one"], "steps")
+    graph.node("Mod", ["steps", "window_steps"], "steps_in_window")
+    graph.node("Equal", ["steps_in_window", "step_0"], "ends")
+    graph.node("Unsqueeze", ["ends", "axes_1_2"], "ends_here")
+    graph.node("Where", ["ends_here", "ended", "going_on"], "next_recent")
 
 
 def _decision_nodes(graph: _Graph, bundle: ProbeBundle) -> None:

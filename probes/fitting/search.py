@@ -29,7 +29,8 @@ from probes.fitting.cross_validation import choose_c
 from probes.fitting.interface import Ability, FitSettings, FittedProbe
 from probes.fitting.multi_head import fit_heads
 from probes.fitting.registry import fitter_class, fitter_for, require_abilities, settings_record
-from probes.fitting.selection import ChosenMonitor, SelectSet, StatisticChoice, score_monitor
+from probes.fitting.selection import ChosenMonitor, SelectSet, score_monitor
+from probes.fitting.statistics import StatisticChoice
 from safe_decode.activations.site import Site, n_features
 from safe_decode.errors import ConfigurationError
 from safe_decode.typing import CausalLM, Tokenizer
@@ -37,11 +38,9 @@ from safe_decode.typing import CausalLM, Tokenizer
 __all__ = [
     "CandidateProbe",
     "FeatureStore",
-    "STATISTICS",
     "Search",
     "fits_of",
     "ranked_candidates",
-    "statistics_of",
 ]
 
 
@@ -260,16 +259,6 @@ def _stream(
         yield [(row, on_cpu.of(index).numpy()) for index, row in enumerate(batch.rows)]
 
 
-STATISTICS: Mapping[str, tuple[StatisticChoice, ...]] = {
-    "ema": tuple(StatisticChoice("ema", window) for window in (1, 2, 4, 8, 16)),
-    "mean": tuple(StatisticChoice("mean", window) for window in (4, 8, 16)),
-    "cusum": tuple(StatisticChoice("cusum", drift=drift) for drift in (0.5, 1.0, 2.0)),
-    "hysteresis": tuple(
-        StatisticChoice("ema", window, hits=hits) for window, hits in ((1, 2), (1, 3), (4, 2))
-    ),
-}
-
-
 def fits_of(methods: Sequence[str] | None, c: float | None, probe: str) -> tuple[FitSettings, ...]:
     """Name the ways of fitting to try.
 
@@ -282,19 +271,3 @@ def fits_of(methods: Sequence[str] | None, c: float | None, probe: str) -> tuple
         ConfigurationError: There is no such kind, or it has no such method or no such penalty.
     """
     return fitter_class(probe).ways(methods or None, c)
-
-
-def statistics_of(names: Sequence[str] | None) -> tuple[StatisticChoice, ...]:
-    """Name the statistics to try.
-
-    Args:
-        names: Keys of `STATISTICS`; None for all.
-
-    Raises:
-        ConfigurationError: There is no such statistic.
-    """
-    if unknown := [name for name in names or () if name not in STATISTICS]:
-        raise ConfigurationError(
-            f"statistic={unknown[0]!r} is not one of {tuple(STATISTICS)}; pass one of these."
-        )
-    return tuple(choice for name in names or STATISTICS for choice in STATISTICS[name])

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probes.calibration.statistic import first_trips, maxima, smoothed_paths
+from probes.fitting.statistics import StatisticChoice
 from probes.metrics.detection import auroc, delay_of, threshold_at
 from safe_decode.errors import ConfigurationError, DataError
-from safe_decode.monitor.monitor import MonitorConfig, StatisticKind
+from safe_decode.monitor.monitor import MonitorConfig
 
 __all__ = [
     "ChosenMonitor",
     "SelectSet",
-    "StatisticChoice",
     "choose_holdback",
     "monitor_for",
     "score_monitor",
@@ -34,50 +34,6 @@ _LOW_MARK_SHARE = 0.75
 _SCALE_FLOOR = 1e-6
 # A population smaller than this has no quantile of its own worth a threshold.
 _SMALLEST_POPULATION = 50
-
-
-@dataclass(frozen=True, slots=True)
-class StatisticChoice:
-    """A statistic to try, before offset, scale and start are known.
-
-    Attributes:
-        kind: See `StatisticKind`.
-        window: Logits of the mean, or that the moving average matches; without meaning for
-            `cusum`.
-        drift: What a sum forgives at each step, in standard deviations of harmless logits.
-        hits: Values in a row above the threshold.
-    """
-
-    kind: StatisticKind = "ema"
-    window: int = 1
-    drift: float = 0.0
-    hits: int = 1
-
-    def __str__(self) -> str:
-        """Name the choice in tables."""
-        name = f"cusum-{self.drift:g}" if self.kind == "cusum" else f"{self.kind}-{self.window}"
-        return name if self.hits == 1 else f"{name}x{self.hits}"
-
-    def monitor(
-        self,
-        start: tuple[float, ...],
-        offset: tuple[float, ...],
-        scale: tuple[float, ...],
-        sd: float,
-    ) -> MonitorConfig:
-        """Set up a monitor with the low mark at 0; `sd` is the spread of harmless logits."""
-        smoothing = 2 / (self.window + 1) if self.kind == "ema" else 1.0
-        return MonitorConfig(
-            smoothing,
-            start,
-            offset,
-            scale,
-            0.0,
-            kind=self.kind,
-            window=self.window if self.kind == "mean" else 1,
-            drift=self.drift * sd if self.kind == "cusum" else 0.0,
-            hits=self.hits,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +98,7 @@ class ChosenMonitor:
             "statistic": monitor.kind,
             "smoothing": monitor.smoothing,
             "window": monitor.window,
+            "best": monitor.best,
             "drift": monitor.drift,
             "hits": monitor.hits,
             "threshold": self.threshold,

@@ -21,7 +21,7 @@ from probes.data.conversations import SPLITS, Conversation, Split, by_split
 from probes.fitting.interface import FitSettings
 from probes.fitting.linear import FitConfig
 from probes.fitting.search import CandidateProbe, FeatureStore, Search, ranked_candidates
-from probes.fitting.selection import StatisticChoice
+from probes.fitting.statistics import StatisticChoice
 from probes.location.locate import LocateConfig, locate
 from probes.location.units import UnitSet, sites_of
 from probes.recipes.records import canary_of, seen_prompts

@@ -25,6 +25,7 @@ from safe_decode.bundle.files import (
     WITH_FURTHER,
     WITH_KIND,
     WITH_PAST,
+    WITH_STATISTIC,
     tupled,
 )
 from safe_decode.bundle.fingerprint import Fingerprint
@@ -111,7 +112,7 @@ def card_of(bundle: ProbeBundle, digests: Mapping[str, str]) -> dict[str, Any]:
         "files": dict(digests),
         "sites": [asdict(site) for site in bundle.probe.sites],
         "heads": bundle.probe.heads,
-        "monitor": asdict(bundle.monitor),
+        "monitor": _monitor_record(bundle.monitor),
         "certificates": [sets.record(one) for one in bundle.certificates],
         "default_alpha": bundle.default_alpha,
         "holdback_tokens": bundle.holdback_tokens,
@@ -158,9 +159,19 @@ def parts_of(
     }
 
 
+def _monitor_record(monitor: MonitorConfig) -> dict[str, Any]:
+    """Write what readers of earlier schemas know, and the rest where it means something."""
+    record = asdict(monitor)
+    if monitor.kind != "top":
+        del record["best"]
+    return record
+
+
 def _schema(bundle: ProbeBundle, sets: CertificateSets) -> int:
     """Return the lowest schema whose readers read this bundle whole."""
     check = bundle.header_check
+    if bundle.monitor.kind in ("shrunk", "top"):
+        return WITH_STATISTIC
     if bundle.seen is not None or bundle.made is not None:
         return WITH_PAST
     if any(probe_record(own.probe) for own in (bundle, check) if own is not None):

@@ -64,7 +64,7 @@ class NumpyMonitorState(NamedTuple):
         step: [batch] int64.
         clear_point: [batch] int64.
         finite: [batch] bool.
-        recent: [batch, window - 1, K] float32; empty but for `mean`.
+        recent: [batch, kept, K] float32; empty but for `mean` and `top`.
         values: [batch, hits - 1] float32.
     """
 
@@ -97,9 +97,8 @@ class Scored(NamedTuple):
 
 def start_state(config: MonitorConfig, batch: int) -> NumpyMonitorState:
     """Begin rows."""
-    kept = config.window - 1 if config.kind == "mean" else 0
     level = np.tile(np.asarray(config.first_level, np.float32), (batch, 1))
-    start = np.asarray(config.start, np.float32)
+    recent = np.asarray(config.first_recent, np.float32).reshape(-1, config.n_heads)
     low = np.full(batch, -np.inf, np.float32)
     nothing = np.zeros(batch, np.int64)
     return NumpyMonitorState(
@@ -110,7 +109,7 @@ def start_state(config: MonitorConfig, batch: int) -> NumpyMonitorState:
         step=nothing,
         clear_point=nothing - 1,
         finite=np.ones(batch, bool),
-        recent=np.tile(start, (batch, kept, 1)),
+        recent=np.tile(recent, (batch, 1, 1)),
         values=np.full((batch, config.hits - 1), config.first_value, np.float32),
     )
 
@@ -261,8 +260,28 @@ def _level(
     if config.kind == "mean":
         window = np.concatenate([state.recent, logits[:, None]], axis=1)
         return window.mean(axis=1, dtype=np.float32), window[:, 1:]
+    if config.kind == "shrunk":
+        weight = np.float32(1) / (state.step + (config.window + 1)).astype(np.float32)
+        return state.ema + weight[:, None] * (logits - state.ema), state.recent
+    if config.kind == "top":
+        return _best_windows(config, state, logits)
     forgiven = np.asarray(config.start, np.float32) + np.float32(config.drift)
     return np.maximum(state.ema + (logits - forgiven), 0) + (logits - logits), state.recent
+
+
+def _best_windows(
+    config: MonitorConfig, state: NumpyMonitorState, logits: Floats
+) -> tuple[Floats, Floats]:
+    start = np.asarray(config.start, np.float32)
+    sums = state.recent[:, -1] + (logits - start)
+    current = start + sums / np.float32(config.window)
+    windows = np.concatenate([state.recent[:, :-1], current[:, None]], axis=1)
+    best = -np.sort(-windows, axis=1)[:, : config.best]
+    ends = ((state.step + 1) % config.window == 0)[:, None, None]
+    going_on = np.concatenate([state.recent[:, :-1], sums[:, None]], axis=1)
+    ended = np.concatenate([best, np.zeros_like(sums)[:, None]], axis=1)
+    level = best.mean(axis=1, dtype=np.float32) + (logits - logits)
+    return level, np.where(ends, ended, going_on)
 
 
 def _require_tensors(

@@ -35,6 +35,7 @@ _FLOAT32_TINY = 1.1754943508222875e-38
 """Below it float32 has no full precision, and dividing by it overflows."""
 _MOST_HOLDBACK = 4096
 _MOST_STEPS = 65_536  # of windows, hits and looks: a row keeps that many values
+_MOST_WINDOWS = 1024  # they are sorted at each token
 _MOST_TEXT = 65_536
 _MOST_IDS = 1 << 31  # no vocabulary is as large
 _MOST_CHANNELS = 1 << 20  # of one activation; the widest layers have some tens of thousands
@@ -109,6 +110,7 @@ def require_plausible_rules(
     _number("drift", monitor.drift, 0.0, _FLOAT32_MAX)
     _whole("window", monitor.window, 1, _MOST_STEPS)
     _whole("hits", monitor.hits, 1, _MOST_STEPS)
+    _whole("best", monitor.best, 1, _MOST_WINDOWS)
     smallest = -_FLOAT32_MAX
     if monitor.kind == "cusum" and not has_sentinels:
         # A sum starts at 0 and never falls below; the slack is for float32's rounding.

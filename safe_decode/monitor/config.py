@@ -1,10 +1,13 @@
 """How a stream of logits becomes one statistic: the choices, and their meaning in plain Python.
 
-Per head h the logits are smoothed to a level, in one of three ways:
+Per head h the logits are smoothed to a level, in one of five ways:
 
     ema     level_t = level_{t-1} + smoothing * (logit_t - level_{t-1}),  level before s_0 = start
     mean    the mean of the last `window` logits, of `start` where there are not that many yet
     cusum   level_t = max(0, level_{t-1} + logit_t - start - drift),  level before s_0 = 0
+    shrunk  the mean of all logits so far and of `window` times `start`
+    top     the mean of the `best` largest of the means of disjoint windows of `window` logits;
+            `start` stands for windows that are missing, and for logits that the last one lacks
 
 value_t = max_h (level_t[h] - offset[h]) / scale[h]. With hysteresis, smoothed_t is the
 smallest of the last `hits` values, so that the alarm needs so many in a row; the values before
@@ -24,10 +27,15 @@ from typing import Literal, NamedTuple, get_args
 
 from safe_decode.errors import ConfigurationError
 
-__all__ = ["MonitorConfig", "ReferenceStep", "StatisticKind", "reference"]
+__all__ = ["HARD_TO_UNDO", "MonitorConfig", "ReferenceStep", "StatisticKind", "reference"]
 
-StatisticKind = Literal["ema", "mean", "cusum"]
-"""ema: moving average. mean: windowed mean. cusum: one-sided cumulative sum (Page, 1954)."""
+StatisticKind = Literal["ema", "mean", "cusum", "shrunk", "top"]
+"""ema: moving average. mean: windowed mean. cusum: one-sided cumulative sum (Page, 1954). shrunk:
+cumulative mean, shrunk towards the benign mean by a prior. top: several windows have to agree
+(SC-TopK, arXiv 2604.14865)."""
+
+HARD_TO_UNDO: tuple[StatisticKind, ...] = ("mean", "top")
+"""A logit that is not finite leaves the level again; that it was there has to be remembered."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,11 @@ class MonitorConfig:
         scale: [K] b_h > 0, divides it.
         low_mark: A position is a clear point if its value lies below this.
         kind: See `StatisticKind`.
-        window: Logits of a mean, at least 1. For `mean`.
+        window: Logits of a mean, or that `start` counts for; at least 1. For `mean`, `shrunk` and
+            `top`.
         drift: Logits above `start` that a sum forgives at each step. For `cusum`.
         hits: Values in a row that have to lie above the threshold, at least 1.
+        best: Windows that have to agree, at least 1. For `top`.
 
     Raises:
         ConfigurationError: A value out of range, non-finite, or lengths that differ.
@@ -59,6 +69,7 @@ class MonitorConfig:
     window: int = 1
     drift: float = 0.0
     hits: int = 1
+    best: int = 1
 
     def __post_init__(self) -> None:
         if not 0.0 < self.smoothing <= 1.0:
@@ -82,9 +93,9 @@ class MonitorConfig:
             raise ConfigurationError(
                 f"kind={self.kind!r} is not one of {get_args(StatisticKind)}; pass one of these."
             )
-        if self.window < 1 or self.hits < 1:
+        if self.window < 1 or self.hits < 1 or self.best < 1:
             raise ConfigurationError(
-                f"window={self.window} and hits={self.hits} must be at least 1."
+                f"window={self.window}, hits={self.hits} and best={self.best} must be at least 1."
             )
 
     @property
@@ -101,6 +112,19 @@ class MonitorConfig:
     def first_value(self) -> float:
         """What hysteresis takes for the values before the first score."""
         return self.value(self.first_level)
+
+    @property
+    def first_recent(self) -> tuple[tuple[float, ...], ...]:
+        """What is remembered beside the level before the first score, [kept, K].
+
+        Of a mean the last `window` - 1 logits; of the best windows their means and, last, the
+        logits of the window in progress less `start`, summed.
+        """
+        if self.kind == "mean":
+            return (self.start,) * (self.window - 1)
+        if self.kind == "top":
+            return (*(self.start,) * self.best, (0.0,) * self.n_heads)
+        return ()
 
     def value(self, level: Sequence[float]) -> float:
         """Join the levels of all heads, [K], to one number in benign standard deviations."""
@@ -136,16 +160,13 @@ def reference(
         logits: [T, K], one list a score.
         shifts: [T], by how much each value is lowered; None: by nothing.
     """
-    level = config.first_level
-    recent = [tuple(config.start)] * (config.window - 1)
+    level, recent = config.first_level, config.first_recent
     values = [config.first_value] * (config.hits - 1)
     statistic, clear_point, finite = -math.inf, -1, True
     steps = []
     for index, heads in enumerate(logits):
         finite = finite and all(map(math.isfinite, heads))
-        recent.append(tuple(heads))
-        level = _next_level(config, level, recent)
-        recent = recent[1:]
+        level, recent = _next_level(config, level, recent, tuple(heads), index)
         value = config.value(level) - (0.0 if shifts is None else shifts[index])
         values = [*values, value][-config.hits :]
         smoothed = min(values)
@@ -156,14 +177,35 @@ def reference(
     return steps
 
 
+_Heads = tuple[float, ...]
+
+
 def _next_level(
-    config: MonitorConfig, level: Sequence[float], recent: Sequence[Sequence[float]]
-) -> tuple[float, ...]:
-    newest = recent[-1]
+    config: MonitorConfig, level: _Heads, recent: tuple[_Heads, ...], newest: _Heads, index: int
+) -> tuple[_Heads, tuple[_Heads, ...]]:
+    """Return the level after a logit, and what is remembered beside it."""
     if config.kind == "mean":
-        return tuple(sum(column) / config.window for column in zip(*recent, strict=True))
+        window = (*recent, newest)
+        return tuple(sum(head) / config.window for head in zip(*window, strict=True)), window[1:]
+    if config.kind == "top":
+        return _best_windows(config, recent, newest, index)
+    pairs = zip(level, newest, config.start, strict=True)
     if config.kind == "cusum":
-        triples = zip(level, newest, config.start, strict=True)
-        return tuple(max(0.0, old + new - start - config.drift) for old, new, start in triples)
-    pairs = zip(level, newest, strict=True)
-    return tuple(old + config.smoothing * (new - old) for old, new in pairs)
+        return tuple(max(0.0, old + new - s - config.drift) for old, new, s in pairs), recent
+    weight = config.smoothing if config.kind == "ema" else 1.0 / (config.window + index + 1)
+    return tuple(old + weight * (new - old) for old, new, _ in pairs), recent
+
+
+def _best_windows(
+    config: MonitorConfig, recent: tuple[_Heads, ...], newest: _Heads, index: int
+) -> tuple[_Heads, tuple[_Heads, ...]]:
+    *means, sums = recent
+    sums = tuple(total + new - s for total, new, s in zip(sums, newest, config.start, strict=True))
+    current = tuple(s + total / config.window for s, total in zip(config.start, sums, strict=True))
+    heads = [
+        sorted(head, reverse=True)[: config.best] for head in zip(*means, current, strict=True)
+    ]
+    level = tuple(sum(head) / config.best for head in heads)
+    if (index + 1) % config.window:
+        return level, (*means, sums)
+    return level, (*zip(*heads, strict=True), (0.0,) * config.n_heads)

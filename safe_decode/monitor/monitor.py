@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from safe_decode.errors import ConfigurationError
-from safe_decode.monitor.config import MonitorConfig, ReferenceStep, StatisticKind, reference
+from safe_decode.monitor.config import (
+    HARD_TO_UNDO,
+    MonitorConfig,
+    ReferenceStep,
+    StatisticKind,
+    reference,
+)
 
 __all__ = [
     "MonitorConfig",
@@ -43,7 +49,8 @@ class MonitorState(NamedTuple):
         clear_point: [batch] int64, the last score, counted from 0, whose value (before
             hysteresis, which lags behind) lay below the low mark; -1 where there was none.
         finite: [batch] bool, False from the first NaN or Inf on.
-        recent: [batch, window - 1, K] float, the last logits; empty but for `mean`.
+        recent: [batch, kept, K] float, see `MonitorConfig.first_recent`; empty but for `mean` and
+            `top`.
         values: [batch, hits - 1] float, the last values; empty without hysteresis.
     """
 
@@ -95,7 +102,8 @@ class RiskMonitor:
         self._inverse_scale = torch.tensor(config.scale, dtype=torch.float64).reciprocal().float()
         self._shift = -torch.tensor(config.offset, dtype=torch.float64) / torch.tensor(config.scale)
         self._shift = self._shift.float()
-        self._forgiven = torch.tensor(config.start) + config.drift
+        self._start = torch.tensor(config.start)
+        self._forgiven = self._start + config.drift
         self._is_plain = config.n_heads == 1
 
     def start(self, batch: int, device: torch.device | str = "cpu") -> MonitorState:
@@ -112,12 +120,11 @@ class RiskMonitor:
         self.threshold = self.threshold.to(device)
         self._inverse_scale = self._inverse_scale.to(device)
         self._shift = self._shift.to(device)
-        self._forgiven = self._forgiven.to(device)
+        self._start, self._forgiven = self._start.to(device), self._forgiven.to(device)
         low = torch.full((batch,), -torch.inf, device=device)
         nothing = torch.zeros(batch, dtype=torch.int64, device=device)
         config = self.config
-        start = torch.tensor(config.start, device=device)
-        kept = config.window - 1 if config.kind == "mean" else 0
+        recent = torch.tensor(config.first_recent, device=device).view(-1, config.n_heads)
         return MonitorState(
             ema=torch.tensor(config.first_level, device=device).expand(batch, -1).contiguous(),
             smoothed=low,
@@ -126,7 +133,7 @@ class RiskMonitor:
             step=nothing,
             clear_point=nothing - 1,
             finite=torch.ones(batch, dtype=torch.bool, device=device),
-            recent=start.expand(batch, kept, -1).contiguous(),
+            recent=recent.expand(batch, -1, -1).contiguous(),
             values=torch.full((batch, config.hits - 1), config.first_value, device=device),
         )
 
@@ -159,7 +166,7 @@ class RiskMonitor:
         if shift is not None:
             value = value - shift
         # x - x is NaN for NaN and Inf alike; the sum over heads lets no head hide behind a max.
-        # A level that was once NaN or Inf never becomes finite again, but for that of a mean.
+        # A level that was once NaN or Inf never becomes finite again, but for those of windows.
         residue = level - level
         sound = (residue[:, 0] if self._is_plain else residue.sum(-1)) == 0
         smoothed, values = value, state.values
@@ -174,7 +181,7 @@ class RiskMonitor:
             alarm=statistic > self.threshold,
             step=state.step + 1,
             clear_point=torch.where(value < self.config.low_mark, state.step, state.clear_point),
-            finite=sound & state.finite if self.config.kind == "mean" else sound,
+            finite=sound & state.finite if self.config.kind in HARD_TO_UNDO else sound,
             recent=recent,
             values=values,
         )
@@ -216,9 +223,26 @@ class RiskMonitor:
             # Summed anew each time: a running sum would gather rounding over the response.
             window = torch.cat([state.recent, logits[:, None]], dim=1)
             return window.mean(dim=1), window[:, 1:]
+        if config.kind == "shrunk":
+            weight = (state.step + (config.window + 1)).reciprocal()
+            return state.ema + weight[:, None] * (logits - state.ema), state.recent
+        if config.kind == "top":
+            return self._best_windows(state, logits)
         # Clamping would make 0 of -inf: the last term is 0, or NaN where a logit is not finite.
         grown = state.ema + (logits - self._forgiven)
         return grown.clamp_min(0) + (logits - logits), state.recent
+
+    def _best_windows(self, state: MonitorState, logits: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        sums = state.recent[:, -1] + (logits - self._start)
+        current = self._start + sums / config.window
+        windows = torch.cat([state.recent[:, :-1], current[:, None]], dim=1)
+        best = windows.topk(config.best, dim=1).values
+        ends = ((state.step + 1) % config.window == 0)[:, None, None]
+        going_on = torch.cat([state.recent[:, :-1], sums[:, None]], dim=1)
+        ended = torch.cat([best, torch.zeros_like(sums)[:, None]], dim=1)
+        # What is not among the best is left out, but not that it was NaN or infinite.
+        return best.mean(dim=1) + (logits - logits), torch.where(ends, ended, going_on)
 
 
 def _chosen(active: Tensor, new: MonitorState, old: MonitorState) -> MonitorState:

@@ -29,6 +29,8 @@ CONFIGS = (
     MonitorConfig(0.4, **_HEADS, hits=2),
     MonitorConfig(1.0, **_HEADS, kind="mean", window=3),
     MonitorConfig(1.0, **_HEADS, kind="cusum", drift=0.5, hits=2),
+    MonitorConfig(1.0, **_HEADS, kind="shrunk", window=4),
+    MonitorConfig(1.0, **_HEADS, kind="top", window=3, best=2),
 )
 N_HEADS, VOCAB, REFUSAL = 2, 7, (3, 1, 4)
 _SICK = {255: math.nan, 254: math.inf, 253: -math.inf}

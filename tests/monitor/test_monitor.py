@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -6,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_decode.errors import ConfigurationError
-from safe_decode.monitor.monitor import MonitorConfig, RiskMonitor, SnapshotRing, reference
+from safe_decode.monitor.monitor import (
+    MonitorConfig,
+    RiskMonitor,
+    SnapshotRing,
+    StatisticKind,
+    reference,
+)
 
 logit = st.floats(-50, 50, allow_subnormal=False)
 
@@ -23,10 +30,11 @@ def runs(draw):
         offset=tuple(draw(vector)),
         scale=tuple(draw(st.lists(st.floats(0.25, 4), min_size=n_heads, max_size=n_heads))),
         low_mark=draw(st.floats(-5, 5, allow_subnormal=False)),
-        kind=draw(st.sampled_from(["ema", "mean", "cusum"])),
+        kind=draw(st.sampled_from(get_args(StatisticKind))),
         window=draw(st.integers(1, 5)),
         drift=draw(st.floats(0, 2, allow_subnormal=False)),
         hits=draw(st.integers(1, 3)),
+        best=draw(st.integers(1, 3)),
     )
     thresholds = draw(
         st.lists(st.floats(-60, 60, allow_subnormal=False), min_size=batch, max_size=batch)
@@ -90,7 +98,7 @@ def test_statistic_never_falls_and_alarm_latches(run):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("head", [0, 1])
-@pytest.mark.parametrize("kind", ["ema", "mean", "cusum"])
+@pytest.mark.parametrize("kind", get_args(StatisticKind))
 def test_non_finite_logit_is_found_on_its_row_only_and_for_good(bad, head, kind):
     config = MonitorConfig(0.5, (0.0, 0.0), (0.0, 0.0), (1.0, 1.0), 0.0, kind=kind, window=2)
     monitor = RiskMonitor(config, 10.0)
@@ -114,6 +122,11 @@ def test_each_statistic_is_what_it_says():
     assert statistics(mean, [4, 7, 1, 1]) == [2.0, 4.0, 4.0, 3.0]  # two starts stand before s_0
     cusum = MonitorConfig(**plain, kind="cusum", drift=1.0)
     assert statistics(cusum, [3, 0, 5, 5]) == [1.0, 0.0, 3.0, 6.0]
+    shrunk = MonitorConfig(**plain, kind="shrunk", window=2)
+    assert statistics(shrunk, [4, 4, 10]) == [2.0, 2.5, 4.0]  # two starts weigh as two logits
+    top = MonitorConfig(**plain, kind="top", window=2, best=2)
+    # One window alone is not enough; a start stands for the second, and for what a window lacks.
+    assert statistics(top, [5, 5, 1, 1, 9, 9]) == [2.0, 3.0, 3.0, 3.0, 5.0, 7.0]
     twice = MonitorConfig(**plain, hits=2)
     assert statistics(twice, [9, 0, 5, 7]) == [1.0, 0.0, 0.0, 5.0]
 

@@ -173,7 +173,7 @@ def with_header(text):
 # --- arithmetic
 
 
-@pytest.mark.parametrize("kind", ["ema", "mean", "cusum"])
+@pytest.mark.parametrize("kind", ["ema", "mean", "cusum", "shrunk", "top"])
 def test_lowered_values_follow_the_scalar_reference(kind):
     config = MonitorConfig(0.4, (0.0, 0.2), (0.1, -0.1), (1.0, 0.5), -0.2, kind=kind, window=3)
     generator = torch.Generator().manual_seed(0)

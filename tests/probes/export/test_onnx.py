@@ -23,6 +23,8 @@ STATISTICS = [
     {"kind": "mean", "window": 1},
     {"kind": "mean", "window": 5, "hits": 3},
     {"kind": "cusum", "drift": 0.3},
+    {"kind": "shrunk", "window": 8},
+    {"kind": "top", "window": 3, "best": 2},
     {"hits": 2},
 ]
 

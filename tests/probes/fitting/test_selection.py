@@ -7,13 +7,8 @@ import pytest
 import torch
 
 from probes.calibration.statistic import maxima, smoothed_paths
-from probes.fitting.selection import (
-    SelectSet,
-    StatisticChoice,
-    choose_holdback,
-    monitor_for,
-    score_monitor,
-)
+from probes.fitting.selection import SelectSet, choose_holdback, monitor_for, score_monitor
+from probes.fitting.statistics import StatisticChoice
 from safe_decode.errors import DataError
 
 

@@ -1,0 +1,93 @@
+"""Statistics to try, before offset, scale and start are known.
+
+Knows their kinds and sizes. Does not know logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from safe_decode.errors import ConfigurationError
+from safe_decode.monitor.config import MonitorConfig, StatisticKind
+
+__all__ = ["STATISTICS", "StatisticChoice", "statistics_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticChoice:
+    """A statistic to try, before offset, scale and start are known.
+
+    Attributes:
+        kind: See `StatisticKind`.
+        window: Logits of the mean or of a window, that the moving average matches, or that the
+            prior counts for; without meaning for `cusum`.
+        drift: What a sum forgives at each step, in standard deviations of harmless logits.
+        hits: Values in a row above the threshold.
+        best: Windows that have to agree, for `top`.
+    """
+
+    kind: StatisticKind = "ema"
+    window: int = 1
+    drift: float = 0.0
+    hits: int = 1
+    best: int = 1
+
+    def __str__(self) -> str:
+        """Name the choice in tables."""
+        name = f"cusum-{self.drift:g}" if self.kind == "cusum" else f"{self.kind}-{self.window}"
+        if self.kind == "top":
+            name = f"top-{self.best}x{self.window}"
+        return name if self.hits == 1 else f"{name}x{self.hits}"
+
+    def monitor(
+        self,
+        start: tuple[float, ...],
+        offset: tuple[float, ...],
+        scale: tuple[float, ...],
+        sd: float,
+    ) -> MonitorConfig:
+        """Set up a monitor with the low mark at 0; `sd` is the spread of harmless logits."""
+        smoothing = 2 / (self.window + 1) if self.kind == "ema" else 1.0
+        return MonitorConfig(
+            smoothing,
+            start,
+            offset,
+            scale,
+            0.0,
+            kind=self.kind,
+            window=self.window if self.kind in ("mean", "shrunk", "top") else 1,
+            drift=self.drift * sd if self.kind == "cusum" else 0.0,
+            hits=self.hits,
+            best=self.best if self.kind == "top" else 1,
+        )
+
+
+STATISTICS: Mapping[str, tuple[StatisticChoice, ...]] = {
+    "ema": tuple(StatisticChoice("ema", window) for window in (1, 2, 4, 8, 16)),
+    "mean": tuple(StatisticChoice("mean", window) for window in (4, 8, 16)),
+    "cusum": tuple(StatisticChoice("cusum", drift=drift) for drift in (0.5, 1.0, 2.0)),
+    "shrunk": tuple(StatisticChoice("shrunk", window) for window in (8, 32, 128)),
+    "top": tuple(
+        StatisticChoice("top", window, best=best) for window, best in ((16, 2), (16, 4), (32, 2))
+    ),
+    "hysteresis": tuple(
+        StatisticChoice("ema", window, hits=hits) for window, hits in ((1, 2), (1, 3), (4, 2))
+    ),
+}
+
+
+def statistics_of(names: Sequence[str] | None) -> tuple[StatisticChoice, ...]:
+    """Name the statistics to try.
+
+    Args:
+        names: Keys of `STATISTICS`; None for all.
+
+    Raises:
+        ConfigurationError: There is no such statistic.
+    """
+    if unknown := [name for name in names or () if name not in STATISTICS]:
+        raise ConfigurationError(
+            f"statistic={unknown[0]!r} is not one of {tuple(STATISTICS)}; pass one of these."
+        )
+    return tuple(choice for name in names or STATISTICS for choice in STATISTICS[name])
