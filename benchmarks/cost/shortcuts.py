@@ -61,10 +61,6 @@ SHORTCUTS: Mapping[str, tuple[str, Callable[[], AbstractContextManager[None]]]] 
         "activations/recorder.py: borrow",
         lambda: put(ForwardRecorder, "borrow", lambda *_: False),
     ),
-    "a plain step is taken at once": (
-        "activations/recorder.py: take_step",
-        lambda: put(ForwardRecorder, "take_step", lambda _: None),
-    ),
     "checked features are not checked again": (
         "probe/linear.py: step_reader",
         lambda: put(LinearProbe, "step_reader", lambda probe: probe),

@@ -26,7 +26,7 @@ __all__ = ["stage_rows"]
 
 _STAGES: dict[str, tuple[Any, str]] = {
     "hooks": (ForwardRecorder, "borrow"),
-    "features": (ForwardRecorder, "take_step"),
+    "features": (ForwardRecorder, "take"),
     "monitor: level": (TripDetector, "step"),
     "monitor: bounds": (TripDetector, "trips"),
     "all before the choice": (StepLoop, "on_scores"),

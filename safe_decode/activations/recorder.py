@@ -40,10 +40,6 @@ class ForwardRecorder:
             activations (resid: of the channels alone, which are always copied at the site).
         n_columns: Width of that concatenation.
         registers: What compiled graphs leave; None: every forward runs eagerly.
-
-    Attributes:
-        columns: As given, on the device of the first features.
-        n_columns: As given.
     """
 
     def __init__(
@@ -56,13 +52,10 @@ class ForwardRecorder:
         """Start with nothing heard."""
         self._registers = registers
         self._sites = sites
-        self.columns = columns
-        self.n_columns = n_columns
+        self._columns, self._n_columns = columns, n_columns
         self._channels = [torch.tensor(site.channels) for site in sites]
         self._n_features = n_features(sites)
         self._in_turn = tuple(range(len(sites)))
-        self._one_each = (1,) * len(sites)
-        self._reads_one_whole = len(sites) == 1 and self._n_features == n_columns
         self._keep: int | None = 1
         self.is_open = True
         self.batch = 0
@@ -120,38 +113,6 @@ class ForwardRecorder:
             features = self._joined([hidden for _, hidden, *_ in heard])
         else:
             features = self._in_order(by_forward(self._sites, heard))
-        return self._exact(features) if self._any_compiled else features
-
-    def take_step(self) -> Tensor | None:
-        """Take the features of one forward over one position, the way of every decoding step.
-
-        Returns:
-            [batch, F] as `take`; or [batch, n_columns], whole activations of which `columns`
-            are the features, where reading them all costs less than selecting; or None where
-            anything else was heard: then nothing is forgotten, and `take` has the features or
-            says what is wrong.
-
-        Raises:
-            BeatError: As for `take`.
-        """
-        if self._registers is not None:
-            self._hear_compiled()
-        heard = self._heard
-        if len(heard) != len(self._in_turn):
-            return None
-        if self._reads_one_whole:
-            _, hidden, _, n_passed = heard[0]
-            if n_passed == 1 and hidden.dtype == torch.float32 and not hidden.requires_grad:
-                self._heard = []
-                require_unchanged(heard)
-                features = hidden.select(1, 0)
-                return self._exact(features) if self._any_compiled else features
-        order, pieces, _, passed = zip(*heard, strict=True)
-        if order != self._in_turn or passed != self._one_each:
-            return None
-        self._heard = []
-        require_unchanged(heard)
-        features = self._joined(pieces, selects=False).select(1, 0)
         return self._exact(features) if self._any_compiled else features
 
     def discard(self) -> None:
@@ -230,20 +191,17 @@ class ForwardRecorder:
     def _waits(flag: Tensor) -> bool:
         return not flag.is_cpu
 
-    def _joined(self, pieces: Sequence[Tensor], *, selects: bool = True) -> Tensor:
-        if pieces[0].shape[0] * self.n_columns > WHOLE_ELEMENTS:
-            selects = True
-            if pieces[0].is_cpu:
-                pieces = self._selected(pieces)
+    def _joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        if pieces[0].is_cpu and pieces[0].shape[0] * self._n_columns > WHOLE_ELEMENTS:
+            pieces = self._selected(pieces)
         try:
             joined = torch.cat(pieces, dim=-1)  # type: ignore[arg-type]  # any sequence will do
         except RuntimeError:
             joined = self._joined_across_devices(pieces)
-        if joined.shape[-1] != self._n_features and (selects or joined.dtype != torch.float32):
-            # whole activations were borrowed
-            if self.columns.device != joined.device:
-                self.columns = self.columns.to(joined.device)
-            joined = joined.index_select(-1, self.columns)
+        if joined.shape[-1] != self._n_features:  # whole activations were borrowed
+            if self._columns.device != joined.device:
+                self._columns = self._columns.to(joined.device)
+            joined = joined.index_select(-1, self._columns)
         if joined.requires_grad:
             joined = joined.detach()
         return joined if joined.dtype == torch.float32 else joined.float()

@@ -26,8 +26,7 @@ class Probe(Protocol):
     of a row follow from its features alone. Features that are not finite yield logits that are
     not finite, so that no kind may hide them; the session closes such rows.
 
-    The reader methods are optional: they are ways of every decoding step, and a kind that can
-    do them faster than the defaults here overrides them.
+    `step_reader` is optional: a kind that can read a decoding step faster overrides it.
 
     Attributes:
         kind: Name of the kind in `safe_decode.probe.registry`.
@@ -81,16 +80,3 @@ class Probe(Protocol):
         uses it has called the probe with features of the same source before.
         """
         return self
-
-    def whole_step_reader(self, columns: Tensor, n_columns: int) -> StepReader:  # noqa: ARG002
-        """Return a reader of whole activations, [batch, n_columns] float32.
-
-        Args:
-            columns: [F] long, where the features stand in the whole.
-            n_columns: Width of the whole.
-
-        Returns:
-            A reader that raises ConfigurationError for activations on another device. NaN and
-            infinities in channels that are not read may come out as NaN.
-        """
-        return lambda whole: self(whole[:, columns.to(whole.device)])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from safe_decode.activations.site import Site
-from safe_decode.probe.checks import require_device, require_features, require_parts
+from safe_decode.probe.checks import require_features, require_parts
 from safe_decode.probe.folding import fold_standardisation
 from safe_decode.probe.interface import Probe, StepReader
 from safe_decode.probe.registry import layout_of
@@ -84,21 +84,6 @@ class LinearProbe(Probe):
         """Return one product and sum, without the checks of a call."""
         bias, columns = self.bias, self._columns
         return lambda features: torch.addmm(bias, features, columns)
-
-    def whole_step_reader(self, columns: Tensor, n_columns: int) -> StepReader:
-        """Return a reader with zero weights for the channels that are not read.
-
-        Where activations are short, this costs less than selecting the features first.
-        """
-        weight = self._transposed.new_zeros(self._transposed.shape[0], n_columns)
-        weight[:, columns.to(weight.device)] = self._transposed
-        bias, device = self.bias, weight.device
-
-        def read(whole: Tensor) -> Tensor:
-            require_device(whole, device)
-            return functional.linear(whole, weight, bias)
-
-        return read
 
     @classmethod
     def folded(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from safe_decode.activations.site import Site
-from safe_decode.probe.checks import require_device, require_features, require_parts
+from safe_decode.probe.checks import require_features, require_parts
 from safe_decode.probe.folding import fold_standardisation
 from safe_decode.probe.interface import Probe, StepReader
 from safe_decode.probe.registry import layout_of
@@ -91,17 +91,6 @@ class MLPProbe(Probe):
     def step_reader(self) -> StepReader:
         """Return the two maps without the checks of a call."""
         return lambda features: self._logits(features, self._hidden)
-
-    def whole_step_reader(self, columns: Tensor, n_columns: int) -> StepReader:
-        """Return a reader with zero weights for the channels that are not read."""
-        hidden = self._hidden.new_zeros(self._hidden.shape[0], n_columns)
-        hidden[:, columns.to(hidden.device)] = self._hidden
-
-        def read(whole: Tensor) -> Tensor:
-            require_device(whole, hidden.device)
-            return self._logits(whole, hidden)
-
-        return read
 
     def _logits(self, values: Tensor, hidden_weight: Tensor) -> Tensor:
         hidden = functional.linear(values, hidden_weight, self.hidden_bias)

@@ -229,41 +229,11 @@ def test_every_way_to_the_features_of_a_step_yields_the_same(
             model(ids)
             assert (beats.forwards, beats.positions) == (1, 1)
             lent = beats.take()
-            model(ids)
-            step = beats.take_step()
             assert (beats.forwards, beats.positions) == (0, 0)
         with torch.inference_mode():
             model(ids)
             copied = beats.take()
     assert torch.equal(lent, copied)
-    columns = beats.columns
-    assert step is not None
-    if whole_elements:
-        assert step.shape[1] == beats.n_columns
-        step = step[:, columns]
-    assert torch.equal(step, lent[:, -1])
-
-
-def test_half_precision_is_selected_before_it_is_widened() -> None:
-    model, ids = tiny_model().to(torch.bfloat16), random_ids(1, 1)
-    with torch.no_grad(), ActivationTap(model, SITES).listening() as beats:
-        model(ids)
-        step = beats.take_step()
-    assert step is not None
-    assert (step.dtype, step.shape) == (torch.float32, (1, 9))
-
-
-def test_take_step_leaves_all_but_one_whole_step_to_take() -> None:
-    model = tiny_model()
-    with torch.no_grad(), ActivationTap(model, SITES).listening() as beats:
-        assert beats.take_step() is None
-        model(random_ids(2, 3))
-        assert beats.take_step() is None
-        assert beats.take().shape == (2, 1, 9)
-        model(random_ids(2, 1))
-        model(random_ids(2, 1))
-        assert beats.take_step() is None
-        assert beats.forwards == 2
 
 
 def overwrite(_module: nn.Module, args: tuple[Tensor], _output: Tensor) -> None:
@@ -277,9 +247,6 @@ def test_an_activation_overwritten_before_the_take_is_a_beat_error() -> None:
         model(ids)
         with pytest.raises(BeatError, match="overwritten in place"):
             beats.take()
-        model(ids)
-        with pytest.raises(BeatError, match="overwritten in place"):
-            beats.take_step()
 
 
 # --- isolation

@@ -48,8 +48,6 @@ def heads_of(drawn):
 class Heard:
     """Stands for a tap: one forward is whatever was put last."""
 
-    columns, n_columns = (0, 1), 2
-
     def __init__(self):
         self.features, self.forwards, self.positions = None, 0, 0
 
@@ -62,9 +60,6 @@ class Heard:
     def take(self):
         self.forwards = self.positions = 0
         return self.features
-
-    def take_step(self):
-        return self.take()[:, -1]
 
     discard = take
 

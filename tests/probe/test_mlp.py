@@ -66,14 +66,6 @@ def test_the_reader_of_every_step_yields_what_a_call_does_bit_for_bit(batch, n_h
     assert torch.equal(probe.step_reader()(features), probe(features))
 
 
-def test_reading_whole_activations_equals_reading_the_features():
-    probe, whole, columns = random_mlp(), torch.randn(3, 11), torch.tensor([1, 3, 4, 8, 10])
-    read = probe.whole_step_reader(columns, 11)
-    torch.testing.assert_close(read(whole), probe(whole[:, columns]))
-    with pytest.raises(ConfigurationError, match="features are on meta, the probe on cpu"):
-        read(whole.to("meta"))
-
-
 def test_folding_equals_explicit_standardisation():
     generator = torch.Generator().manual_seed(1)
     features = 30 + 5 * torch.randn(100, 5, generator=generator)

@@ -38,27 +38,23 @@ def monitor_of(n_heads: int) -> RiskMonitor:
 
 
 @ROWS
-def test_borrow_and_take_step(benchmark: BenchmarkFixture, rows: int) -> None:
+def test_borrow_and_take(benchmark: BenchmarkFixture, rows: int) -> None:
     beats = ForwardRecorder(sites(), columns(), SITES * WIDTH)
     hidden = [torch.randn(rows, 1, WIDTH) for _ in range(SITES)]
 
-    def step() -> torch.Tensor | None:
+    def step() -> torch.Tensor:
         for index, activation in enumerate(hidden):
             beats.borrow(index, activation)
-        return beats.take_step()
+        return beats.take()
 
     taken = benchmark(step)
-    assert taken.shape == (rows, SITES * WIDTH)
+    assert taken.shape == (rows, 1, FEATURES)
 
 
 @ROWS
-@pytest.mark.parametrize("way", ["features", "whole"])
-def test_probe(benchmark: BenchmarkFixture, rows: int, way: str) -> None:
+def test_probe(benchmark: BenchmarkFixture, rows: int) -> None:
     probe = LinearProbe(sites(), torch.randn(FEATURES, 1), torch.zeros(1), ("harm",))
-    read, width = (probe, FEATURES) if way == "features" else (
-        probe.whole_step_reader(columns(), SITES * WIDTH), SITES * WIDTH,
-    )  # fmt: skip
-    logits = benchmark(read, torch.randn(rows, width))
+    logits = benchmark(probe, torch.randn(rows, FEATURES))
     assert logits.shape == (rows, 1)
 
 
