@@ -24,7 +24,6 @@ from safe_decode.bench.models import Subject, embedded_subject, of_shape
 from safe_decode.bench.runner import interleaved
 from safe_decode.bench.statistics import interval_of
 from safe_decode.engines.transformers.loops import choices, settings
-from safe_decode.probe.linear import LinearProbe
 from safe_decode.session import trip_detector
 
 LOG = logging.getLogger("benchmarks.cost.shortcuts")
@@ -60,10 +59,6 @@ SHORTCUTS: Mapping[str, tuple[str, Callable[[], AbstractContextManager[None]]]] 
     "whole activations are lent": (
         "activations/recorder.py: borrow",
         lambda: put(ForwardRecorder, "borrow", lambda *_: False),
-    ),
-    "checked features are not checked again": (
-        "probe/linear.py: step_reader",
-        lambda: put(LinearProbe, "step_reader", lambda probe: probe),
     ),
     "levels alone decide": (
         "session/trip_detector.py: _is_moving_average",
