@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from benchmarks.card import card, write_results
-from safe_decode.activations.recorder import ForwardRecorder
 from safe_decode.bench.arms import Arm, Load, arms_of, options_of
 from safe_decode.bench.models import Subject, embedded_subject, of_shape
 from safe_decode.bench.runner import interleaved
@@ -56,10 +55,6 @@ def _asks_the_list(
 
 
 SHORTCUTS: Mapping[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
-    "whole activations are lent": (
-        "activations/recorder.py: borrow",
-        lambda: put(ForwardRecorder, "borrow", lambda *_: False),
-    ),
     "levels alone decide": (
         "session/trip_detector.py: _is_moving_average",
         lambda: put(trip_detector, "_is_moving_average", lambda _: False),

@@ -25,7 +25,7 @@ from safe_decode.session.trip_detector import TripDetector
 __all__ = ["stage_rows"]
 
 _STAGES: dict[str, tuple[Any, str]] = {
-    "hooks": (ForwardRecorder, "borrow"),
+    "hooks": (ForwardRecorder, "hear"),
     "features": (ForwardRecorder, "take"),
     "monitor: level": (TripDetector, "step"),
     "monitor: bounds": (TripDetector, "trips"),

@@ -28,23 +28,19 @@ def sites() -> tuple[Site, ...]:
     return tuple(Site(layer, "mlp", channels) for layer in range(SITES))
 
 
-def columns() -> torch.Tensor:
-    return torch.cat([torch.tensor(site.channels) + WIDTH * site.layer for site in sites()])
-
-
 def monitor_of(n_heads: int) -> RiskMonitor:
     bundle = of_shape("nano", probe=ProbeShape(features=16, heads=n_heads)).bundle
     return RiskMonitor(bundle.monitor, 1e9)
 
 
 @ROWS
-def test_borrow_and_take(benchmark: BenchmarkFixture, rows: int) -> None:
-    beats = ForwardRecorder(sites(), columns(), SITES * WIDTH)
+def test_hear_and_take(benchmark: BenchmarkFixture, rows: int) -> None:
+    beats, channels = ForwardRecorder(sites()), torch.tensor(sites()[0].channels)
     hidden = [torch.randn(rows, 1, WIDTH) for _ in range(SITES)]
 
     def step() -> torch.Tensor:
         for index, activation in enumerate(hidden):
-            beats.borrow(index, activation)
+            beats.hear(index, activation, channels)
         return beats.take()
 
     taken = benchmark(step)
