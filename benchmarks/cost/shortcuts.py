@@ -59,10 +59,6 @@ SHORTCUTS: Mapping[str, tuple[str, Callable[[], AbstractContextManager[None]]]] 
         "session/trip_detector.py: _is_moving_average",
         lambda: put(trip_detector, "_is_moving_average", lambda _: False),
     ),
-    "few levels are read as a list": (
-        "session/trip_detector.py: _FEW",
-        lambda: put(trip_detector, "_FEW", 0),
-    ),
     "calm steps are not sorted": (
         "loops/choices.py: _is_calm",
         lambda: put(choices.ChoiceJudge, "_is_calm", lambda *_: False),

@@ -13,7 +13,6 @@ computed on the device and handed on unread.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,8 +25,6 @@ from safe_decode.policy.policy import Policy
 __all__ = ["Trail", "TripDetector"]
 
 _LARGEST = torch.finfo(torch.float32).max
-_FEW = 1_024
-"""Up to this many levels, a list of them is read faster than two more operations are called."""
 _MARGIN = 1e-4
 """Relative: the bound on a level and the monitor's own comparison round differently, so the
 bound lies a little lower and the monitor decides between."""
@@ -94,7 +91,6 @@ class TripDetector:
         self.is_quiet = self._reads_on_host and not bool(self._trips.any())
         self._low = torch.full_like(state.ema, -_LARGEST)
         self._high = _upper_bound(monitor, state)
-        self._measure_high()
 
     def rearranged(
         self,
@@ -185,7 +181,6 @@ class TripDetector:
             # An alarm is latched: what such a row does next tells nothing new.
             latched = self.state.alarm[:, None]
             self._high = torch.where(latched, self._high.new_tensor(_LARGEST), self._high)
-            self._measure_high()
         elif n_scores == 1 and self._policy.on_error == "close":
             over, active = self._over(), self._active[-1]
             # A row that has consumed nothing stands where it starts, which may lie over a bound.
@@ -220,18 +215,8 @@ class TripDetector:
             smoothed, statistic = (torch.stack(shown) for shown in zip(*self._shown, strict=True))
         return Trail(torch.stack(self._logits).cpu(), smoothed.cpu(), statistic.cpu(), masks.cpu())
 
-    def _measure_high(self) -> None:
-        self._highest, self._lowest_high = float(self._high.max()), float(self._high.min())
-
     def _is_within(self, n_scores: int) -> bool:
         level = self._level if n_scores == 1 else torch.stack(self._levels[-n_scores:])
-        if level.numel() == 1:
-            return -_LARGEST <= level.item() <= self._highest
-        if level.numel() <= _FEW:
-            values = level.view(-1).tolist()
-            # A sum of NaN or Inf is not finite, and Python's own cannot overflow on so few.
-            if max(values) <= self._lowest_high and math.isfinite(sum(values)):
-                return True
         # A clamped NaN or Inf is not what it was.
         return torch.equal(level.clamp(self._low, self._high), level)
 
