@@ -22,7 +22,7 @@ from safe_decode.bench.arms import Arm, Load, arms_of, options_of
 from safe_decode.bench.models import Subject, embedded_subject, of_shape
 from safe_decode.bench.runner import interleaved
 from safe_decode.bench.statistics import interval_of
-from safe_decode.engines.transformers.loops import choices, settings
+from safe_decode.engines.transformers.loops import settings
 from safe_decode.session import trip_detector
 
 LOG = logging.getLogger("benchmarks.cost.shortcuts")
@@ -58,10 +58,6 @@ SHORTCUTS: Mapping[str, tuple[str, Callable[[], AbstractContextManager[None]]]] 
     "levels alone decide": (
         "session/trip_detector.py: _is_moving_average",
         lambda: put(trip_detector, "_is_moving_average", lambda _: False),
-    ),
-    "calm steps are not sorted": (
-        "loops/choices.py: _is_calm",
-        lambda: put(choices.ChoiceJudge, "_is_calm", lambda *_: False),
     ),
     "the guard's processor is in no list": (
         "loops/settings.py: WatchedProcessors",

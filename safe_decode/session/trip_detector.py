@@ -55,9 +55,6 @@ class TripDetector:
         state: Where the rows stand.
         n_snapshots: States kept to go back to; None: one more than the policy holds back.
         is_shifted: Values will be lowered step by step; then each is stepped in full.
-
-    Attributes:
-        is_quiet: No row has tripped; False on an accelerator, whose trips are not read here.
     """
 
     def __init__(
@@ -88,7 +85,6 @@ class TripDetector:
         )
         self._trips = policy.trips(state.alarm, state.finite)
         self._reads_on_host = state.ema.is_cpu
-        self.is_quiet = self._reads_on_host and not bool(self._trips.any())
         self._low = torch.full_like(state.ema, -_LARGEST)
         self._high = _upper_bound(monitor, state)
 
@@ -170,8 +166,7 @@ class TripDetector:
             n_scores: Scores consumed since this was last asked, at least 1.
 
         Returns:
-            [batch] bool on the rows' device. On the CPU the same tensor as long as nothing
-            changes, so that who holds it need not read it.
+            [batch] bool on the rows' device.
         """
         if not self._keeps_levels:
             pass
@@ -187,7 +182,6 @@ class TripDetector:
             self._trips = self._trips | (over if active is None else over & active)
             return self._trips
         self._trips = self._policy.trips(self.state.alarm, self.state.finite)
-        self.is_quiet = self._reads_on_host and not bool(self._trips.any())
         return self._trips
 
     def snapshot(self, row: int, n_scores: int) -> MonitorState | None:
