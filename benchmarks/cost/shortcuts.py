@@ -22,7 +22,6 @@ from safe_decode.bench.arms import Arm, Load, arms_of, options_of
 from safe_decode.bench.models import Subject, embedded_subject, of_shape
 from safe_decode.bench.runner import interleaved
 from safe_decode.bench.statistics import interval_of
-from safe_decode.engines.transformers.loops import settings
 from safe_decode.session import trip_detector
 
 LOG = logging.getLogger("benchmarks.cost.shortcuts")
@@ -44,24 +43,10 @@ def put(owner: object, name: str, value: object) -> Iterator[None]:
         setattr(owner, name, old)
 
 
-def _asks_the_list(
-    self: settings.WatchedProcessors, input_ids: torch.LongTensor, scores: torch.FloatTensor
-) -> torch.Tensor:
-    from transformers import LogitsProcessorList
-
-    if self._on_bare is not None:
-        self._on_bare(scores)
-    return LogitsProcessorList([*self._processors, self._guard])(input_ids, scores)
-
-
 SHORTCUTS: Mapping[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
     "levels alone decide": (
         "session/trip_detector.py: _is_moving_average",
         lambda: put(trip_detector, "_is_moving_average", lambda _: False),
-    ),
-    "the guard's processor is in no list": (
-        "loops/settings.py: WatchedProcessors",
-        lambda: put(settings.WatchedProcessors, "__call__", _asks_the_list),
     ),
 }
 

@@ -267,12 +267,7 @@ def called_last(model: CausalLM, processor: Callable[[Tensor, Tensor], Tensor]) 
 
     def with_ours(*args: object, **kwargs: object) -> object:
         built = build(*args, **kwargs)
-
-        class Both(type(built)):  # type: ignore[misc]  # only known here
-            def __call__(self, ids: Tensor, scores: Tensor, **rest: object) -> Tensor:
-                return processor(ids, super().__call__(ids, scores, **rest))
-
-        return Both(built)
+        return lambda ids, scores: processor(ids, built(ids, scores))
 
     patched._get_logits_processor = with_ours
     try:
