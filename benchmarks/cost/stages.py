@@ -25,8 +25,8 @@ from safe_decode.session.trip_detector import TripDetector
 __all__ = ["stage_rows"]
 
 _STAGES: dict[str, tuple[Any, str]] = {
-    "hooks": (ForwardRecorder, "borrow"),
-    "features": (ForwardRecorder, "take_step"),
+    "hooks": (ForwardRecorder, "hear"),
+    "features": (ForwardRecorder, "take"),
     "monitor: level": (TripDetector, "step"),
     "monitor: bounds": (TripDetector, "trips"),
     "all before the choice": (StepLoop, "on_scores"),

@@ -30,54 +30,28 @@ class HookFactory:
     Attributes:
         owner: The tap, the key of its listener.
         listeners: Returns the listeners of this context, by tap.
-        is_flat: Whether modules see all rows and positions as one axis.
     """
 
     owner: Any
     listeners: Callable[[], Mapping[Any, Listener]]
-    is_flat: bool
 
-    def whole(self, index: int, site: Site, width: int) -> Callable[[Any, Any, Any], None]:
-        """Make the hook of a module whose output may be lent as it is.
+    def input(self, index: int, site: Site, width: int) -> Callable[[Any, Any], None]:
+        """Make the hook of a module whose input is read; arguments as `output`."""
+        hear = self.output(index, site, width)
+
+        def hook(module: object, args: tuple[Any, ...]) -> None:
+            hear(module, args, args)
+
+        return hook
+
+    def output(self, index: int, site: Site, width: int) -> Callable[[Any, Any, Any], None]:
+        """Make the hook of a module whose output is read.
 
         Args:
             index: Of the site.
-            site: All channels of it are read.
+            site: Its channels are read.
             width: Channels of the activation.
         """
-        owner, listeners, copy = self.owner, self.listeners, self.copying(index, site, width)
-
-        def hook(module: object, args: object, activation: object) -> None:
-            recorder = listeners().get(owner)
-            if recorder is None:
-                return
-            hidden: Any = activation
-            if type(activation) is tuple and activation:
-                hidden = activation[0]
-            is_plain = recorder.is_open and type(hidden) is Tensor and hidden.dim() == 3
-            if not (is_plain and recorder.borrow(index, hidden)):
-                copy(module, args, activation)
-
-        return hook
-
-    def input(self, index: int, site: Site, width: int) -> Callable[[Any, Any], None]:
-        """Make the hook of a module whose input is read; arguments as `whole`."""
-        owner, listeners, copy = self.owner, self.listeners, self.copying(index, site, width)
-        is_flat = self.is_flat
-
-        def hook(module: object, args: tuple[Any, ...]) -> None:
-            recorder = listeners().get(owner)
-            if recorder is None:
-                return
-            # Nothing writes to the input of a projection.
-            if recorder.is_open and not is_flat and args and recorder.borrow(index, args[0]):
-                return
-            copy(module, args, args)
-
-        return hook
-
-    def copying(self, index: int, site: Site, width: int) -> Callable[[Any, Any, Any], None]:
-        """Make the hook of a module whose output is copied; arguments as `whole`."""
         owner, listeners = self.owner, self.listeners
         # Channels are distinct and in order, so that as many as there are is all of them.
         channels = None if len(site.channels) == width else torch.tensor(site.channels)
@@ -97,7 +71,7 @@ class HookFactory:
                 )
             if channels is not None and channels.device != hidden.device:
                 channels = channels.to(hidden.device)
-            recorder.copy(index, hidden.detach() if hidden.requires_grad else hidden, channels)
+            recorder.hear(index, hidden.detach() if hidden.requires_grad else hidden, channels)
 
         return hook
 

@@ -12,34 +12,15 @@ from torch import Tensor
 from safe_decode.activations.site import Site
 from safe_decode.errors import BeatError
 
-__all__ = ["COPIED", "Piece", "by_forward", "require_unchanged", "site_name", "unequal"]
+__all__ = ["Piece", "by_forward", "site_name", "unequal"]
 
-COPIED = -1
-"""In place of a tensor's version: the piece is our own."""
-
-
-Piece = tuple[int, Tensor, int, int]
-"""What arrived at one site, whole and lent or the channels alone and copied: index of the site,
-activation, its version, positions that passed."""
+Piece = tuple[int, Tensor, int]
+"""What arrived at one site: its index, a copy of its channels, positions that passed."""
 
 
 def site_name(site: Site) -> str:
     """Name a site for a reader: "mlp of layer 3"."""
     return f"{site.kind} of layer {site.layer}"
-
-
-def require_unchanged(heard: Sequence[Piece]) -> None:
-    """Check that no activation was overwritten since it arrived.
-
-    Raises:
-        BeatError: One was.
-    """
-    for _, hidden, version, _ in heard:
-        if version != COPIED and hidden._version != version:
-            raise BeatError(
-                "an activation was overwritten in place after it passed its site, wanted it "
-                "unchanged until the forward ends; this model needs resid sites of earlier layers."
-            )
 
 
 def by_forward(sites: Sequence[Site], heard: Sequence[Piece]) -> list[list[Tensor]]:
@@ -49,7 +30,7 @@ def by_forward(sites: Sequence[Site], heard: Sequence[Piece]) -> list[list[Tenso
         BeatError: A site fired less often than another, or none did.
     """
     by_site: list[list[Tensor]] = [[] for _ in sites]
-    for index, hidden, *_ in heard:
+    for index, hidden, _ in heard:
         by_site[index].append(hidden)
     counts = [len(of_site) for of_site in by_site]
     if not heard or any(count != counts[0] for count in counts):

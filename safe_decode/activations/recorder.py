@@ -12,21 +12,11 @@ import torch
 from torch import Tensor
 
 from safe_decode.activations.compiled.buffers import ActivationBuffers
-from safe_decode.activations.pieces import (
-    COPIED,
-    Piece,
-    by_forward,
-    require_unchanged,
-    site_name,
-)
-from safe_decode.activations.site import Site, n_features
+from safe_decode.activations.pieces import Piece, by_forward, site_name
+from safe_decode.activations.site import Site
 from safe_decode.errors import BeatError, ConfigurationError
 
-__all__ = ["WHOLE_ELEMENTS", "ForwardRecorder"]
-
-WHOLE_ELEMENTS = 1 << 17
-"""Up to this many numbers on the CPU, one joint copy of whole activations and one selection are
-cheaper than a selection at each site; accelerators gain at any size, since they pay a launch."""
+__all__ = ["ForwardRecorder"]
 
 
 class ForwardRecorder:
@@ -36,33 +26,13 @@ class ForwardRecorder:
 
     Args:
         sites: In the order of `sorted_sites`.
-        columns: [F] long, the channels of all sites in the concatenation of whole
-            activations (resid: of the channels alone, which are always copied at the site).
-        n_columns: Width of that concatenation.
         registers: What compiled graphs leave; None: every forward runs eagerly.
-
-    Attributes:
-        columns: As given, on the device of the first features.
-        n_columns: As given.
     """
 
-    def __init__(
-        self,
-        sites: tuple[Site, ...],
-        columns: Tensor,
-        n_columns: int,
-        registers: ActivationBuffers | None = None,
-    ) -> None:
+    def __init__(self, sites: tuple[Site, ...], registers: ActivationBuffers | None = None) -> None:
         """Start with nothing heard."""
         self._registers = registers
         self._sites = sites
-        self.columns = columns
-        self.n_columns = n_columns
-        self._channels = [torch.tensor(site.channels) for site in sites]
-        self._n_features = n_features(sites)
-        self._in_turn = tuple(range(len(sites)))
-        self._one_each = (1,) * len(sites)
-        self._reads_one_whole = len(sites) == 1 and self._n_features == n_columns
         self._keep: int | None = 1
         self.is_open = True
         self.batch = 0
@@ -73,15 +43,15 @@ class ForwardRecorder:
     def forwards(self) -> int:
         """Complete forwards since the last `take`: every site has fired."""
         self._hear_compiled()
-        order = [index for index, *_ in self._heard]
-        return min(order.count(index) for index in self._in_turn)
+        order = [index for index, _, _ in self._heard]
+        return min(order.count(index) for index in range(len(self._sites)))
 
     @property
     def positions(self) -> int:
         """Positions that passed since the last `take`, kept or not, as the last site saw them."""
         self._hear_compiled()
-        last = self._in_turn[-1]
-        return sum(passed for index, *_, passed in self._heard if index == last)
+        last = len(self._sites) - 1
+        return sum(passed for index, _, passed in self._heard if index == last)
 
     def keep_last(self, n_positions: int | None) -> None:
         """Say how many trailing positions are kept, from the next forward on.
@@ -109,49 +79,13 @@ class ForwardRecorder:
             without gradient. Positions in order, F in the order of `sorted_sites`.
 
         Raises:
-            BeatError: No forward passed, the sites fired unequally often, the model
-                overwrote an activation in place, or a compiled graph ran more often than it
-                was read. What was heard is forgotten.
+            BeatError: No forward passed, the sites fired unequally often, or a compiled graph
+                ran more often than it was read. What was heard is forgotten.
         """
         self._hear_compiled()
         heard, self._heard = self._heard, []
-        require_unchanged(heard)
-        if tuple(index for index, *_ in heard) == self._in_turn:
-            features = self._joined([hidden for _, hidden, *_ in heard])
-        else:
-            features = self._in_order(by_forward(self._sites, heard))
-        return self._exact(features) if self._any_compiled else features
-
-    def take_step(self) -> Tensor | None:
-        """Take the features of one forward over one position, the way of every decoding step.
-
-        Returns:
-            [batch, F] as `take`; or [batch, n_columns], whole activations of which `columns`
-            are the features, where reading them all costs less than selecting; or None where
-            anything else was heard: then nothing is forgotten, and `take` has the features or
-            says what is wrong.
-
-        Raises:
-            BeatError: As for `take`.
-        """
-        if self._registers is not None:
-            self._hear_compiled()
-        heard = self._heard
-        if len(heard) != len(self._in_turn):
-            return None
-        if self._reads_one_whole:
-            _, hidden, _, n_passed = heard[0]
-            if n_passed == 1 and hidden.dtype == torch.float32 and not hidden.requires_grad:
-                self._heard = []
-                require_unchanged(heard)
-                features = hidden.select(1, 0)
-                return self._exact(features) if self._any_compiled else features
-        order, pieces, _, passed = zip(*heard, strict=True)
-        if order != self._in_turn or passed != self._one_each:
-            return None
-        self._heard = []
-        require_unchanged(heard)
-        features = self._joined(pieces, selects=False).select(1, 0)
+        steps = [self._joined(pieces) for pieces in by_forward(self._sites, heard)]
+        features = steps[0] if len(steps) == 1 else self._in_order(steps)
         return self._exact(features) if self._any_compiled else features
 
     def discard(self) -> None:
@@ -166,24 +100,7 @@ class ForwardRecorder:
         self.is_open = False
         self.discard()
 
-    def borrow(self, index: int, hidden: Tensor) -> bool:
-        """Keep one site's whole activation until `take`, where that is cheaper than a copy.
-
-        Args:
-            index: Of the site.
-            hidden: [batch, seq, width], which the model will not overwrite.
-
-        Returns:
-            Whether it was kept. Not for prefill, which would hold the memory; not in
-            inference mode, where an overwriting could not be noticed.
-        """
-        if hidden.size(1) != 1 or hidden.is_inference():
-            return False
-        # A plain tuple: on the way of every token, the name costs as much as the rest.
-        self._heard.append((index, hidden, hidden._version, 1))
-        return True
-
-    def copy(self, index: int, hidden: Tensor, channels: Tensor | None) -> None:
+    def hear(self, index: int, hidden: Tensor, channels: Tensor | None) -> None:
         """Copy what `keep_last` asks for of one site's channels.
 
         Args:
@@ -191,26 +108,25 @@ class ForwardRecorder:
             hidden: [batch, seq, width], not changed.
             channels: [n] long on the same device; None: all.
         """
-        passed = hidden.shape[1]
-        if self._keep is not None and self._keep < passed:
-            hidden = hidden[:, -self._keep :]
+        kept = self._kept(hidden)
         copied = (
-            hidden.clone(memory_format=torch.contiguous_format)
+            kept.clone(memory_format=torch.contiguous_format)
             if channels is None
-            else hidden.index_select(2, channels)
+            else kept.index_select(2, channels)
         )
-        self._heard.append((index, copied, COPIED, passed))
+        self._heard.append((index, copied, hidden.shape[1]))
 
     def _hear_compiled(self) -> None:
         if self._registers is None or not self.is_open:
             return
-        for index, activation in self._registers.taken():
+        for index, hidden in self._registers.taken():
             self._any_compiled = True
-            hidden = activation
-            passed = hidden.shape[1]
-            if self._keep is not None and self._keep < passed:
-                hidden = hidden[:, -self._keep :]
-            self._heard.append((index, hidden, COPIED, passed))
+            self._heard.append((index, self._kept(hidden.detach()), hidden.shape[1]))
+
+    def _kept(self, hidden: Tensor) -> Tensor:
+        """Cut off the positions that `keep_last` does not ask for."""
+        keep = self._keep
+        return hidden if keep is None or keep >= hidden.shape[1] else hidden[:, -keep:]
 
     def _exact(self, features: Tensor) -> Tensor:
         """Refuse features of a compiled graph that ran unread; where asking waits, as NaN."""
@@ -230,32 +146,12 @@ class ForwardRecorder:
     def _waits(flag: Tensor) -> bool:
         return not flag.is_cpu
 
-    def _joined(self, pieces: Sequence[Tensor], *, selects: bool = True) -> Tensor:
-        if pieces[0].shape[0] * self.n_columns > WHOLE_ELEMENTS:
-            selects = True
-            if pieces[0].is_cpu:
-                pieces = self._selected(pieces)
+    def _joined(self, pieces: Sequence[Tensor]) -> Tensor:
         try:
             joined = torch.cat(pieces, dim=-1)  # type: ignore[arg-type]  # any sequence will do
         except RuntimeError:
             joined = self._joined_across_devices(pieces)
-        if joined.shape[-1] != self._n_features and (selects or joined.dtype != torch.float32):
-            # whole activations were borrowed
-            if self.columns.device != joined.device:
-                self.columns = self.columns.to(joined.device)
-            joined = joined.index_select(-1, self.columns)
-        if joined.requires_grad:
-            joined = joined.detach()
-        return joined if joined.dtype == torch.float32 else joined.float()
-
-    def _selected(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """Select the channels of pieces that were borrowed whole."""
-        return [
-            piece
-            if piece.shape[-1] == len(channels)
-            else piece.index_select(-1, channels.to(piece.device))
-            for piece, channels in zip(pieces, self._channels, strict=True)
-        ]
+        return joined.float()
 
     def _joined_across_devices(self, pieces: Sequence[Tensor]) -> Tensor:
         try:
@@ -270,10 +166,9 @@ class ForwardRecorder:
                 "[batch, positions] for all."
             ) from error
 
-    def _in_order(self, forwards: list[list[Tensor]]) -> Tensor:
-        steps = [self._joined(pieces) for pieces in forwards]
+    def _in_order(self, steps: Sequence[Tensor]) -> Tensor:
         try:
-            features = torch.cat(steps, dim=1)
+            features = torch.cat(steps, dim=1)  # type: ignore[arg-type]  # any sequence will do
         except RuntimeError as error:
             shapes = [tuple(step.shape) for step in steps]
             raise BeatError(

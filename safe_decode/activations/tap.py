@@ -24,8 +24,7 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from safe_decode.activations.architecture import Architecture, anatomy_of
@@ -85,9 +84,7 @@ class ActivationTap:
         self._modules = tuple(_module_of(anatomy, site) for site in self.sites)
         flattened = anatomy.flattens_mlp and any(site.kind == "mlp" for site in self.sites)
         self._batch_source = anatomy.blocks[0].block if flattened else None
-        self._whole_stream = (len(anatomy.blocks) - 1, tuple(range(anatomy.d_model)))
         self._widths = tuple(anatomy.width(site.layer, site.kind) for site in self.sites)
-        self._columns, self._n_columns = _columns_of(anatomy, self.sites)
         self._handles: list[RemovableHandle] = []
         self._installs = 0
         self._lock = threading.Lock()
@@ -176,7 +173,7 @@ class ActivationTap:
                 and someone else listens.
         """
         registers = None if self._built_in is None else self._built_in.registers
-        beats = ForwardRecorder(self.sites, self._columns, self._n_columns, registers)
+        beats = ForwardRecorder(self.sites, registers)
         hooked = self._hooked() if registers is None else registers.reading()
         with hooked, self._heard_by(beats):
             yield beats
@@ -243,15 +240,9 @@ class ActivationTap:
             beats.batch = hidden.shape[0]
 
     def _hook(self, index: int, site: Site) -> Callable[..., None]:
-        factory = HookFactory(self, _listeners.get, self._batch_source is not None)
-        width = self._widths[index]
-        if site.kind != "resid":
-            return factory.input(index, site, width)
-        # A block may add to its own input in place, which is the output of the block before;
-        # behind the last one comes a norm, which does not.
-        if (site.layer, site.channels) == self._whole_stream:
-            return factory.whole(index, site, width)
-        return factory.copying(index, site, width)
+        factory = HookFactory(self, _listeners.get)
+        make = factory.output if site.kind == "resid" else factory.input
+        return make(index, site, self._widths[index])
 
 
 def _module_of(anatomy: Architecture, site: Site) -> nn.Module:
@@ -262,17 +253,3 @@ def _module_of(anatomy: Architecture, site: Site) -> nn.Module:
             f"0..{width - 1}; pass channels the probe was fitted on."
         )
     return module
-
-
-def _columns_of(anatomy: Architecture, sites: Sequence[Site]) -> tuple[Tensor, int]:
-    """Find every site's channels, [F] long, in the concatenation described in `ForwardRecorder`."""
-    index: list[int] = []
-    start = 0
-    for site in sites:
-        if site.kind == "resid":
-            index.extend(range(start, start + len(site.channels)))
-            start += len(site.channels)
-        else:
-            index.extend(start + channel for channel in site.channels)
-            start += anatomy.width(site.layer, site.kind)
-    return torch.tensor(index), start

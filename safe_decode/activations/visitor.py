@@ -37,11 +37,7 @@ class ActivationVisitor:
         self.is_open = True
         self.batch = 0
 
-    def borrow(self, _index: int, _hidden: Tensor) -> bool:
-        """Keep nothing."""
-        return False
-
-    def copy(self, index: int, hidden: Tensor, channels: Tensor | None) -> None:
+    def hear(self, index: int, hidden: Tensor, channels: Tensor | None) -> None:
         """Show one site's channels; what comes after `close` is not shown."""
         if not self.is_open:
             return

@@ -40,7 +40,6 @@ __all__ = [
     "ArmCall",
     "arms_of",
     "called_last",
-    "features_of",
     "options_of",
     "threshold_for_share",
 ]
@@ -246,26 +245,18 @@ def _parts(
 ) -> Callable[[], object]:
     monitor = RiskMonitor(subject.bundle.monitor, torch.inf)
     watch = TripDetector(monitor, Policy(), monitor.start(ids.shape[0], ids.device))
-    read_whole = probe.whole_step_reader(beats.columns, beats.n_columns)
 
     def features() -> Tensor:
-        return features_of(beats)
+        return beats.take()[:, -1]
 
     def logits() -> Tensor:
-        taken = features()
-        return (probe if taken.shape[1] == len(beats.columns) else read_whole)(taken)
+        return probe(features())
 
     def watched() -> Tensor:
         watch.step(logits())
         return watch.trips()
 
     return {"capture": features, "probe": logits, "monitor": watched}[depth]
-
-
-def features_of(beats: ForwardRecorder) -> Tensor:
-    """Take what a step's forward left, as the guard does: [batch, F], or whole activations."""
-    taken = beats.take_step()
-    return beats.take()[:, -1] if taken is None else taken
 
 
 @contextmanager
@@ -276,12 +267,7 @@ def called_last(model: CausalLM, processor: Callable[[Tensor, Tensor], Tensor]) 
 
     def with_ours(*args: object, **kwargs: object) -> object:
         built = build(*args, **kwargs)
-
-        class Both(type(built)):  # type: ignore[misc]  # only known here
-            def __call__(self, ids: Tensor, scores: Tensor, **rest: object) -> Tensor:
-                return processor(ids, super().__call__(ids, scores, **rest))
-
-        return Both(built)
+        return lambda ids, scores: processor(ids, built(ids, scores))
 
     patched._get_logits_processor = with_ours
     try:

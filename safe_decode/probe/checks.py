@@ -14,7 +14,7 @@ from safe_decode.activations.site import Site, n_features, sorted_sites
 from safe_decode.errors import ConfigurationError
 from safe_decode.probe.layout import ProbeLayout
 
-__all__ = ["require_device", "require_features", "require_parts"]
+__all__ = ["require_features", "require_parts"]
 
 
 def require_parts(
@@ -71,17 +71,7 @@ def require_features(features: Tensor, n_channels: int, device: torch.device) ->
             f"features have {features.shape[-1]} channels, the probe reads "
             f"{n_channels}; tap the probe's own sites."
         )
-    require_device(features, device)
-
-
-def require_device(features: Tensor, device: torch.device) -> None:
-    """Check that features are where the probe is.
-
-    torch itself does not always object: a product with a meta tensor is whatever memory held.
-
-    Raises:
-        ConfigurationError: They are elsewhere.
-    """
+    # torch itself does not always object: a product with a meta tensor is whatever memory held.
     if features.device != device:
         raise ConfigurationError(
             f"features are on {features.device}, the probe on {device}; "

@@ -5,7 +5,7 @@ Knows features [batch, F] and logits [batch, K]. Does not know how a kind comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Protocol, Self
 
 import torch
@@ -13,10 +13,7 @@ from torch import Tensor
 
 from safe_decode.activations.site import Site
 
-__all__ = ["Probe", "StepReader"]
-
-StepReader = Callable[[Tensor], Tensor]
-"""Maps the activations of one decoding step, [batch, columns] float32, to logits [batch, K]."""
+__all__ = ["Probe"]
 
 
 class Probe(Protocol):
@@ -25,9 +22,6 @@ class Probe(Protocol):
     A probe computes in float32 on one device, changes nothing and remembers nothing: the logits
     of a row follow from its features alone. Features that are not finite yield logits that are
     not finite, so that no kind may hide them; the session closes such rows.
-
-    The reader methods are optional: they are ways of every decoding step, and a kind that can
-    do them faster than the defaults here overrides them.
 
     Attributes:
         kind: Name of the kind in `safe_decode.probe.registry`.
@@ -73,24 +67,3 @@ class Probe(Protocol):
         """Return this probe with its tensors on `device`."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return self.from_tensors(self.sites, moved, self.heads)
-
-    def step_reader(self) -> StepReader:
-        """Return a reader of features, [batch, F] float32 on the probe's device.
-
-        It yields what a call yields, bit for bit. It may leave out the checks of a call: whoever
-        uses it has called the probe with features of the same source before.
-        """
-        return self
-
-    def whole_step_reader(self, columns: Tensor, n_columns: int) -> StepReader:  # noqa: ARG002
-        """Return a reader of whole activations, [batch, n_columns] float32.
-
-        Args:
-            columns: [F] long, where the features stand in the whole.
-            n_columns: Width of the whole.
-
-        Returns:
-            A reader that raises ConfigurationError for activations on another device. NaN and
-            infinities in channels that are not read may come out as NaN.
-        """
-        return lambda whole: self(whole[:, columns.to(whole.device)])

@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from safe_decode.activations.site import Site
-from safe_decode.probe.checks import require_device, require_features, require_parts
+from safe_decode.probe.checks import require_features, require_parts
 from safe_decode.probe.folding import fold_standardisation
-from safe_decode.probe.interface import Probe, StepReader
+from safe_decode.probe.interface import Probe
 from safe_decode.probe.registry import layout_of
 
 __all__ = ["LinearProbe"]
@@ -45,14 +44,11 @@ class LinearProbe(Probe):
     heads: tuple[str, ...]
     # [K, F] contiguous, the layout that torch's linear reads fastest.
     _transposed: Tensor = field(init=False, repr=False)
-    # The same memory as [F, K]: linear takes this view anew at every call.
-    _columns: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""
         require_parts(layout_of(self.kind), self.sites, self.tensors(), self.heads)
         object.__setattr__(self, "_transposed", self.weight.detach().t().contiguous())
-        object.__setattr__(self, "_columns", self._transposed.t())
 
     def __call__(self, features: Tensor) -> Tensor:
         """Map features to logits.
@@ -79,26 +75,6 @@ class LinearProbe(Probe):
     ) -> Self:
         """Build a probe from weight and bias. Raises as the class."""
         return cls(sites, tensors["weight"], tensors["bias"], tuple(heads))
-
-    def step_reader(self) -> StepReader:
-        """Return one product and sum, without the checks of a call."""
-        bias, columns = self.bias, self._columns
-        return lambda features: torch.addmm(bias, features, columns)
-
-    def whole_step_reader(self, columns: Tensor, n_columns: int) -> StepReader:
-        """Return a reader with zero weights for the channels that are not read.
-
-        Where activations are short, this costs less than selecting the features first.
-        """
-        weight = self._transposed.new_zeros(self._transposed.shape[0], n_columns)
-        weight[:, columns.to(weight.device)] = self._transposed
-        bias, device = self.bias, weight.device
-
-        def read(whole: Tensor) -> Tensor:
-            require_device(whole, device)
-            return functional.linear(whole, weight, bias)
-
-        return read
 
     @classmethod
     def folded(

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from safe_decode.activations.site import Site
-from safe_decode.probe.checks import require_device, require_features, require_parts
+from safe_decode.probe.checks import require_features, require_parts
 from safe_decode.probe.folding import fold_standardisation
-from safe_decode.probe.interface import Probe, StepReader
+from safe_decode.probe.interface import Probe
 from safe_decode.probe.registry import layout_of
 
 __all__ = ["MLPProbe"]
@@ -75,7 +75,10 @@ class MLPProbe(Probe):
             ConfigurationError: F or the device is another than the probe's.
         """
         require_features(features, self._hidden.shape[1], self._hidden.device)
-        return self._logits(features.float(), self._hidden)
+        hidden = functional.linear(features.float(), self._hidden, self.hidden_bias)
+        # h - h is 0 where h is finite, and NaN otherwise.
+        activated = torch.relu(hidden) + (hidden - hidden)
+        return functional.linear(activated, self._output, self.output_bias)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return weights and biases of both layers."""
@@ -87,27 +90,6 @@ class MLPProbe(Probe):
     ) -> Self:
         """Build a probe from weights and biases by name. Raises as the class."""
         return cls(sites=tuple(sites), heads=tuple(heads), **tensors)
-
-    def step_reader(self) -> StepReader:
-        """Return the two maps without the checks of a call."""
-        return lambda features: self._logits(features, self._hidden)
-
-    def whole_step_reader(self, columns: Tensor, n_columns: int) -> StepReader:
-        """Return a reader with zero weights for the channels that are not read."""
-        hidden = self._hidden.new_zeros(self._hidden.shape[0], n_columns)
-        hidden[:, columns.to(hidden.device)] = self._hidden
-
-        def read(whole: Tensor) -> Tensor:
-            require_device(whole, hidden.device)
-            return self._logits(whole, hidden)
-
-        return read
-
-    def _logits(self, values: Tensor, hidden_weight: Tensor) -> Tensor:
-        hidden = functional.linear(values, hidden_weight, self.hidden_bias)
-        # h - h is 0 where h is finite, and NaN otherwise.
-        activated = torch.relu(hidden) + (hidden - hidden)
-        return functional.linear(activated, self._output, self.output_bias)
 
     @classmethod
     def folded(

@@ -7,14 +7,12 @@ statistics, thresholds or what a trip is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from safe_decode.activations.tap import ForwardRecorder
 from safe_decode.errors import BeatError
-from safe_decode.probe.interface import Probe, StepReader
+from safe_decode.probe.interface import Probe
 
 __all__ = ["ForwardReader"]
 
@@ -32,12 +30,7 @@ class ForwardReader:
 
     def __init__(self, probe: Probe, recorder: ForwardRecorder) -> None:
         self._probe, self._recorder = probe, recorder
-        self._read_step = probe.step_reader()
         self.is_prefilled = False
-
-    @cached_property
-    def _read_whole(self) -> StepReader:
-        return self._probe.whole_step_reader(self._recorder.columns, self._recorder.n_columns)
 
     def prompt(self, positions: Sequence[int], batch: int) -> Tensor:
         """Return the logits [batch, seq, K] of the last positions of the prompt.
@@ -57,15 +50,7 @@ class ForwardReader:
 
     def token(self, positions: Sequence[int], batch: int) -> Tensor:
         """Return the logits [batch, K] of the newest token. Arguments and errors as `prompt`."""
-        features = self._recorder.take_step() if 1 in positions else None
-        if features is None:
-            # All but the way of a plain step looks closer, and says what is wrong.
-            return self._probe(self._features(positions, batch)[:, -1])
-        if features.shape == torch.Size((batch, len(self._recorder.columns))):
-            return self._read_step(features)  # the prompt's were checked
-        if features.shape[0] != batch:
-            raise foreign_batch(features, batch)
-        return self._read_whole(features)
+        return self._probe(self._features(positions, batch)[:, -1])
 
     def whole(self, width: int, batch: int) -> Tensor:
         """Return the logits [batch, seq, K] of finished responses. Errors as `prompt`."""

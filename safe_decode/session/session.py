@@ -95,11 +95,6 @@ class Session:
         return self._log.parked
 
     @property
-    def is_quiet(self) -> bool:
-        """Say whether no row has tripped; False where the host cannot know without waiting."""
-        return self._detector.is_quiet
-
-    @property
     def state(self) -> MonitorState:
         """What the monitor knows of each row now."""
         return self._detector.state

@@ -13,7 +13,6 @@ computed on the device and handed on unread.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,8 +25,6 @@ from safe_decode.policy.policy import Policy
 __all__ = ["Trail", "TripDetector"]
 
 _LARGEST = torch.finfo(torch.float32).max
-_FEW = 1_024
-"""Up to this many levels, a list of them is read faster than two more operations are called."""
 _MARGIN = 1e-4
 """Relative: the bound on a level and the monitor's own comparison round differently, so the
 bound lies a little lower and the monitor decides between."""
@@ -58,9 +55,6 @@ class TripDetector:
         state: Where the rows stand.
         n_snapshots: States kept to go back to; None: one more than the policy holds back.
         is_shifted: Values will be lowered step by step; then each is stepped in full.
-
-    Attributes:
-        is_quiet: No row has tripped; False on an accelerator, whose trips are not read here.
     """
 
     def __init__(
@@ -91,10 +85,8 @@ class TripDetector:
         )
         self._trips = policy.trips(state.alarm, state.finite)
         self._reads_on_host = state.ema.is_cpu
-        self.is_quiet = self._reads_on_host and not bool(self._trips.any())
         self._low = torch.full_like(state.ema, -_LARGEST)
         self._high = _upper_bound(monitor, state)
-        self._measure_high()
 
     def rearranged(
         self,
@@ -174,8 +166,7 @@ class TripDetector:
             n_scores: Scores consumed since this was last asked, at least 1.
 
         Returns:
-            [batch] bool on the rows' device. On the CPU the same tensor as long as nothing
-            changes, so that who holds it need not read it.
+            [batch] bool on the rows' device.
         """
         if not self._keeps_levels:
             pass
@@ -185,14 +176,12 @@ class TripDetector:
             # An alarm is latched: what such a row does next tells nothing new.
             latched = self.state.alarm[:, None]
             self._high = torch.where(latched, self._high.new_tensor(_LARGEST), self._high)
-            self._measure_high()
         elif n_scores == 1 and self._policy.on_error == "close":
             over, active = self._over(), self._active[-1]
             # A row that has consumed nothing stands where it starts, which may lie over a bound.
             self._trips = self._trips | (over if active is None else over & active)
             return self._trips
         self._trips = self._policy.trips(self.state.alarm, self.state.finite)
-        self.is_quiet = self._reads_on_host and not bool(self._trips.any())
         return self._trips
 
     def snapshot(self, row: int, n_scores: int) -> MonitorState | None:
@@ -220,18 +209,8 @@ class TripDetector:
             smoothed, statistic = (torch.stack(shown) for shown in zip(*self._shown, strict=True))
         return Trail(torch.stack(self._logits).cpu(), smoothed.cpu(), statistic.cpu(), masks.cpu())
 
-    def _measure_high(self) -> None:
-        self._highest, self._lowest_high = float(self._high.max()), float(self._high.min())
-
     def _is_within(self, n_scores: int) -> bool:
         level = self._level if n_scores == 1 else torch.stack(self._levels[-n_scores:])
-        if level.numel() == 1:
-            return -_LARGEST <= level.item() <= self._highest
-        if level.numel() <= _FEW:
-            values = level.view(-1).tolist()
-            # A sum of NaN or Inf is not finite, and Python's own cannot overflow on so few.
-            if max(values) <= self._lowest_high and math.isfinite(sum(values)):
-                return True
         # A clamped NaN or Inf is not what it was.
         return torch.equal(level.clamp(self._low, self._high), level)
 

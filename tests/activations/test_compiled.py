@@ -396,23 +396,23 @@ def test_a_graph_that_ran_unread_is_an_error_on_the_host_and_nan_on_a_device(mon
         run = torch.compile(model, backend="eager")
         with tap.listening() as beats:
             run(input_ids=ids, use_cache=False)
-            wanted = beats.take_step()
+            wanted = beats.take()
             assert wanted.isfinite().all()
             run(input_ids=ids, use_cache=False)
             run(input_ids=ids, use_cache=False)
             assert beats.forwards == 1, "the newest alone is there"
             with pytest.raises(BeatError, match="ran more than once before one choice"):
-                beats.take_step()
+                beats.take()
             beats.discard()
             run(input_ids=ids, use_cache=False)
-            assert torch.equal(beats.take_step(), wanted)
+            assert torch.equal(beats.take(), wanted)
             # An accelerator is not asked; its features say it.
             monkeypatch.setattr(type(beats), "_waits", staticmethod(lambda _flag: True))
             run(input_ids=ids, use_cache=False)
-            assert torch.equal(beats.take_step(), wanted)
+            assert torch.equal(beats.take(), wanted)
             run(input_ids=ids, use_cache=False)
             run(input_ids=ids, use_cache=False)
-            assert beats.take_step().isnan().all()
+            assert beats.take().isnan().all()
 
 
 def test_where_dynamo_gives_up_compiling_the_hooks_hear_instead(tokenizer):

@@ -50,8 +50,6 @@ def heads_of(drawn):
 class Heard:
     """Stands for a tap: one forward is whatever was put last."""
 
-    columns, n_columns = (0, 1), 2
-
     def __init__(self):
         self.features, self.forwards, self.positions = None, 0, 0
 
@@ -64,9 +62,6 @@ class Heard:
     def take(self):
         self.forwards = self.positions = 0
         return self.features
-
-    def take_step(self):
-        return self.take()[:, -1]
 
     discard = take
 

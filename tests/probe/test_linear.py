@@ -95,26 +95,3 @@ def test_moving_a_probe_keeps_what_it_says() -> None:
     moved = probe.to("cpu")
     assert torch.equal(moved(features), probe(features))
     assert (moved.sites, moved.heads) == (probe.sites, probe.heads)
-
-
-def test_reading_whole_activations_equals_reading_the_features() -> None:
-    probe, whole = random_probe(), torch.randn(3, 11)
-    columns = torch.tensor([1, 3, 4, 8, 10])
-    torch.testing.assert_close(
-        probe.whole_step_reader(columns, 11)(whole), probe(whole[:, columns])
-    )
-    whole[1, 0] = torch.nan  # not read
-    logits = probe.whole_step_reader(columns, 11)(whole)
-    assert logits.isfinite().all(-1).tolist() == [True, False, True]
-
-
-@pytest.mark.parametrize("batch", [1, 2, 7, 32])
-@pytest.mark.parametrize("n_heads", [1, 3])
-def test_the_way_of_every_token_yields_what_a_call_does_bit_for_bit(batch, n_heads):
-    generator = torch.Generator().manual_seed(0)
-    site = Site(0, "resid", tuple(range(96)))
-    weight = torch.randn(96, n_heads, generator=generator)
-    bias = torch.randn(n_heads, generator=generator)
-    probe = LinearProbe((site,), weight, bias, tuple("abc"[:n_heads]))
-    features = torch.randn(batch, 96, generator=generator)
-    assert torch.equal(probe.step_reader()(features), probe(features))

@@ -1,4 +1,4 @@
-"""The MLP probe: its arithmetic, its readers, and that it hides nothing that is not finite."""
+"""The MLP probe: its arithmetic, and that it hides nothing that is not finite."""
 
 from __future__ import annotations
 
@@ -54,24 +54,8 @@ def test_no_unit_hides_a_feature_that_is_not_finite(value):
     features[0, 3] = value
     arrays = {name: tensor.numpy() for name, tensor in own.items()}
     with_numpy = torch.from_numpy(layout_of("mlp").logits(arrays, features.numpy()))
-    for logits in (probe(features), probe.step_reader()(features), with_numpy):
+    for logits in (probe(features), with_numpy):
         assert logits.isfinite().all(dim=1).tolist() == [False, True]
-
-
-@pytest.mark.parametrize("batch", [1, 2, 7, 32])
-@pytest.mark.parametrize("n_heads", [1, 2])
-def test_the_reader_of_every_step_yields_what_a_call_does_bit_for_bit(batch, n_heads):
-    probe = random_mlp(hidden=64, n_heads=n_heads)
-    features = torch.randn(batch, 5)
-    assert torch.equal(probe.step_reader()(features), probe(features))
-
-
-def test_reading_whole_activations_equals_reading_the_features():
-    probe, whole, columns = random_mlp(), torch.randn(3, 11), torch.tensor([1, 3, 4, 8, 10])
-    read = probe.whole_step_reader(columns, 11)
-    torch.testing.assert_close(read(whole), probe(whole[:, columns]))
-    with pytest.raises(ConfigurationError, match="features are on meta, the probe on cpu"):
-        read(whole.to("meta"))
 
 
 def test_folding_equals_explicit_standardisation():

@@ -56,13 +56,9 @@ def test_a_kind_that_is_not_known_is_refused_with_those_that_are():
         layout_of(3)
 
 
-def test_readers_that_a_kind_does_not_write_read_as_a_call_does():
+def test_a_kind_that_does_not_write_how_it_moves_is_moved():
     probe = PlainProbe(random_probe())
-    features, columns = torch.randn(3, 7), torch.tensor([8, 1, 2, 3, 5, 6, 0])
-    whole = torch.zeros(3, 9)
-    whole[:, columns] = features
-    assert torch.equal(probe.step_reader()(features), probe(features))
-    assert torch.equal(probe.whole_step_reader(columns, 9)(whole), probe(features))
+    features = torch.randn(3, 7)
     assert torch.equal(probe.to("cpu")(features), probe(features))
 
 

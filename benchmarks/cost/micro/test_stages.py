@@ -28,37 +28,29 @@ def sites() -> tuple[Site, ...]:
     return tuple(Site(layer, "mlp", channels) for layer in range(SITES))
 
 
-def columns() -> torch.Tensor:
-    return torch.cat([torch.tensor(site.channels) + WIDTH * site.layer for site in sites()])
-
-
 def monitor_of(n_heads: int) -> RiskMonitor:
     bundle = of_shape("nano", probe=ProbeShape(features=16, heads=n_heads)).bundle
     return RiskMonitor(bundle.monitor, 1e9)
 
 
 @ROWS
-def test_borrow_and_take_step(benchmark: BenchmarkFixture, rows: int) -> None:
-    beats = ForwardRecorder(sites(), columns(), SITES * WIDTH)
+def test_hear_and_take(benchmark: BenchmarkFixture, rows: int) -> None:
+    beats, channels = ForwardRecorder(sites()), torch.tensor(sites()[0].channels)
     hidden = [torch.randn(rows, 1, WIDTH) for _ in range(SITES)]
 
-    def step() -> torch.Tensor | None:
+    def step() -> torch.Tensor:
         for index, activation in enumerate(hidden):
-            beats.borrow(index, activation)
-        return beats.take_step()
+            beats.hear(index, activation, channels)
+        return beats.take()
 
     taken = benchmark(step)
-    assert taken.shape == (rows, SITES * WIDTH)
+    assert taken.shape == (rows, 1, FEATURES)
 
 
 @ROWS
-@pytest.mark.parametrize("way", ["features", "whole"])
-def test_probe(benchmark: BenchmarkFixture, rows: int, way: str) -> None:
+def test_probe(benchmark: BenchmarkFixture, rows: int) -> None:
     probe = LinearProbe(sites(), torch.randn(FEATURES, 1), torch.zeros(1), ("harm",))
-    read, width = (probe, FEATURES) if way == "features" else (
-        probe.whole_step_reader(columns(), SITES * WIDTH), SITES * WIDTH,
-    )  # fmt: skip
-    logits = benchmark(read, torch.randn(rows, width))
+    logits = benchmark(probe, torch.randn(rows, FEATURES))
     assert logits.shape == (rows, 1)
 
 

@@ -28,16 +28,13 @@ class ActivationBuffer:
     Args:
         site: Whose.
         device: Where its module computes.
-        is_lent: Whether a single position may be kept whole instead of copied.
         count: 0-dim int64, moved by one in place at each forward; None: another register's does.
     """
 
-    def __init__(
-        self, site: Site, device: torch.device, *, is_lent: bool, count: Tensor | None
-    ) -> None:
+    def __init__(self, site: Site, device: torch.device, *, count: Tensor | None) -> None:
         self.value: Tensor | None = None
         self._channels = torch.tensor(site.channels, device=device)
-        self._is_lent, self._count = is_lent, count
+        self._count = count
 
     def leave(self, hidden: Tensor, batch: int) -> None:
         """Keep an activation; traced into the graph.
@@ -48,10 +45,7 @@ class ActivationBuffer:
         """
         if hidden.ndim == 2:
             hidden = hidden.view(batch, -1, hidden.shape[-1])
-        if self._is_lent and hidden.shape[1] == 1:
-            self.value = hidden
-        else:
-            self.value = hidden.index_select(2, self._channels.to(hidden.device))
+        self.value = hidden.index_select(2, self._channels.to(hidden.device))
         if self._count is not None:
             self._count.add_(1)
 
@@ -62,16 +56,13 @@ class ActivationBuffers:
     Args:
         sites: In the order of `sorted_sites`.
         devices: Where each site's module computes.
-        lends: For each site, whether a single position may be kept whole.
 
     Attributes:
         by_site: One a site.
         batch: Rows of the newest compiled forward, where a site does not say.
     """
 
-    def __init__(
-        self, sites: Sequence[Site], devices: Sequence[torch.device], lends: Sequence[bool]
-    ) -> None:
+    def __init__(self, sites: Sequence[Site], devices: Sequence[torch.device]) -> None:
         import torch._dynamo  # slow to import, and only who compiles needs it
 
         # The deepest site counts: a forward that ended before it left no complete beat.
@@ -79,13 +70,8 @@ class ActivationBuffers:
         # Captured graphs write to a place that does not move.
         torch._dynamo.mark_static_address(self._count)
         self.by_site = tuple(
-            ActivationBuffer(
-                site,
-                device,
-                is_lent=is_lent,
-                count=self._count if index == len(sites) - 1 else None,
-            )
-            for index, (site, device, is_lent) in enumerate(zip(sites, devices, lends, strict=True))
+            ActivationBuffer(site, device, count=self._count if index == len(sites) - 1 else None)
+            for index, (site, device) in enumerate(zip(sites, devices, strict=True))
         )
         self.batch = 0
         self._before = self._count.clone()
@@ -118,7 +104,7 @@ class ActivationBuffers:
         self._before, self._taken = self._count.clone(), 0
 
     def taken(self) -> list[tuple[int, Tensor]]:
-        """Take what the newest forward left: index of the site, [batch, seq, channels or width].
+        """Take what the newest forward left: index of the site, [batch, seq, channels].
 
         Empty where no compiled forward ran since the last time.
         """

@@ -56,13 +56,10 @@ class CompiledTap:
     """
 
     def __init__(self, model: CausalLM, tapped: Sequence[TappedModule]) -> None:
-        is_flat = any(one.site is None for one in tapped)
         sites = [(one.site, one.module) for one in tapped if one.site is not None]
         self.registers = ActivationBuffers(
             [site for site, _ in sites],
             [_device_of(module, model) for _, module in sites],
-            # As with hooks: a block may add to its own input, the output of the block before.
-            [site.kind != "resid" and not is_flat for site, _ in sites],
         )
         registers = iter(self.registers.by_site)
         self._forwards = [

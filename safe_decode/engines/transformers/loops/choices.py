@@ -16,7 +16,6 @@ from safe_decode.engines.transformers.loops.device_checks import (
     AsyncFlag,
     all_finite,
     broken,
-    chosen,
     picked,
     top,
 )
@@ -123,9 +122,6 @@ class ChoiceJudge:
                     f"{self._scored}; do not remove it while generating."
                 ),
             )
-        if self._is_calm(input_ids, done):
-            self._tell(input_ids, None)
-            return self._rows.is_over(done)
         trips = self._suspects(input_ids)
         flags = done if trips is None else done | trips
         if self._late is not None:
@@ -135,7 +131,7 @@ class ChoiceJudge:
             return over if trips is None else over | trips
         # The step's one wait for the host, just before the loop's own.
         turns = None
-        if not self._rows.are_even or bool(flags.any()):
+        if not self._rows.go_on_as_they_are(flags):
             turns = self._sort_rows(_Unsorted(input_ids, done, trips, self._own_ends))
         self._tell(input_ids, turns)
         return self._rows.is_over(done)
@@ -207,29 +203,6 @@ class ChoiceJudge:
                 "finite scores; check the model's weights and dtype."
             )
             self._rows.park(row, said=self._n_judged, error=error)
-
-    def _is_calm(self, input_ids: Tensor, done: Tensor) -> bool:
-        """Say, on the CPU, that no row that counts ends, trips or is broken: most steps."""
-        if self._is_blind or not done.is_cpu:
-            return False
-        rows, ends = self._rows, done.tolist()
-        if not self.session.roster.protects:
-            return rows.go_on_as_they_are(ends)
-        if self.session.is_quiet:
-            is_calm = rows.go_on_as_they_are(ends)
-        else:
-            is_calm = rows.go_on_as_they_are(ends, self._protected_trips())
-        if not is_calm or self._do_sample or self._scores is None or not rows.closes:
-            return is_calm
-        values = chosen(self._scores, input_ids)
-        # The score of a pad tells nothing.
-        return all_finite(values) or (rows.active is not None and all_finite(values[rows.active]))
-
-    def _protected_trips(self) -> list[bool]:
-        trips, protected = self._trips, self.session.roster.protected
-        if trips is None:
-            return []
-        return (trips if protected is None else trips & protected).tolist()
 
     def _suspects(self, input_ids: Tensor) -> Tensor | None:
         if not self.session.roster.protects:

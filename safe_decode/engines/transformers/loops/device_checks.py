@@ -14,23 +14,12 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["AsyncFlag", "all_finite", "broken", "chosen", "picked", "top"]
-
-_FEW_SCORES = 1 << 14
+__all__ = ["AsyncFlag", "all_finite", "broken", "picked", "top"]
 
 
 def top(scores: Tensor) -> Tensor:
     """Take each row's largest score, [batch]: NaN and +Inf show in it, and a row without any."""
     return scores.amax(-1)
-
-
-def chosen(scores: Tensor, input_ids: Tensor) -> Tensor:
-    """Take of each row a score that is not finite if greedy picked one that is not, [batch].
-
-    Few scores are read whole sooner than one is found among them: greedy picks NaN where there
-    is any, and else the largest.
-    """
-    return top(scores) if scores.numel() <= _FEW_SCORES else picked(scores, input_ids)
 
 
 def picked(scores: Tensor, input_ids: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import and_
 from typing import NamedTuple
 
 import torch
@@ -93,8 +92,8 @@ class RowStatus:
         self._ends = self._own_ends = torch.empty(0, dtype=torch.int64)
         self._wanted = self._limit = torch.empty(0, dtype=torch.int64)
         self._is_even = True
-        self._is_unsorted = False  # a row was parked since `go_on`
-        self._read: tuple[_State, list[bool], bool] | None = None
+        self._is_unsorted = False  # a row was parked, or all failed, since `go_on`
+        self._any_ahead = False  # a row is read on behind its response
 
     def begin(
         self, input_ids: Tensor, ends: EndIds, *, pads_after_end: bool, room: int | None = None
@@ -152,24 +151,15 @@ class RowStatus:
         wanted: list[int] = self._wanted.tolist()
         return wanted
 
-    def go_on_as_they_are(self, *events: Sequence[bool]) -> bool:
-        """Say, on the CPU, that `go_on` would change nothing: most steps, whoever has ended.
+    def go_on_as_they_are(self, flags: Tensor) -> bool:
+        """Say that `go_on` would change nothing: most steps, whoever has ended. Waits.
 
         Args:
-            events: [batch] each: rows that end, trip or are broken, old news among them.
+            flags: [batch] bool, rows that end, trip or are broken, old news among them.
         """
-        if self._is_unsorted:
+        if self._is_unsorted or self._any_ahead:
             return False
-        if self._is_even:
-            return not any(True in flags for flags in events)
-        if self._read is None or self._read[0] is not self._state:
-            active = self._state.active
-            any_ahead = bool((active & (self._state.content >= 0)).any())
-            self._read = self._state, active.tolist(), any_ahead
-        _, counts, any_ahead = self._read
-        if any_ahead:
-            return False
-        return not any(True in flags and any(map(and_, flags, counts)) for flags in events)
+        return not bool(self.counted(flags).any())
 
     def counted(self, flags: Tensor) -> Tensor:
         """Leave of `flags` [batch] bool the rows that still count."""
@@ -192,6 +182,7 @@ class RowStatus:
             if self.closes and session.roster.policies[row].protects:
                 session.park(row, said=said, error=error)
             session.errors.setdefault(row, error)
+        self._is_unsorted = True
         # Where errors are allowed, nobody judges any more what would be looked at.
         self._wanted = torch.zeros_like(self._wanted)
 
@@ -209,6 +200,7 @@ class RowStatus:
         """
         self._is_unsorted = self._is_even = False
         self._state = state = self._after(newest, done, n_said, trusted)
+        self._any_ahead = bool((state.active & (state.content >= 0)).any())
         if self.bare_end is None and bool(state.latched.all()):
             self.bare_end = n_said
         for row in (state.content >= 0).nonzero()[:, 0].tolist():

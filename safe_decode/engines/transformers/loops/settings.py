@@ -7,7 +7,7 @@ Does not know scores, rows that tripped, or loops.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,7 +27,6 @@ __all__ = [
     "PreparedSettings",
     "ProcessorList",
     "WatchedCriteria",
-    "WatchedProcessors",
     "chooses_end",
     "models_ends",
     "reweighs",
@@ -120,31 +119,6 @@ class Follower(Protocol):
             trips: Rows that have tripped.
         """
         ...
-
-
-class WatchedProcessors:
-    """A LogitsProcessorList with the guard's own behind it, of which only the call is used.
-
-    The list inspects the signature of each processor before each call, which costs more than
-    the guard's whole step; so the guard's own is not in it.
-    """
-
-    def __init__(
-        self,
-        processors: ProcessorList,
-        guard: Callable[[Any, Any], Tensor],
-        *,
-        on_bare: Callable[[Tensor], None] | None = None,
-    ) -> None:
-        self._processors, self._guard, self._on_bare = processors, guard, on_bare
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Run the list, then the guard's own; before both, show the model's own scores."""
-        if self._on_bare is not None:
-            self._on_bare(scores)
-        if self._processors:
-            scores = self._processors(input_ids, scores)
-        return self._guard(input_ids, scores)
 
 
 class ChoiceWatcher(Protocol):

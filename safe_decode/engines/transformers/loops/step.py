@@ -33,7 +33,6 @@ from safe_decode.engines.transformers.loops.settings import (
     PreparedSettings,
     ProcessorList,
     WatchedCriteria,
-    WatchedProcessors,
     chooses_end,
     models_ends,
     reweighs,
@@ -115,22 +114,15 @@ class StepLoop(ChoiceJudge):
         Raises:
             Exception: What the model, or a processor of the user's, raises.
         """
-        from safe_decode.engines.transformers.loops.processor import SafetyLogitsProcessor
-
         self._own = OwnForwards(model, input_ids, generation_config, model_kwargs)
         self._prepare(input_ids, generation_config)
         self._begin(model, input_ids, stopping_criteria)
-        processors = WatchedProcessors(
-            logits_processor,
-            SafetyLogitsProcessor(self),
-            on_bare=self._end_watch(input_ids, logits_processor),
-        )
         try:
             kind: Any = type(model)
             self.generation = kind._sample(
                 model,
                 input_ids,
-                logits_processor=processors,
+                logits_processor=self._watched(input_ids, logits_processor),
                 stopping_criteria=WatchedCriteria(stopping_criteria, self),
                 generation_config=generation_config,
                 **model_kwargs,
@@ -170,25 +162,32 @@ class StepLoop(ChoiceJudge):
             room=self._own.room,
         )
 
-    def _end_watch(
-        self,
-        input_ids: Tensor,
-        processors: ProcessorList,
-    ) -> Callable[[Tensor], None] | None:
-        """Return what watches whether an end would be the model's own choice; None: it is."""
+    def _watched(
+        self, input_ids: Tensor, processors: ProcessorList
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what runs the processors and then judges; `_sample` only calls it.
+
+        The guard's own is not in the list, which inspects each signature at each call.
+        """
+        ends, spared = self._forceable_ends(input_ids, processors)
+
+        def processed(ids: Tensor, scores: Tensor) -> Tensor:
+            if ends:
+                self._own_ends = chooses_end(scores, ends) | spared
+            return self.on_scores(ids, processors(ids, scores))
+
+        return processed
+
+    def _forceable_ends(
+        self, input_ids: Tensor, processors: ProcessorList
+    ) -> tuple[tuple[int, ...], Tensor]:
+        """Return ids at which processors may end rows, none if none may, and the rows spared."""
         assert self.settings is not None
         rows = self._reweighed
         if rows is None:
             rows = [reweighs(processors)] * self.session.batch
-        if not self.settings.end_ids or not any(rows):
-            return None
-        ends = self.settings.end_ids
         spared = torch.tensor([not row for row in rows], device=input_ids.device)
-
-        def watch(scores: Tensor) -> None:
-            self._own_ends = chooses_end(scores, ends) | spared
-
-        return watch
+        return self.settings.end_ids if any(rows) else (), spared
 
     def _take_back(self) -> None:
         """Leave the generator and a cache that outlives the call as bare `generate` does."""
