@@ -17,6 +17,7 @@ import typer
 from probes.cli.judges import JudgeName, conversations_of, reading_of
 from probes.cli.options import Fold
 from probes.cli.tables.figures import json_of, print_tables, tables_of
+from probes.recipes.early_checks import require_both_kinds
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, require_place, write_text
 from safe_decode.cli.options import CertifiedOptions, JsonOptions
@@ -93,8 +94,9 @@ def evaluate(options: EvaluateOptions) -> None:
     require_place(html)
     require_place(out)
     _require_sense(options)
+    given = _given(options)
     decoder = options.load_decoder("rewind")
-    rows = _rows(decoder, options)
+    rows = given or _drawn(decoder, options)
     report = answered = None
     if mode != "generated":
         prefixes = options.prefix or []
@@ -126,6 +128,8 @@ def _require_sense(options: EvaluateOptions) -> None:
         raise ConfigurationError(
             "--mode=generated needs a judge of what another model says; pass --judge."
         )
+    if mode != "teacher-forced":
+        reading_of(options.judge)  # a judge that cannot be imported
     if options.html is not None:
         if mode == "generated":
             raise ConfigurationError(
@@ -136,31 +140,46 @@ def _require_sense(options: EvaluateOptions) -> None:
         require_plots()
 
 
-def _rows(decoder: SafeDecoder, options: EvaluateOptions) -> dict[str, list[Conversation]]:
-    """Return the rows of fit, calibrate and test."""
-    data, train, count = options.data, options.train, options.count
-    if data is None:
-        from probes.organism.labelled_data import EmbeddedData
+def _drawn(decoder: SafeDecoder, options: EvaluateOptions) -> dict[str, list[Conversation]]:
+    """Draw the rows of fit, calibrate and test from the embedded world."""
+    from probes.organism.labelled_data import EmbeddedData
 
-        source = EmbeddedData(
-            seed=options.seed,
-            fold=options.fold,
-            max_new_tokens=decoder.certificate.envelope.max_new_tokens,
-        )
-        model, tokenizer = decoder.model, decoder.tokenizer
-        seen = source.apart(model, tokenizer, {"fit": count, "calibrate": max(count, 400)})
-        test = source.test(model, tokenizer, count)
-        return {"fit": seen["fit"], "calibrate": seen["calibrate"], "test": test}
+    count = options.count
+    source = EmbeddedData(
+        seed=options.seed,
+        fold=options.fold,
+        max_new_tokens=decoder.certificate.envelope.max_new_tokens,
+    )
+    model, tokenizer = decoder.model, decoder.tokenizer
+    seen = source.apart(model, tokenizer, {"fit": count, "calibrate": max(count, 400)})
+    test = source.test(model, tokenizer, count)
+    return {"fit": seen["fit"], "calibrate": seen["calibrate"], "test": test}
+
+
+def _given(options: EvaluateOptions) -> dict[str, list[Conversation]] | None:
+    """Read the rows of fit, calibrate and test, before the model is loaded; None without --data."""
+    data, train = options.data, options.train
+    if data is None:
+        return None
     from probes.data.conversations import by_split
 
     rows = conversations_of(data)
     if all(row.split is None for row in rows):
         fitted = [] if train is None else conversations_of(train)
-        return {"fit": fitted, "calibrate": [], "test": rows}
-    if train is not None:
+        parts = {"fit": fitted, "calibrate": [], "test": rows}
+    elif train is not None:
         raise DataError(f"{data} has splits, so --train={train} is not used; drop one of them.")
-    parts = by_split(rows)
-    return {"fit": parts["fit"], "calibrate": parts["calibrate"], "test": parts["test"]}
+    else:
+        found = by_split(rows)
+        parts = {"fit": found["fit"], "calibrate": found["calibrate"], "test": found["test"]}
+    if not parts["test"]:
+        raise DataError(
+            f"{data} has splits, and none of its rows is of the split 'test'; add some."
+        )
+    if options.mode != "generated":
+        judged = [row for row in parts["test"] if row.response_harmful is not None]
+        require_both_kinds(judged, ("test",))
+    return parts
 
 
 def _report(

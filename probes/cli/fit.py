@@ -23,13 +23,21 @@ from probes.cli.options import DataOptions, SplitOptions, whole
 from probes.cli.sites import FEATURE_COUNTS, SiteOptions, residual_sites
 from probes.cli.tables.facts import show_facts, show_warnings
 from probes.fitting.registry import FITTERS
+from probes.recipes.early_checks import (
+    judged_rows,
+    require_both_kinds,
+    require_bundle_place,
+    require_draws,
+    require_splits,
+)
 from safe_decode.cli.command import command
-from safe_decode.cli.console import console, print_json, require_place
+from safe_decode.cli.console import console, print_json, require_folder, require_place
 from safe_decode.cli.options import JsonOptions, ModelOptions
-from safe_decode.errors import DataError
+from safe_decode.cli.tables import WordTable, print_table
 
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
+    from probes.data.reader import Reading
     from probes.data.splits import Prepared
     from probes.fitting.search import FeatureStore
     from probes.recipes.bundle import Recipe, RecipeConfig
@@ -38,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["fit"]
 
 _SHOWN = 10
+_ALPHAS = (0.01,)
 _REFUSAL = "I can't help with that."
 _OPENER = "Sorry, I"
 
@@ -106,18 +115,16 @@ class FitOptions(
 @command("Make a probe")
 def fit(options: FitOptions) -> None:
     """Locate, fit, select and calibrate: one command from conversations to a bundle."""
-    require_place(options.out.parent / "file")
-    require_delta(options.delta)
+    _require_sense(options)
     from probes.data.splits import prepared
     from probes.fitting.search import FeatureStore
 
     keep = FeatureStore(options.store, options.recompute)
     readings = options.read()
+    _require_enough(readings, options)
     own = options.load_model()
     rows, too_long = whole(own, [row for one in readings for row in one.conversations])
     judged = [row for row in rows if row.response_harmful is not None]
-    if not judged:
-        raise DataError("no conversation has response_harmful 0 or 1; judge them first.")
     ready = prepared(judged, seed=options.seed, balance=options.balance)
     provenance = {
         "sources": [one.to_json() for one in readings],
@@ -133,6 +140,29 @@ def fit(options: FitOptions) -> None:
         return
     show_warnings(readings, [*ready.warnings, *_notes(recipe)])
     _show(recipe, options.out)
+
+
+def _require_sense(options: FitOptions) -> None:
+    """Refuse, before anything is read, options that no data could satisfy."""
+    from probes.fitting.search import fits_of, statistics_of
+
+    require_place(options.out.parent / "file")
+    require_bundle_place(options.out)
+    if options.store is not None:
+        require_folder(options.store)
+    require_delta(options.delta)
+    fits_of(options.method, None, options.probe)
+    statistics_of(options.statistic)
+    options.require_layers(options.model)
+
+
+def _require_enough(readings: Sequence[Reading], options: FitOptions) -> None:
+    """Refuse, before the model is loaded, data that no bundle could come of."""
+    judged = judged_rows(readings)
+    locates = options.units is None and options.residual is None
+    require_splits(judged, (*(("locate",) if locates else ()), "fit", "select", "calibrate"))
+    require_both_kinds(judged, ("fit", "select"))
+    require_draws(judged, options.alpha or _ALPHAS, options.delta)
 
 
 def _recipe(
@@ -165,7 +195,7 @@ def _config(own: Loaded, rows: Sequence[Conversation], options: FitOptions) -> R
     envelope = envelope_of(own, calibrating or rows, options)
     residual, c = options.residual, options.c or []
     reads_units = options.units is not None or residual is None
-    alphas = tuple(options.alpha or (0.01,))
+    alphas = tuple(options.alpha or _ALPHAS)
     return RecipeConfig(
         envelope=envelope,
         refusal=options.refusal,
@@ -213,25 +243,25 @@ def _as_json(recipe: Recipe, out: Path, provenance: Mapping[str, Any]) -> dict[s
 
 
 def _show(recipe: Recipe, out: Path) -> None:
-    from rich.table import Table
-
     columns = ("sites", "fit", "statistic", "TPR", "AUROC", "delay p90", "hold-back")
-    table = Table(*columns, title="Best on select", title_justify="left")
+    rows = []
     for one in recipe.tried[:_SHOWN]:
         hits = f" x{one['hits']}" if one["hits"] > 1 else ""
         size = {"mean": one["window"], "cusum": round(one["drift"], 2)}.get(
             one["statistic"], round(one["smoothing"], 2)
         )
-        table.add_row(
-            one["sites"],
-            one["way"],
-            f"{one['statistic']} {size}{hits}",
-            f"{one['tpr']:.1%}",
-            f"{one['auroc']:.4f}",
-            str(one["delay_p90"]),
-            str(one["holdback_tokens"]),
+        rows.append(
+            [
+                one["sites"],
+                one["way"],
+                f"{one['statistic']} {size}{hits}",
+                f"{one['tpr']:.1%}",
+                f"{one['auroc']:.4f}",
+                str(one["delay_p90"]),
+                str(one["holdback_tokens"]),
+            ]
         )
-    console().print(table)
+    print_table(WordTable(columns, rows, "Best on select"))
     console().print(f"{len(recipe.tried)} candidates; the first is in the bundle.")
     certified = {
         f"{one.population} at {one.alpha:g}": (

@@ -15,19 +15,19 @@ import typer
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
 from safe_decode.cli.loading import loaded_bundle
-from safe_decode.cli.options import BundleOptions, JsonOptions
+from safe_decode.cli.options import JsonOptions, NamedBundle
+from safe_decode.cli.tables import WordTable, print_table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from safe_decode.bundle.bundle import ProbeBundle
+    from safe_decode.bundle.summary import BundleSummary
     from safe_decode.certificate import Certificate
 
 __all__ = ["inspect", "verify_certificate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectedBundle(BundleOptions, JsonOptions):
+class InspectedBundle(NamedBundle, JsonOptions):
     """Options of `safe-decode inspect` and `safe-decode verify-certificate`."""
 
     key: Annotated[
@@ -40,7 +40,7 @@ class InspectedBundle(BundleOptions, JsonOptions):
 
     def load(self) -> ProbeBundle:
         """Load the bundle, its signature checked where a key is given."""
-        return loaded_bundle(self.bundle, trusted_key=self.key)
+        return loaded_bundle(self.directory, trusted_key=self.key)
 
     def signature(self) -> str:
         """Say whether the loaded bundle is signed; with a key, that was checked."""
@@ -49,26 +49,27 @@ class InspectedBundle(BundleOptions, JsonOptions):
 
         if self.key is not None:
             return f"holds for the key {self.key}"
-        is_there = is_signed(self.bundle or Path(artefact("bundle")))
+        is_there = is_signed(self.directory or Path(artefact("bundle")))
         return "there, not checked: pass --key" if is_there else "none"
 
 
 @command("Tools")
 def inspect(options: InspectedBundle) -> None:
-    """Print a bundle's card: what it reads, what it decides by, and what it was made for."""
+    """Say which model a bundle guards, what it catches, what to beware of, and all it holds."""
+    from safe_decode.bundle.summary import summary_of
+
     loaded = options.load()
+    summary = summary_of(loaded)
     card = {**_card(loaded), "signature": options.signature()}
     if options.as_json:
-        print_json(card)
+        print_json({"summary": _summary_facts(summary), **card})
         return
-    from rich.table import Table
-
-    table = Table("", "", show_header=False, box=None)
-    for name, value in card.items():
-        if name != "certificates":
-            table.add_row(name, _shown(value))
-    console().print(table)
-    console().print(_certificates(loaded.all_certificates))
+    print_table(WordTable(("", ""), summary.rows(), f"Bundle {loaded.digest[:16]}"))
+    console().print()
+    print_table(_certificates(loaded.all_certificates))
+    console().print()
+    details = [(name, _shown(value)) for name, value in card.items() if name != "certificates"]
+    print_table(WordTable(("", ""), details, "Details"))
 
 
 @command("Tools")
@@ -93,7 +94,7 @@ def verify_certificate(options: InspectedBundle) -> None:
             }
         )
         return
-    console().print(_certificates(every))
+    print_table(_certificates(every))
     console().print(
         f"verified: {len(every)} of {len(every)} thresholds recompute from their maxima."
     )
@@ -147,28 +148,36 @@ def _facts(certificate: Certificate) -> dict[str, object]:
     }
 
 
-def _certificates(certificates: Sequence[Certificate]) -> Table:
-    from rich.table import Table
+def _summary_facts(summary: BundleSummary) -> dict[str, object]:
+    worth = summary.worth
+    return {
+        "model": summary.model,
+        "dtype": summary.dtype,
+        "worth": None if worth is None else asdict(worth),
+        "is_located": summary.is_located,
+        "reads": summary.reads,
+        "made": summary.made,
+        "made_by": summary.made_by,
+        "warnings": list(summary.warnings),
+    }
 
-    table = Table(
-        title="Certificates",
-        caption="With confidence 1 - delta over the draw, at most alpha of such responses alarm. "
+
+def _certificates(certificates: Sequence[Certificate]) -> WordTable:
+    shown = ("population", "alpha", "delta", "n", "j", "threshold", "source", "lengths", "envelope")
+    rows = [[_shown(facts[name]) for name in shown] for facts in map(_facts, certificates)]
+    return WordTable(
+        shown,
+        rows,
+        "Certificates",
+        "With confidence 1 - delta over the draw, at most alpha of such responses alarm. "
         "Source: on-policy, the model's own responses; off-policy, texts of others too; "
         "unrecorded, the bundle does not say.",
-        title_justify="left",
-        caption_justify="left",
+        right=("alpha", "delta", "n", "j", "threshold"),
     )
-    shown = ("population", "alpha", "delta", "n", "j", "threshold", "source", "lengths", "envelope")
-    for name in shown:
-        table.add_column(name)
-    for certificate in certificates:
-        facts = _facts(certificate)
-        table.add_row(*(_shown(facts[name]) for name in shown))
-    return table
 
 
 def _shown(value: object) -> str:
-    from safe_decode.demo.view import visible
+    from safe_decode.trace.shown import visible
 
     if isinstance(value, float):
         return f"{value:.6g}"
