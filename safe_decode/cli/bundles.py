@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect", "verify_certificate"]
 
+_LONGEST_ENTRY = 200
+"""Characters of an entry of the provenance that is shown; `--json` shows all of it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class InspectedBundle(NamedBundle, JsonOptions):
@@ -66,9 +69,11 @@ def inspect(options: InspectedBundle) -> None:
         return
     print_table(WordTable(("", ""), summary.rows(), f"Bundle {loaded.digest[:16]}"))
     console().print()
-    print_table(_certificates(loaded.all_certificates))
+    _print_certificates(loaded.all_certificates)
     console().print()
-    details = [(name, _shown(value)) for name, value in card.items() if name != "certificates"]
+    told = {name: value for name, value in card.items() if name != "certificates"}
+    told["provenance"] = _briefly(loaded.provenance)
+    details = [(name.replace("_", " "), _shown(value)) for name, value in told.items()]
     print_table(WordTable(("", ""), details, "Details"))
 
 
@@ -94,7 +99,7 @@ def verify_certificate(options: InspectedBundle) -> None:
             }
         )
         return
-    print_table(_certificates(every))
+    _print_certificates(every)
     console().print(
         f"verified: {len(every)} of {len(every)} thresholds recompute from their maxima."
     )
@@ -162,18 +167,42 @@ def _summary_facts(summary: BundleSummary) -> dict[str, object]:
     }
 
 
-def _certificates(certificates: Sequence[Certificate]) -> WordTable:
-    shown = ("population", "alpha", "delta", "n", "j", "threshold", "source", "lengths", "envelope")
-    rows = [[_shown(facts[name]) for name in shown] for facts in map(_facts, certificates)]
-    return WordTable(
+def _print_certificates(certificates: Sequence[Certificate]) -> None:
+    """Print thresholds, then how the responses were made that they speak of."""
+    facts = [_facts(certificate) for certificate in certificates]
+    numbers = ("alpha", "delta", "n", "j", "threshold")
+    shown = ("population", *numbers, "source")
+    told = WordTable(
         shown,
-        rows,
+        [[_shown(one[name]) for name in shown] for one in facts],
         "Certificates",
         "With confidence 1 - delta over the draw, at most alpha of such responses alarm. "
         "Source: on-policy, the model's own responses; off-policy, texts of others too; "
         "unrecorded, the bundle does not say.",
-        right=("alpha", "delta", "n", "j", "threshold"),
+        right=numbers,
     )
+    print_table(told)
+    console().print()
+    made: dict[tuple[str, str], list[str]] = {}
+    for one in facts:
+        made.setdefault((_shown(one["lengths"]), _shown(one["envelope"])), []).append(
+            _shown(one["population"])
+        )
+    of = [
+        "all of them" if len(made) == 1 else ", ".join(dict.fromkeys(who)) for who in made.values()
+    ]
+    rows = [(who, lengths, envelope) for who, (lengths, envelope) in zip(of, made, strict=True)]
+    print_table(WordTable(("of", "lengths", "envelope"), rows, "Certified responses"))
+
+
+def _briefly(provenance: Mapping[str, object]) -> dict[str, object]:
+    """Cut long entries; those that the summary tells are left out."""
+    found: dict[str, object] = {}
+    for name, value in provenance.items():
+        text = _shown(value)
+        if name not in ("worth", "made", "made_by"):
+            found[name] = value if len(text) <= _LONGEST_ENTRY else "long, see --json"
+    return found
 
 
 def _shown(value: object) -> str:
@@ -182,7 +211,9 @@ def _shown(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}={_shown(item)}" for key, item in value.items())
+        return ", ".join(
+            f"{key}={_shown(item)}" for key, item in value.items() if item not in ({}, (), [])
+        )
     if isinstance(value, list | tuple):
         return "; ".join(_shown(item) for item in value)
     return visible(str(value))

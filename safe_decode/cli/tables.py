@@ -82,24 +82,31 @@ class WordTable:
         return grid
 
     def _blocks(self, rows: Sequence[Sequence[str]], width: int) -> Iterator[RenderableType]:
+        """Write each row as a block of its own: what it is about, then names and values."""
         from rich.text import Text
 
-        has_header = any(self.columns)
+        if not any(self.columns):
+            yield from self._facts(rows, width)
+            return
         names = max((len(name) for name in self.columns[1:]), default=0)
         for number, row in enumerate(rows):
-            if number and (has_header or number in self.apart):
+            if number:
                 yield Text()
-            head = f"{self.columns[0]}: {row[0]}" if has_header and self.columns[0] else row[0]
-            yield from _lines(head, width, "", style="bold")
+            yield from _lines(f"{self.columns[0]}: {row[0]}", width, "", style="bold")
             for name, cell in zip(self.columns[1:], row[1:], strict=True):
-                if not cell:
-                    continue
-                lead = " " * _INDENT + (f"{name:<{names}}" + " " * _GAP if has_header else "")
-                room = width - len(lead)
-                if _longest_word(cell) > room:
-                    yield Text(lead.rstrip())
-                    lead = " " * 2 * _INDENT
-                yield from _lines(cell, width, lead)
+                if cell:
+                    yield from _named(" " * _INDENT + f"{name:<{names}}", cell, width)
+
+    def _facts(self, rows: Sequence[Sequence[str]], width: int) -> Iterator[RenderableType]:
+        """Write names and values, a value too long for the place beside its name below it."""
+        names = max(_longest_line(row[0]) for row in rows)
+        for row in rows:
+            if len(row) == 1 or names > width // 2:
+                yield from _lines(row[0], width, "")
+                for cell in row[1:]:
+                    yield from _lines(cell, width, " " * _INDENT)
+            else:
+                yield from _named(f"{row[0]:<{names}}", " ".join(row[1:]), width)
 
 
 def print_table(table: WordTable, screen: Console | None = None) -> None:
@@ -130,6 +137,14 @@ def fitted_widths(natural: Sequence[int], least: Sequence[int], room: int) -> li
         return None
     lacking = [wish - need for wish, need in zip(natural, least, strict=True)]
     return [need + spare * lack // sum(lacking) for need, lack in zip(least, lacking, strict=True)]
+
+
+def _named(name: str, value: str, width: int) -> Iterator[RenderableType]:
+    lead = name + " " * _GAP
+    if _longest_word(value) > width - len(lead):
+        yield from _lines(name.rstrip(), width, "")
+        lead = " " * 2 * _INDENT
+    yield from _lines(value, width, lead)
 
 
 def _lines(text: str, width: int, lead: str, style: str = "") -> Iterator[RenderableType]:
