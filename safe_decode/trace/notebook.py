@@ -50,8 +50,8 @@ def trace_as_html(
     more = len(tokens) - _MOST_TOKENS
     rest = f"<p>… and {more:,} tokens more</p>" if more > 0 else ""
     gets = "" if text is None else f"<p><b>The reader gets:</b> {escape(visible(text))}</p>"
-    told = "".join(f"<li>{escape(visible(one))}</li>" for one in trace.header.warnings)
-    warned = f'<ul style="margin:4px 0"><b>Beware:</b>{told}</ul>' if told else ""
+    told = escape(visible("; ".join(trace.header.warnings)))
+    warned = f"<p><b>Beware:</b> {told}</p>" if told else ""
     return (
         '<div style="font-size:13px;line-height:1.7;margin:4px 0;white-space:pre-wrap;'
         'overflow-wrap:anywhere">'
@@ -70,5 +70,7 @@ def _token(token: ShownToken) -> str:
     text = escape(visible(token.text))
     if token.risk is None:
         return text
+    if not band_of(token.risk):
+        return f'<span title="risk {token.risk:.2f}">{text}</span>'
     tint = f"background:rgba(226,88,62,{0.55 * band_of(token.risk) / (BANDS - 1):.2f})"
     return f'<span style="{tint}" title="risk {token.risk:.2f}">{text}</span>'

@@ -37,11 +37,6 @@ def half_tripping(llama, tokenizer, prompts, **options):
     )
 
 
-@pytest.fixture(autouse=True)
-def quiet_transformers(caplog):
-    caplog.set_level(logging.CRITICAL, logger="transformers")
-
-
 @pytest.mark.parametrize("given", ["hello", PROMPTS, CHAT, [CHAT, CHAT]])
 def test_an_untripped_pipeline_says_what_it_says_with_the_bare_model(llama, tokenizer, given):
     decoder = decoder_for(llama, tokenizer)
@@ -86,6 +81,21 @@ def test_a_pipeline_gives_several_sequences_and_ids(llama, tokenizer):
     torch.manual_seed(0)
     assert found == piped(llama, tokenizer)("hello", return_tensors=True, **options)
     assert len(found) == 3
+
+
+def test_a_pipeline_does_not_call_a_decoder_unsupported(llama, tokenizer):
+    heard = []
+    logger = logging.getLogger("transformers.pipelines.base")
+    listener = logging.Handler()
+    listener.emit = lambda record: heard.append(record.getMessage())
+    logger.addHandler(listener)
+    try:
+        piped(decoder_for(llama, tokenizer), tokenizer)
+        assert not heard
+        logger.error("The model 'Other' is not supported for text-generation.")
+        assert len(heard) == 1
+    finally:
+        logger.removeHandler(listener)
 
 
 def test_a_pipeline_says_what_it_holds(llama, tokenizer):
