@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,7 @@ from probes.activations.teacher_forcing import (
 from probes.data.conversations import Conversation
 from probes.runs.identity import weights_digest
 from safe_decode.activations.site import Site, n_features, sorted_sites
-from safe_decode.errors import DataError
+from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.probe.interface import Probe
 from safe_decode.typing import CausalLM, Tokenizer
 from safe_decode.whole_files import write_whole
@@ -94,12 +95,14 @@ def harvest_to(
 
     Raises:
         DataError: As in `harvest`; or the directory holds another harvest.
+        ConfigurationError: The disk has no room for what is still missing.
     """
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     encoded = [encode_response(tokenizer, row) for row in conversations]
     onsets = _onsets(tokenizer, conversations, encoded)
     identity = _identity(encoded, sites, storage, responses_per_shard)
+    _require_disk(root, encoded, sites, storage)
     _claim(root, {**identity, "weights_sha256": weights_digest(model)})
     for left in root.iterdir():
         if _HALF_SHARD.fullmatch(left.name):  # of a run that was killed
@@ -196,6 +199,22 @@ def _views(shard: NDArray[Any], part: Sequence[EncodedResponse]) -> list[NDArray
             f"a shard has {len(shard)} positions, wanted {stops[-1]}; delete it and harvest again."
         )
     return np.split(shard, stops[:-1])
+
+
+def _require_disk(
+    root: Path, encoded: Sequence[EncodedResponse], sites: Sequence[Site], storage: Storage
+) -> None:
+    """Refuse, before the first forward, a harvest that would fill the disk."""
+    positions = sum(row.n_scores for row in encoded)
+    wanted = positions * n_features(sites) * np.dtype(storage).itemsize
+    there = sum(path.stat().st_size for path in root.glob(f"{_SHARD}*.npy"))
+    free = shutil.disk_usage(root).free
+    if wanted - there > free:
+        raise ConfigurationError(
+            f"{root} has room for {free / 2**30:.2f} GiB, and {positions:,} positions of "
+            f"{n_features(sites):,} features in {storage} need {(wanted - there) / 2**30:.2f} GiB "
+            "more; read fewer features or responses, or pass a directory on a larger disk."
+        )
 
 
 def _claim(root: Path, identity: dict[str, Any]) -> None:

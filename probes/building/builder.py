@@ -38,6 +38,7 @@ from probes.location.units import UnitSet
 from probes.recipes.bundle import Recipe, RecipeConfig, make_bundle
 from probes.rollouts.judges import RowJudge
 from probes.runs.identity import weights_digest
+from safe_decode import __version__
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, sorted_sites
 from safe_decode.bundle.bundle import ProbeBundle
@@ -124,6 +125,7 @@ def build_bundle(
         "worth": worth,
         "counts": counts.to_json(),
         "recipe": _plain(recipe),
+        "made_by": __version__,
     }
     bundle = replace(made.bundle, provenance=provenance)
     return Built(bundle, report, counts, made.tried, tuple(warnings), clock.seconds)

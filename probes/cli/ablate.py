@@ -17,6 +17,7 @@ from probes.cli.options import BatchSize, JournalPath, RefusalPhrases
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, progress, require_place, working
 from safe_decode.cli.options import JsonOptions, ModelOptions
+from safe_decode.cli.tables import WordTable, print_table
 from safe_decode.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -265,12 +266,8 @@ def _measured(
 
 
 def _show(measured: Sequence[AblationResult], compared: Sequence[Rise], category: str) -> None:
-    from rich.table import Table
-
-    table = Table(title="Without these units", title_justify="left")
-    for name in ("removed", "units", "refusal", "harmful", "broken", "benign kept", "perplexity"):
-        table.add_column(name, justify="right")
-    table.add_column("margin", justify="right")
+    numbers = ("units", "refusal", "harmful", "broken", "benign kept", "perplexity", "margin")
+    rows = []
     for row in measured:
         if row.family.startswith("random") or row.harmful is None:
             continue
@@ -278,9 +275,9 @@ def _show(measured: Sequence[AblationResult], compared: Sequence[Rise], category
         kept = "–" if row.benign is None else f"{row.benign.share('benign').point:.1%}"
         removed = "nothing" if row.family == "whole" else row.name
         surprise = "–" if row.perplexity is None else f"{row.perplexity:.2f}"
-        table.add_row(removed, str(row.n_units), *shares, kept, surprise, f"{row.margin:.2f}")
+        rows.append([removed, str(row.n_units), *shares, kept, surprise, f"{row.margin:.2f}"])
+    print_table(WordTable(("removed", *numbers), rows, "Without these units", right=numbers))
     screen = console()
-    screen.print(table)
     for found in compared:
         screen.print(_told(found, category), soft_wrap=True)
 

@@ -20,9 +20,10 @@ from probes.cli.shared_options.envelopes import (
     require_delta,
 )
 from probes.cli.tables.facts import show_facts, show_warnings
+from probes.recipes.early_checks import require_bundle_place, require_draws
 from safe_decode.cli.command import command
 from safe_decode.cli.console import print_json, require_place
-from safe_decode.cli.options import BundleOptions, JsonOptions, ModelOptions
+from safe_decode.cli.options import JsonOptions, ModelOptions, NamedBundle
 from safe_decode.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ __all__ = ["calibrate"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions(EnvelopeOptions, DataOptions, ModelOptions, BundleOptions, JsonOptions):
+class CalibrateOptions(EnvelopeOptions, DataOptions, ModelOptions, NamedBundle, JsonOptions):
     """Options of `safe-decode calibrate`."""
 
     out: Annotated[
@@ -58,15 +59,17 @@ class CalibrateOptions(EnvelopeOptions, DataOptions, ModelOptions, BundleOptions
 def calibrate(options: CalibrateOptions) -> None:
     """Certify a bundle's thresholds anew on harmless responses that nothing was chosen on."""
     require_place(options.out.parent / "file")
+    require_bundle_place(options.out)
     require_delta(options.delta)
     from safe_decode.bundle.bundle import Fingerprint
 
     old = options.load_bundle()
     readings = options.read()
+    given = _harmless([row for one in readings for row in one.conversations])
+    require_draws(given, _alphas(old, options), options.delta)
     own = options.load_model()
     old.fingerprint.require(Fingerprint.of(own.model, own.tokenizer))
-    rows = [row for one in readings for row in one.conversations]
-    harmless, too_long = whole(own, _harmless(rows))
+    harmless, too_long = whole(own, given)
     envelope = envelope_of(own, harmless, options, before=old.certificate().envelope)
     found = _certified(own, old, harmless, options, envelope)
     record = {
@@ -118,6 +121,12 @@ def _show(
     show_facts("Certificates", shown, out)
 
 
+def _alphas(bundle: ProbeBundle, options: CalibrateOptions) -> tuple[float, ...]:
+    """Return the rates to certify: those asked for, else those of the bundle."""
+    old = sorted({one.alpha for one in bundle.certificates}, reverse=True)
+    return tuple(options.alpha or old)
+
+
 def _harmless(rows: Sequence[Conversation]) -> list[Conversation]:
     """Take the harmless rows of the calibrate split, or all where there are no splits."""
     splits = any(row.split is not None for row in rows)
@@ -148,8 +157,6 @@ def _certified(
     from probes.calibration.statistic import maxima, smoothed_paths
     from probes.data.near_duplicates import merge_near_duplicates
 
-    old_alphas = sorted({one.alpha for one in bundle.certificates}, reverse=True)
-    alphas = options.alpha or old_alphas
     # Near duplicates are one draw, not several.
     drawn = merge_near_duplicates(rows).conversations
     probe = bundle.probe.to(next(own.model.parameters()).device)
@@ -157,7 +164,7 @@ def _certified(
     return certify_populations(
         drawn,
         maxima(smoothed_paths(logits, bundle.monitor)),
-        alphas=tuple(alphas),
+        alphas=_alphas(bundle, options),
         delta=options.delta,
         envelope=envelope,
         responses=Responses.scored(own.model, logits),

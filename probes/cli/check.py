@@ -14,13 +14,13 @@ import typer
 from probes.cli.tables.facts import show_facts
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
-from safe_decode.cli.options import Alpha, BundleOptions, JsonOptions
+from safe_decode.cli.options import Alpha, JsonOptions, NamedBundle
 
 __all__ = ["check"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckOptions(BundleOptions, JsonOptions):
+class CheckOptions(NamedBundle, JsonOptions):
     """Options of `safe-decode check`."""
 
     trace: Annotated[

@@ -18,6 +18,7 @@ from probes.cli.judges import JudgeName, conversations_of, reading_of
 from probes.cli.options import Fold
 from probes.cli.tables.facts import show_warnings
 from probes.cli.tables.figures import json_of, print_tables, tables_of
+from probes.recipes.early_checks import require_both_kinds
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, require_place, write_text
 from safe_decode.cli.options import CertifiedOptions, JsonOptions
@@ -95,10 +96,9 @@ def evaluate(options: EvaluateOptions) -> None:
     require_place(html)
     require_place(out)
     _require_sense(options)
-    rows = _judged_rows(options)
+    given = _given(options)
     decoder = options.load_decoder("rewind")
-    if rows is None:
-        rows = _embedded_rows(decoder, options)
+    rows = given or _drawn(decoder, options)
     report = answered = None
     if mode != "generated":
         prefixes = options.prefix or []
@@ -130,6 +130,8 @@ def _require_sense(options: EvaluateOptions) -> None:
         raise ConfigurationError(
             "--mode=generated needs a judge of what another model says; pass --judge."
         )
+    if mode != "teacher-forced":
+        reading_of(options.judge)  # a judge that cannot be imported
     if options.html is not None:
         if mode == "generated":
             raise ConfigurationError(
@@ -140,11 +142,24 @@ def _require_sense(options: EvaluateOptions) -> None:
         require_plots()
 
 
-def _judged_rows(options: EvaluateOptions) -> dict[str, list[Conversation]] | None:
-    """Read the rows of --data, those left out that the bundle has seen; None without --data.
+def _drawn(decoder: SafeDecoder, options: EvaluateOptions) -> dict[str, list[Conversation]]:
+    """Draw the rows of fit, calibrate and test from the embedded world."""
+    from probes.organism.labelled_data import EmbeddedData
 
-    Before the model is loaded: of the bundle only its record of prompts is needed.
-    """
+    count = options.count
+    source = EmbeddedData(
+        seed=options.seed,
+        fold=options.fold,
+        max_new_tokens=decoder.certificate.envelope.max_new_tokens,
+    )
+    model, tokenizer = decoder.model, decoder.tokenizer
+    seen = source.apart(model, tokenizer, {"fit": count, "calibrate": max(count, 400)})
+    test = source.test(model, tokenizer, count)
+    return {"fit": seen["fit"], "calibrate": seen["calibrate"], "test": test}
+
+
+def _given(options: EvaluateOptions) -> dict[str, list[Conversation]] | None:
+    """Read the rows of fit, calibrate and test, before the model is loaded; None without --data."""
     data, train = options.data, options.train
     if data is None:
         return None
@@ -161,23 +176,15 @@ def _judged_rows(options: EvaluateOptions) -> dict[str, list[Conversation]] | No
     )
     if found.note is not None:
         show_warnings((), [found.note])
-    return found.parts()
-
-
-def _embedded_rows(decoder: SafeDecoder, options: EvaluateOptions) -> dict[str, list[Conversation]]:
-    """Draw the rows of fit, calibrate and test from the embedded world."""
-    from probes.organism.labelled_data import EmbeddedData
-
-    count = options.count
-    source = EmbeddedData(
-        seed=options.seed,
-        fold=options.fold,
-        max_new_tokens=decoder.certificate.envelope.max_new_tokens,
-    )
-    model, tokenizer = decoder.model, decoder.tokenizer
-    seen = source.apart(model, tokenizer, {"fit": count, "calibrate": max(count, 400)})
-    test = source.test(model, tokenizer, count)
-    return {"fit": seen["fit"], "calibrate": seen["calibrate"], "test": test}
+    parts = found.parts()
+    if not parts["test"]:
+        raise DataError(
+            f"{data} has splits, and none of its rows is of the split 'test'; add some."
+        )
+    if options.mode != "generated":
+        judged = [row for row in parts["test"] if row.response_harmful is not None]
+        require_both_kinds(judged, ("test",))
+    return parts
 
 
 def _report(

@@ -14,7 +14,7 @@ import typer
 from probes.cli.tables.facts import show_facts
 from safe_decode.cli.command import command
 from safe_decode.cli.console import print_json, require_place, working
-from safe_decode.cli.options import Alpha, BundleOptions, JsonOptions
+from safe_decode.cli.options import Alpha, JsonOptions, NamedBundle
 from safe_decode.errors import ConfigurationError
 
 __all__ = ["TOLERANCE", "export"]
@@ -23,7 +23,7 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(BundleOptions, JsonOptions):
+class ExportOptions(NamedBundle, JsonOptions):
     """Options of `safe-decode export`."""
 
     out: Annotated[Path, typer.Option(help="Directory that the graphs are written to.")]

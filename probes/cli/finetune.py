@@ -15,6 +15,7 @@ from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, working, write_text
 from safe_decode.cli.loading import loaded_model
 from safe_decode.cli.options import Device, JsonOptions, ModelName
+from safe_decode.cli.tables import WordTable, print_table
 from safe_decode.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
@@ -204,19 +205,13 @@ def _write_record(out: Path, record: dict[str, Any]) -> None:
 
 
 def _show(record: dict[str, Any], out: Path) -> None:
-    from rich.table import Table
-
-    table = Table(title="Fine-tuning", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+    rows = []
     for name in ("steps", "first_loss", "last_loss"):
         value = record[name]
         text = f"{value:.4f}" if isinstance(value, float) else str(value)
-        table.add_row(name.replace("_", " "), text)
+        rows.append((name.replace("_", " "), text))
     frozen, trained = record["frozen_entries"], record["trained_entries"]
-    table.add_row(
-        "held still", f"{frozen:,} of {trained:,} trained entries ({frozen / trained:.1%})"
-    )
-    screen = console()
-    screen.print(table)
-    screen.print(f"model: {out}", soft_wrap=True)
+    held = f"{frozen:,} of {trained:,} trained entries ({frozen / trained:.1%})"
+    rows.append(("held still", held))
+    print_table(WordTable(("", ""), rows, "Fine-tuning"))
+    console().print(f"model: {out}", soft_wrap=True)

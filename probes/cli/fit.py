@@ -22,17 +22,23 @@ from probes.cli.shared_options.envelopes import (
     require_delta,
 )
 from probes.cli.shared_options.sites import FEATURE_COUNTS, SiteOptions, residual_sites
-from probes.cli.tables.built import worth_rows
-from probes.cli.tables.facts import show_facts, show_warnings
-from probes.cli.tables.figures import print_tables
+from probes.cli.tables.facts import show_warnings
+from probes.cli.tables.fitted import show_fitted
 from probes.fitting.registry import FITTERS
+from probes.recipes.early_checks import (
+    judged_rows,
+    require_both_kinds,
+    require_bundle_place,
+    require_draws,
+    require_splits,
+)
 from safe_decode.cli.command import command
-from safe_decode.cli.console import console, print_json, require_place
+from safe_decode.cli.console import print_json, require_folder, require_place
 from safe_decode.cli.options import JsonOptions, ModelOptions
-from safe_decode.errors import DataError
 
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
+    from probes.data.reader import Reading
     from probes.data.splits import Prepared
     from probes.fitting.search import FeatureStore
     from probes.recipes.bundle import Recipe, RecipeConfig
@@ -40,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit"]
 
-_SHOWN = 10
+_ALPHAS = (0.01,)
 _REFUSAL = "I can't help with that."
 _OPENER = "Sorry, I"
 
@@ -109,18 +115,16 @@ class FitOptions(
 @command("Make a probe")
 def fit(options: FitOptions) -> None:
     """Locate, fit, select and calibrate: one command from conversations to a bundle."""
-    require_place(options.out.parent / "file")
-    require_delta(options.delta)
+    _require_sense(options)
     from probes.data.enough import require_labels
     from probes.data.splits import prepared
     from probes.fitting.search import FeatureStore
 
     keep = FeatureStore(options.store, options.recompute)
     readings = options.read()
+    _require_enough(readings, options)
     rows = [row for one in readings for row in one.conversations]
     judged = [row for row in rows if row.response_harmful is not None]
-    if not judged:
-        raise DataError("no conversation has response_harmful 0 or 1; judge them first.")
     ready = prepared(judged, seed=options.seed, balance=options.balance)
     short = require_labels(ready.conversations)
     own = options.load_model()
@@ -139,12 +143,13 @@ def fit(options: FitOptions) -> None:
         print_json(_as_json(recipe, options.out, provenance))
         return
     show_warnings(readings, [*ready.warnings, *_notes(recipe)])
-    _show(recipe, options.out)
+    show_fitted(recipe, options.out)
 
 
 def _worth(own: Loaded, recipe: Recipe, ready: Prepared, options: FitOptions) -> Recipe:
     """Count recall and false alarms on the test split, which nothing was chosen by."""
     from probes.evaluation.worth import measured_peaks, worth_of
+    from safe_decode import __version__
 
     test = [row for row in ready.conversations if row.split == "test"]
     peaks = measured_peaks(own.model, own.tokenizer, recipe.bundle, test)
@@ -156,9 +161,32 @@ def _worth(own: Loaded, recipe: Recipe, ready: Prepared, options: FitOptions) ->
         is_located=is_located and str(recipe.tried[0]["sites"]).startswith("units"),
         warnings=ready.warnings,
     )
-    provenance = {**recipe.bundle.provenance, "worth": worth}
+    provenance = {**recipe.bundle.provenance, "worth": worth, "made_by": __version__}
     made = datetime.now(UTC).date().isoformat()
     return replace(recipe, bundle=replace(recipe.bundle, provenance=provenance, made=made))
+
+
+def _require_sense(options: FitOptions) -> None:
+    """Refuse, before anything is read, options that no data could satisfy."""
+    from probes.fitting.search import fits_of, statistics_of
+
+    require_place(options.out.parent / "file")
+    require_bundle_place(options.out)
+    if options.store is not None:
+        require_folder(options.store)
+    require_delta(options.delta)
+    fits_of(options.method, None, options.probe)
+    statistics_of(options.statistic)
+    options.require_layers(options.model)
+
+
+def _require_enough(readings: Sequence[Reading], options: FitOptions) -> None:
+    """Refuse, before the model is loaded, data that no bundle could come of."""
+    judged = judged_rows(readings)
+    locates = options.units is None and options.residual is None
+    require_splits(judged, (*(("locate",) if locates else ()), "fit", "select", "calibrate"))
+    require_both_kinds(judged, ("fit", "select"))
+    require_draws(judged, options.alpha or _ALPHAS, options.delta)
 
 
 def _recipe(
@@ -192,7 +220,7 @@ def _config(own: Loaded, rows: Sequence[Conversation], options: FitOptions) -> R
     envelope = envelope_of(own, calibrating or rows, options)
     residual, c = options.residual, options.c or []
     reads_units = options.units is not None or residual is None
-    alphas = tuple(options.alpha or (0.01,))
+    alphas = tuple(options.alpha or _ALPHAS)
     return RecipeConfig(
         envelope=envelope,
         refusal=options.refusal,
@@ -238,45 +266,3 @@ def _as_json(recipe: Recipe, out: Path, provenance: Mapping[str, Any]) -> dict[s
         "worth": bundle.provenance["worth"],
         **provenance,
     }
-
-
-def _show(recipe: Recipe, out: Path) -> None:
-    from rich.table import Table
-
-    columns = ("sites", "fit", "statistic", "recall", "AUROC", "delay p90", "hold-back")
-    table = Table(*columns, title="Best on select, which they are chosen by", title_justify="left")
-    for one in recipe.tried[:_SHOWN]:
-        hits = f" x{one['hits']}" if one["hits"] > 1 else ""
-        table.add_row(
-            one["sites"],
-            one["way"],
-            f"{_statistic(one)}{hits}",
-            f"{one['tpr']:.1%}",
-            f"{one['auroc']:.4f}",
-            str(one["delay_p90"]),
-            str(one["holdback_tokens"]),
-        )
-    console().print(table)
-    console().print(f"{len(recipe.tried)} candidates; the first is in the bundle.")
-    certified = {
-        f"{one.population} at {one.alpha:g}": (
-            f"threshold {one.threshold:.4g} (n={one.n}, j={one.j}), {one.evidence.source}, up to "
-            f"{one.envelope.max_new_tokens} tokens"
-        )
-        for one in recipe.bundle.certificates
-    }
-    show_facts("Certificates", certified)
-    print_tables({"On test, at the certified threshold": worth_rows(recipe.bundle)})
-    console().print(f"wrote {out}", soft_wrap=True)
-
-
-def _statistic(one: Mapping[str, Any]) -> str:
-    """Name a statistic with its size."""
-    kind, window = one["statistic"], one["window"]
-    sizes = {
-        "mean": str(window),
-        "shrunk": str(window),
-        "top": f"{one['best']} of {window}",
-        "cusum": f"{one['drift']:.2f}",
-    }
-    return f"{kind} {sizes.get(kind, format(one['smoothing'], '.2f'))}"

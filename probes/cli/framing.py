@@ -14,8 +14,9 @@ import typer
 
 from probes.cli.options import BatchSize, JournalPath, RefusalPhrases
 from safe_decode.cli.command import command
-from safe_decode.cli.console import console, print_json, progress, require_place
+from safe_decode.cli.console import print_json, progress, require_place
 from safe_decode.cli.options import GuardOptions, JsonOptions
+from safe_decode.cli.tables import WordTable, print_table
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -255,23 +256,20 @@ def _draw(rows: Sequence[Framed], path: Path) -> None:
 
 
 def _show(rows: Sequence[Framed]) -> None:
-    from rich.table import Table
-
-    table = Table(
-        title="The same harmful requests, motive by motive (95 % intervals)", title_justify="left"
-    )
-    table.add_column("motive", ratio=1)
-    for name in ("refused, bare", "harmful, bare", "refused or cut, guarded"):
-        table.add_column(name, justify="right", no_wrap=True)
+    shares = ("refused, bare", "harmful, bare", "refused or cut, guarded")
+    cells = []
     for row in rows:
         motive = row.motive.replace("{request}", "…")
-        table.add_row(
-            "no motive" if motive == "…" else motive,
-            _share(row.refused_bare),
-            _share(row.bare.outcomes.share("harmful")),
-            _share(row.stopped_guarded),
+        cells.append(
+            [
+                "no motive" if motive == "…" else motive,
+                _share(row.refused_bare),
+                _share(row.bare.outcomes.share("harmful")),
+                _share(row.stopped_guarded),
+            ]
         )
-    console().print(table)
+    title = "The same harmful requests, motive by motive (95 % intervals)"
+    print_table(WordTable(("motive", *shares), cells, title, right=shares))
 
 
 def _share(share: Proportion | None) -> str:

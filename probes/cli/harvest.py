@@ -15,8 +15,9 @@ import typer
 from probes.cli.options import DataOptions, SplitOptions, whole
 from probes.cli.shared_options.sites import SiteOptions, site_sets_of
 from probes.cli.tables.facts import show_facts, show_warnings
+from probes.recipes.early_checks import judged_rows, require_splits
 from safe_decode.cli.command import command
-from safe_decode.cli.console import print_json
+from safe_decode.cli.console import print_json, require_folder
 from safe_decode.cli.options import JsonOptions, ModelOptions
 from safe_decode.errors import ConfigurationError
 
@@ -64,7 +65,11 @@ def harvest(options: HarvestOptions) -> None:
     from probes.data.splits import prepared
 
     wanted = _splits(options.split or ["fit", "select"])
+    require_folder(options.out)
+    options.require_some()
+    options.require_layers(options.model)
     readings = options.read()
+    require_splits(judged_rows(readings), wanted)
     own = options.load_model()
     named = site_sets_of(own.model, options.units, options.features, options.residual)
     sites = union_of_sites(named.values())
@@ -72,6 +77,7 @@ def harvest(options: HarvestOptions) -> None:
     judged = [row for row in rows if row.response_harmful is not None]
     ready = prepared(judged, seed=options.seed, balance=options.balance)
     split = by_split(ready.conversations)
+    require_splits(ready.conversations, wanted)
     facts = {
         **_harvested(own, {name: split[name] for name in wanted}, sites, options),
         "too_long_for_the_context": too_long,

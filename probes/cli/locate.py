@@ -16,10 +16,10 @@ import typer
 
 from probes.cli.options import BatchSize, RefusalPhrases, require_different_samples
 from probes.cli.tables.location import draw_located, located_json, show_located
+from probes.recipes.early_checks import require_refusals
 from safe_decode.cli.command import command
 from safe_decode.cli.console import print_json, require_place
 from safe_decode.cli.options import JsonOptions, ModelOptions
-from safe_decode.errors import DataError
 
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
@@ -123,7 +123,13 @@ def locate(options: LocateOptions) -> None:
 
     config, sampling = _config(options), _sampling(options)
     files = {"harmful": read_prompts(options.harmful), "benign": read_prompts(options.benign)}
-    _require_enough(files["harmful"], options.samples)
+    require_refusals(
+        files["harmful"],
+        files["benign"],
+        samples=options.samples,
+        least=_MIN_REFUSALS,
+        phrases=options.refusal_phrase or (),
+    )
     loaded = options.load_model()
     said = _answers(loaded, files, sampling, options)
     if options.responses is not None:
@@ -232,16 +238,6 @@ def _located(
         others = location_data(other_harmful, other_benign, min_refusals=1, phrases=phrases)
         units = _with_searched_ratios(loaded, units, data, others, other_harmful, options.ranking)
     return units, data
-
-
-def _require_enough(harmful: PromptFile, samples: int) -> None:
-    """Refuse a file that cannot yield enough refusals, before a model is loaded."""
-    most = len(harmful.requests) * samples + len(harmful.conversations)
-    if most < _MIN_REFUSALS:
-        raise DataError(
-            f"{harmful.path} yields at most {most} responses, wanted at least {_MIN_REFUSALS} "
-            "distinct refusals; pass more harmful prompts, or --samples with --temperature."
-        )
 
 
 def _with_searched_ratios(

@@ -168,9 +168,9 @@ def rollout(options: RolloutOptions) -> None:
     row_judge, wrapping = _judge(options), _wrapping(options)
     config = options.config()
     readings = options.read()
-    own = options.load_model()
     rows = [row for one in readings for row in (*one.prompts, *one.conversations)]
     asked = wrapped(requests_of(rows, samples=options.samples), wrapping)
+    own = options.load_model()
     kept = with_room(own.model, own.tokenizer, asked, options.max_new_tokens)
     report = rollout_to(
         options.out,

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from probes.data.conversations import Conversation, Split
+from safe_decode.bundle.summary import FEWEST_HARMFUL
 from safe_decode.errors import DataError
 
 __all__ = [
@@ -21,7 +22,7 @@ __all__ = [
 
 LEAST_HARMFUL = 10
 """Below it a split says nothing: one response more or less is ten points of recall."""
-TRUSTED_HARMFUL = 30
+TRUSTED_HARMFUL = FEWEST_HARMFUL
 """Below it the 95 % interval of a recall is wider than 35 points at its widest."""
 _NEEDED: tuple[Split, ...] = ("fit", "select", "test")
 _CONSEQUENCE: Mapping[Split, str] = {

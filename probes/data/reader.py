@@ -15,6 +15,7 @@ from typing import Any
 
 from probes.data.conversations import Conversation, conversation_from
 from probes.data.formats import SourceRow, read_rows
+from probes.data.further_columns import further_columns
 from probes.data.schemas import ColumnMap, Record, column_map, map_for
 from safe_decode.errors import DataError
 from safe_decode.typing import Json
@@ -41,6 +42,7 @@ class Reading:
         rows: How many rows there were.
         bad: How many could not be used.
         named: The first ten of these, `file:line: reason`.
+        set_aside: Columns that mean nothing here, and in how many rows; they stand in `meta`.
     """
 
     source: str
@@ -50,6 +52,18 @@ class Reading:
     rows: int = 0
     bad: int = 0
     named: list[str] = field(default_factory=list)
+    set_aside: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def note(self) -> str | None:
+        """Say for people which columns were put aside, and how to name them; None: none was."""
+        if not self.set_aside:
+            return None
+        told = ", ".join(f"{name} ({n:,} rows)" for name, n in sorted(self.set_aside.items()))
+        return (
+            f"columns put aside into meta: {told}; if one of them is a field of ours, name it with "
+            "--columns, for example --columns prompt=question,response=answer"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts, for reports and provenance."""
@@ -61,6 +75,7 @@ class Reading:
             "prompts": len(self.prompts),
             "bad": self.bad,
             "first_bad": list(self.named),
+            "set_aside": dict(sorted(self.set_aside.items())),
         }
 
 
@@ -117,6 +132,8 @@ def _conversations(
             f"the row does not fit the columns of {chosen.name!r}: {type(error).__name__} {error}."
         ) from error
     reading.columns[chosen.name] += 1
+    if chosen.keeps_further:
+        reading.set_aside.update(further_columns(values).keys())
     yield from found
 
 

@@ -3,7 +3,8 @@
 A map turns one row into records: dictionaries of the fields of `Conversation`, with `prompt`
 allowed in place of `messages` and `response` None where the set has only the prompt. Labels
 that a set does not give stay None: a preference between two answers is not a judgement of
-harm, and toxicity of a request says nothing of its answer.
+harm, and toxicity of a request says nothing of its answer. In rows of our own columns, further
+columns are put aside into `meta`: a file is not refused for saying more.
 
 Knows column names and values. Does not know files, splits or models.
 """
@@ -11,10 +12,10 @@ Knows column names and values. Does not know files, splits or models.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from probes.data.conversations import Conversation
+from probes.data.further_columns import FIELDS, native_record
 from safe_decode.errors import ConfigurationError, DataError
 
 __all__ = ["COLUMN_MAPS", "ColumnMap", "Record", "column_map", "map_for"]
@@ -22,7 +23,6 @@ __all__ = ["COLUMN_MAPS", "ColumnMap", "Record", "column_map", "map_for"]
 Record = dict[str, Any]
 Values = Mapping[str, Any]
 
-_FIELDS = {field.name for field in fields(Conversation)} | {"prompt"}
 _META = "meta."
 
 
@@ -34,11 +34,13 @@ class ColumnMap:
         name: As given to `--columns`.
         needs: Columns by which the set is recognised.
         records: One row to its records.
+        keeps_further: Whether columns that the map does not name are put aside into `meta`.
     """
 
     name: str
     needs: frozenset[str]
     records: Callable[[Values], list[Record]]
+    keeps_further: bool = False
 
 
 def map_for(columns: Collection[str]) -> ColumnMap:
@@ -72,12 +74,12 @@ def column_map(spec: str) -> ColumnMap | None:
     unknown = sorted(
         name
         for name, column in pairs.items()
-        if not column or (name not in _FIELDS and not name.startswith(_META))
+        if not column or (name not in FIELDS and not name.startswith(_META))
     )
     if unknown:
         raise ConfigurationError(
             f"columns={spec!r} is neither a known set (auto, {', '.join(COLUMN_MAPS)}) nor pairs "
-            f"of field=column with fields among {sorted(_FIELDS)}; it names {unknown}."
+            f"of field=column with fields among {sorted(FIELDS)}; it names {unknown}."
         )
     return ColumnMap("custom", frozenset(pairs.values()), lambda row: [_picked(row, pairs)])
 
@@ -93,7 +95,9 @@ def _picked(row: Values, pairs: Mapping[str, str]) -> Record:
 
 
 def _native(row: Values) -> list[Record]:
-    return [{**row, "response": row.get("response")}]
+    record = native_record(row)
+    record.setdefault("response", None)
+    return [record]
 
 
 def _beavertails(row: Values) -> list[Record]:
@@ -248,7 +252,7 @@ def _joined(names: Iterable[str]) -> str | None:
 
 
 def _of(name: str, records: Callable[[Values], list[Record]], *needs: str) -> ColumnMap:
-    return ColumnMap(name, frozenset(needs), records)
+    return ColumnMap(name, frozenset(needs), records, keeps_further=records is _native)
 
 
 COLUMN_MAPS: Mapping[str, ColumnMap] = {

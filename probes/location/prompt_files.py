@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from probes.data.conversations import Conversation, Split, read_jsonl
+from probes.data.conversations import Conversation, Split, conversation_from
+from probes.data.further_columns import native_record
 from probes.data.refusal_rule import refuses
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request
@@ -82,7 +83,7 @@ def read_prompts(path: str | os.PathLike[str], *, split: Split = "locate") -> Pr
     """Read JSON lines with `prompt` or `messages`, and a `response` in all rows or in none.
 
     Rows that carry another split than `split` are left out and counted: what is located
-    on must not be reported on.
+    on must not be reported on. Further columns are put aside into `meta`.
 
     Raises:
         DataError: A row cannot be used, some rows have a response and others not, or no row
@@ -98,7 +99,7 @@ def read_prompts(path: str | os.PathLike[str], *, split: Split = "locate") -> Pr
     file = PromptFile(path=Path(path), digest=digest)
     with_response = sum("response" in row for _, row in rows)
     if with_response == len(rows):
-        read = read_jsonl(path)
+        read = [_answered(path, number, row) for number, row in rows]
         kept = tuple(row for row in read if row.split in (None, split))
         file = replace(file, conversations=kept, left_out=len(read) - len(kept))
     elif with_response:
@@ -201,23 +202,22 @@ def _parsed(path: str | os.PathLike[str], number: int, line: str) -> tuple[int, 
         raise DataError(
             f"{os.fspath(path)}:{number}: the row is a {type(row).__name__}, wanted a JSON object."
         )
-    return number, row
+    return number, native_record(row)
+
+
+def _answered(path: str | os.PathLike[str], number: int, row: dict[str, Any]) -> Conversation:
+    try:
+        return conversation_from(row)
+    except DataError as error:
+        raise DataError(f"{os.fspath(path)}:{number}: {error}") from error
 
 
 def _request(path: str | os.PathLike[str], number: int, row: dict[str, Any]) -> Request:
     """Check a prompt as a conversation is checked."""
     try:
-        if ("prompt" in row) == ("messages" in row):
-            raise DataError("the row needs either prompt or messages, exactly one of them.")
         if unknown := set(row) - _FIELDS:
             raise DataError(f"unknown fields {sorted(unknown)}; put them under meta.")
-        messages = row.get("messages", [{"role": "user", "content": row.get("prompt")}])
-        messages = tuple(messages) if isinstance(messages, list) else messages
-        rest = {name: row[name] for name in _FIELDS - {"prompt", "messages"} if name in row}
-        if rest.get("group") is None:
-            canonical = json.dumps(messages, sort_keys=True, ensure_ascii=False)
-            rest["group"] = hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest()
-        checked = Conversation(messages=messages, response="", **rest)
+        checked = conversation_from({**row, "response": ""})
     except DataError as error:
         raise DataError(f"{os.fspath(path)}:{number}: {error}") from error
     return Request(

@@ -40,8 +40,10 @@ from safe_decode.bundle.files import (
     read_file,
 )
 from safe_decode.bundle.fingerprint import Fingerprint
+from safe_decode.bundle.notebook import rows_as_html
 from safe_decode.bundle.plausible import require_plausible
 from safe_decode.bundle.seen import SeenPrompts
+from safe_decode.bundle.summary import summary_of
 from safe_decode.certificate import Certificate, certificate_of
 from safe_decode.errors import (
     BundleCorruptError,
@@ -128,6 +130,18 @@ class ProbeBundle:
                 f"hits={self.monitor.hits} mixes values from inside and outside of reasoning; "
                 "choose a statistic with hits=1, or leave the spans out."
             )
+
+    def __repr__(self) -> str:
+        """Return one line; `summary_of` says more."""
+        one = self.certificate()
+        return (
+            f"ProbeBundle({self.probe.kind} probe for {', '.join(self.probe.heads)}, alpha "
+            f"{one.alpha:g}, n {one.n}, up to {one.envelope.max_new_tokens} tokens)"
+        )
+
+    def _repr_html_(self) -> str:
+        """Draw what people ask first, for a notebook."""
+        return rows_as_html(f"Bundle {self.digest[:16]}", summary_of(self).rows())
 
     def certificate(self, alpha: float | None = None, population: str = "benign") -> Certificate:
         """Return the certificate of a level.

@@ -15,11 +15,10 @@ import typer
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, progress, require_place
 from safe_decode.cli.options import BundleOptions, JsonOptions, ModelOptions
+from safe_decode.cli.tables import WordTable, print_table
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from safe_decode.bench.arms import Load
     from safe_decode.bench.compare import Change
     from safe_decode.bench.models import ProbeShape, Subject
@@ -236,7 +235,7 @@ def _show(
         columns = _LADDER if is_ladder else _GROWTH
         if is_ladder and group[0]["device_tpot_us"] is not None:
             columns = {**columns, **_DEVICE}
-        screen.print(_table(title, group, columns))
+        print_table(_table(title, group, columns))
     screen.print("; ".join(f"{name}: {value}" for name, value in facts.items()), soft_wrap=True)
     for change in changes:
         screen.print(
@@ -244,15 +243,9 @@ def _show(
         )
 
 
-def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Table:
-    from rich.table import Table as Drawn
-
-    table = Drawn(title=title)
-    for column in columns.values():
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(_cell(row[name]) for name in columns))
-    return table
+def _table(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> WordTable:
+    cells = [[_cell(row[name]) for name in columns] for row in rows]
+    return WordTable(list(columns.values()), cells, title, right=set(columns.values()))
 
 
 _LADDER = {

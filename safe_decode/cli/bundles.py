@@ -15,19 +15,22 @@ import typer
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
 from safe_decode.cli.loading import loaded_bundle
-from safe_decode.cli.options import BundleOptions, JsonOptions
+from safe_decode.cli.options import JsonOptions, NamedBundle
+from safe_decode.cli.tables import WordTable, print_table
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from safe_decode.bundle.bundle import ProbeBundle
+    from safe_decode.bundle.summary import BundleSummary
     from safe_decode.certificate import Certificate
 
 __all__ = ["inspect", "verify_certificate"]
 
+_LONGEST_ENTRY = 200
+"""Characters of an entry of the provenance that is shown; `--json` shows all of it."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class InspectedBundle(BundleOptions, JsonOptions):
+class InspectedBundle(NamedBundle, JsonOptions):
     """Options of `safe-decode inspect` and `safe-decode verify-certificate`."""
 
     key: Annotated[
@@ -40,7 +43,7 @@ class InspectedBundle(BundleOptions, JsonOptions):
 
     def load(self) -> ProbeBundle:
         """Load the bundle, its signature checked where a key is given."""
-        return loaded_bundle(self.bundle, trusted_key=self.key)
+        return loaded_bundle(self.directory, trusted_key=self.key)
 
     def signature(self) -> str:
         """Say whether the loaded bundle is signed; with a key, that was checked."""
@@ -49,26 +52,29 @@ class InspectedBundle(BundleOptions, JsonOptions):
 
         if self.key is not None:
             return f"holds for the key {self.key}"
-        is_there = is_signed(self.bundle or Path(artefact("bundle")))
+        is_there = is_signed(self.directory or Path(artefact("bundle")))
         return "there, not checked: pass --key" if is_there else "none"
 
 
 @command("Tools")
 def inspect(options: InspectedBundle) -> None:
-    """Print a bundle's card: what it reads, what it decides by, and what it was made for."""
+    """Say which model a bundle guards, what it catches, what to beware of, and all it holds."""
+    from safe_decode.bundle.summary import summary_of
+
     loaded = options.load()
+    summary = summary_of(loaded)
     card = {**_card(loaded), "signature": options.signature()}
     if options.as_json:
-        print_json(card)
+        print_json({"summary": _summary_facts(summary), **card})
         return
-    from rich.table import Table
-
-    table = Table("", "", show_header=False, box=None)
-    for name, value in card.items():
-        if name != "certificates":
-            table.add_row(name, _shown(value))
-    console().print(table)
-    console().print(_certificates(loaded.all_certificates))
+    print_table(WordTable(("", ""), summary.rows(), f"Bundle {loaded.digest[:16]}"))
+    console().print()
+    _print_certificates(loaded.all_certificates)
+    console().print()
+    told = {name: value for name, value in card.items() if name != "certificates"}
+    told["provenance"] = _briefly(loaded.provenance)
+    details = [(name.replace("_", " "), _shown(value)) for name, value in told.items()]
+    print_table(WordTable(("", ""), details, "Details"))
 
 
 @command("Tools")
@@ -93,7 +99,7 @@ def verify_certificate(options: InspectedBundle) -> None:
             }
         )
         return
-    console().print(_certificates(every))
+    _print_certificates(every)
     console().print(
         f"verified: {len(every)} of {len(every)} thresholds recompute from their maxima."
     )
@@ -147,33 +153,67 @@ def _facts(certificate: Certificate) -> dict[str, object]:
     }
 
 
-def _certificates(certificates: Sequence[Certificate]) -> Table:
-    from rich.table import Table
+def _summary_facts(summary: BundleSummary) -> dict[str, object]:
+    worth = summary.worth
+    return {
+        "model": summary.model,
+        "dtype": summary.dtype,
+        "worth": None if worth is None else asdict(worth),
+        "is_located": summary.is_located,
+        "reads": summary.reads,
+        "made": summary.made,
+        "made_by": summary.made_by,
+        "warnings": list(summary.warnings),
+    }
 
-    table = Table(
-        title="Certificates",
-        caption="With confidence 1 - delta over the draw, at most alpha of such responses alarm. "
+
+def _print_certificates(certificates: Sequence[Certificate]) -> None:
+    """Print thresholds, then how the responses were made that they speak of."""
+    facts = [_facts(certificate) for certificate in certificates]
+    numbers = ("alpha", "delta", "n", "j", "threshold")
+    shown = ("population", *numbers, "source")
+    told = WordTable(
+        shown,
+        [[_shown(one[name]) for name in shown] for one in facts],
+        "Certificates",
+        "With confidence 1 - delta over the draw, at most alpha of such responses alarm. "
         "Source: on-policy, the model's own responses; off-policy, texts of others too; "
         "unrecorded, the bundle does not say.",
-        title_justify="left",
-        caption_justify="left",
+        right=numbers,
     )
-    shown = ("population", "alpha", "delta", "n", "j", "threshold", "source", "lengths", "envelope")
-    for name in shown:
-        table.add_column(name)
-    for certificate in certificates:
-        facts = _facts(certificate)
-        table.add_row(*(_shown(facts[name]) for name in shown))
-    return table
+    print_table(told)
+    console().print()
+    made: dict[tuple[str, str], list[str]] = {}
+    for one in facts:
+        made.setdefault((_shown(one["lengths"]), _shown(one["envelope"])), []).append(
+            _shown(one["population"])
+        )
+    of = [
+        "all of them" if len(made) == 1 else ", ".join(dict.fromkeys(who)) for who in made.values()
+    ]
+    rows = [(who, lengths, envelope) for who, (lengths, envelope) in zip(of, made, strict=True)]
+    print_table(WordTable(("of", "lengths", "envelope"), rows, "Certified responses"))
+
+
+def _briefly(provenance: Mapping[str, object]) -> dict[str, object]:
+    """Cut long entries; those that the summary tells are left out."""
+    found: dict[str, object] = {}
+    for name, value in provenance.items():
+        text = _shown(value)
+        if name not in ("worth", "made", "made_by"):
+            found[name] = value if len(text) <= _LONGEST_ENTRY else "long, see --json"
+    return found
 
 
 def _shown(value: object) -> str:
-    from safe_decode.demo.view import visible
+    from safe_decode.trace.shown import visible
 
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}={_shown(item)}" for key, item in value.items())
+        return ", ".join(
+            f"{key}={_shown(item)}" for key, item in value.items() if item not in ({}, (), [])
+        )
     if isinstance(value, list | tuple):
         return "; ".join(_shown(item) for item in value)
     return visible(str(value))

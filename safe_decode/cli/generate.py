@@ -15,10 +15,11 @@ import typer
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, require_place, working, write_text
 from safe_decode.cli.options import CertifiedOptions, JsonOptions
+from safe_decode.cli.tables import WordTable, print_table
 from safe_decode.decision import Redirect
-from safe_decode.demo.view import visible
 from safe_decode.errors import PromptError
 from safe_decode.trace.risk import risk_of
+from safe_decode.trace.shown import visible
 
 if TYPE_CHECKING:
     from safe_decode.engines.transformers.decoder import GuardedOutput
@@ -133,24 +134,23 @@ def _facts(trace: SafetyTrace) -> dict[str, object]:
 
 
 def _show(prompts: Sequence[str], output: GuardedOutput) -> None:
-    from rich.table import Table
-
     out = console()
-    table = Table(
-        "outcome", "trips at", "peak risk", "released", "dropped", "certificate", box=None
-    )
+    columns = ("outcome", "trips at", "peak risk", "released", "dropped", "certificate")
+    rows = []
     for prompt, text, trace in zip(prompts, output.texts, output.traces, strict=True):
         if len(prompts) > 1:
             out.print(f"> {visible(prompt)}", style="dim")
         out.print(visible(text) + "\n", soft_wrap=True)
         facts = _facts(trace)
         risk, trip = facts["risk"], facts["trip_step"]
-        table.add_row(
-            str(facts["outcome"]),
-            "-" if trip is None else f"score {trip}",
-            f"{risk:.2f}" if isinstance(risk, float) else "-",
-            f"{facts['released_tokens']} tokens",
-            f"{facts['dropped_tokens']} tokens",
-            str(facts["certificate"]),
+        rows.append(
+            [
+                str(facts["outcome"]),
+                "-" if trip is None else f"score {trip}",
+                f"{risk:.2f}" if isinstance(risk, float) else "-",
+                f"{facts['released_tokens']} tokens",
+                f"{facts['dropped_tokens']} tokens",
+                str(facts["certificate"]),
+            ]
         )
-    out.print(table)
+    print_table(WordTable(columns, rows))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from safe_decode.bundle.bundle import ProbeBundle
     from safe_decode.engines.transformers.decoder import SafeDecoder
 
-__all__ = ["decoder_of", "loaded_bundle", "loaded_model"]
+__all__ = ["decoder_of", "layers_of", "loaded_bundle", "loaded_model"]
 
 
 def loaded_model(model: str | None, device: str, dtype: Dtype) -> Loaded:
@@ -33,6 +33,29 @@ def loaded_model(model: str | None, device: str, dtype: Dtype) -> Loaded:
     with working("Loading the model"):
         _silence_transformers()
         return load_model(name, device=device, dtype=dtype)
+
+
+def layers_of(model: str | None) -> int | None:
+    """Count a model's layers from its configuration, which is read without the weights.
+
+    Args:
+        model: Name or directory; None: the embedded model.
+
+    Returns:
+        The number of decoder blocks; None where the configuration cannot be read or does not say,
+        which loading the model then tells.
+    """
+    from transformers import AutoConfig
+
+    from safe_decode.demo.embedded_pair import artefact
+
+    _silence_transformers()
+    try:
+        config = AutoConfig.from_pretrained(str(model or artefact("aligned")))
+    except (OSError, ValueError):
+        return None
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    return count if isinstance(count, int) else None
 
 
 def loaded_bundle(bundle: Path | None, *, trusted_key: Path | None = None) -> ProbeBundle:
@@ -62,8 +85,8 @@ def decoder_of(
 
     Raises:
         ConfigurationError: A model without its bundle, or nothing to load.
-        BundleError: The bundle is damaged, was made for another model, or is not signed by the
-            trusted key.
+        BundleError: The bundle is damaged, was made for another model, is not signed by the
+            trusted key, or has no certificate of this alpha and population.
     """
     if model is not None and bundle is None:
         raise ConfigurationError(
@@ -72,6 +95,7 @@ def decoder_of(
         )
     # The bundle and its signature first: a bad one is told before seconds are spent on the model.
     probes = loaded_bundle(bundle, trusted_key=trusted_key)
+    probes.certificate(alpha, population)  # an alpha that is not certified, as early
     loaded = loaded_model(model, device, dtype)
     from safe_decode.engines.transformers.decoder import SafeDecoder
 

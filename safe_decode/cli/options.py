@@ -14,6 +14,7 @@ import typer
 
 from safe_decode.cli.loading import decoder_of, loaded_bundle, loaded_model
 from safe_decode.decision import Redirect
+from safe_decode.errors import ConfigurationError
 from safe_decode.loading import Dtype, Loaded
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ __all__ = [
     "MaxNewTokens",
     "ModelName",
     "ModelOptions",
+    "NamedBundle",
+    "RequiredBundle",
 ]
 
 ModelName = Annotated[
@@ -115,6 +118,63 @@ class BundleOptions:
             BundleError: It is damaged.
         """
         return loaded_bundle(self.bundle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedBundle(BundleOptions):
+    """The one bundle that a command is about: an argument, or the option of the same meaning."""
+
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="BUNDLE",
+            help="Directory of the bundle, as with --bundle. Without either: the embedded bundle.",
+        ),
+    ] = None
+
+    @property
+    def directory(self) -> Path | None:
+        """The directory that was named; None: the embedded bundle.
+
+        Raises:
+            ConfigurationError: It was named twice, and differently.
+        """
+        if self.path is not None and self.bundle is not None and self.path != self.bundle:
+            raise ConfigurationError(
+                f"two bundles are named, {self.path} and --bundle {self.bundle}; name one."
+            )
+        return self.bundle if self.path is None else self.path
+
+    def load_bundle(self) -> ProbeBundle:
+        """Load the bundle.
+
+        Raises:
+            BundleError: It is damaged.
+            ConfigurationError: Two were named.
+        """
+        return loaded_bundle(self.directory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequiredBundle(NamedBundle):
+    """The same, where no bundle is the embedded one's."""
+
+    path: Annotated[
+        Path | None,
+        typer.Argument(metavar="BUNDLE", help="Directory of the bundle, as with --bundle."),
+    ] = None
+    bundle: Annotated[Path | None, typer.Option(help="Directory of the bundle.")] = None
+
+    @property
+    def named(self) -> Path:
+        """The directory that was named.
+
+        Raises:
+            ConfigurationError: None was, or two were.
+        """
+        if self.directory is None:
+            raise ConfigurationError("no bundle is named; pass its directory.")
+        return self.directory
 
 
 @dataclass(frozen=True, kw_only=True)

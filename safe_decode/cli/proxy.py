@@ -15,6 +15,7 @@ import typer
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console
 from safe_decode.cli.options import AuditFile, ClientKeys, ConfigFile, FurtherSettings
+from safe_decode.cli.tables import WordTable, print_table
 from safe_decode.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -109,12 +110,5 @@ def _run(loaded: LoadedProxySettings) -> None:
 
 
 def _show(address: str, rows: list[tuple[str, str]]) -> None:
-    from rich.panel import Panel
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column()
-    for name, text in rows:
-        table.add_row(name, text)
-    console(stderr=True).print(Panel(table, title=f"safe-decode guards {address}", expand=False))
+    table = WordTable(("", ""), rows, title=f"safe-decode guards {address}")
+    print_table(table, console(stderr=True))

@@ -15,14 +15,15 @@ import typer
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, working
 from safe_decode.cli.options import BundleOptions, JsonOptions, ModelName, ModelOptions
-from safe_decode.errors import BundleError, ConfigurationError, DataError
+from safe_decode.cli.tables import WordTable, print_table
+from safe_decode.errors import BundleError, ConfigurationError
 
 if TYPE_CHECKING:
     from safe_decode.bundle.bundle import ProbeBundle
-    from safe_decode.demo.view import ShownToken
     from safe_decode.loading import Loaded
     from safe_decode.trace.replay import Replay, Rescore
     from safe_decode.trace.schema import SafetyTrace
+    from safe_decode.trace.shown import ShownToken
 
 __all__ = ["replay", "show"]
 
@@ -95,11 +96,12 @@ def show(options: ShowOptions) -> None:
     """
     from safe_decode.demo.embedded_pair import artefact
     from safe_decode.trace.schema import read_traces
+    from safe_decode.trace.shown import shown_tokens
 
     traces = read_traces(options.trace)
     with working("Loading the tokenizer"):
         decode = _decoder(options.model or artefact("aligned"))
-    shown = [_tokens(one, decode) for one in traces]
+    shown = [shown_tokens(one, decode) for one in traces]
     if options.as_json:
         print_json({"rows": [_as_json(one, ts) for one, ts in zip(traces, shown, strict=True)]})
         return
@@ -177,34 +179,6 @@ def _decoder(name: str | Path) -> Callable[[Sequence[int]], str]:
     return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def _tokens(trace: SafetyTrace, decode: Callable[[Sequence[int]], str]) -> list[ShownToken]:
-    from safe_decode.demo.trace_view import pieces_of
-    from safe_decode.demo.view import Mark, ShownToken
-    from safe_decode.trace.replay import standing_steps
-    from safe_decode.trace.risk import risk_of
-
-    told = [(step, stands) for step, stands in standing_steps(trace) if step.position > 0]
-    ids = [step.token for step, _ in told if step.token is not None]
-    if len(ids) != len(told):
-        raise DataError("the trace has no token ids to show; write it with --token-ids.")
-    shown = []
-    for (step, stands), piece in zip(told, pieces_of(ids, decode), strict=True):
-        mark: Mark = "plain" if stands else "dropped"
-        if step.attempt == 0 and step.position <= trace.end.prefill_tokens:
-            mark = "prefill"
-        elif step.action == "trip":
-            mark = "trip"
-        elif step.attempt or step.action == "force":
-            mark = "redirect" if stands else "dropped"
-        risk = (
-            None
-            if step.statistic != step.statistic
-            else risk_of(step.statistic, trace.header.threshold)
-        )
-        shown.append(ShownToken(piece, risk, mark))
-    return shown
-
-
 def _as_json(trace: SafetyTrace, tokens: Sequence[ShownToken]) -> dict[str, object]:
     return {
         "outcome": trace.end.outcome,
@@ -216,20 +190,19 @@ def _as_json(trace: SafetyTrace, tokens: Sequence[ShownToken]) -> dict[str, obje
 
 
 def _print(traces: Sequence[SafetyTrace], found: Sequence[Replay]) -> None:
-    from rich.table import Table
-
-    out = console()
-    table = Table("trace", "outcome", "scores", "statistic off by", "logits off by", box=None)
-    for number, (trace, one) in enumerate(zip(traces, found, strict=True)):
-        logits = "-" if one.logit_difference is None else f"{one.logit_difference:.2g}"
-        table.add_row(
+    columns = ("trace", "outcome", "scores", "statistic off by", "logits off by")
+    rows = [
+        [
             str(number),
             trace.end.outcome,
             str(one.scores),
             f"{one.statistic_difference:.2g}",
-            logits,
-        )
-    out.print(table)
+            "-" if one.logit_difference is None else f"{one.logit_difference:.2g}",
+        ]
+        for number, (trace, one) in enumerate(zip(traces, found, strict=True))
+    ]
+    print_table(WordTable(columns, rows))
+    out = console()
     for number, one in enumerate(found):
         for difference in one.differences:
             out.print(f"trace {number}: {difference}", style="bold red", soft_wrap=True)

@@ -14,21 +14,14 @@ import typer
 
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
-from safe_decode.cli.options import JsonOptions
+from safe_decode.cli.options import JsonOptions, RequiredBundle
 from safe_decode.errors import ConfigurationError
 
 __all__ = ["sign", "verify_signature"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamedBundle(JsonOptions):
-    """The bundle whose signature is written or checked."""
-
-    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SignOptions(NamedBundle):
+class SignOptions(RequiredBundle, JsonOptions):
     """Options of `safe-decode sign`."""
 
     key: Annotated[
@@ -45,7 +38,7 @@ class SignOptions(NamedBundle):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifySignatureOptions(NamedBundle):
+class VerifySignatureOptions(RequiredBundle, JsonOptions):
     """Options of `safe-decode verify-signature`."""
 
     key: Annotated[
@@ -59,15 +52,14 @@ def sign(options: SignOptions) -> None:
     from safe_decode.bundle.bundle import ProbeBundle
     from safe_decode.bundle.signing import sign_bundle
 
-    loaded = ProbeBundle.load(options.bundle)
+    bundle = options.named
+    loaded = ProbeBundle.load(bundle)
     password = _password(options.password_variable)
-    written = sign_bundle(options.bundle, options.key, password=password)
+    written = sign_bundle(bundle, options.key, password=password)
     if options.as_json:
         print_json({"bundle": loaded.digest, "signature": str(written)})
         return
-    console().print(
-        f"signed {options.bundle} ({loaded.digest[:16]}): wrote {written}", soft_wrap=True
-    )
+    console().print(f"signed {bundle} ({loaded.digest[:16]}): wrote {written}", soft_wrap=True)
 
 
 @command("Tools")
@@ -75,7 +67,7 @@ def verify_signature(options: VerifySignatureOptions) -> None:
     """Check that a bundle was signed by a key, and is as it was signed."""
     from safe_decode.bundle.bundle import ProbeBundle
 
-    bundle, key = options.bundle, options.key
+    bundle, key = options.named, options.key
     loaded = ProbeBundle.load(bundle, trusted_key=key)
     if options.as_json:
         print_json({"bundle": loaded.digest, "verified": True, "key": str(key)})

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from safe_decode.demo.counts import SceneFigures
 from safe_decode.demo.scenes import SCENES
-from safe_decode.demo.view import Duel, Mark, ShownToken, Side, visible
+from safe_decode.demo.view import Duel, Side
 from safe_decode.trace.risk import BANDS, band_of
+from safe_decode.trace.shown import Mark, ShownToken, visible
 
 if TYPE_CHECKING:
     from jinja2 import Template

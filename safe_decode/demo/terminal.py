@@ -17,8 +17,9 @@ from rich.text import Text
 
 from safe_decode.demo.counts import Counts, SceneFigures
 from safe_decode.demo.scenes import SCENES
-from safe_decode.demo.view import Duel, ShownToken, Side, visible
+from safe_decode.demo.view import Duel, Side
 from safe_decode.trace.risk import band_of
+from safe_decode.trace.shown import ShownToken, visible
 
 __all__ = ["duel_panel", "figures_table", "legend", "response_text"]
 

@@ -6,19 +6,17 @@ anything is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from safe_decode.demo.view import Mark, ShownToken, Side
+from safe_decode.demo.view import Side
 from safe_decode.trace.risk import risk_of
+from safe_decode.trace.shown import Decode, Mark, ShownToken, pieces_of
 
 if TYPE_CHECKING:
     from safe_decode.trace.schema import SafetyTrace, TraceStep
 
-__all__ = ["Decode", "pieces_of", "side_of"]
-
-Decode = Callable[[Sequence[int]], str]
-"""From ids to their text, special tokens left out."""
+__all__ = ["side_of"]
 
 
 def side_of(
@@ -58,24 +56,6 @@ def side_of(
         rest = pieces_of((*said[: len(given) + kept], *final_ids[kept:]), decode)
         shown += [ShownToken(piece, None, "redirect") for piece in rest[len(given) + kept :]]
     return Side(tuple(shown), text, tripped=trip is not None, verdict=verdict)
-
-
-def pieces_of(ids: Sequence[int], decode: Decode) -> list[str]:
-    """Split the text of `ids` into what each id adds to it.
-
-    An id that ends inside a character adds nothing; the id that completes it adds it.
-
-    Returns:
-        One piece an id; joined, they are the text of all.
-    """
-    pieces, before = [], ""
-    for end in range(1, len(ids) + 1):
-        whole = decode(ids[:end])
-        is_open = whole.endswith("\ufffd") and end < len(ids)
-        grown = before if is_open or not whole.startswith(before) else whole
-        pieces.append(grown[len(before) :])
-        before = grown
-    return pieces
 
 
 def _trip_of(trace: SafetyTrace) -> TraceStep | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from safe_decode.bundle.summary import BundleSummary
 from safe_decode.certificate import Certificate
 from safe_decode.decision import Redirect
 from safe_decode.engines.rows import Row, RowPolicy, RowPrompt
@@ -30,6 +31,7 @@ class GuardFacts:
         heads: Names of what the probe reads for.
         context_tokens: Positions the model has, or None.
         vocab_tokens: Ids that a prompt of ids may hold.
+        summary: The bundle in a few words, its warnings among them; None: an engine without.
     """
 
     bundle: str
@@ -40,6 +42,7 @@ class GuardFacts:
     heads: tuple[str, ...]
     context_tokens: int | None
     vocab_tokens: int
+    summary: BundleSummary | None = None
 
     @property
     def certificate(self) -> Certificate:

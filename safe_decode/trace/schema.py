@@ -22,14 +22,15 @@ from safe_decode.trace import json_lines
 
 __all__ = ["TRACE_VERSION", "SafetyTrace", "TraceEnd", "TraceHeader", "TraceStep", "read_traces"]
 
-TRACE_VERSION = 4
-_READ_VERSIONS = (1, 2, 3, 4)
+TRACE_VERSION = 5
+_READ_VERSIONS = (1, 2, 3, 4, 5)
 """1: without `pruned_beams` and `check`; 2: without `reasoning` and its threshold; 3: without
-`lookahead_tokens`, `withheld_tokens` and `source`. What a version lacks has its default."""
+`lookahead_tokens`, `withheld_tokens` and `source`; 4: without `warnings`. What a version lacks
+has its default."""
 _SINCE_VERSION_2 = frozenset(
     {
         *("pruned_beams", "check", "reasoning", "reasoning_threshold"),
-        *("lookahead_tokens", "withheld_tokens", "source"),
+        *("lookahead_tokens", "withheld_tokens", "source", "warnings"),
     }
 )
 
@@ -51,6 +52,8 @@ class TraceHeader:
         reasoning_threshold: Inside marked spans; there the statistic counts values lowered by
             its difference to `threshold`. None: there is no other.
         source: Whose responses were certified on: "on-policy", "off-policy" or "unrecorded".
+        warnings: What to beware of with this bundle and certificate, in a few words each: a low
+            or hardly known recall, an off-policy certificate, units that were not located.
     """
 
     bundle: str
@@ -63,6 +66,7 @@ class TraceHeader:
     holdback_tokens: int
     reasoning_threshold: float | None = None
     source: str = "unrecorded"
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,28 @@ class SafetyTrace:
     def tripped(self) -> bool:
         """Whether a trip was recorded, in flag mode too."""
         return self.end.trip_step is not None
+
+    @property
+    def summary(self) -> str:
+        """The row in one line: how it ended, its largest statistic, and what it was judged by."""
+        header, end = self.header, self.end
+        trip = "" if end.trip_step is None else f", trips at score {end.trip_step}"
+        own = [step.statistic for step in self.steps if step.attempt == 0]
+        peak = f", statistic up to {max(own):.3g}" if own else ""
+        return (
+            f"{end.outcome}{trip}{peak}, threshold {header.threshold:.3g}, alpha {header.alpha:g} "
+            f"{header.certificate}"
+        )
+
+    def __repr__(self) -> str:
+        """Return one line; `steps` has the scores."""
+        return f"SafetyTrace({len(self.steps)} scores: {self.summary})"
+
+    def _repr_html_(self) -> str:
+        """Draw the row for a notebook, tokens as their ids."""
+        from safe_decode.trace.notebook import trace_as_html
+
+        return trace_as_html(self)
 
     def logits_of(self, attempt: int = 0) -> list[list[float]]:
         """Return the logits of one attempt, n lists of K, to run a monitor over again."""

@@ -90,6 +90,7 @@ class TraceWriter:
         certificate: In force.
         policy: Of the call.
         reasoning: Certificate inside marked spans, or None.
+        warnings: What to beware of with this bundle and certificate.
     """
 
     bundle: str
@@ -98,6 +99,7 @@ class TraceWriter:
     certificate: Certificate
     policy: Policy
     reasoning: Certificate | None = None
+    warnings: tuple[str, ...] = ()
 
     def trace(self, outcome: FinishedRow, void: str | None) -> SafetyTrace:
         """Write a row's trace; `void` says why the certificate does not hold, if so."""
@@ -112,6 +114,7 @@ class TraceWriter:
             holdback_tokens=self.policy.holdback_tokens,
             reasoning_threshold=None if self.reasoning is None else self.reasoning.threshold,
             source=self.certificate.evidence.source,
+            warnings=self.warnings,
         )
         steps = [*self._own_steps(outcome)]
         tries = outcome.redirected.tries if outcome.redirected else ()
@@ -255,6 +258,10 @@ class LazyTraces(Sequence[SafetyTrace]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def __repr__(self) -> str:
+        """Count the traces; none is written for it."""
+        return f"<{len(self)} traces>"
 
     @overload
     def __getitem__(self, index: int) -> SafetyTrace: ...

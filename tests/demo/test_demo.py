@@ -15,9 +15,10 @@ from safe_decode.demo.counts import PromptOutcome, figures_of, upper_bound
 from safe_decode.demo.page import chart_of, page, runs_of
 from safe_decode.demo.scenes import SCENES, DemoPrompt, read_prompts, showcases
 from safe_decode.demo.terminal import duel_panel, figures_table, legend, response_text
-from safe_decode.demo.view import Duel, ShownToken, Side, visible
+from safe_decode.demo.view import Duel, Side
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.trace.risk import BANDS, band_of, risk_of
+from safe_decode.trace.shown import ShownToken, visible
 
 MARKUP = "<script>alert(1)</script>[bold]&amp;\"'"
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safe_decode.demo.trace_view import pieces_of, side_of
+from safe_decode.demo.trace_view import side_of
 from safe_decode.trace.schema import SafetyTrace, TraceEnd, TraceHeader, TraceStep
+from safe_decode.trace.shown import pieces_of
 
 HEADER = TraceHeader("digest", ("harm",), 0.01, "benign", 2.0, "valid", "rewind", 0)
 

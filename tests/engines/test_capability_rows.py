@@ -22,8 +22,10 @@ from transformers import (
 
 import tests.activations.test_compiled
 import tests.engines.test_decoder
+import tests.engines.test_frames
 import tests.laws.test_modes
 from safe_decode.engines.transformers.capabilities import TABLE
+from safe_decode.engines.transformers.capability_table import WRAPPERS
 from safe_decode.errors import UnsupportedError
 from safe_decode.prompts.batch import from_prompts
 from safe_decode.testing.bundles import decoder_for, peaks, threshold_between
@@ -429,7 +431,10 @@ def test_every_row_of_the_table_has_a_test_that_names_it():
     assert rows["supported"] | rows["ignored"] == set(SUPPORTED) | set(NAMED)
     # What is read inside decoder.installed() is refused outside.
     refused = rows["refused"] | rows["installed"] | rows["served"]
-    assert refused == set(REFUSED) | set(STATES) | {"torch.compile"}
+    framed = {*WRAPPERS, "meta device", "mixed_precision"}
+    assert refused == set(REFUSED) | set(STATES) | {"torch.compile"} | framed
+    in_frames = inspect.getsource(tests.engines.test_frames)
+    assert all(re.search(rf"\b{feature}\b", in_frames) for feature in framed)
     refused_outside = inspect.getsource(
         tests.activations.test_compiled.test_hooks_of_a_call_on_a_compiled_model_are_refused_by_name
     )

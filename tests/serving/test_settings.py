@@ -19,11 +19,14 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import SecretStr
 
+from safe_decode.bundle.summary import summary_of
 from safe_decode.cli import serve as serving
 from safe_decode.cli.main import app as command
+from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.serving.operations.screen import first_screen
 from safe_decode.serving.settings import ServeSettings
 from safe_decode.serving.sources import OTHER_VARIABLES, PREFIX, gather
+from safe_decode.testing.bundles import bundle_for, decoder_for
 from tests.servers import staged_engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -377,3 +380,23 @@ def test_what_is_left_to_the_bundle_is_shown_as_it_is():
         "holdback_tokens=17"
         in dict(first_screen(gather(flags={}, environ={}), facts))["by default"]
     )
+
+
+def test_the_first_screen_warns_and_says_what_is_caught(llama, tokenizer):
+    recall = {"hits": 9, "n": 20, "low": 0.23, "high": 0.68}
+    worth = {"alpha": 0.5, "recall": recall, "split": "test"}
+    summary = summary_of(bundle_for(llama, tokenizer, provenance={"worth": worth}))
+    facts = replace(staged_engine().facts, summary=summary)
+    rows = first_screen(gather(flags={}, environ={}), facts)
+    assert dict(rows)["catches"].startswith("9 of 20 harmful responses, 45.0 %")
+    assert [text for name, text in rows if name == "warning"] == [
+        "catches under half: 9 of 20 harmful responses at alpha 0.5",
+        "recall rests on 20 harmful responses, wanted at least 30",
+    ]
+
+
+def test_an_engine_tells_the_summary_of_its_bundle(llama, tokenizer):
+    engine = TransformersEngine(decoder_for(llama, tokenizer))
+    assert engine.facts.summary is not None
+    assert engine.facts.summary.certificate == engine.facts.certificate
+    engine.close()

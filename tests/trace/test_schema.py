@@ -102,7 +102,7 @@ def test_unknown_fields_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (changed(0, version=9), "line 1 has trace version 9, this reader knows 1, 2, 3 and 4"),
+        (changed(0, version=9), "line 1 has trace version 9, this reader knows 1, 2, 3, 4 and 5"),
         (changed(2, action="vanish"), "line 3 has action='vanish', wanted one of scan, pass"),
         (changed(2, why="mood"), "line 3 has why='mood'"),
         (changed(2, kind="comment"), "line 3 is a 'comment', wanted header, step or end"),

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from safe_decode.cli.loading import layers_of
 from safe_decode.errors import ConfigurationError
 from safe_decode.typing import CausalLM
 
 if TYPE_CHECKING:
     from safe_decode.activations.site import Site
 
-__all__ = ["FEATURE_COUNTS", "SiteOptions", "residual_sites", "site_sets_of"]
+__all__ = ["FEATURE_COUNTS", "SiteOptions", "residual_layers", "residual_sites", "site_sets_of"]
 
-
+_NOTHING = "nothing to read; pass --units from `locate`, or --residual all."
 FEATURE_COUNTS = (64, 256)
 """How many features are tried where the options name none."""
 
@@ -47,6 +48,40 @@ class SiteOptions:
         ),
     ] = None
 
+    def require_layers(self, model: str | None) -> None:
+        """Check the file of units and the layers that are named, before the model is loaded.
+
+        Args:
+            model: Its name or directory, whose configuration says how many layers it has.
+
+        Raises:
+            ConfigurationError: A layer is outside the model.
+            DataError: The units cannot be read.
+        """
+        if self.units is None and self.residual is None:
+            return
+        n_layers = layers_of(model)
+        if self.residual is not None:
+            residual_layers(self.residual, n_layers)
+        if self.units is not None:
+            from probes.location.units import UnitSet
+
+            last = int(UnitSet.load(self.units).layer.max(initial=0))
+            if n_layers is not None and last >= n_layers:
+                raise ConfigurationError(
+                    f"--units={self.units} holds units of layer {last}, outside this model's "
+                    f"0..{n_layers - 1}; pass units that were located in this model."
+                )
+
+    def require_some(self) -> None:
+        """Refuse to read nothing.
+
+        Raises:
+            ConfigurationError: Neither units nor layers are named.
+        """
+        if self.units is None and self.residual is None:
+            raise ConfigurationError(_NOTHING)
+
 
 def site_sets_of(
     model: CausalLM,
@@ -69,7 +104,7 @@ def site_sets_of(
     if residual is not None:
         found[f"residual-{residual}"] = residual_sites(model, residual)
     if not found:
-        raise ConfigurationError("nothing to read; pass --units from `locate`, or --residual all.")
+        raise ConfigurationError(_NOTHING)
     return found
 
 
@@ -79,16 +114,32 @@ def residual_sites(model: CausalLM, spec: str) -> tuple[Site, ...]:
     from safe_decode.activations.site import Site, sorted_sites
 
     anatomy = anatomy_of(model)
-    n_layers = len(anatomy.blocks)
+    layers = residual_layers(spec, len(anatomy.blocks))
+    width = tuple(range(anatomy.d_model))
+    return sorted_sites(Site(layer, "resid", width) for layer in layers)
+
+
+def residual_layers(spec: str, n_layers: int | None) -> set[int]:
+    """Read which layers `--residual` names.
+
+    Args:
+        spec: `all`, or numbers with commas.
+        n_layers: Of the model; None: not known yet, so nothing is outside and `all` is empty.
+
+    Raises:
+        ConfigurationError: It is neither, or names a layer outside the model.
+    """
+    if spec == "all":
+        return set(range(n_layers or 0))
     try:
-        layers = range(n_layers) if spec == "all" else [int(part) for part in spec.split(",")]
+        layers = {int(part) for part in spec.split(",")}
     except ValueError as error:
         raise ConfigurationError(
             f"--residual={spec!r} is neither all nor layers such as 2,4,5."
         ) from error
-    if any(not 0 <= layer < n_layers for layer in layers):
+    if min(layers) < 0 or (n_layers is not None and max(layers) >= n_layers):
+        last = "" if n_layers is None else n_layers - 1
         raise ConfigurationError(
-            f"--residual={spec!r} names a layer outside this model's 0..{n_layers - 1}."
+            f"--residual={spec!r} names a layer outside this model's 0..{last}."
         )
-    width = tuple(range(anatomy.d_model))
-    return sorted_sites(Site(layer, "resid", width) for layer in set(layers))
+    return layers

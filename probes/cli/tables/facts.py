@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safe_decode.cli.console import console
+from safe_decode.cli.tables import WordTable, print_table
 
 if TYPE_CHECKING:
     from probes.data.reader import Reading
@@ -19,12 +20,8 @@ __all__ = ["show_facts", "show_warnings"]
 
 def show_facts(title: str, facts: Mapping[str, object], wrote: Path | None = None) -> None:
     """Print a table of names and values."""
-    from rich.table import Table
-
-    table = Table("", "", title=title, title_justify="left", show_header=False)
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _shown(value))
-    console().print(table)
+    rows = [(name.replace("_", " "), _shown(value)) for name, value in facts.items()]
+    print_table(WordTable(("", ""), rows, title))
     if wrote is not None:
         console().print(f"wrote {wrote}", soft_wrap=True)
 
@@ -40,6 +37,8 @@ def show_warnings(readings: Sequence[Reading], warnings: Sequence[str] = ()) -> 
             )
         for line in reading.named:
             screen.print(f"  {line}", soft_wrap=True)
+        if reading.note is not None:
+            screen.print(f"{reading.source}: {reading.note}", soft_wrap=True)
     for line in warnings:
         screen.print(f"warning: {line}", soft_wrap=True)
 

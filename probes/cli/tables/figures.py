@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from safe_decode.cli.console import console
-from safe_decode.demo.view import visible
+from safe_decode.cli.tables import WordTable, print_table
 
 if TYPE_CHECKING:
     from probes.evaluation.offline import Report
@@ -37,19 +37,18 @@ _LONGEST_FIGURE = 26  # what is longer is a sentence, and reads from the left
 
 def print_tables(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
     """Print tables with their titles; the keys of the first row are the columns."""
-    from rich.table import Table
-
     screen = console()
     for title, rows in tables.items():
         if not rows:
             continue
-        table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
-        for place, column in enumerate(rows[0]):
-            is_text = place == 0 or max(len(row[column]) for row in rows) > _LONGEST_FIGURE
-            table.add_column(column, justify="left" if is_text else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*(visible(value) for value in row.values()))
-        screen.print(table)
+        columns = list(rows[0])
+        figures = [
+            column
+            for column in columns[1:]
+            if max(len(row[column]) for row in rows) <= _LONGEST_FIGURE
+        ]
+        cells = [list(row.values()) for row in rows]
+        print_table(WordTable(columns, cells, title, right=figures), screen)
         screen.print()
 
 

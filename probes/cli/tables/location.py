@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safe_decode.cli.console import console, write_text
+from safe_decode.cli.tables import WordTable, print_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,31 +61,23 @@ def located_json(units: UnitSet, out: Path) -> dict[str, object]:
 
 def show_located(units: UnitSet, out: Path, drawn: Sequence[Path]) -> None:
     """Print the table for people."""
-    from rich.table import Table
-
     from probes.location.units import CATEGORIES
     from probes.reports.unit_plots import category_counts
 
     counts = category_counts(units)
-    table = Table(
-        title="Share of a layer's units, and its safety-critical ones",
-        title_justify="left",
-    )
-    for name in ("layer", *CATEGORIES, "SCU heads", "SCU neurons"):
-        table.add_column(name, justify="right")
+    columns = ("layer", *CATEGORIES, "SCU heads", "SCU neurons")
     critical = CATEGORIES.index("SCU")
 
-    def add(name: str, here: NDArray[np.int64]) -> None:
+    def row(name: str, here: NDArray[np.int64]) -> list[str]:
         shares = here.sum(axis=0) / max(here.sum(), 1)
         cells = [f"{share:.1%}" for share in shares]
-        table.add_row(name, *cells, *(str(count) for count in here[:, critical]))
+        return [name, *cells, *(str(count) for count in here[:, critical])]
 
-    for layer, here in enumerate(counts):
-        add(str(layer), here)
-    table.add_section()
-    add("all", counts.sum(axis=0))
+    rows = [row(str(layer), here) for layer, here in enumerate(counts)]
+    rows.append(row("all", counts.sum(axis=0)))
+    title = "Share of a layer's units, and its safety-critical ones"
+    print_table(WordTable(columns, rows, title, right=columns, apart={len(counts)}))
     screen = console()
-    screen.print(table)
     found = units.provenance["counts"]
     screen.print(
         f"located on {found['refusals']} refusals ({found['distinct_refusals']} distinct) among "

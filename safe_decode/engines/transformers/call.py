@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from safe_decode.session.turns import RowEnd
 from safe_decode.streaming.batch_release import Releaser
 from safe_decode.streaming.release import Cancelled, ReleaseRules, RowRelease
 from safe_decode.trace.writer import FinishedRow, LazyTraces
+from safe_decode.typing import Tokenizer
 
 __all__ = ["GuardedCall"]
 
@@ -280,9 +282,14 @@ class GuardedCall:
             texts=[self._text(ids, settings.end_ids) for ids in answers],
             traces=LazyTraces(told),
             generation=generation,
+            decode=partial(_decoded, self._protected.tokenizer),
         )
 
     def _text(self, ids: Sequence[int], end_ids: Sequence[int]) -> str:
         # An end id is no content: nobody judged it, so its text, if it has any, is not shown.
         ids = ids[:-1] if ids and ids[-1] in end_ids else ids
-        return str(self._protected.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return _decoded(self._protected.tokenizer, ids)
+
+
+def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -15,7 +15,13 @@ from typing import get_args
 import torch
 
 from safe_decode.activations.compiled.forward_patch import compiled_part
-from safe_decode.engines.transformers.capability_table import EFFECTS, TABLE, Capability, Status
+from safe_decode.engines.transformers.capability_table import (
+    EFFECTS,
+    TABLE,
+    WRAPPERS,
+    Capability,
+    Status,
+)
 from safe_decode.engines.transformers.option_types import require_types
 from safe_decode.errors import UnsupportedError
 from safe_decode.typing import CausalLM
@@ -70,9 +76,16 @@ def require_supported_model(model: CausalLM, *, is_installed: bool = False) -> N
     """Refuse a model in a state that cannot be guarded.
 
     Raises:
-        UnsupportedError: Encoder-decoder, stateful, in training mode, under torch.autocast, or
-            compiled without installed taps.
+        UnsupportedError: Run in copies or parts by a wrapper, encoder-decoder, stateful, in
+            training mode, wholly offloaded, under torch.autocast or accelerate's mixed precision,
+            or compiled without installed taps.
     """
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    for wrapper in WRAPPERS:
+        _require(wrapper, wrapper in kinds)
+    _require("meta device", _device_type(model) == "meta")
+    # Where accelerate keeps the forward that it has replaced.
+    _require("mixed_precision", "_original_forward" in getattr(model, "__dict__", {}))
     config = getattr(model, "config", None)
     _require("is_encoder_decoder", getattr(config, "is_encoder_decoder", False))
     _require("is_stateful", getattr(model, "_is_stateful", False))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["EFFECTS", "TABLE", "Capability", "Effect", "Status"]
+__all__ = ["EFFECTS", "TABLE", "WRAPPERS", "Capability", "Effect", "Status"]
 
 Status = Literal["supported", "installed", "ignored", "served", "refused"]
 """installed: supported inside `with decoder.installed():`, refused outside. ignored: has no
@@ -98,6 +98,8 @@ def _refused(reason: str, instead: str, **features: tuple[object, ...]) -> list[
 
 
 _NO: tuple[object, ...] = (False,)
+WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+"""Classes that run a model in copies or parts, by name."""
 _CACHES = ("dynamic", "hybrid", "static", "offloaded", "offloaded_static", "quantized")
 
 TABLE: tuple[Capability, ...] = (
@@ -116,19 +118,11 @@ TABLE: tuple[Capability, ...] = (
         "stopping_criteria",
     ),
     *_rows("voids", "runs before the guard", "logits_processor", "prefix_allowed_tokens_fn"),
-    *_moves(
-        "certified",
-        "runs before the guard",
-        repetition_penalty=(1.0,),
-        no_repeat_ngram_size=(0,),
-        bad_words_ids=(),
-        sequence_bias=(),
-        suppress_tokens=(),
-        begin_suppress_tokens=(),
-        forced_bos_token_id=(),
-        forced_eos_token_id=(),
-        exponential_decay_length_penalty=(),
-    ),
+    *_moves("certified", "runs before the guard", repetition_penalty=(1.0,), bad_words_ids=()),
+    *_moves("certified", "runs before the guard", no_repeat_ngram_size=(0,), sequence_bias=()),
+    *_moves("certified", "runs before the guard", suppress_tokens=(), begin_suppress_tokens=()),
+    *_moves("certified", "runs before the guard", forced_bos_token_id=(), forced_eos_token_id=()),
+    *_moves("certified", "runs before the guard", exponential_decay_length_penalty=()),
     *_rows("same", "runs before the guard", "renormalize_logits"),
     *_rows("same", "each of its values by its own row", "generation_config"),
     *_rows("same", "", "input_ids", "inputs", "attention_mask", "tokenizer"),
@@ -270,6 +264,11 @@ TABLE: tuple[Capability, ...] = (
         training=_NO,
     ),
     *_refused(
+        "it runs copies or parts of the model, which nobody reads",
+        "wrap the model inside it (model.module), in each process its own",
+        **dict.fromkeys(WRAPPERS, _NO),
+    ),
+    *_refused(
         "a recurrent state cannot be judged again for the tail",
         "use an attention model",
         is_stateful=_NO,
@@ -278,6 +277,16 @@ TABLE: tuple[Capability, ...] = (
         "the forward would compute in another dtype than was certified",
         "generate outside of it; load the model in that dtype and make a bundle for it",
         **{"torch.autocast": _NO},
+    ),
+    *_refused(
+        "all of the model is offloaded, so that it stands on no device its inputs could go to",
+        "keep the embeddings on a device, with a device_map",
+        **{"meta device": _NO},
+    ),
+    *_refused(
+        "accelerate has put autocast into the forward, another dtype than was certified",
+        "wrap accelerator.unwrap_model(model, keep_fp32_wrapper=False)",
+        mixed_precision=_NO,
     ),
     *_refused(
         "padding after the prompt would be scored as text",

@@ -20,15 +20,9 @@ from safe_decode.engines.transformers.call_spec import StreamSink
 from safe_decode.engines.transformers.capabilities import require_supported
 from safe_decode.engines.transformers.external_generate import GuardHandle, guarded
 from safe_decode.engines.transformers.output import GuardedOutput
-from safe_decode.engines.transformers.request import (
-    CallBuilder,
-    GenerateRequest,
-)
+from safe_decode.engines.transformers.request import CallBuilder, GenerateRequest
 from safe_decode.engines.transformers.wrapped_model import WrappedModel, as_ids
-from safe_decode.errors import (
-    CertificateError,
-    UnsupportedError,
-)
+from safe_decode.errors import CertificateError, UnsupportedError
 from safe_decode.policy.policy import Policy, RequestPolicy
 from safe_decode.prompts.batch import Prompts, from_ids
 from safe_decode.streaming.events import StreamEvent
@@ -44,13 +38,13 @@ _OF_THE_REQUEST = ("input_ids", "attention_mask", "prefill", "redirect", "policy
 class SafeDecoder(WrappedModel):
     """Wraps a model and its bundle; see `WrappedModel` for the arguments.
 
-    What code asks of a model, `device`, `dtype`, `config` and `generation_config`, is forwarded;
-    `tokenizer` is as given.
+    What frames ask of a model is forwarded, so that pipelines take a decoder in its place, see
+    `ModelFace`; `tokenizer` is as given.
     """
 
     def generate(
         self,
-        prompts: Prompts | None = None,
+        prompts: Prompts | Tensor | None = None,
         *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -63,8 +57,8 @@ class SafeDecoder(WrappedModel):
         """Generate under the guard.
 
         Args:
-            prompts: A string, several, a conversation (list of messages) or several;
-                encoded with the chat template.
+            prompts: A string, several, a conversation (list of messages) or several, encoded with
+                the chat template; or `input_ids` in the first place, as for `model.generate`.
             input_ids: Instead of prompts, [batch, seq] ids as for `model.generate`.
             attention_mask: [batch, seq] for `input_ids`.
             prefill: The beginning of the answer, one for all prompts or one each.
@@ -99,7 +93,7 @@ class SafeDecoder(WrappedModel):
 
     def stream(
         self,
-        prompts: Prompts | None = None,
+        prompts: Prompts | Tensor | None = None,
         *,
         includes_stop: bool = True,
         **asked: Any,  # noqa: ANN401 - those of generate
@@ -144,7 +138,7 @@ class SafeDecoder(WrappedModel):
 
     def astream(
         self,
-        prompts: Prompts | None = None,
+        prompts: Prompts | Tensor | None = None,
         *,
         includes_stop: bool = True,
         **asked: Any,  # noqa: ANN401 - those of stream
@@ -249,12 +243,12 @@ class SafeDecoder(WrappedModel):
         ) as handle:
             yield handle
 
-    def _call(self, prompts: Prompts | None, **asked: Any) -> GuardedCall:  # noqa: ANN401
+    def _call(self, prompts: Prompts | Tensor | None, **asked: Any) -> GuardedCall:  # noqa: ANN401
         self.require_unchanged()
         return self._composer().call(GenerateRequest(prompts, **asked))
 
     def _producer(
-        self, prompts: Prompts | None, includes_stop: bool, asked: Mapping[str, Any]
+        self, prompts: Prompts | Tensor | None, includes_stop: bool, asked: Mapping[str, Any]
     ) -> Producer:
         own = {name: asked.get(name) for name in _OF_THE_REQUEST}
         options = {name: value for name, value in asked.items() if name not in own}

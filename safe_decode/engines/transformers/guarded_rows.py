@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from safe_decode.activations.tap import ForwardRecorder
+from safe_decode.bundle.summary import warnings_of
 from safe_decode.engines.transformers.call_spec import (
     GuardedModel,
     RowSpec,
@@ -155,4 +156,5 @@ class GuardedRows:
             certificate=spec.certificate,
             policy=spec.policy,
             reasoning=spec.reasoning,
+            warnings=warnings_of(bundle, spec.certificate),
         )

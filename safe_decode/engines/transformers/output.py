@@ -7,8 +7,9 @@ loops or how a row came to what it says.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from safe_decode.policy.redirect import REDIRECTS
 from safe_decode.streaming.events import FinishReason
 from safe_decode.streaming.release import RowRelease
 from safe_decode.trace.schema import SafetyTrace
+from safe_decode.trace.shown import Decode
 from safe_decode.trace.writer import FinishedRow
 
 if TYPE_CHECKING:
@@ -27,14 +29,20 @@ if TYPE_CHECKING:
 __all__ = ["GuardedOutput", "Standing", "finish_reason", "matched_generation", "standing_of"]
 
 
+_Index: TypeAlias = "int | slice | Tensor"
 _Recorded: TypeAlias = "Tensor | tuple[_Recorded, ...]"
 """Of one step: a tensor, or one a layer."""
+_DRAWN = 8
+"""Rows that a notebook shows of one output."""
 _RECORDED = ("scores", "logits", "attentions", "hidden_states")
 
 
 @dataclass
 class GuardedOutput:
     """What a guarded call returns.
+
+    Indexed, iterated over or measured it is its `sequences`, as what `model.generate` returns, so
+    that pipelines and code written for models take it as it is.
 
     Attributes:
         sequences: [batch, seq] ids: the user's prompt ids, then what stands of the answer,
@@ -49,12 +57,52 @@ class GuardedOutput:
             refusal longer than the recorded steps has none. Of beams, `beam_indices` are -1
             from the cut on instead. Its `past_key_values` are None if a row has tripped.
             Else None.
+        decode: The tokenizer's, for showing tokens in notebooks; None: as ids.
     """
 
     sequences: Tensor
     texts: list[str]
     traces: Sequence[SafetyTrace]
     generation: Any = None
+    decode: Decode | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of `sequences`, [batch, seq]."""
+        return self.sequences.shape
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.sequences)
+
+    def __getitem__(self, index: _Index | tuple[_Index, ...]) -> Tensor:
+        return self.sequences[index]
+
+    def reshape(self, *shape: int) -> Tensor:
+        """Reshape `sequences`, as pipelines do."""
+        return self.sequences.reshape(*shape)
+
+    def tolist(self) -> list[list[int]]:
+        """Return `sequences` as lists of ids."""
+        found: list[list[int]] = self.sequences.tolist()
+        return found
+
+    def __repr__(self) -> str:
+        """Return one line without any text: outcomes and sizes."""
+        outcomes = Counter(trace.end.outcome for trace in self.traces)
+        told = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        return f"GuardedOutput({told}; sequences {list(self.shape)}, texts, traces)"
+
+    def _repr_html_(self) -> str:
+        """Draw the rows for a notebook: tokens by risk, the trip, and what the reader gets."""
+        from safe_decode.trace.notebook import trace_as_html
+
+        rows = list(zip(self.traces, self.texts, strict=True))
+        drawn = [trace_as_html(one, decode=self.decode, text=text) for one, text in rows[:_DRAWN]]
+        more = f"<p>… and {len(rows) - _DRAWN:,} rows more</p>" if len(rows) > _DRAWN else ""
+        return "<hr>".join(drawn) + more
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ _OURS = frozenset(
 class GenerateRequest:
     """What a caller asks for; see `SafeDecoder.generate` for the attributes."""
 
-    prompts: Prompts | None = None
+    prompts: Prompts | Tensor | None = None
     input_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     prefill: str | Sequence[str | None] | None = None
@@ -150,11 +150,13 @@ class CallBuilder:
         model, tokenizer = self.protected.model, self.protected.tokenizer
         embeds = options.get("inputs_embeds")
         ids = options.get("inputs") if input_ids is None else input_ids
+        if isinstance(prompts, Tensor) and ids is None:
+            prompts, ids = None, prompts
         if embeds is not None and prompts is None and ids is None:
             return from_embeds(embeds, attention_mask).to(model.device)
         if (prompts is None) == (ids is None) or embeds is not None:
             raise PromptError("pass prompts, input_ids or inputs_embeds, exactly one of them.")
-        if prompts is not None:
+        if prompts is not None and not isinstance(prompts, Tensor):
             inputs = from_prompts(tokenizer, prompts, prefill, model.device)
         elif prefill is not None:
             raise ConfigurationError(

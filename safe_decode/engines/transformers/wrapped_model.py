@@ -22,6 +22,7 @@ from safe_decode.certificate import Certificate
 from safe_decode.decision import Redirect
 from safe_decode.engines.transformers.call_spec import GuardedModel
 from safe_decode.engines.transformers.capabilities import require_supported_model
+from safe_decode.engines.transformers.frames import ModelFace
 from safe_decode.engines.transformers.request import (
     context_tokens,
     texts_of,
@@ -34,12 +35,12 @@ from safe_decode.errors import (
 from safe_decode.policy.policy import OnError, Policy
 from safe_decode.policy.self_check import SelfCheck
 from safe_decode.prompts import chat
-from safe_decode.typing import CausalLM, GenerationSettings, ModelConfig, Tokenizer
+from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["WrappedModel", "as_ids"]
 
 
-class WrappedModel:
+class WrappedModel(ModelFace):
     """Wraps a model and its bundle.
 
     Args:
@@ -112,28 +113,6 @@ class WrappedModel:
             check = replace(self_check, probe=self_check.probe.to(model.device))
             tap = ActivationTap(model, check.probe.sites)
             self._self_check = (check, tap, chat.assistant_header(tokenizer))
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's configuration."""
-        return self.model.config
-
-    @property
-    def generation_config(self) -> GenerationSettings:
-        """The model's generation configuration, which holds where a call says nothing else."""
-        return self.model.generation_config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model stands."""
-        device: torch.device = self.model.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the model's weights."""
-        dtype: torch.dtype = self.model.dtype
-        return dtype
 
     @property
     def protected(self) -> GuardedModel:

@@ -43,6 +43,7 @@ def first_screen(given: SettingsGiven, facts: GuardFacts) -> list[tuple[str, str
             f"at most {certificate.alpha:.3g} of {certificate.population} responses alarm, with "
             f"confidence {1 - certificate.delta:g}, from {certificate.n} responses",
         ),
+        *(() if facts.summary is None else [("catches", facts.summary.catches)]),
         ("calibrated on", f"{certificate.evidence.source}: {certificate.evidence.in_words}"),
         ("it speaks of", f"{how}, up to {envelope.max_new_tokens} tokens; else it is void"),
         ("a trip", f"{facts.redirect}, hold-back {facts.holdback_tokens} tokens"),
@@ -54,6 +55,8 @@ def first_screen(given: SettingsGiven, facts: GuardFacts) -> list[tuple[str, str
         ("keys", f"{len(settings.api_keys)}" if settings.api_keys else "none: anybody may ask"),
         ("audit", str(settings.audit or "none")),
     ]
+    if facts.summary is not None:
+        rows += [("warning", warning) for warning in facts.summary.warnings]
     if settings.expose_scores:
         rows.append(("exposed", "statistics and threshold: an oracle for attackers"))
     if settings.expose_bare:

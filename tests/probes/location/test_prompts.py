@@ -76,7 +76,7 @@ def test_the_digest_is_of_the_files_bytes(tmp_path):
         ([{"prompt": "a"}, {"text": "a"}], "f:2: the row needs either prompt or messages"),
         ([{"prompt": 3}], "f:1: message .* must have exactly the texts"),
         ([{"messages": "hello"}], "f:1: messages='hello' is not a non-empty tuple"),
-        ([{"prompt": "a", "colour": 1}], r"f:1: unknown fields \['colour'\]"),
+        ([{"prompt": "a", "ended": 1}], r"f:1: unknown fields \['ended'\]"),
         ([{"prompt": "a", "split": "train"}], "f:1: split='train' is not one of"),
         ([["a"]], "f:1: the row is a list, wanted a JSON object"),
         ([{"prompt": "a", "split": "test"}], r"has no row to use \(1 belong to other"),

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
+from safe_decode.bundle.summary import summary_of
 from safe_decode.engines.interface import GuardFacts, StepTimes
 from safe_decode.engines.rows import Row, RowPrompt
 from safe_decode.engines.transformers.batch.prompts import PromptReader
@@ -88,6 +89,7 @@ class TransformersEngine:
             heads=tuple(bundle.probe.heads),
             context_tokens=context_tokens(model),
             vocab_tokens=int(model.config.get_text_config().vocab_size),
+            summary=summary_of(bundle, decoder.certificate.alpha, decoder.certificate.population),
         )
         self._prompts = PromptReader(
             decoder.tokenizer,
