@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from probes.activations.features import union_of_sites
 from probes.activations.harvest import score_responses
+from probes.calibration.canary import canary_of
 from probes.calibration.certify import Calibration, certify_populations
 from probes.calibration.reach import Responses
 from probes.calibration.statistic import maxima, smoothed_paths
@@ -26,17 +27,11 @@ from probes.location.locate import LocateConfig, locate
 from probes.location.units import UnitSet, sites_of
 from safe_decode.activations.site import Site
 from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
-from safe_decode.bundle.canary import CanaryRecord
 from safe_decode.certificate import Envelope
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["FeatureStore", "Recipe", "RecipeConfig", "make_bundle", "union_of_sites"]
-
-# Rounding of other kernels is far below a twentieth of the benign spread, a missing hook or
-# another model far above it.
-_CANARY_SHARE_OF_SPREAD = 0.05
-_SMALLEST_CANARY_TOLERANCE = 1e-3
 
 _DEFAULT_FITS = (
     FitConfig(method="token", c=0.01),
@@ -185,7 +180,7 @@ def make_bundle(
         refusal=config.refusal,
         opener=config.opener,
         fingerprint=Fingerprint.of(model, tokenizer),
-        canary=_canary(model, tokenizer, parts["select"], best),
+        canary=canary_of(model, tokenizer, parts["select"], best.fitted.probe, best.chosen.monitor),
         provenance={
             **(provenance or {}),
             **_counts(parts, unjudged),
@@ -276,23 +271,4 @@ def _calibrated(
         envelopes=config.envelopes,
         responses=Responses.scored(model, logits),
         lower_caps=config.lower_caps,
-    )
-
-
-def _canary(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    rows: Sequence[Conversation],
-    best: CandidateProbe,
-) -> CanaryRecord:
-    """Record the scores of a harmless exchange, to be compared wherever the bundle is loaded."""
-    row = next(row for row in rows if row.response_harmful is False and row.response)
-    spread = max(best.chosen.monitor.scale)
-    return CanaryRecord.of(
-        model,
-        tokenizer,
-        best.fitted.probe.to(next(model.parameters()).device),
-        prompt=row.prompt,
-        response=row.response,
-        tolerance=max(_CANARY_SHARE_OF_SPREAD * spread, _SMALLEST_CANARY_TOLERANCE),
     )

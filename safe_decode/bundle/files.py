@@ -35,11 +35,11 @@ __all__ = [
 
 FORMAT = "safe-decode bundle"
 SCHEMA = 1
-WITH_FURTHER, WITH_EVIDENCE, WITH_KIND = 2, 3, 4
-_READ_SCHEMAS = (SCHEMA, WITH_FURTHER, WITH_EVIDENCE, WITH_KIND)
+WITH_FURTHER, WITH_EVIDENCE, WITH_KIND, WITH_FORMATS = 2, 3, 4, 5
+_READ_SCHEMAS = (SCHEMA, WITH_FURTHER, WITH_EVIDENCE, WITH_KIND, WITH_FORMATS)
 """2: with a self-check of its own, or thresholds for reasoning. 3: with the writers and the
 lengths of the calibration responses; without them both are said to be unrecorded. 4: with a
-probe of another kind than linear."""
+probe of another kind than linear. 5: certified in more than one number format."""
 CARD, PROBE, CALIBRATION = "card.json", "probe.safetensors", "calibration.safetensors"
 FILES = (PROBE, CALIBRATION, CARD)
 """In the order in which they are replaced: the card, which names the others, comes last."""

@@ -125,6 +125,7 @@ def _card(bundle: ProbeBundle) -> dict[str, object]:
         "holdback_tokens": bundle.holdback_tokens,
         "refusal": bundle.refusal,
         "opener": bundle.opener,
+        "dtypes": list(bundle.dtypes),
         "fingerprint": asdict(bundle.fingerprint),
         "has_canary": bundle.canary is not None,
         "provenance": dict(bundle.provenance),
@@ -135,6 +136,7 @@ def _card(bundle: ProbeBundle) -> dict[str, object]:
 def _facts(certificate: Certificate) -> dict[str, object]:
     return {
         "population": certificate.population,
+        "dtype": certificate.dtype,
         "alpha": certificate.alpha,
         "delta": certificate.delta,
         "n": certificate.n,
@@ -158,9 +160,20 @@ def _certificates(certificates: Sequence[Certificate]) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    shown = ("population", "alpha", "delta", "n", "j", "threshold", "source", "lengths", "envelope")
+    shown = (
+        "population",
+        "dtype",
+        "alpha",
+        "delta",
+        "n",
+        "j",
+        "threshold",
+        "source",
+        "lengths",
+        "envelope",
+    )
     for name in shown:
-        table.add_column(name)
+        table.add_column(name, no_wrap=name == "dtype")
     for certificate in certificates:
         facts = _facts(certificate)
         table.add_row(*(_shown(facts[name]) for name in shown))
