@@ -18,8 +18,8 @@ from safe_decode.typing import CausalLM, Tokenizer
 __all__ = ["canary_again", "canary_of"]
 
 # In float32, rounding of other kernels is far below a twentieth of the benign spread, a missing
-# hook or another model far above it. Formats of 16 bits and less keep 2^-8 of a value, float32
-# 2^-24: their kernels differ by a few hundredths of the spread, up to a tenth on small models.
+# hook or another model far above it. bfloat16 keeps 2^-8 of a value, float32 2^-24: on the embedded
+# model, padding or steps with a cache move its scores by up to a tenth of the spread.
 _SHARE_OF_SPREAD = 0.05
 _SHARE_IN_NARROW_FORMATS = 0.25
 _SMALLEST_TOLERANCE = 1e-3

@@ -20,16 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["decoder_of", "loaded_bundle", "loaded_model"]
 
 
-def loaded_model(model: str | None, how: LoadSettings, *, needs_template: bool = True) -> Loaded:
+def loaded_model(model: str | None, how: LoadSettings) -> Loaded:
     """Load a model by name or directory, the embedded aligned one where None.
 
-    Args:
-        model: Its name or directory.
-        how: How it is loaded.
-        needs_template: Refuse a model without a chat template, before its weights are read.
-
     Raises:
-        ConfigurationError: Nothing to load under that name, or no chat template.
+        ConfigurationError: Nothing to load under that name, or a model without a chat template,
+            which every command needs; told before its weights are read.
     """
     from safe_decode.demo.embedded_pair import artefact
     from safe_decode.loading import load_model
@@ -43,7 +39,7 @@ def loaded_model(model: str | None, how: LoadSettings, *, needs_template: bool =
             dtype=how.dtype,
             gguf_file=how.gguf_file,
             gguf=how.gguf,
-            needs_template=needs_template,
+            needs_template=True,
         )
 
 
@@ -68,7 +64,6 @@ def decoder_of(
     population: str = "benign",
     how: LoadSettings,
     trusted_key: Path | None = None,
-    needs_template: bool = True,
 ) -> SafeDecoder:
     """Load a model and a bundle, the embedded ones where None, and put the guard on.
 
@@ -91,7 +86,7 @@ def decoder_of(
         dtype = plain_dtype(model, how)
         if dtype is not None:
             require_certified(probes.dtypes, dtype)
-    loaded = loaded_model(model, how, needs_template=needs_template)
+    loaded = loaded_model(model, how)
     from safe_decode.engines.transformers.decoder import SafeDecoder
 
     return SafeDecoder(

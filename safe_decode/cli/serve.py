@@ -115,13 +115,6 @@ _FLAGS = (
 """Options that are settings of the same name."""
 
 
-_LOG = logging.getLogger("safe_decode.serving")
-_NO_TEMPLATE = (
-    "the model has no chat template: /v1/completions is served, chats and messages are refused; "
-    "put the template into chat_template.jinja beside the tokenizer to serve them"
-)
-
-
 @command("Serve")
 def serve(options: ServeOptions) -> None:
     """Serve a guarded model behind OpenAI's and Anthropic's interfaces, and a page at /."""
@@ -157,11 +150,8 @@ def _run(given: SettingsGiven) -> None:
             gguf_file=settings.gguf_file,
             gguf=settings.gguf,
         ),
-        needs_template=False,
         trusted_key=settings.require_signature,
     )
-    if not getattr(decoder.tokenizer, "chat_template", None):
-        _LOG.warning(_NO_TEMPLATE)
     engine = engine_named("transformers")(
         decoder,
         holdback_tokens=settings.holdback_tokens,
