@@ -120,6 +120,8 @@ class Certificate:
         envelope: How they were generated.
         maxima: [n] finite, the statistic's maximum of each response.
         evidence: Who wrote the responses, and how far they reach.
+        dtype: Number format of the model in which the maxima were measured, as
+            `bundle.number_format` names it; None: that of the bundle which it is put into.
     """
 
     alpha: float
@@ -131,6 +133,7 @@ class Certificate:
     envelope: Envelope
     maxima: tuple[float, ...]
     evidence: Evidence = UNRECORDED
+    dtype: str | None = None
 
     @property
     def supported_cap(self) -> int | None:
@@ -157,6 +160,7 @@ class Certificate:
         population: str,
         envelope: Envelope,
         evidence: Evidence = UNRECORDED,
+        dtype: str | None = None,
     ) -> Certificate:
         """Certify a threshold from calibration maxima.
 
@@ -174,6 +178,7 @@ class Certificate:
             envelope=envelope,
             maxima=tuple(float(value) for value in maxima),
             evidence=evidence,
+            dtype=dtype,
         )
         certificate.verify_cap()
         return certificate
@@ -233,19 +238,27 @@ class Certificate:
 
 
 def certificate_of(
-    certificates: Sequence[Certificate], alpha: float, population: str
+    certificates: Sequence[Certificate], alpha: float, population: str, dtype: str | None = None
 ) -> Certificate:
-    """Find the certificate of a level and population.
+    """Find the certificate of a level, a population and a number format.
+
+    Args:
+        certificates: Among which it is looked for.
+        alpha: The level.
+        population: Whose responses it speaks of.
+        dtype: Number format; None: any.
 
     Raises:
         CertificateError: There is none; those that are there, are named.
     """
-    for certificate in certificates:
+    measured = [c for c in certificates if dtype is None or c.dtype == dtype]
+    for certificate in measured:
         if certificate.population == population and math.isclose(certificate.alpha, alpha):
             return certificate
-    levels = sorted({c.alpha for c in certificates if c.population == population})
+    levels = sorted({c.alpha for c in measured if c.population == population})
+    where = "" if dtype is None or len(measured) == len(certificates) else f" in {dtype}"
     raise CertificateError(
-        f"alpha={alpha:g} is not certified for {population!r}, wanted one of "
+        f"alpha={alpha:g} is not certified for {population!r}{where}, wanted one of "
         f"{levels or 'none: this population has no certificate'}; pass one of these or calibrate."
     )
 

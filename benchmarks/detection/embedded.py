@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    loaded = load_model(arguments.model or artefact("aligned"))
+    loaded = load_model(arguments.model or artefact("aligned"), dtype="float32")
     bundle = ProbeBundle.load(arguments.bundle or artefact("bundle"))
     decoder = SafeDecoder(loaded.model, loaded.tokenizer, bundle)
     bench = Bench(decoder, cap=decoder.certificate.envelope.max_new_tokens, seed=525_000)

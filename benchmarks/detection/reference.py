@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default="reference")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    loaded = load_model(arguments.model, device=arguments.device)
+    loaded = load_model(arguments.model, device=arguments.device, dtype="float32")
     train = read_rows(arguments.train, loaded, limit=arguments.limit, columns=arguments.columns)
     size = arguments.tokens_per_batch
     pooled = pooled_features(loaded, train.rows, tokens_per_batch=size)

@@ -73,7 +73,7 @@ class Pair:
     def load(self, which: Literal["aligned", "unaligned"]) -> Loaded:
         """Load one of the two afresh, in float32."""
         path = self.aligned_path if which == "aligned" else self.unaligned_path
-        return load_model(path, device=self.device)
+        return load_model(path, device=self.device, dtype="float32")
 
     def digest(self) -> str:
         """Name both models by their weights, for the identity of results."""

@@ -97,7 +97,7 @@ def aligned_anew(pair: Pair, *, recovery: float, tokens: int | None, seed: int) 
     name = f"safe-decode-control-{pair.digest()}-{recovery}-{amount}-{seed}"
     kept = Path(tempfile.gettempdir()) / name
     if kept.exists():
-        return load_model(kept, device=pair.device)
+        return load_model(kept, device=pair.device, dtype="float32")
     loaded = pair.load("unaligned")
     documents = alignment_documents(seed + 1_000_000, amount // 90, recovery=recovery)
     stage = Stage(encode(loaded.tokenizer, documents, answers_only=True), amount)

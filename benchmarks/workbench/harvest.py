@@ -145,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default="harvest")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    loaded = load_model(arguments.model or artefact("aligned"), device=arguments.device)
+    name = arguments.model or artefact("aligned")
+    loaded = load_model(name, device=arguments.device, dtype="float32")
     model = loaded.model
     anatomy = anatomy_of(model)
     width = tuple(range(anatomy.d_model))

@@ -19,6 +19,7 @@ from probes.activations.harvest import harvest, score_responses
 from probes.activations.teacher_forcing import encode_response, onset_token
 from probes.attacks.behaviours import AttackSet
 from probes.attacks.results import Record
+from probes.calibration.canary import canary_of
 from probes.calibration.certify import Calibration, certify_populations, population_of
 from probes.calibration.reach import Responses
 from probes.calibration.statistic import maxima, smoothed_paths
@@ -30,16 +31,13 @@ from probes.fitting.selection import ChosenMonitor, SelectSet, score_monitor
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Judge, Request
 from safe_decode.activations.site import Site
-from safe_decode.bundle.bundle import ProbeBundle
-from safe_decode.bundle.canary import CanaryRecord
+from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
 from safe_decode.errors import DataError
 from safe_decode.prompts.chat import encode_chat
 from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["RefitConfig", "adversarial_requests", "fit_config_of", "refit"]
 
-_CANARY_SHARE_OF_SPREAD = 0.05  # as for a first bundle
-_SMALLEST_CANARY_TOLERANCE = 1e-3
 _DELTA = 0.05
 _SEEDS_OF_A_DRAW = 100_000  # `rollout` takes a seed a batch
 
@@ -134,6 +132,7 @@ def refit(
         CertificateError: Too few harmless responses in calibrate.
     """
     parts = _judged_parts(rows)
+    old, bundle = bundle, bundle.only_as(Fingerprint.of(model, tokenizer))
     fitting = _within_context(model, tokenizer, requests, config.rollout.max_new_tokens)
     hostile = [
         row
@@ -150,8 +149,7 @@ def refit(
     taught = [*parts["fit"], *hostile]
     sites = config.sites or bundle.probe.sites
     features = harvest(model, tokenizer, taught, sites, storage="float16")
-    labels = [bool(row.response_harmful) for row in taught]
-    groups = [row.group for row in taught]
+    labels, groups = [bool(row.response_harmful) for row in taught], [row.group for row in taught]
     fitted = fitter_for(config.fit).fit(features, labels, groups=groups)
     chosen = _chosen(model, tokenizer, parts["select"], fitted, bundle.default_alpha, config)
     calibration = _calibrated(model, tokenizer, parts["calibrate"], fitted, chosen, bundle)
@@ -161,10 +159,10 @@ def refit(
         monitor=chosen.monitor,
         certificates=calibration.certificates,
         holdback_tokens=chosen.holdback_tokens,
-        canary=_canary(model, tokenizer, parts["select"], fitted, chosen),
+        canary=canary_of(model, tokenizer, parts["select"], fitted.probe, chosen.monitor),
         provenance={
             **bundle.provenance,
-            "refitted_from": bundle.digest,
+            "refitted_from": old.digest,
             "adversarial_rows": len(hostile),
             "adversarial_harmful": sum(bool(row.response_harmful) for row in hostile),
         },
@@ -258,25 +256,6 @@ def _calibrated(
         envelopes={c.population: c.envelope for c in bundle.certificates},
         responses=Responses.scored(model, logits),
         lower_caps=True,
-    )
-
-
-def _canary(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    rows: Sequence[Conversation],
-    fitted: FittedProbe,
-    chosen: ChosenMonitor,
-) -> CanaryRecord:
-    row = next(row for row in rows if row.response_harmful is False and row.response)
-    tolerance = _CANARY_SHARE_OF_SPREAD * max(chosen.monitor.scale)
-    return CanaryRecord.of(
-        model,
-        tokenizer,
-        fitted.probe.to(model.device),
-        prompt=row.prompt,
-        response=row.response,
-        tolerance=max(tolerance, _SMALLEST_CANARY_TOLERANCE),
     )
 
 

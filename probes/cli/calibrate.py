@@ -5,7 +5,7 @@ Knows the options and how certificates are shown. Does not know how they are com
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +22,7 @@ from probes.cli.shared_options.envelopes import (
 from probes.cli.tables.facts import show_facts, show_warnings
 from probes.recipes.early_checks import require_bundle_place, require_draws
 from safe_decode.cli.command import command
-from safe_decode.cli.console import print_json, require_place
+from safe_decode.cli.console import console, print_json, require_place
 from safe_decode.cli.options import JsonOptions, ModelOptions, NamedBundle
 from safe_decode.errors import DataError
 
@@ -57,23 +57,30 @@ class CalibrateOptions(EnvelopeOptions, DataOptions, ModelOptions, NamedBundle, 
 
 @command("Make a probe")
 def calibrate(options: CalibrateOptions) -> None:
-    """Certify a bundle's thresholds anew on harmless responses that nothing was chosen on."""
+    """Certify a bundle's thresholds anew on harmless responses that nothing was chosen on.
+
+    Certificates are of the number format that the model is loaded in (--dtype). Those of other
+    formats stay in the bundle, which then serves the model in each of them.
+    """
     require_place(options.out.parent / "file")
     require_bundle_place(options.out)
     require_delta(options.delta)
-    from safe_decode.bundle.bundle import Fingerprint
-
     old = options.load_bundle()
     readings = options.read()
     given = _harmless([row for one in readings for row in one.conversations])
     require_draws(given, _alphas(old, options), options.delta)
     own = options.load_model()
-    old.fingerprint.require(Fingerprint.of(own.model, own.tokenizer))
+    from probes.calibration.formats import measured_for, require_default, with_certificates
+
+    measured = measured_for(old, own.model, own.tokenizer)
+    before = old.certificate(dtype=measured.dtype if measured.dtype in old.dtypes else None)
+    require_default(old, measured.dtype, options.alpha)
     harmless, too_long = whole(own, given)
-    envelope = envelope_of(own, harmless, options, before=old.certificate().envelope)
+    envelope = envelope_of(own, harmless, options, before=before.envelope)
     found = _certified(own, old, harmless, options, envelope)
     record = {
         "bundle_before": old.digest,
+        "dtype": measured.dtype,
         "responses": len(harmless),
         "not_of_this_model": sum(found.foreign.values()),
         "not_of_this_model_because": found.foreign,
@@ -82,19 +89,22 @@ def calibrate(options: CalibrateOptions) -> None:
         "refused": found.refused,
     }
     sources = [one.to_json() for one in readings]
-    new = replace(
+    new = with_certificates(
         old,
-        certificates=found.certificates,
+        measured,
+        found.certificates,
         default_alpha=options.alpha[0] if options.alpha else old.default_alpha,
         provenance={**old.provenance, "calibrated_again": {"sources": sources, **record}},
     )
     new.save(options.out)
-    facts = [certificate_facts(one) for one in new.certificates]
+    facts = [certificate_facts(one) for one in new.certificates if one.dtype == measured.dtype]
     if options.as_json:
         print_json(
             {
                 "out": str(options.out),
                 "bundle": new.digest,
+                "dtype": measured.dtype,
+                "dtypes": list(new.dtypes),
                 "responses": len(harmless),
                 "too_long_for_the_context": too_long,
                 "certificates": facts,
@@ -104,6 +114,7 @@ def calibrate(options: CalibrateOptions) -> None:
         )
     else:
         _show(readings, found, len(harmless), facts, options.out)
+        console().print(f"The bundle is certified in {', '.join(new.dtypes)}.")
 
 
 def _show(

@@ -5,9 +5,10 @@ Knows the options, the exit status and how figures are shown. Does not know the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +16,11 @@ from probes.cli.tables.facts import show_facts
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
 from safe_decode.cli.options import Alpha, JsonOptions, NamedBundle
+
+if TYPE_CHECKING:
+    from safe_decode.bundle.bundle import ProbeBundle
+    from safe_decode.certificate import Certificate
+    from safe_decode.trace.schema import SafetyTrace
 
 __all__ = ["check"]
 
@@ -41,7 +47,7 @@ def check(options: CheckOptions) -> None:
 
     loaded, population = options.load_bundle(), options.population
     traces = [one for path in options.trace for one in read_traces(path)]
-    certificate = loaded.certificate(options.alpha, population)
+    certificate = _in_force(loaded, options, traces)
     found = check_live(traces, certificate, bundle=loaded.digest)
     if options.as_json:
         print_json({"bundle": loaded.digest, "population": population, **found.to_json()})
@@ -53,3 +59,17 @@ def check(options: CheckOptions) -> None:
             console().print(f"- {reason}", soft_wrap=True)
     if found.reasons:
         raise typer.Exit(1)
+
+
+def _in_force(
+    bundle: ProbeBundle, options: CheckOptions, traces: Sequence[SafetyTrace]
+) -> Certificate:
+    """Find the certificate that the traces were judged by, in whichever number format that was."""
+    thresholds = {trace.header.threshold for trace in traces}
+    every = [
+        bundle.certificate(options.alpha, options.population, dtype)
+        for dtype in bundle.dtypes
+        if any((c.population, c.dtype) == (options.population, dtype) for c in bundle.certificates)
+    ]
+    judged = [one for one in every if one.threshold in thresholds]
+    return judged[0] if judged else bundle.certificate(options.alpha, options.population)

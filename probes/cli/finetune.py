@@ -17,6 +17,7 @@ from safe_decode.cli.loading import loaded_model
 from safe_decode.cli.options import Device, JsonOptions, ModelName
 from safe_decode.cli.tables import WordTable, print_table
 from safe_decode.errors import ConfigurationError, DataError
+from safe_decode.loading import LoadSettings
 
 if TYPE_CHECKING:
     from probes.data.conversations import Conversation
@@ -106,7 +107,8 @@ def finetune(options: FinetuneOptions) -> None:
 
     config = _config(options)
     held = _freeze(options)
-    loaded = loaded_model(options.model, options.device, "float32")
+    # Training steps are too small for narrower weights; --bf16 computes over these.
+    loaded = loaded_model(options.model, LoadSettings(device=options.device, dtype="float32"))
     with working("Training"):
         tuned = tune(
             loaded.model,

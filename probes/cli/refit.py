@@ -121,8 +121,7 @@ def refit(options: RefitOptions) -> None:
         options.bundle,
         redirect="rewind",
         alpha=None,
-        device=options.device,
-        dtype=options.dtype,
+        how=options.how,
     )
     attack_set = _attacked(options)
     rows = _rows(decoder, options)

@@ -23,7 +23,7 @@ from probes.fitting.interface import FitSettings
 from probes.metrics.comparison import PROBE, Figures, MethodScores, ScoredRows, compare
 from probes.metrics.detection import Delay, delay_of, rates_by_group
 from probes.metrics.intervals import Proportion, plain_json
-from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
 from safe_decode.certificate import Certificate, certified_threshold
 from safe_decode.errors import CertificateError, DataError
 from safe_decode.typing import CausalLM, Tokenizer
@@ -156,7 +156,8 @@ def evaluate_bundle(
         model_controls=config.model_controls,
     )
     paths = work.paths()
-    certificate = bundle.certificate(config.alpha, config.population)
+    dtype = bundle.measured_as(Fingerprint.of(model, tokenizer)).dtype
+    certificate = bundle.certificate(config.alpha, config.population, dtype)
     slices: list[Slice] = []
     shown: dict[str, NDArray[np.float64]] = {}
     for prefix in config.prefixes:

@@ -247,7 +247,11 @@ class _School:
 
 
 def _save(model: CausalLM, tokenizer: Tokenizer, path: Path) -> None:
-    """Write a copy in bfloat16, whole or not at all; the model itself stays in float32."""
+    """Write a copy in bfloat16, whole or not at all; the model itself stays in float32.
+
+    Only the disk is saved: the configuration says float32, so that whoever loads the model without
+    naming a dtype gets the one that it was trained and is certified in.
+    """
     import copy
 
     import torch
@@ -256,6 +260,9 @@ def _save(model: CausalLM, tokenizer: Tokenizer, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as spot:
         new = Path(spot, "new")
         half.to(torch.bfloat16).save_pretrained(new)
+        config = json.loads((new / "config.json").read_text(encoding="utf-8"))
+        text = json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True)
+        (new / "config.json").write_text(text + "\n", encoding="utf-8")
         tokenizer.save_pretrained(new)
         if not path.exists():
             new.rename(path)

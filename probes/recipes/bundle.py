@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from probes.activations.features import union_of_sites
 from probes.activations.harvest import score_responses
+from probes.calibration.canary import canary_of
 from probes.calibration.certify import Calibration, certify_populations
 from probes.calibration.reach import Responses
 from probes.calibration.statistic import maxima, smoothed_paths
@@ -24,7 +25,7 @@ from probes.fitting.search import CandidateProbe, FeatureStore, Search, ranked_c
 from probes.fitting.statistics import StatisticChoice
 from probes.location.locate import LocateConfig, locate
 from probes.location.units import UnitSet, sites_of
-from probes.recipes.records import canary_of, seen_prompts
+from probes.recipes.records import seen_prompts
 from safe_decode.activations.site import Site
 from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
 from safe_decode.certificate import Envelope
@@ -187,7 +188,7 @@ def make_bundle(
         refusal=config.refusal,
         opener=config.opener,
         fingerprint=Fingerprint.of(model, tokenizer),
-        canary=canary_of(model, tokenizer, parts["select"], best),
+        canary=canary_of(model, tokenizer, parts["select"], best.fitted.probe, best.chosen.monitor),
         provenance={
             **(provenance or {}),
             **_counts(parts, unjudged),

@@ -22,7 +22,7 @@ from probes.calibration.certify import certify
 from probes.calibration.reach import Responses
 from probes.calibration.statistic import smoothed_paths
 from probes.data.conversations import Conversation
-from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
 from safe_decode.certificate import Certificate
 from safe_decode.errors import CertificateError, DataError
 from safe_decode.policy.reasoning import ReasoningSpans, SpanMarks
@@ -63,7 +63,8 @@ def add_reasoning(
 ) -> ProbeBundle:
     """Certify a bundle's levels anew, inside and outside of reasoning.
 
-    Only the population "benign" is kept: other certificates speak of whole responses.
+    Only the population "benign" in the model's number format is kept: other certificates speak of
+    whole responses.
 
     Args:
         model: The protected model, in eval mode.
@@ -79,6 +80,8 @@ def add_reasoning(
         CertificateError: Too few responses, or too few of them reason, for a level.
     """
     _require_harmless(conversations)
+    # In other numbers nothing is measured apart, inside and outside of reasoning.
+    bundle = bundle.only_as(Fingerprint.of(model, tokenizer))
     marks = ReasoningSpans(opens, closes, bundle.certificates).marks(tokenizer)
     device = next(model.parameters()).device
     logits = score_responses(model, tokenizer, conversations, bundle.probe.to(device))

@@ -32,7 +32,8 @@ from probes.fitting.registry import fitter_for
 from probes.runs.identity import weights_digest
 from safe_decode.activations.site import Site
 from safe_decode.activations.tap import ActivationTap, unwatched
-from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
+from safe_decode.bundle.measured import named
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.monitor.monitor import MonitorConfig
 from safe_decode.policy.self_check import HeaderCheck, SelfCheck, looks_due
@@ -171,6 +172,7 @@ def fit_header_check(
         CertificateError: Too few harmless responses in *calibrate*.
     """
     config = config or HeaderConfig()
+    dtype = bundle.measured_as(Fingerprint.of(model, tokenizer)).dtype
     parts = {
         split: [row for row in rows if row.response_harmful is not None]
         for split, rows in by_split(conversations).items()
@@ -191,23 +193,20 @@ def fit_header_check(
     # As the runtime compares it.
     first = float(np.float32(np.quantile(tops, 1 - config.first_share)))
     draft = SelfCheck(probe, 0.0, every_tokens=config.every_tokens, max_looks=config.max_looks)
-    scalars = response_scalars(
-        model, tokenizer, harmless["calibrate"], paths["calibrate"], first, draft
-    )
+    envelope, own = bundle.certificate(dtype=dtype).envelope, harmless["calibrate"]
+    scalars = response_scalars(model, tokenizer, own, paths["calibrate"], first, draft)
     lengths = tuple(len(path) - 1 for path in paths["calibrate"])
-    envelope = bundle.certificate().envelope
     certificates = certify(
         scalars,
-        [row.group for row in harmless["calibrate"]],
+        [row.group for row in own],
         population="benign",
         alphas=config.alphas,
         delta=config.delta,
         envelope=envelope,
-        reaches=Responses(lengths, weights_digest(model)).reaches(harmless["calibrate"], envelope),
+        reaches=Responses(lengths, weights_digest(model)).reaches(own, envelope),
     )
-    check = HeaderCheck(
-        probe, first, certificates, every_tokens=config.every_tokens, max_looks=config.max_looks
-    )
+    rest = {"every_tokens": config.every_tokens, "max_looks": config.max_looks}
+    check = HeaderCheck(probe, first, named(certificates, dtype), **rest)
     return replace(bundle, header_check=check)
 
 

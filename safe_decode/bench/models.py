@@ -139,7 +139,7 @@ def of_shape(
         name: A key of `SHAPES`.
         probe: How much is read; None: `ProbeShape()`.
         device: Where the model is made.
-        dtype: In what it computes.
+        dtype: In what it computes; auto: float32, as there is no checkpoint that says.
         vocab: Instead of the shape's.
         context_tokens: Longest sequence.
         seed: Of weights and probe.
@@ -151,6 +151,7 @@ def of_shape(
     if name not in SHAPES:
         raise ConfigurationError(f"shape={name!r} is not one of {', '.join(SHAPES)}; pass one.")
     shape = SHAPES[name] if vocab is None else replace(SHAPES[name], vocab=vocab)
+    dtype = "float32" if dtype == "auto" else dtype
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

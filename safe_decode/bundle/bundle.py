@@ -16,7 +16,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from safe_decode.bundle.files import (
     read_file,
 )
 from safe_decode.bundle.fingerprint import Fingerprint
+from safe_decode.bundle.measured import MeasuredFormat, measured_of, named, require_measured
 from safe_decode.bundle.notebook import rows_as_html
 from safe_decode.bundle.plausible import require_plausible
 from safe_decode.bundle.seen import SeenPrompts
@@ -67,19 +68,20 @@ class ProbeBundle:
     Attributes:
         probe: Features to logits.
         monitor: Logits to a statistic.
-        certificates: At most one for each (alpha, population).
+        certificates: At most one for each (alpha, population, dtype).
         default_alpha: Certified for the population "benign".
         holdback_tokens: A token is released when it and this many after it are judged.
         refusal: Text of the canned refusal.
         opener: First words after a rewind; the model goes on from there.
-        fingerprint: Of the model it was made for.
-        canary: A known conversation, or None.
+        fingerprint: Of the model it was made for, in the number format it was made in.
+        canary: A known conversation in that format, or None.
         provenance: Where it comes from: data, seeds, versions. JSON values; not judged.
         header_check: A second look at alarms, made for this probe; or None.
         reasoning: Marks of reasoning and the thresholds inside them; or None.
         seen: The prompts it was made from, by split; None: not recorded.
         made: The day on which it was made, as YYYY-MM-DD; None: not recorded. The digest does
             not depend on it.
+        further: Other number formats of the same model that it is certified in.
 
     Raises:
         ConfigurationError: The parts do not fit together.
@@ -100,31 +102,36 @@ class ProbeBundle:
     reasoning: ReasoningSpans | None = None
     seen: SeenPrompts | None = None
     made: str | None = None
+    further: tuple[MeasuredFormat, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that the parts fit together."""
+        """Say of each certificate in which numbers it was measured; check that the parts fit."""
+        self._name_formats()
+        require_measured(self.measured, self.certificates)
         n_heads = len(self.probe.heads)
         if len(self.monitor.start) != n_heads:
             raise ConfigurationError(
                 f"the monitor has {len(self.monitor.start)} heads, the probe {n_heads}; fit them "
                 "together."
             )
-        if self.canary is not None and self.canary.logits.shape[1:] != (n_heads,):
-            raise ConfigurationError(
-                f"the canary's logits are {tuple(self.canary.logits.shape)}, wanted {n_heads} "
-                "heads; record the canary with this probe."
-            )
+        for canary in [one.canary for one in self.measured if one.canary is not None]:
+            if canary.logits.shape[1:] != (n_heads,):
+                raise ConfigurationError(
+                    f"the canary's logits are {tuple(canary.logits.shape)}, wanted {n_heads} "
+                    "heads; record the canary with this probe."
+                )
         if self.holdback_tokens < 0 or not self.refusal.strip() or not self.opener.strip():
             raise ConfigurationError(
                 f"holdback_tokens={self.holdback_tokens} must not be negative, and refusal and "
                 "opener must hold text."
             )
-        keys = [(c.alpha, c.population) for c in self.certificates]
+        keys = [(c.alpha, c.population, c.dtype) for c in self.certificates]
         if len(set(keys)) != len(keys):
             raise CertificateError(f"certificates {keys} hold one twice; keep one of each.")
         for certificate in self.certificates:
             certificate.verify()
-        self.certificate()
+        for one in self.measured:
+            self.certificate(dtype=one.dtype)
         if self.reasoning is not None and self.monitor.hits > 1:
             raise ConfigurationError(
                 f"hits={self.monitor.hits} mixes values from inside and outside of reasoning; "
@@ -143,18 +150,57 @@ class ProbeBundle:
         """Draw what people ask first, for a notebook."""
         return rows_as_html(f"Bundle {self.digest[:16]}", summary_of(self).rows())
 
-    def certificate(self, alpha: float | None = None, population: str = "benign") -> Certificate:
+    def _name_formats(self) -> None:
+        own = self.fingerprint.number_format
+        object.__setattr__(self, "certificates", named(self.certificates, own))
+        for name in ("header_check", "reasoning"):
+            part = getattr(self, name)
+            if part is not None and any(one.dtype is None for one in part.certificates):
+                part = replace(part, certificates=named(part.certificates, own))
+                object.__setattr__(self, name, part)
+
+    def certificate(
+        self, alpha: float | None = None, population: str = "benign", dtype: str | None = None
+    ) -> Certificate:
         """Return the certificate of a level.
 
         Args:
             alpha: None for the default.
             population: Whose responses it speaks of.
+            dtype: Number format of the model, see `dtypes`; None: the one that the bundle was
+                made in.
 
         Raises:
             CertificateError: This level is not certified; those that are, are named.
         """
         wanted = self.default_alpha if alpha is None else alpha
-        return certificate_of(self.certificates, wanted, population)
+        own = self.fingerprint.number_format if dtype is None else dtype
+        return certificate_of(self.certificates, wanted, population, own)
+
+    @property
+    def measured(self) -> tuple[MeasuredFormat, ...]:
+        """List the number formats it is certified in, the one that it was made in first."""
+        return (MeasuredFormat(self.fingerprint, self.canary), *self.further)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Name the number formats it is certified in, the one that it was made in first."""
+        return tuple(one.dtype for one in self.measured)
+
+    def measured_as(self, found: Fingerprint) -> MeasuredFormat:
+        """Find the number format that a model at hand computes in. Raises as `measured_of`."""
+        return measured_of(self.measured, found)
+
+    def only_as(self, found: Fingerprint) -> ProbeBundle:
+        """Leave out all number formats but that of a model at hand. Raises as `measured_of`."""
+        own = self.measured_as(found)
+        return replace(
+            self,
+            certificates=tuple(one for one in self.certificates if one.dtype == own.dtype),
+            fingerprint=own.fingerprint,
+            canary=own.canary,
+            further=(),
+        )
 
     @property
     def all_certificates(self) -> tuple[Certificate, ...]:

@@ -25,10 +25,10 @@ from safe_decode.bundle.files import (
     WITH_FURTHER,
     WITH_KIND,
     WITH_PAST,
-    WITH_STATISTIC,
     tupled,
 )
 from safe_decode.bundle.fingerprint import Fingerprint
+from safe_decode.bundle.measured import MeasuredFormat
 from safe_decode.bundle.probe_card import layout_in, probe_record, probe_tensors_in
 from safe_decode.bundle.seen import SeenPrompts
 from safe_decode.monitor.monitor import MonitorConfig
@@ -52,8 +52,9 @@ def probe_tensors(bundle: ProbeBundle) -> dict[str, Tensor]:
     if bundle.header_check is not None:
         own = bundle.header_check.probe.tensors()
         tensors |= {f"{_HEADER}{name}": tensor for name, tensor in own.items()}
-    if bundle.canary is not None:
-        tensors["canary"] = bundle.canary.logits
+    for number, one in enumerate(bundle.measured):
+        if one.canary is not None:
+            tensors[_canary_tensor(number)] = one.canary.logits
     # Copied: safetensors refuses tensors that share memory, as those of one probe in two places do.
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
@@ -63,7 +64,7 @@ def calibration_tensors(bundle: ProbeBundle) -> dict[str, Tensor]:
 
     Certificates of several alphas share their responses; each set is stored once.
     """
-    sets = CertificateSets(bundle.all_certificates)
+    sets = _sets(bundle)
     tensors = {
         f"maxima_{number}": torch.tensor(maxima, dtype=torch.float64)
         for number, maxima in enumerate(sets.maxima)
@@ -84,14 +85,13 @@ def card_of(bundle: ProbeBundle, digests: Mapping[str, str]) -> dict[str, Any]:
         bundle: Whose card.
         digests: Sha256 of the other files, by name.
     """
-    sets = CertificateSets(bundle.all_certificates)
-    canary = None
-    if bundle.canary is not None:
-        canary = {
-            name: getattr(bundle.canary, name)
-            for name in ("prompt", "response", "ids", "turn_start", "tolerance")
-        }
+    sets = _sets(bundle)
     further: dict[str, Any] = {}
+    if bundle.further:
+        further["formats"] = [
+            {"fingerprint": asdict(one.fingerprint), "canary": _canary_record(one.canary)}
+            for one in bundle.further
+        ]
     if bundle.header_check is not None:
         further["header_check"] = _header_record(bundle.header_check, sets)
     if bundle.reasoning is not None:
@@ -119,7 +119,7 @@ def card_of(bundle: ProbeBundle, digests: Mapping[str, str]) -> dict[str, Any]:
         "refusal": bundle.refusal,
         "opener": bundle.opener,
         "fingerprint": asdict(bundle.fingerprint),
-        "canary": canary,
+        "canary": _canary_record(bundle.canary),
         "provenance": dict(bundle.provenance),
     }
 
@@ -137,26 +137,57 @@ def parts_of(
     Raises:
         KeyError, TypeError, ValueError, SafeDecodeError: An entry is missing or of no use.
     """
-    canary = card["canary"]
+    fingerprint = fingerprint_in(card)
+    dtype = fingerprint.number_format
     return {
         "probe": _probe(card, tensors),
         "monitor": MonitorConfig(**{k: tupled(v) for k, v in card["monitor"].items()}),
-        "certificates": certificates_of(card["certificates"], calibration),
+        "certificates": certificates_of(card["certificates"], calibration, dtype),
         "default_alpha": card["default_alpha"],
         "holdback_tokens": card["holdback_tokens"],
         "refusal": card["refusal"],
         "opener": card["opener"],
-        "fingerprint": Fingerprint(**{k: tupled(v) for k, v in card["fingerprint"].items()}),
-        "canary": canary
-        and CanaryRecord(
-            logits=tensors["canary"], **{name: tupled(value) for name, value in canary.items()}
-        ),
+        "fingerprint": fingerprint,
+        "canary": _canary(card["canary"], tensors, 0),
         "provenance": card["provenance"],
-        "header_check": _header_check(card.get("header_check"), tensors, calibration),
-        "reasoning": _reasoning(card.get("reasoning"), calibration),
+        "header_check": _header_check(card.get("header_check"), tensors, calibration, dtype),
+        "reasoning": _reasoning(card.get("reasoning"), calibration, dtype),
         "seen": _seen(card.get("seen_splits"), calibration),
         "made": card.get("made"),
+        "further": tuple(
+            MeasuredFormat(fingerprint_in(one), _canary(one["canary"], tensors, number))
+            for number, one in enumerate(card.get("formats", ()), 1)
+        ),
     }
+
+
+def fingerprint_in(record: Mapping[str, Any]) -> Fingerprint:
+    """Read the fingerprint of a card, or of one of its further formats."""
+    return Fingerprint(**{k: tupled(v) for k, v in record["fingerprint"].items()})
+
+
+def _sets(bundle: ProbeBundle) -> CertificateSets:
+    return CertificateSets(bundle.all_certificates, bundle.fingerprint.number_format)
+
+
+def _canary_tensor(number: int) -> str:
+    return f"canary_{number}" if number else "canary"
+
+
+def _canary_record(canary: CanaryRecord | None) -> dict[str, Any] | None:
+    if canary is None:
+        return None
+    names = ("prompt", "response", "ids", "turn_start", "tolerance")
+    return {name: getattr(canary, name) for name in names}
+
+
+def _canary(
+    record: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], number: int
+) -> CanaryRecord | None:
+    if not record:
+        return None
+    values = {name: tupled(value) for name, value in record.items()}
+    return CanaryRecord(logits=tensors[_canary_tensor(number)], **values)
 
 
 def _monitor_record(monitor: MonitorConfig) -> dict[str, Any]:
@@ -170,9 +201,8 @@ def _monitor_record(monitor: MonitorConfig) -> dict[str, Any]:
 def _schema(bundle: ProbeBundle, sets: CertificateSets) -> int:
     """Return the lowest schema whose readers read this bundle whole."""
     check = bundle.header_check
-    if bundle.monitor.kind in ("shrunk", "top"):
-        return WITH_STATISTIC
-    if bundle.seen is not None or bundle.made is not None:
+    is_new = bundle.monitor.kind in ("shrunk", "top") or bool(bundle.further)
+    if is_new or bundle.seen is not None or bundle.made is not None:
         return WITH_PAST
     if any(probe_record(own.probe) for own in (bundle, check) if own is not None):
         return WITH_KIND
@@ -203,13 +233,14 @@ def _header_check(
     record: Mapping[str, Any] | None,
     tensors: Mapping[str, Tensor],
     calibration: Mapping[str, Tensor],
+    dtype: str,
 ) -> HeaderCheck | None:
     if record is None:
         return None
     return HeaderCheck(
         _probe(record, tensors, _HEADER),
         record["first_threshold"],
-        certificates_of(record["certificates"], calibration),
+        certificates_of(record["certificates"], calibration, dtype),
         every_tokens=record["every_tokens"],
         max_looks=record["max_looks"],
     )
@@ -223,9 +254,9 @@ def _seen(splits: object, calibration: Mapping[str, Tensor]) -> SeenPrompts | No
 
 
 def _reasoning(
-    record: Mapping[str, Any] | None, calibration: Mapping[str, Tensor]
+    record: Mapping[str, Any] | None, calibration: Mapping[str, Tensor], dtype: str
 ) -> ReasoningSpans | None:
     if record is None:
         return None
-    certificates = certificates_of(record["certificates"], calibration)
+    certificates = certificates_of(record["certificates"], calibration, dtype)
     return ReasoningSpans(record["opens"], record["closes"], certificates)

@@ -22,12 +22,18 @@ _EVIDENCE = ("source", "lengths", "reaches")
 class CertificateSets:
     """The distinct maxima and lengths of a bundle's certificates, each stored once.
 
+    Args:
+        certificates: All of the bundle.
+        dtype: Number format that the bundle was made in; certificates of it do not name it, so
+            that older readers still read them.
+
     Attributes:
         maxima: Stored as `maxima_0`, `maxima_1`, ...
         evidence: Stored as `lengths_0` and `reaches_0`, ...; recorded ones alone.
     """
 
-    def __init__(self, certificates: Iterable[Certificate]) -> None:
+    def __init__(self, certificates: Iterable[Certificate], dtype: str) -> None:
+        self._dtype = dtype
         every = tuple(certificates)
         self.maxima = list(dict.fromkeys(one.maxima for one in every))
         recorded = (one.evidence for one in every if one.evidence.is_recorded)
@@ -37,6 +43,8 @@ class CertificateSets:
         """Write an entry of the card, which names its arrays."""
         values = asdict(certificate)
         del values["evidence"]
+        if certificate.dtype == self._dtype:
+            del values["dtype"]
         if not certificate.envelope.options:
             del values["envelope"]["options"]  # so that older readers still read it
         values["maxima"] = f"maxima_{self.maxima.index(certificate.maxima)}"
@@ -48,19 +56,20 @@ class CertificateSets:
 
 
 def certificates_of(
-    records: Iterable[Mapping[str, Any]], arrays: Mapping[str, Any]
+    records: Iterable[Mapping[str, Any]], arrays: Mapping[str, Any], dtype: str
 ) -> tuple[Certificate, ...]:
     """Read certificates back.
 
     Args:
         records: As `CertificateSets.record` writes them.
         arrays: By name, with `tolist`.
+        dtype: Number format that the bundle was made in: that of records which name none.
 
     Raises:
         KeyError, TypeError: An entry or an array is missing, or of another type.
         CertificateError: The evidence is incomplete or impossible.
     """
-    return tuple(_certificate(record, arrays) for record in records)
+    return tuple(_certificate({"dtype": dtype, **record}, arrays) for record in records)
 
 
 def _certificate(record: Mapping[str, Any], arrays: Mapping[str, Any]) -> Certificate:

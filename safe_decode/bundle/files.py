@@ -35,12 +35,12 @@ __all__ = [
 
 FORMAT = "safe-decode bundle"
 SCHEMA = 1
-WITH_FURTHER, WITH_EVIDENCE, WITH_KIND, WITH_PAST, WITH_STATISTIC = 2, 3, 4, 5, 6
-_READ_SCHEMAS = (SCHEMA, WITH_FURTHER, WITH_EVIDENCE, WITH_KIND, WITH_PAST, WITH_STATISTIC)
+WITH_FURTHER, WITH_EVIDENCE, WITH_KIND, WITH_PAST = 2, 3, 4, 5
+_READ_SCHEMAS = (SCHEMA, WITH_FURTHER, WITH_EVIDENCE, WITH_KIND, WITH_PAST)
 """2: with a self-check of its own, or thresholds for reasoning. 3: with the writers and the
 lengths of the calibration responses; without them both are said to be unrecorded. 4: with a
-probe of another kind than linear. 5: with the prompts it was made from, or the day. 6: with a
-statistic of the kind shrunk or top."""
+probe of another kind than linear. 5: with the prompts it was made from, the day, a statistic of
+the kind shrunk or top, or certified in more than one number format."""
 CARD, PROBE, CALIBRATION = "card.json", "probe.safetensors", "calibration.safetensors"
 FILES = (PROBE, CALIBRATION, CARD)
 """In the order in which they are replaced: the card, which names the others, comes last."""

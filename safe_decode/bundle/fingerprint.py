@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from safe_decode.bundle.number_format import GGUF_TYPES, number_format
 from safe_decode.errors import FingerprintMismatchError, UnsupportedError
 from safe_decode.typing import CausalLM, Tokenizer
 
@@ -100,9 +101,7 @@ class Fingerprint:
         """
         config: Any = model.config
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        quantisation: Any = getattr(config, "quantization_config", None)
-        if hasattr(quantisation, "to_dict"):
-            quantisation = quantisation.to_dict()
+        quantisation = _quantisation(model)
         template = getattr(tokenizer, "chat_template", None)
         return cls(
             architecture={
@@ -118,11 +117,22 @@ class Fingerprint:
             dtype=",".join(sorted({str(p.dtype) for p in model.parameters()})),
         )
 
-    def differences(self, other: Fingerprint) -> list[str]:
-        """Name everything in which the model at hand, `other`, is not this one."""
+    @property
+    def number_format(self) -> str:
+        """The name of the numbers that the model computes in, as certificates state it."""
+        return number_format(self.dtype, self.quantisation)
+
+    def differences(self, other: Fingerprint, *, but: Sequence[str] = ()) -> list[str]:
+        """Name everything in which the model at hand, `other`, is not this one.
+
+        Args:
+            other: Of the model at hand.
+            but: Attributes that are not compared.
+        """
         return [
             line
             for field in fields(self)
+            if field.name not in but
             for line in _differences(
                 field.name, getattr(self, field.name), getattr(other, field.name)
             )
@@ -176,6 +186,33 @@ def _tokenizer_digest(tokenizer: Tokenizer) -> str:
     return _digest(_json([vocab, merges, added]).encode())
 
 
+_GGML_TYPES = ("ggml_type", "gate_up_type", "down_type")
+"""Attributes of the modules with which transformers replaces packed layers."""
+# Ids of `enum ggml_type` in ggml.h, which never change; transformers packs these.
+_GGML_NAMES = {
+    **{2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K"},
+    **{12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS"},
+    **{19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M"},
+}
+
+
+def _quantisation(model: CausalLM) -> dict[str, Any] | None:
+    config: Any = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    found: dict[str, Any] = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+    if found.get("quant_method") == "gguf":
+        # Where the file lies computes nothing; the kinds of its blocks do. Of architectures that
+        # transformers does not keep packed, nothing but the configuration says "gguf".
+        held = [getattr(m, name, None) for m in model.modules() for name in _GGML_TYPES]
+        kinds = {kind for kind in held if isinstance(kind, int)}
+        if not kinds:
+            return None
+        found = {name: value for name, value in found.items() if name != "gguf_file"}
+        found[GGUF_TYPES] = [_GGML_NAMES.get(kind, f"type{kind}") for kind in sorted(kinds)]
+    return found
+
+
 def _adapter_names(model: CausalLM) -> tuple[str, ...]:
     names: Any = getattr(model, "peft_config", None) or {}
     layers: list[Any] = [m for m in model.modules() if hasattr(type(m), "_active_adapter")]
@@ -217,6 +254,10 @@ def _loaded(model: CausalLM, name: str, parameter: nn.Parameter) -> Iterator[Ten
 
 
 def _sampled_bytes(parameter: Tensor) -> bytes:
+    if hasattr(parameter, "__tensor_flatten__"):
+        # A quantised tensor of several plain ones, as torchao's are; its own values are computed.
+        names, _ = parameter.__tensor_flatten__()
+        return b"".join(_sampled_bytes(getattr(parameter, name)) for name in names)
     flat = parameter.detach().reshape(-1)
     step = max(1, flat.numel() // SAMPLED_VALUES)
     sample = flat[::step][:SAMPLED_VALUES].contiguous().cpu()

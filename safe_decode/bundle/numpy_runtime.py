@@ -23,6 +23,7 @@ from safetensors.numpy import load
 from safe_decode.activations.site import Site, n_features
 from safe_decode.bundle.certificate_card import certificates_of
 from safe_decode.bundle.files import CALIBRATION, CARD, PROBE, checked_content, read_card, tupled
+from safe_decode.bundle.number_format import number_format
 from safe_decode.bundle.plausible import require_plausible_rules
 from safe_decode.bundle.probe_card import layout_in, probe_tensors_in
 from safe_decode.certificate import certificate_of
@@ -166,7 +167,12 @@ class NumpyBundle:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, alpha: float | None = None, population: str = "benign"
+        cls,
+        path: str | Path,
+        *,
+        alpha: float | None = None,
+        population: str = "benign",
+        dtype: str | None = None,
     ) -> NumpyBundle:
         """Read a bundle; digests are checked, and thresholds recomputed from their maxima.
 
@@ -174,6 +180,8 @@ class NumpyBundle:
             path: Directory of the bundle.
             alpha: A certified level; None for the default.
             population: Whose responses the threshold speaks of.
+            dtype: Number format of the model that the features come from; None: the one that
+                the bundle was made in.
 
         Raises:
             BundleError: There is no bundle.
@@ -194,7 +202,9 @@ class NumpyBundle:
             sites = tuple(Site(s["layer"], s["kind"], tuple(s["channels"])) for s in card["sites"])
             heads = tuple(card["heads"])
             monitor = MonitorConfig(**{k: tupled(v) for k, v in card["monitor"].items()})
-            certificates = certificates_of(card["certificates"], arrays)
+            made_in = card["fingerprint"]
+            made = number_format(made_in["dtype"], made_in["quantisation"])
+            certificates = certificates_of(card["certificates"], arrays, made)
             require_plausible_rules(monitor, certificates)
             for certificate in certificates:
                 certificate.verify()
@@ -205,7 +215,7 @@ class NumpyBundle:
                 f"bundle {source} is corrupt: {error} (fetch or export the bundle again)."
             ) from error
         wanted = card["default_alpha"] if alpha is None else alpha
-        threshold = certificate_of(certificates, wanted, population).threshold
+        threshold = certificate_of(certificates, wanted, population, dtype or made).threshold
         return cls(sites, layout, own, heads, monitor, threshold, card["digest"])
 
     @property

@@ -66,8 +66,8 @@ def require_plausible(bundle: ProbeBundle) -> None:
         context=context,
         has_sentinels=bundle.reasoning is not None,
     )
-    if bundle.canary is not None:
-        _require_canary(bundle.canary, bundle.monitor, architecture)
+    for canary in [one.canary for one in bundle.measured if one.canary is not None]:
+        _require_canary(canary, bundle.monitor, architecture)
     check = bundle.header_check
     if check is not None:
         _require_sites(check.probe.sites, architecture)
@@ -168,7 +168,8 @@ def _require_covering(parts: Sequence[Certificate], mains: Sequence[Certificate]
     for part in parts:
         for main in mains:
             cap, needed = part.envelope.max_new_tokens, main.envelope.max_new_tokens
-            alike = main.population == part.population and math.isclose(main.alpha, part.alpha)
+            alike = (main.population, main.dtype) == (part.population, part.dtype)
+            alike = alike and math.isclose(main.alpha, part.alpha)
             if alike and cap < needed:
                 raise CertificateError(
                     f"max_new_tokens={cap} of a further certificate for {part.population!r} at "
@@ -179,9 +180,9 @@ def _require_covering(parts: Sequence[Certificate], mains: Sequence[Certificate]
 
 def _require_order(certificates: Sequence[Certificate]) -> None:
     """Refuse a level twice, and a stricter level with a lower threshold on the same maxima."""
-    ordered = sorted(certificates, key=lambda one: (one.population, one.maxima, one.alpha))
+    ordered = sorted(certificates, key=lambda one: (*_draw(one), one.alpha))
     for first, second in zip(ordered, ordered[1:], strict=False):
-        if first.population != second.population or first.maxima != second.maxima:
+        if _draw(first) != _draw(second):
             continue
         if math.isclose(first.alpha, second.alpha):
             raise CertificateError(
@@ -193,6 +194,10 @@ def _require_order(certificates: Sequence[Certificate]) -> None:
                 f"alpha={second.alpha:g} lies above {first.threshold:g} at alpha={first.alpha:g}, "
                 f"wanted at most that, from the same maxima; {_REMEDY}"
             )
+
+
+def _draw(one: Certificate) -> tuple[str, str, tuple[float, ...]]:
+    return one.population, one.dtype or "", one.maxima
 
 
 def _require_canary(

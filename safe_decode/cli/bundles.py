@@ -131,6 +131,7 @@ def _card(bundle: ProbeBundle) -> dict[str, object]:
         "holdback_tokens": bundle.holdback_tokens,
         "refusal": bundle.refusal,
         "opener": bundle.opener,
+        "dtypes": list(bundle.dtypes),
         "fingerprint": asdict(bundle.fingerprint),
         "has_canary": bundle.canary is not None,
         "provenance": dict(bundle.provenance),
@@ -141,6 +142,7 @@ def _card(bundle: ProbeBundle) -> dict[str, object]:
 def _facts(certificate: Certificate) -> dict[str, object]:
     return {
         "population": certificate.population,
+        "dtype": certificate.dtype,
         "alpha": certificate.alpha,
         "delta": certificate.delta,
         "n": certificate.n,
@@ -171,7 +173,7 @@ def _print_certificates(certificates: Sequence[Certificate]) -> None:
     """Print thresholds, then how the responses were made that they speak of."""
     facts = [_facts(certificate) for certificate in certificates]
     numbers = ("alpha", "delta", "n", "j", "threshold")
-    shown = ("population", *numbers, "source")
+    shown = ("population", "dtype", *numbers, "source")
     told = WordTable(
         shown,
         [[_shown(one[name]) for name in shown] for one in facts],

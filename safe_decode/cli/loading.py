@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from safe_decode.cli.console import working
 from safe_decode.decision import Redirect
 from safe_decode.errors import ConfigurationError
-from safe_decode.loading import Dtype, Loaded
+from safe_decode.loading import Loaded, LoadSettings
 
 if TYPE_CHECKING:
     from safe_decode.bundle.bundle import ProbeBundle
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["decoder_of", "layers_of", "loaded_bundle", "loaded_model"]
 
 
-def loaded_model(model: str | None, device: str, dtype: Dtype) -> Loaded:
+def loaded_model(model: str | None, how: LoadSettings) -> Loaded:
     """Load a model by name or directory, the embedded aligned one where None.
 
     Raises:
-        ConfigurationError: Nothing to load under that name.
+        ConfigurationError: Nothing to load under that name, or a model without a chat template,
+            which every command needs; told before its weights are read.
     """
     from safe_decode.demo.embedded_pair import artefact
     from safe_decode.loading import load_model
@@ -32,7 +33,14 @@ def loaded_model(model: str | None, device: str, dtype: Dtype) -> Loaded:
     name = model or artefact("aligned")
     with working("Loading the model"):
         _silence_transformers()
-        return load_model(name, device=device, dtype=dtype)
+        return load_model(
+            name,
+            device=how.device,
+            dtype=how.dtype,
+            gguf_file=how.gguf_file,
+            gguf=how.gguf,
+            needs_template=True,
+        )
 
 
 def layers_of(model: str | None) -> int | None:
@@ -77,8 +85,7 @@ def decoder_of(
     redirect: Redirect,
     alpha: float | None,
     population: str = "benign",
-    device: str,
-    dtype: Dtype,
+    how: LoadSettings,
     trusted_key: Path | None = None,
 ) -> SafeDecoder:
     """Load a model and a bundle, the embedded ones where None, and put the guard on.
@@ -96,7 +103,14 @@ def decoder_of(
     # The bundle and its signature first: a bad one is told before seconds are spent on the model.
     probes = loaded_bundle(bundle, trusted_key=trusted_key)
     probes.certificate(alpha, population)  # an alpha that is not certified, as early
-    loaded = loaded_model(model, device, dtype)
+    from safe_decode.bundle.measured import require_certified
+    from safe_decode.loading import plain_dtype
+
+    if model is not None:
+        dtype = plain_dtype(model, how)
+        if dtype is not None:
+            require_certified(probes.dtypes, dtype)
+    loaded = loaded_model(model, how)
     from safe_decode.engines.transformers.decoder import SafeDecoder
 
     return SafeDecoder(

@@ -15,7 +15,7 @@ import typer
 from safe_decode.cli.loading import decoder_of, loaded_bundle, loaded_model
 from safe_decode.decision import Redirect
 from safe_decode.errors import ConfigurationError
-from safe_decode.loading import Dtype, Loaded
+from safe_decode.loading import Dtype, GgufForm, Loaded, LoadSettings
 
 if TYPE_CHECKING:
     from safe_decode.bundle.bundle import ProbeBundle
@@ -93,8 +93,34 @@ class ModelOptions:
     model: ModelName = None
     device: Device = "cpu"
     dtype: Annotated[
-        Dtype, typer.Option(help="Number format of the model's weights and activations.")
-    ] = "float32"
+        Dtype,
+        typer.Option(
+            help="Number format of the model's weights and activations. auto: the one that its "
+            "checkpoint is kept in."
+        ),
+    ] = "auto"
+    gguf_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="GGUF file in the directory of --model that holds the weights. Without it: a "
+            "plain checkpoint.",
+        ),
+    ] = None
+    gguf: Annotated[
+        GgufForm,
+        typer.Option(
+            help="Form of the weights of a GGUF file: dequantised into plain numbers when they are "
+            "loaded, or packed as they are in the file. Each has certificates of its own."
+        ),
+    ] = "dequantised"
+
+    @property
+    def how(self) -> LoadSettings:
+        """How the model is loaded."""
+        return LoadSettings(
+            device=self.device, dtype=self.dtype, gguf_file=self.gguf_file, gguf=self.gguf
+        )
 
     def load_model(self) -> Loaded:
         """Load the model.
@@ -102,7 +128,7 @@ class ModelOptions:
         Raises:
             ConfigurationError: Nothing to load under that name.
         """
-        return loaded_model(self.model, self.device, self.dtype)
+        return loaded_model(self.model, self.how)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +225,7 @@ class GuardOptions(ModelOptions, BundleOptions):
             redirect=redirect,
             alpha=self.alpha,
             population=population,
-            device=self.device,
-            dtype=self.dtype,
+            how=self.how,
         )
 
 

@@ -21,6 +21,7 @@ from safe_decode.cli.loading import decoder_of
 from safe_decode.cli.options import Alpha, AuditFile, ClientKeys, ConfigFile, FurtherSettings
 from safe_decode.cli.tables import WordTable, print_table
 from safe_decode.errors import ConfigurationError
+from safe_decode.loading import LoadSettings
 
 if TYPE_CHECKING:
     from safe_decode.serving.sources import SettingsGiven
@@ -60,7 +61,26 @@ class ServeOptions:
         typer.Option(help="Device that the model runs on, as torch names it: cpu, cuda, cuda:1."),
     ] = None
     dtype: Annotated[
-        str | None, typer.Option(help="Number format of the model's weights and activations.")
+        str | None,
+        typer.Option(
+            help="Number format of the model's weights and activations: float32, bfloat16, "
+            "float16, or auto, the one that its checkpoint is kept in."
+        ),
+    ] = None
+    gguf_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="GGUF file in the directory of --model that holds the weights. Without it: a "
+            "plain checkpoint.",
+        ),
+    ] = None
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            help="Form of the weights of a GGUF file: dequantised into plain numbers when they are "
+            "loaded, or packed as they are in the file."
+        ),
     ] = None
     alpha: Alpha = None
     population: Annotated[
@@ -91,7 +111,7 @@ class ServeOptions:
 
 _FLAGS = (
     *("model", "bundle", "require_signature", "host", "port", "device", "dtype", "alpha"),
-    *("population", "redirect", "audit", "expose_scores"),
+    *("gguf_file", "gguf", "population", "redirect", "audit", "expose_scores"),
 )
 """Options that are settings of the same name."""
 
@@ -125,8 +145,12 @@ def _run(given: SettingsGiven) -> None:
         redirect=settings.redirect,
         alpha=settings.alpha,
         population=settings.population,
-        device=settings.device,
-        dtype=settings.dtype,
+        how=LoadSettings(
+            device=settings.device,
+            dtype=settings.dtype,
+            gguf_file=settings.gguf_file,
+            gguf=settings.gguf,
+        ),
         trusted_key=settings.require_signature,
     )
     engine = engine_named("transformers")(

@@ -60,13 +60,17 @@ class ReasoningSpans:
         for certificate in self.certificates:
             certificate.verify()
 
-    def certificate(self, alpha: float) -> Certificate:
+    def certificate(self, alpha: float, dtype: str | None = None) -> Certificate:
         """Return the certificate of a level.
+
+        Args:
+            alpha: The level.
+            dtype: Number format of the model; None: any.
 
         Raises:
             CertificateError: This level is not certified; those that are, are named.
         """
-        return certificate_of(self.certificates, alpha, "benign")
+        return certificate_of(self.certificates, alpha, "benign", dtype)
 
     def marks(self, tokenizer: Tokenizer) -> SpanMarks:
         """Encode the marks as the model writes them."""

@@ -88,21 +88,25 @@ class HeaderCheck:
             raise CertificateError("the self-check has no certificate; calibrate it.")
         for certificate in self.certificates:
             certificate.verify()
-            self.settings(certificate.alpha)
+            self.settings(certificate.alpha, certificate.dtype)
 
-    def certificate(self, alpha: float) -> Certificate:
+    def certificate(self, alpha: float, dtype: str | None = None) -> Certificate:
         """Return the certificate of a level.
+
+        Args:
+            alpha: The level.
+            dtype: Number format of the model; None: any.
 
         Raises:
             CertificateError: This level is not certified; those that are, are named.
         """
-        return certificate_of(self.certificates, alpha, "benign")
+        return certificate_of(self.certificates, alpha, "benign", dtype)
 
-    def settings(self, alpha: float) -> SelfCheck:
+    def settings(self, alpha: float, dtype: str | None = None) -> SelfCheck:
         """Return the check of a level. Raises as `certificate`."""
         return SelfCheck(
             self.probe,
-            self.certificate(alpha).threshold,
+            self.certificate(alpha, dtype).threshold,
             every_tokens=self.every_tokens,
             max_looks=self.max_looks,
         )

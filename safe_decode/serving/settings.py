@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
 )
 
+from safe_decode.loading import Dtype, GgufForm
 from safe_decode.serving.middleware.hosts import host_pattern
 
 __all__ = ["GuardingRedirect", "ServeSettings"]
@@ -39,7 +40,10 @@ class ServeSettings(BaseModel):
         require_signature: File of the public key that must have signed the bundle; None: the
             signature is not looked at.
         device: Where the model goes.
-        dtype: In what it computes.
+        dtype: In what it computes; auto: what its checkpoint is kept in.
+        gguf_file: GGUF file in the model's directory that holds the weights; None: a plain
+            checkpoint.
+        gguf: In which form the weights of a GGUF file are kept.
         served_name: What clients call it; None: the last part of `model`.
         host: Address to listen on.
         port: Port to listen on; 0: any free one.
@@ -93,7 +97,9 @@ class ServeSettings(BaseModel):
     bundle: Path | None = None
     require_signature: Path | None = None
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "auto"
+    gguf_file: str | None = None
+    gguf: GgufForm = "dequantised"
     served_name: str | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)

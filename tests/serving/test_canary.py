@@ -14,6 +14,7 @@ from safe_decode.cli.loading import decoder_of
 from safe_decode.engines.transformers.batch.engine import TransformersEngine
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.errors import CanaryError, FingerprintMismatchError
+from safe_decode.loading import LoadSettings
 from safe_decode.serving.app import create_app
 from safe_decode.serving.operations.canary_watch import CanaryWatch
 from safe_decode.serving.operations.metrics import Metrics
@@ -216,8 +217,7 @@ def test_the_embedded_model_whose_weights_are_zeroed_in_mid_service_serves_no_mo
         redirect="rewind",
         alpha=None,
         population="benign",
-        device="cpu",
-        dtype="float32",
+        how=LoadSettings(),
     )
     engine = TransformersEngine(decoder)
     weights = {name: w.detach().clone() for name, w in decoder.model.named_parameters()}

@@ -122,6 +122,7 @@ def certificate_facts(certificate: Certificate) -> dict[str, object]:
     names = ("population", "alpha", "delta", "n", "j", "threshold")
     return {
         **{name: getattr(certificate, name) for name in names},
+        "dtype": certificate.dtype,
         "source": certificate.evidence.source,
         "max_new_tokens": certificate.envelope.max_new_tokens,
     }

@@ -177,14 +177,16 @@ class CallBuilder:
     ) -> RowSpec:
         certificate, texts, bundle = self.certificate, self.texts, self.protected.bundle
         if request.alpha is not None:
-            certificate = bundle.certificate(request.alpha, certificate.population)
+            certificate = bundle.certificate(
+                request.alpha, certificate.population, certificate.dtype
+            )
         first = None
         if looks and bundle.header_check is not None:
             first = bundle.header_check.first_threshold
-            certificate = bundle.header_check.certificate(certificate.alpha)
+            certificate = bundle.header_check.certificate(certificate.alpha, certificate.dtype)
         reasoning = None
         if bundle.reasoning is not None:
-            reasoning = bundle.reasoning.certificate(certificate.alpha)
+            reasoning = bundle.reasoning.certificate(certificate.alpha, certificate.dtype)
         if request.refusal is not None:
             texts = texts_of(self.protected.tokenizer, request.refusal, self.opener)
         return RowSpec(request.applied_to(base), certificate, texts, seed, first, reasoning)

@@ -63,7 +63,8 @@ class WrappedModel(ModelFace):
             Not in continuations after a rewind, with beams, drafts or embeddings.
 
     Raises:
-        FingerprintMismatchError: The bundle was made for another model or tokenizer.
+        FingerprintMismatchError: The bundle was made for another model or tokenizer, or is not
+            certified in the model's dtype.
         CertificateError: `alpha` is not certified for `population`.
         ConfigurationError: A value outside its choices, an empty refusal or opener, or a
             self-check that the bundle does not have.
@@ -88,8 +89,8 @@ class WrappedModel(ModelFace):
     ) -> None:
         model = uncompiled(model)
         require_supported_model(model, is_installed=True)  # calls see whether they are
-        bundle.fingerprint.require(Fingerprint.of(model, tokenizer))
-        self._seal = ModelSeal(model, tokenizer, bundle.fingerprint)
+        self._measured = bundle.measured_as(Fingerprint.of(model, tokenizer))
+        self._seal = ModelSeal(model, tokenizer, self._measured.fingerprint)
         # As wrapped: what a certificate without a record of its end ids is compared with.
         self.own_ends = as_ids(getattr(model.generation_config, "eos_token_id", None))
         self.model, self.tokenizer, self.bundle, self.strict = model, tokenizer, bundle, strict
@@ -98,7 +99,8 @@ class WrappedModel(ModelFace):
             holdback_tokens=bundle.holdback_tokens if holdback_tokens is None else holdback_tokens,
             on_error=on_error,
         )
-        self.certificate: Certificate = _certificate(bundle, alpha, population, self_check)
+        dtype = self._measured.dtype
+        self.certificate: Certificate = _certificate(bundle, alpha, population, dtype, self_check)
         self.refusal = bundle.refusal if refusal is None else refusal
         self.opener = bundle.opener if opener is None else opener
         self._texts = texts_of(tokenizer, self.refusal, self.opener)
@@ -108,7 +110,7 @@ class WrappedModel(ModelFace):
         self._self_check = None
         self._uses_header_check = self_check == "bundle"
         if self_check == "bundle":
-            self_check = _own_check(bundle, self.certificate.alpha)
+            self_check = _own_check(bundle, self.certificate)
         if self_check is not None:
             check = replace(self_check, probe=self_check.probe.to(model.device))
             tap = ActivationTap(model, check.probe.sites)
@@ -192,7 +194,7 @@ class WrappedModel(ModelFace):
             FingerprintMismatchError: As for `require_unchanged`.
         """
         self.require_unchanged()
-        canary = self.bundle.canary
+        canary = self._measured.canary
         if canary is None:
             raise CanaryError(
                 "the bundle has no canary, so nothing shows that this model is read as it was "
@@ -205,9 +207,10 @@ def _certificate(
     bundle: ProbeBundle,
     alpha: float | None,
     population: str,
+    dtype: str,
     self_check: SelfCheck | Literal["bundle"] | None,
 ) -> Certificate:
-    certificate = bundle.certificate(alpha, population)
+    certificate = bundle.certificate(alpha, population, dtype)
     further = {"self_check='bundle'": self_check == "bundle", "reasoning": bundle.reasoning}
     asked = [name for name, there in further.items() if there]
     if population != "benign" and asked:
@@ -215,10 +218,12 @@ def _certificate(
             f"population={population!r} is refused with {asked[0]}: its thresholds are certified "
             "for 'benign' responses alone; pass population='benign'."
         )
+    if bundle.reasoning is not None:
+        bundle.reasoning.certificate(certificate.alpha, certificate.dtype)  # now, not mid-call
     return certificate
 
 
-def _own_check(bundle: ProbeBundle, alpha: float) -> SelfCheck:
+def _own_check(bundle: ProbeBundle, certificate: Certificate) -> SelfCheck:
     if bundle.header_check is None:
         raise ConfigurationError(
             "self_check='bundle' wants a bundle with a self-check, and this one has none; fit one "
@@ -229,7 +234,7 @@ def _own_check(bundle: ProbeBundle, alpha: float) -> SelfCheck:
             "self_check='bundle' is refused where the bundle has thresholds for reasoning: they "
             "were not certified together; pass self_check=None."
         )
-    return bundle.header_check.settings(alpha)
+    return bundle.header_check.settings(certificate.alpha, certificate.dtype)
 
 
 def as_ids(value: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ class TransformersEngine:
         own_ends = tuple(sorted(chat.stop_ids(model, decoder.tokenizer)))
         self._guard = RunGuard(
             replace(decoder.protected, own_ends=own_ends),
-            decoder.certificate.population,
+            decoder.certificate,
             texts_of(decoder.tokenizer, decoder.refusal, decoder.opener),
             tells_scores=tells_scores,
         )
@@ -79,7 +79,8 @@ class TransformersEngine:
             certificates={
                 c.alpha: c
                 for c in bundle.certificates
-                if c.population == decoder.certificate.population
+                if (c.population, c.dtype)
+                == (decoder.certificate.population, decoder.certificate.dtype)
             },
             alpha=decoder.certificate.alpha,
             redirect=decoder.policy.redirect,

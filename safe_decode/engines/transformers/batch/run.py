@@ -202,9 +202,10 @@ class BatchRun:
 
     def _spec_of(self, row: Row) -> RowSpec:
         asked, guard = row.request.policy, self._guard
+        own = guard.certificate
         return RowSpec(
             Policy(asked.redirect, asked.holdback_tokens, "close"),
-            guard.protected.bundle.certificate(asked.alpha, guard.population),
+            guard.protected.bundle.certificate(asked.alpha, own.population, own.dtype),
             guard.texts,
             row.request.sampling.seed,
         )
