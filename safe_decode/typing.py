@@ -34,6 +34,9 @@ class Cache(Protocol):
     def get_seq_length(self) -> int:
         """Return how many positions each row holds."""
 
+    def get_max_length(self) -> int:
+        """Return for how many positions there are places; -1 where there is no limit."""
+
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` positions; a negative number says how many to remove."""
 

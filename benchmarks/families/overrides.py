@@ -1,0 +1,59 @@
+"""What a family's tiny configuration needs beside its shrunk sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["OVERRIDES"]
+
+_DECODER = {"is_decoder": True}
+_ENCODERS = (
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),
+    *("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"),
+    *("xlm-roberta", "xlm-roberta-xl"),
+)
+# So many that no scores of the indexer are zero together: ties are broken by the length.
+_INDEXER = {"index_n_heads": 16}
+_MIXED = ["linear_attention", "full_attention", "linear_attention"]
+_SHARED = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+
+OVERRIDES: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(_ENCODERS, _DECODER),
+    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa"), _INDEXER),
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {},
+    "cohere_compass_text": {"rope_parameters": _ROPE},
+    "dbrx": {"attn_config": {"kv_n_heads": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+    "granitemoehybrid": {"layer_types": _MIXED},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {
+        **_DECODER,
+        "attn_layers": ["local", "lsh", "local"],
+        "axial_pos_embds": False,
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+    },
+    "xmod": {**_DECODER, "default_language": "en_XX"},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": _SHARED,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "n_mamba_heads": 2,
+    },
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": _SHARED},
+    "zaya": {"num_experts_per_tok": 1},
+}
