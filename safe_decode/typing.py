@@ -64,6 +64,10 @@ class ModelConfig(Protocol):
     """The architecture of a model; further attributes depend on the family."""
 
     @property
+    def model_type(self) -> str:
+        """Name of the family."""
+
+    @property
     def vocab_size(self) -> int:
         """Token ids that the model scores."""
 

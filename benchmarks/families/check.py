@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from safe_decode.activations.architecture import Architecture, anatomy_of
+from safe_decode.activations.families import why_alone, why_refused, why_unpadded
 from safe_decode.activations.site import Site, SiteKind, sorted_sites
 from safe_decode.activations.tap import ActivationTap
 from safe_decode.bundle.bundle import ProbeBundle
@@ -31,9 +32,11 @@ Verdict = Literal["guarded", "refused"]
 """What becomes of a family; there is no third."""
 
 PROMPTS = ["hello", "what is it?", "abc"]
+EVEN_PROMPTS = ["hello", "abcde", "12 34"]
 CAP = 8
-TOLERANCE = 2e-2
-"""Of a statistic against the teacher-forced one, float32; recurrences step and scan differently."""
+TOLERANCE, RECURRENT_TOLERANCE = 2e-2, 0.15
+"""Of a logit against the teacher-forced one, whose spread is about 1: float32, wide weights.
+A recurrence that steps rounds otherwise than one that scans."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def readable(anatomy: Architecture) -> tuple[Site, ...]:
 
 def _check(model: CausalLM, tokenizer: Tokenizer, sites: Sequence[Site]) -> None:
     bundle = bundle_for(model, tokenizer, probe=random_probe(sites=tuple(sites)))
-    ids, mask = _prompts(tokenizer)
+    ids, mask = _prompts(tokenizer, _prompts_for(model))
 
     def generate(threshold: float = 1e9, redirect: Any = "refuse", **options: Any) -> Any:
         own = bundle_for(model, tokenizer, probe=bundle.probe, threshold=threshold)
@@ -106,14 +109,21 @@ def _check(model: CausalLM, tokenizer: Tokenizer, sites: Sequence[Site]) -> None
         _require_bare(calm, bare, ids, mask)
     _require_teacher_forced(model, bundle, calm)
     tops = peaks(calm)
-    threshold = threshold_between(tops)
+    threshold = threshold_between(tops) if len(tops) > 1 else tops[0] - 1e-3
     for redirect in ("refuse", "rewind"):
         output = generate(threshold, redirect, do_sample=True)
         _require_redirected(output, bare, redirect, [top > threshold for top in tops])
 
 
-def _prompts(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    rows = [tokenizer.encode(text) for text in PROMPTS]
+def _prompts_for(model: CausalLM) -> list[str]:
+    """Choose prompts that the family takes together."""
+    if why_alone(model.config) is not None:
+        return PROMPTS[:1]
+    return EVEN_PROMPTS if why_unpadded(model.config) is not None else PROMPTS
+
+
+def _prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    rows = [tokenizer.encode(text) for text in prompts]
     width = max(map(len, rows))
     pad = tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
@@ -135,6 +145,8 @@ def _require_bare(output: GuardedOutput, bare: Tensor, ids: Tensor, mask: Tensor
 
 def _require_teacher_forced(model: CausalLM, bundle: ProbeBundle, output: GuardedOutput) -> None:
     tap = ActivationTap(model, bundle.probe.sites)
+    is_recurrent = bool(getattr(model, "_is_stateful", False))
+    tolerance = RECURRENT_TOLERANCE if is_recurrent else TOLERANCE
     for trace in output.traces:
         whole = torch.tensor([[step.token for step in trace.steps]])
         with tap.listening() as beats, torch.no_grad():
@@ -143,7 +155,7 @@ def _require_teacher_forced(model: CausalLM, bundle: ProbeBundle, output: Guarde
             logits = bundle.probe(beats.take())[0, :, 0]
         own = torch.tensor([step.logits[0] for step in trace.steps])
         off = float((own - logits).abs().max())
-        assert off < TOLERANCE, f"scores are off by {off:.2g}"
+        assert off < tolerance, f"scores are off by {off:.2g}"
 
 
 def _require_redirected(output: Any, bare: Tensor, redirect: str, wanted: list[bool]) -> None:

@@ -24,8 +24,15 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa"), _INDEXER),
     "bamba": {"attn_layer_indices": [1]},
     "blt": {},
-    "cohere_compass_text": {"rope_parameters": _ROPE},
-    "dbrx": {"attn_config": {"kv_n_heads": 2}},
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), {"rope_parameters": _ROPE, "head_dim": 8}),
+    "cohere_compass_text": {
+        "rope_parameters": {kind: _ROPE for kind in ("full_attention", "sliding_attention")}
+    },
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "longcat_flash": {"qk_head_dim": 16},
+    "qwen4_exp_text": {"indexer_n_heads": 16, "indexer_kv_heads": 2, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {
         "n_routed_experts": 4,

@@ -71,7 +71,7 @@ class Architecture:
         blocks: Decoder blocks in the order of computation.
         n_heads: Query heads of a block; 0 in families without attention.
         head_dim: Channels of one head in the input of the attention output projection; 0
-            without heads.
+            without heads, or where blocks differ in it.
         n_kv_heads: Key-value heads of a block; 0 without heads.
         d_model: Width of the residual stream; of all of them where a block carries several in
             its last axes.
@@ -216,8 +216,9 @@ def _require_causal(model: CausalLM, layers: nn.ModuleList) -> None:
 def _int_of(config: object, name: str) -> int | None:
     try:
         value = getattr(config, name, None)
-    except RuntimeError:  # of layers that differ in it
-        return None
+    except RuntimeError:  # layers differ in it
+        layers = getattr(config, "per_layer_config", ())
+        value = max((_int_of(layer, name) or 0 for layer in layers), default=0)
     return value if isinstance(value, int) and value > 0 else None
 
 
@@ -289,10 +290,8 @@ def _head_dim(blocks: tuple[Block, ...], n_heads: int, d_model: int) -> int:
     # differs from d_model / n_heads in others (Gemma, Qwen3).
     if n_heads == 0:
         return 0
-    for block in blocks:
-        if block.attn_out is not None:
-            return (_input_width(block.attn_out) or d_model) // n_heads
-    return d_model // n_heads
+    found = {_input_width(b.attn_out) or 0 for b in blocks if b.attn_out is not None} or {d_model}
+    return found.pop() // n_heads if len(found) == 1 else 0
 
 
 def _n_kv_heads(config: object, n_heads: int) -> int:

@@ -35,8 +35,8 @@ REFUSED: Mapping[str, str] = {
         "behind its sliding window cached and uncached forwards differ, so that scores would not "
         "be the certified ones; use a model of text"
     ),
-    "musicgen_decoder": _AUDIO,
-    "musicgen_melody_decoder": _AUDIO,
+    **dict.fromkeys(("musicgen", "musicgen_decoder"), _AUDIO),
+    **dict.fromkeys(("musicgen_melody", "musicgen_melody_decoder"), _AUDIO),
     "prophetnet": "it predicts several tokens in streams side by side; use a decoder-only model",
     "reformer": (
         "its blocks are reversible and pass two streams, neither of which is the residual one; use "
@@ -51,12 +51,14 @@ REFUSED: Mapping[str, str] = {
 """Reason and remedy of each family that is refused whole."""
 
 _COUNTS_PADDING = "its positions count padding, so that scores would depend on the neighbours"
+_COMPRESSES_PADDING = "it compresses blocks of positions, padding included, so that scores would depend on the neighbours"
 _READS_PADDING = "its recurrence reads padding, so that scores would depend on the neighbours"
 
 UNPADDED: Mapping[str, str] = {
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small"), _COUNTS_PADDING),
     **dict.fromkeys(("git", "marian", "mbart", "mvp", "pegasus", "plbart"), _COUNTS_PADDING),
     **dict.fromkeys(("trocr", "whisper"), _COUNTS_PADDING),
+    "deepseek_v4": _COMPRESSES_PADDING,
     "recurrent_gemma": _READS_PADDING,
     "xlstm": _READS_PADDING,
 }

@@ -106,9 +106,9 @@ class Fingerprint:
         template = getattr(tokenizer, "chat_template", None)
         return cls(
             architecture={
-                key: _json(getattr(text_config, key))
+                key: _json(value)
                 for key in CONFIG_KEYS
-                if getattr(text_config, key, None) is not None
+                if (value := _config_value(text_config, key)) is not None
             },
             tokenizer=_tokenizer_digest(tokenizer),
             template="none" if template is None else _digest(_json(template).encode()),
@@ -146,6 +146,13 @@ class Fingerprint:
 
 
 _Value = str | tuple[str, ...] | Mapping[str, str]
+
+
+def _config_value(config: Any, key: str) -> object:  # noqa: ANN401 - of transformers
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # layers differ in it
+        return [getattr(layer, key, None) for layer in config.per_layer_config]
 
 
 def _differences(name: str, wanted: _Value, got: _Value) -> list[str]:

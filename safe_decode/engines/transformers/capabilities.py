@@ -13,15 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from safe_decode.activations.compiled.forward_patch import compiled_part
+from safe_decode.activations.families import why_alone, why_unpadded
 from safe_decode.engines.transformers.capability_table import EFFECTS, TABLE, Capability, Status
 from safe_decode.engines.transformers.loops.extra_forwards import positions_in
 from safe_decode.engines.transformers.option_types import require_types
 from safe_decode.errors import UnsupportedError
 from safe_decode.typing import CausalLM
 
-__all__ = ["TABLE", "Capability", "as_markdown", "require_supported", "require_supported_model"]
+__all__ = [
+    "TABLE",
+    "Capability",
+    "as_markdown",
+    "require_rows",
+    "require_supported",
+    "require_supported_model",
+]
 
 _CACHE = "cache_implementation"
 _DRAFTS = ("assistant_model", "prompt_lookup_num_tokens")
@@ -93,6 +102,32 @@ def require_supported_model(model: CausalLM, *, is_installed: bool = False) -> N
     _require("training", getattr(model, "training", False))
     _require("torch.autocast", torch.is_autocast_enabled(_device_type(model)))
     _require("torch.compile", compiled_part(model), is_installed=is_installed)
+
+
+def require_rows(model: CausalLM, attention_mask: Tensor | None, n_copies: int = 1) -> None:
+    """Refuse a batch in which rows of some families would read each other, or padding.
+
+    Args:
+        model: As it generates.
+        attention_mask: [batch, seq] of the prompts; None: of any, as a server joins them.
+        n_copies: Rows that run for each prompt.
+
+    Raises:
+        UnsupportedError: The family runs one row at a time, or rows of one length, and the batch
+            has more, or padding.
+    """
+    alone, unpadded = why_alone(model.config), why_unpadded(model.config)
+    n_rows = 2 if attention_mask is None else attention_mask.shape[0] * n_copies
+    kind = f"model_type={model.config.model_type!r}"
+    if alone is not None and n_rows > 1:
+        raise UnsupportedError(
+            f"a batch of {n_rows} rows is refused for {kind}: {alone}; run one row at a time."
+        )
+    if unpadded is not None and (attention_mask is None or not bool(attention_mask.all())):
+        raise UnsupportedError(
+            f"padding is refused for {kind}: {unpadded}; run prompts of one length together, or "
+            "one prompt at a time."
+        )
 
 
 def as_markdown() -> str:
