@@ -15,6 +15,7 @@ _ENCODERS = (
 )
 # So many that no scores of the indexer are zero together: ties are broken by the length.
 _INDEXER = {"index_n_heads": 16}
+_QSA = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2}
 _MIXED = ["linear_attention", "full_attention", "linear_attention"]
 _SHARED = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
@@ -30,9 +31,10 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     },
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "longcat_flash": {"qk_head_dim": 16},
-    "qwen4_exp_text": {"indexer_n_heads": 16, "indexer_kv_heads": 2, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2},
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0}},
+    "qwen4_exp": {"text_config": _QSA},
+    "qwen4_exp_text": _QSA,
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {
         "n_routed_experts": 4,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from safe_decode.errors import FingerprintMismatchError, UnsupportedError
 from safe_decode.typing import CausalLM, Tokenizer
 
-__all__ = ["CONFIG_KEYS", "Fingerprint"]
+__all__ = ["CONFIG_KEYS", "Fingerprint", "config_value"]
 
 SAMPLED_VALUES = 256
 """Values read from each parameter, evenly spaced."""
@@ -108,7 +108,7 @@ class Fingerprint:
             architecture={
                 key: _json(value)
                 for key in CONFIG_KEYS
-                if (value := _config_value(text_config, key)) is not None
+                if (value := config_value(text_config, key)) is not None
             },
             tokenizer=_tokenizer_digest(tokenizer),
             template="none" if template is None else _digest(_json(template).encode()),
@@ -148,11 +148,13 @@ class Fingerprint:
 _Value = str | tuple[str, ...] | Mapping[str, str]
 
 
-def _config_value(config: Any, key: str) -> object:  # noqa: ANN401 - of transformers
+def config_value(config: object, key: str) -> object:
+    """Read a key of a configuration: None where it is not there, a list where layers differ."""
     try:
         return getattr(config, key, None)
-    except RuntimeError:  # layers differ in it
-        return [getattr(layer, key, None) for layer in config.per_layer_config]
+    except RuntimeError:  # what transformers raises where each layer has a value of its own
+        layers: Any = config
+        return [getattr(layer, key, None) for layer in layers.per_layer_config]
 
 
 def _differences(name: str, wanted: _Value, got: _Value) -> list[str]:
