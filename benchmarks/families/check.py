@@ -7,75 +7,68 @@ somebody else cuts off is judged with unseen tokens behind it. Does not know fam
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from safe_decode.activations.architecture import Architecture, anatomy_of
-from safe_decode.activations.families import why_alone, why_refused, why_unpadded
+from safe_decode.activations.families import why_alone, why_unpadded
 from safe_decode.activations.site import Site, SiteKind, sorted_sites
 from safe_decode.activations.tap import ActivationTap
-from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.decision import Redirect
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.engines.transformers.output import GuardedOutput
 from safe_decode.errors import UnsupportedError
-from safe_decode.testing.bundles import OPENER, REFUSAL, bundle_for, peaks, random_probe, threshold_between
+from safe_decode.probe.linear import LinearProbe
+from safe_decode.testing.bundles import (
+    OPENER,
+    REFUSAL,
+    bundle_for,
+    peaks,
+    random_probe,
+    threshold_between,
+)
 from safe_decode.typing import CausalLM, Tokenizer
 
-__all__ = ["Finding", "Verdict", "examine", "readable"]
+__all__ = ["Laws", "Rows", "readable", "rows_of"]
 
-Verdict = Literal["guarded", "refused"]
-"""What becomes of a family; there is no third."""
+Rows = Literal["any", "of one length", "one at a time"]
+"""Which rows a family takes into one batch."""
 
-PROMPTS = ["hello", "what is it?", "abc"]
-EVEN_PROMPTS = ["hello", "abcde", "12 34"]
-CAP = 8
+PROMPTS: Mapping[Rows, Sequence[str]] = {
+    "any": ("hello", "what is it?", "abc"),
+    "of one length": ("hello", "abcde", "12 34"),
+    "one at a time": ("hello",),
+}
+CAP = 7
 TOLERANCE, RECURRENT_TOLERANCE = 2e-2, 0.15
 """Of a logit against the teacher-forced one, whose spread is about 1: float32, wide weights.
 A recurrence that steps rounds otherwise than one that scans."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What was found of one family.
-
-    Attributes:
-        verdict: Whether it is guarded or refused.
-        sites: Kinds of sites that can be read in some layer; empty where it is refused.
-        reason: Why it is refused, as users read it; empty where it is guarded.
-    """
-
-    verdict: Verdict
-    sites: tuple[SiteKind, ...] = ()
-    reason: str = ""
-
-
-def examine(model: CausalLM, tokenizer: Tokenizer) -> Finding:
-    """Guard a model and check the laws.
-
-    Raises:
-        AssertionError: A law does not hold.
-        Exception: What the model or the guard raises, but for a refusal by name.
-    """
-    try:
-        anatomy = anatomy_of(model)
-        sites = readable(anatomy)
-        ActivationTap(model, sites)
-    except UnsupportedError as error:
-        return Finding("refused", reason=str(error))
-    _check(model, tokenizer, sites)
-    return Finding("guarded", tuple(dict.fromkeys(site.kind for site in sites)))
+def rows_of(model: CausalLM) -> Rows:
+    """Say which rows the family of a model takes into one batch."""
+    if why_alone(model.config) is not None:
+        return "one at a time"
+    return "any" if why_unpadded(model.config) is None else "of one length"
 
 
 def readable(anatomy: Architecture) -> tuple[Site, ...]:
-    """Choose a site of each kind that some layer has, the last of the residual stream."""
+    """Choose a site of each kind that some layer has, the last of the residual stream.
+
+    Raises:
+        UnsupportedError: No site can be read.
+    """
     layers = range(len(anatomy.blocks))
+    orders: Mapping[SiteKind, Sequence[int]] = {
+        "resid": layers[::-1],
+        "attn": layers,
+        "mlp": layers,
+    }
     found: list[Site] = []
-    orders: Mapping[SiteKind, Sequence[int]] = {"resid": layers[::-1], "attn": layers, "mlp": layers}
     refusal: UnsupportedError | None = None
     for kind in get_args(SiteKind):
         for layer in orders[kind]:
@@ -87,48 +80,95 @@ def readable(anatomy: Architecture) -> tuple[Site, ...]:
             found.append(Site(layer, kind, tuple(range(0, width, 3))))
             break
     if not found:
-        assert refusal is not None
+        assert refusal is not None, "a model without layers is refused before"
         raise refusal
     return sorted_sites(found)
 
 
-def _check(model: CausalLM, tokenizer: Tokenizer, sites: Sequence[Site]) -> None:
-    bundle = bundle_for(model, tokenizer, probe=random_probe(sites=tuple(sites)))
-    ids, mask = _prompts(tokenizer, _prompts_for(model))
+@dataclass(frozen=True)
+class Laws:
+    """One model, and the laws that it has to keep.
 
-    def generate(threshold: float = 1e9, redirect: Any = "refuse", **options: Any) -> Any:
-        own = bundle_for(model, tokenizer, probe=bundle.probe, threshold=threshold)
-        decoder = SafeDecoder(model, tokenizer, own, redirect=redirect)
+    Attributes:
+        model: Tiny, in eval mode.
+        tokenizer: For it.
+    """
+
+    model: CausalLM
+    tokenizer: Tokenizer
+
+    def check(self) -> tuple[SiteKind, ...]:
+        """Guard the model and check all laws; return the kinds of sites that were read.
+
+        Raises:
+            UnsupportedError: The guard refuses the model by name.
+            AssertionError: A law does not hold; the message says which.
+        """
+        sites = readable(anatomy_of(self.model))
+        probe = random_probe(sites=sites)
+        ids, mask = self._prompts()
+        with torch.no_grad():
+            greedy = self._bare(ids, mask)
+            drawn = self._bare(ids, mask, do_sample=True)
+            _require_bare(self._guarded(probe, ids, mask), greedy, ids, mask)
+            calm = self._guarded(probe, ids, mask, do_sample=True)
+            _require_bare(calm, drawn, ids, mask)
+            self._require_teacher_forced(probe, calm)
+            tops = peaks(calm)
+            between = threshold_between(tops) if len(tops) > 1 else tops[0] - 1e-3
+            ways: tuple[Redirect, ...] = ("refuse", "rewind")
+            for redirect in ways:
+                output = self._guarded(
+                    probe, ids, mask, threshold=between, redirect=redirect, do_sample=True
+                )
+                _require_redirected(output, drawn, redirect, [top > between for top in tops])
+        return tuple(kind for kind in get_args(SiteKind) if any(s.kind == kind for s in sites))
+
+    def _prompts(self) -> tuple[Tensor, Tensor]:
+        rows = [self.tokenizer.encode(text) for text in PROMPTS[rows_of(self.model)]]
+        width, pad = max(map(len, rows)), self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return ids, mask
+
+    def _bare(self, ids: Tensor, mask: Tensor, *, do_sample: bool = False) -> Tensor:
         torch.manual_seed(0)
-        return decoder.generate(input_ids=ids, attention_mask=mask, max_new_tokens=CAP, **options)
+        sequences: Tensor = self.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=CAP, do_sample=do_sample
+        )
+        return sequences
 
-    for options in ({}, {"do_sample": True}):
+    def _guarded(
+        self,
+        probe: LinearProbe,
+        ids: Tensor,
+        mask: Tensor,
+        *,
+        threshold: float = 1e9,
+        redirect: Redirect = "refuse",
+        do_sample: bool = False,
+    ) -> GuardedOutput:
+        bundle = bundle_for(self.model, self.tokenizer, threshold=threshold, probe=probe)
+        decoder = SafeDecoder(self.model, self.tokenizer, bundle, redirect=redirect)
         torch.manual_seed(0)
-        bare = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=CAP, **options)
-        calm = generate(**options)
-        _require_bare(calm, bare, ids, mask)
-    _require_teacher_forced(model, bundle, calm)
-    tops = peaks(calm)
-    threshold = threshold_between(tops) if len(tops) > 1 else tops[0] - 1e-3
-    for redirect in ("refuse", "rewind"):
-        output = generate(threshold, redirect, do_sample=True)
-        _require_redirected(output, bare, redirect, [top > threshold for top in tops])
+        return decoder.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=CAP, do_sample=do_sample
+        )
 
-
-def _prompts_for(model: CausalLM) -> list[str]:
-    """Choose prompts that the family takes together."""
-    if why_alone(model.config) is not None:
-        return PROMPTS[:1]
-    return EVEN_PROMPTS if why_unpadded(model.config) is not None else PROMPTS
-
-
-def _prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    rows = [tokenizer.encode(text) for text in prompts]
-    width = max(map(len, rows))
-    pad = tokenizer.pad_token_id or 0
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
+    def _require_teacher_forced(self, probe: LinearProbe, output: GuardedOutput) -> None:
+        tap = ActivationTap(self.model, probe.sites)
+        steps = bool(getattr(self.model, "_is_stateful", False))
+        tolerance = RECURRENT_TOLERANCE if steps else TOLERANCE
+        for trace in output.traces:
+            whole = torch.tensor([[step.token for step in trace.steps]])
+            with tap.listening() as beats:
+                beats.keep_last(None)
+                self.model(input_ids=whole, use_cache=False)
+                logits = probe(beats.take())[0, :, 0]
+            own = torch.tensor([step.logits[0] for step in trace.steps])
+            off = float((own - logits).abs().max())
+            assert off < tolerance, f"scores are off by {off:.2g}"
+            assert float(own.std()) > 2 * TOLERANCE, "scores do not move, so they show nothing"
 
 
 def _require_bare(output: GuardedOutput, bare: Tensor, ids: Tensor, mask: Tensor) -> None:
@@ -141,30 +181,21 @@ def _require_bare(output: GuardedOutput, bare: Tensor, ids: Tensor, mask: Tensor
         assert read[: len(prompt + said)] == prompt + said, "a token has no score of its own"
         assert len(read) == len(prompt + said) + end.lookahead_tokens, "a score has no token"
         assert end.unscored_tail == 0 and end.withheld_tokens == 0, "a tail was not judged"
+    assert any(trace.end.lookahead_tokens for trace in output.traces), "no tail was looked behind"
 
 
-def _require_teacher_forced(model: CausalLM, bundle: ProbeBundle, output: GuardedOutput) -> None:
-    tap = ActivationTap(model, bundle.probe.sites)
-    is_recurrent = bool(getattr(model, "_is_stateful", False))
-    tolerance = RECURRENT_TOLERANCE if is_recurrent else TOLERANCE
-    for trace in output.traces:
-        whole = torch.tensor([[step.token for step in trace.steps]])
-        with tap.listening() as beats, torch.no_grad():
-            beats.keep_last(None)
-            model(input_ids=whole, use_cache=False)
-            logits = bundle.probe(beats.take())[0, :, 0]
-        own = torch.tensor([step.logits[0] for step in trace.steps])
-        off = float((own - logits).abs().max())
-        assert off < tolerance, f"scores are off by {off:.2g}"
-
-
-def _require_redirected(output: Any, bare: Tensor, redirect: str, wanted: list[bool]) -> None:
+def _require_redirected(
+    output: GuardedOutput, bare: Tensor, redirect: str, wanted: list[bool]
+) -> None:
     assert [trace.tripped for trace in output.traces] == wanted, "other rows have tripped"
+    assert any(wanted), "no row trips, so a trip shows nothing"
     for row, trace in enumerate(output.traces):
         assert trace.end.error is None, trace.end.error
         if not trace.tripped:
             n = min(output.sequences.shape[1], bare.shape[1])
             assert torch.equal(output.sequences[row, :n], bare[row, :n]), "a neighbour moved"
             continue
-        said = OPENER if redirect == "rewind" else REFUSAL
-        assert said in output.texts[row] or REFUSAL in output.texts[row], "a trip forced nothing"
+        text, tries = output.texts[row], trace.end.tries
+        assert REFUSAL in text or (redirect == "rewind" and tries and OPENER in text), (
+            "a trip forced nothing"
+        )

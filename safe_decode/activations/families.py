@@ -37,6 +37,10 @@ REFUSED: Mapping[str, str] = {
     ),
     **dict.fromkeys(("musicgen", "musicgen_decoder"), _AUDIO),
     **dict.fromkeys(("musicgen_melody", "musicgen_melody_decoder"), _AUDIO),
+    "paligemma": (
+        "it reads its prompt in both directions, so that a score would change with the text behind "
+        "it; use a decoder-only model"
+    ),
     "prophetnet": "it predicts several tokens in streams side by side; use a decoder-only model",
     "reformer": (
         "its blocks are reversible and pass two streams, neither of which is the residual one; use "
@@ -51,7 +55,9 @@ REFUSED: Mapping[str, str] = {
 """Reason and remedy of each family that is refused whole."""
 
 _COUNTS_PADDING = "its positions count padding, so that scores would depend on the neighbours"
-_COMPRESSES_PADDING = "it compresses blocks of positions, padding included, so that scores would depend on the neighbours"
+_COMPRESSES_PADDING = (
+    "it compresses blocks of positions, padding too, so that scores would depend on the neighbours"
+)
 _READS_PADDING = "its recurrence reads padding, so that scores would depend on the neighbours"
 
 UNPADDED: Mapping[str, str] = {
