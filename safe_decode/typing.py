@@ -40,6 +40,9 @@ class Cache(Protocol):
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` positions; a negative number says how many to remove."""
 
+    def activate_past_recording(self) -> None:
+        """Keep what `crop` needs of windows that move on."""
+
     def reset(self) -> None:
         """Forget all positions."""
 

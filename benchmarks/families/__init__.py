@@ -1,1 +1,1 @@
-"""Which families of models are guarded: each built tiny from its configuration, and put to the test."""
+"""Which families of models are guarded: each is built tiny and put to the test."""

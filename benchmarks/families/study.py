@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from benchmarks.families.check import Laws, rows_of
+from benchmarks.families.overrides import OVERRIDES
 from benchmarks.families.tiny import tiny_config, tiny_model
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.families import why_refused
@@ -117,8 +118,8 @@ def examined(family: Family) -> Finding:
         sites = Laws(model, byte_tokenizer()).check()
     except UnsupportedError as error:
         return Finding(family, "refused", note=str(error))
-    is_switched = getattr(config, "is_decoder", False) and not type(config)().is_decoder
-    note = "with config.is_decoder=True; an encoder, refused, without" if is_switched else ""
+    needs_switch = "is_decoder" in OVERRIDES.get(config.model_type, {})
+    note = "with config.is_decoder=True; an encoder, refused, without" if needs_switch else ""
     return Finding(family, "guarded", sites, rows_of(model), note)
 
 

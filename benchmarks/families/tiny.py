@@ -111,7 +111,7 @@ def tiny_model(config: PreTrainedConfig, class_name: str, *, seed: int = 0) -> C
                 torch.nn.init.normal_(parameter, std=_RANGE)
     owner: Any = model
     # Of some families' own: bare and guarded calls are compared without beams and penalties.
-    owner.generation_config = GenerationConfig(**_IDS)
+    owner.generation_config = GenerationConfig(**_IDS)  # type: ignore[no-untyped-call]
     return model.to(torch.float32)
 
 

@@ -161,7 +161,7 @@ def anatomy_of(model: CausalLM) -> Architecture:
     config = _text_config(model)
     layers = _layer_list(model, config)
     _require_causal(model, layers)
-    n_heads = _n_heads(config)
+    n_heads = _int_of(config, "num_attention_heads") or 0
     d_model = _required_int(config, "hidden_size")
     streams = max(_int_of(config, name) or 1 for name in _STREAM_COUNTS)
     blocks = tuple(
@@ -279,10 +279,6 @@ def _input_width(projection: nn.Module) -> int | None:
         return None
     # Conv1D of GPT-2 stores [in, out], the transpose of nn.Linear.
     return int(weight.shape[0 if type(projection).__name__ == "Conv1D" else 1])
-
-
-def _n_heads(config: object) -> int:
-    return _int_of(config, "num_attention_heads") or 0
 
 
 def _head_dim(blocks: tuple[Block, ...], n_heads: int, d_model: int) -> int:

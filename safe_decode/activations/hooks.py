@@ -105,9 +105,9 @@ class HookFactory:
 
 
 def _first(activation: object, site: Site) -> Tensor:
-    is_row = isinstance(activation, (tuple, list)) and bool(activation)
-    if is_row and isinstance(activation[0], Tensor):
-        return activation[0]
+    first = activation[0] if isinstance(activation, (tuple, list)) and activation else None
+    if isinstance(first, Tensor):
+        return first
     raise BeatError(
         f"{site_name(site)} yields {type(activation).__name__}, wanted a tensor or a tuple that "
         "starts with one."

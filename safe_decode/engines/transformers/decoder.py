@@ -20,15 +20,9 @@ from safe_decode.engines.transformers.call_spec import StreamSink
 from safe_decode.engines.transformers.capabilities import require_rows, require_supported
 from safe_decode.engines.transformers.external_generate import GuardHandle, guarded
 from safe_decode.engines.transformers.output import GuardedOutput
-from safe_decode.engines.transformers.request import (
-    CallBuilder,
-    GenerateRequest,
-)
+from safe_decode.engines.transformers.request import CallBuilder, GenerateRequest
 from safe_decode.engines.transformers.wrapped_model import WrappedModel, as_ids
-from safe_decode.errors import (
-    CertificateError,
-    UnsupportedError,
-)
+from safe_decode.errors import CertificateError, UnsupportedError
 from safe_decode.policy.policy import Policy, RequestPolicy
 from safe_decode.prompts.batch import Prompts, from_ids
 from safe_decode.streaming.events import StreamEvent
