@@ -34,8 +34,14 @@ class Cache(Protocol):
     def get_seq_length(self) -> int:
         """Return how many positions each row holds."""
 
+    def get_max_length(self) -> int:
+        """Return for how many positions there are places; -1 where there is no limit."""
+
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` positions; a negative number says how many to remove."""
+
+    def activate_past_recording(self) -> None:
+        """Keep what `crop` needs of windows that move on."""
 
     def reset(self) -> None:
         """Forget all positions."""
@@ -59,6 +65,10 @@ class ForwardOutput(Protocol):
 
 class ModelConfig(Protocol):
     """The architecture of a model; further attributes depend on the family."""
+
+    @property
+    def model_type(self) -> str:
+        """Name of the family."""
 
     @property
     def vocab_size(self) -> int:

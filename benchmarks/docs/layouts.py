@@ -37,6 +37,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "attacks": Layout(groups=("bundle",)),
     "attacks-refit": Layout(groups=("bundle",)),
     "evaluation": Layout(groups=("responses", "first tokens")),
+    "families": Layout(groups=("verdict",)),
     "growth": Layout(
         columns=("axis", "value", "bare_us", "added_us", "slope_us_per_unit", "slope_us_95")
     ),

@@ -180,8 +180,18 @@ def _followed(batch: PaddedBatch, device: torch.device) -> Tensor:
 
 
 def all_unit_sites(model: CausalLM) -> tuple[Site, ...]:
-    """Name every channel that belongs to a unit, layer by layer."""
+    """Name every channel that belongs to a unit, layer by layer.
+
+    Raises:
+        UnsupportedError: The model has no attention heads, or of several sizes, or a projection
+            cannot be read.
+    """
     anatomy = anatomy_of(model)
+    if anatomy.head_dim == 0:
+        raise UnsupportedError(
+            f"units of {type(model).__name__} cannot be located: its blocks have no attention "
+            "heads, or heads of several sizes; fit a probe at chosen sites instead."
+        )
     return tuple(
         Site(layer, kind, tuple(range(anatomy.width(layer, kind))))
         for layer in range(len(anatomy.blocks))

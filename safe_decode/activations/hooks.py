@@ -64,6 +64,8 @@ class HookFactory:
             hidden = activation if isinstance(activation, Tensor) else _first(activation, site)
             if hidden.ndim == 2 and recorder.batch:
                 hidden = hidden.view(recorder.batch, -1, hidden.shape[-1])
+            elif hidden.ndim == 4 and hidden.shape[2] * hidden.shape[3] == width:
+                hidden = hidden.flatten(2)  # streams side by side, see `Architecture.d_model`
             elif hidden.ndim != 3:
                 raise BeatError(
                     f"{site_name(site)} has shape {tuple(hidden.shape)}, wanted "
@@ -77,8 +79,9 @@ class HookFactory:
 
 
 def _first(activation: object, site: Site) -> Tensor:
-    if isinstance(activation, tuple) and activation and isinstance(activation[0], Tensor):
-        return activation[0]
+    first = activation[0] if isinstance(activation, (tuple, list)) and activation else None
+    if isinstance(first, Tensor):
+        return first
     raise BeatError(
         f"{site_name(site)} yields {type(activation).__name__}, wanted a tensor or a tuple that "
         "starts with one."

@@ -22,7 +22,7 @@ from safe_decode.bundle.number_format import GGUF_TYPES, number_format
 from safe_decode.errors import FingerprintMismatchError, UnsupportedError
 from safe_decode.typing import CausalLM, Tokenizer
 
-__all__ = ["CONFIG_KEYS", "Fingerprint"]
+__all__ = ["CONFIG_KEYS", "Fingerprint", "config_value"]
 
 SAMPLED_VALUES = 256
 """Values read from each parameter, evenly spaced."""
@@ -105,9 +105,9 @@ class Fingerprint:
         template = getattr(tokenizer, "chat_template", None)
         return cls(
             architecture={
-                key: _json(getattr(text_config, key))
+                key: _json(value)
                 for key in CONFIG_KEYS
-                if getattr(text_config, key, None) is not None
+                if (value := config_value(text_config, key)) is not None
             },
             tokenizer=_tokenizer_digest(tokenizer),
             template="none" if template is None else _digest(_json(template).encode()),
@@ -156,6 +156,15 @@ class Fingerprint:
 
 
 _Value = str | tuple[str, ...] | Mapping[str, str]
+
+
+def config_value(config: object, key: str) -> object:
+    """Read a key of a configuration: None where it is not there, a list where layers differ."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # what transformers raises where each layer has a value of its own
+        layers: Any = config
+        return [getattr(layer, key, None) for layer in layers.per_layer_config]
 
 
 def _differences(name: str, wanted: _Value, got: _Value) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safe_decode.bundle.fingerprint import CONFIG_KEYS, Fingerprint
+from safe_decode.bundle.fingerprint import CONFIG_KEYS, Fingerprint, config_value
 from safe_decode.errors import FingerprintMismatchError, UnsupportedError
 from safe_decode.typing import CausalLM, Tokenizer
 
@@ -175,7 +175,7 @@ def _words_of(model: CausalLM, tokenizer: Tokenizer) -> tuple[object, ...]:
     config = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return (
-        [getattr(text, key, None) for key in CONFIG_KEYS],
+        [config_value(text, key) for key in CONFIG_KEYS],
         tuple(getattr(model, "peft_config", None) or ()),
         getattr(tokenizer, "chat_template", None),
         len(tokenizer) if hasattr(tokenizer, "__len__") else len(tokenizer.get_vocab()),

@@ -100,5 +100,7 @@ def test_unknown_projection_names_are_refused_by_the_names_that_were_sought() ->
     model = tiny_model()
     block = model.model.layers[0]
     block.mlp.renamed, block.mlp.down_proj = block.mlp.down_proj, None
-    with pytest.raises(UnsupportedError, match=r"LlamaDecoderLayer has none of mlp\.down_proj"):
+    with pytest.raises(
+        UnsupportedError, match="LlamaDecoderLayer has no MLP down projection: none of down_proj, "
+    ):
         anatomy_of(model).module(0, "mlp")

@@ -16,6 +16,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MambaConfig,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -217,6 +218,14 @@ REFUSED = {
     "encoder_repetition_penalty": 1.2,
     "encoder_no_repeat_ngram_size": 2,
     "synced_gpus": True,
+    "pixel_values": torch.zeros(1, 3, 8, 8),
+    "pixel_values_videos": torch.zeros(1, 3, 8, 8),
+    "image_grid_thw": torch.ones(1, 3),
+    "video_grid_thw": torch.ones(1, 3),
+    "image_sizes": torch.ones(1, 2),
+    "input_features": torch.zeros(1, 4, 8),
+    "token_type_ids": torch.zeros(1, 4),
+    "mm_token_type_ids": torch.zeros(1, 4),
 }
 
 
@@ -309,11 +318,19 @@ def refused_states(llama, tokenizer):
     stateful = tiny_model()
     type_of = type(stateful)
     stateful.__class__ = type("Stateful", (type_of,), {"_is_stateful": True})
+    recurrent = decoder_for(stateful, tokenizer)
     padded = torch.tensor([[BOS, 70, 71, 0], [BOS, 72, 73, 74]])
     decoder = decoder_for(llama, tokenizer)
     return {
         "is_encoder_decoder": (encoder, lambda: decoder_for(encoder, tokenizer)),
-        "is_stateful": (stateful, lambda: decoder_for(stateful, tokenizer)),
+        "recurrent_draft": (
+            stateful,
+            lambda: recurrent.generate("hello", prompt_lookup_num_tokens=3),
+        ),
+        "recurrent_cache": (
+            llama,
+            lambda: decoder.generate("hello", past_key_values=recurrent_cache()),
+        ),
         "training": (llama, lambda: decoder_for(llama.train(), tokenizer)),
         "torch.autocast": (llama, lambda: under_autocast(decoder)),
         "right_padding": (
@@ -333,6 +350,11 @@ def refused_states(llama, tokenizer):
     }
 
 
+def recurrent_cache():
+    """A cache of recurrent states alone, as those of state-space models are."""
+    return DynamicCache(config=MambaConfig(num_hidden_layers=2))
+
+
 SERVED = {"logit_bias": {70: 1.0}, "presence_penalty": 0.5, "frequency_penalty": 0.5}
 
 
@@ -343,7 +365,8 @@ def under_autocast(decoder):
 
 STATES = (
     "is_encoder_decoder",
-    "is_stateful",
+    "recurrent_draft",
+    "recurrent_cache",
     "training",
     "torch.autocast",
     "right_padding",

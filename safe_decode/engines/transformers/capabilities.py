@@ -9,12 +9,14 @@ cannot skip the guard in silence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from safe_decode.activations.compiled.forward_patch import compiled_part
+from safe_decode.activations.families import why_alone, why_unpadded
 from safe_decode.engines.transformers.capability_table import (
     EFFECTS,
     TABLE,
@@ -22,13 +24,22 @@ from safe_decode.engines.transformers.capability_table import (
     Capability,
     Status,
 )
+from safe_decode.engines.transformers.loops.extra_forwards import positions_in
 from safe_decode.engines.transformers.option_types import require_types
 from safe_decode.errors import UnsupportedError
 from safe_decode.typing import CausalLM
 
-__all__ = ["TABLE", "Capability", "as_markdown", "require_supported", "require_supported_model"]
+__all__ = [
+    "TABLE",
+    "Capability",
+    "as_markdown",
+    "require_rows",
+    "require_supported",
+    "require_supported_model",
+]
 
 _CACHE = "cache_implementation"
+_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens")
 
 _BY_FEATURE = {capability.feature: capability for capability in TABLE}
 # Bookkeeping of a GenerationConfig, not an option.
@@ -70,13 +81,26 @@ def require_supported(
     kinds = (options.get(_CACHE), *(_values_of(config).get(_CACHE) for config in (given, own)))
     kind = next((kind for kind in kinds if kind is not None), "")
     _require("cache_offloading", "offloaded" in str(kind) and not _is_on_cuda(model))
+    _require_taken_back(model, options, (given, own))
+
+
+def _require_taken_back(
+    model: CausalLM, options: Mapping[str, object], configs: Sequence[object]
+) -> None:
+    """Refuse what would have to take tokens back out of a recurrent state, or to count them."""
+    drafts = [options.get(name) for name in _DRAFTS]
+    drafts += [_values_of(config).get(name) for config in configs for name in _DRAFTS]
+    is_stateful = bool(getattr(model, "_is_stateful", False))
+    _require("recurrent_draft", is_stateful and any(drafts))
+    cache: Any = options.get("past_key_values")
+    _require("recurrent_cache", cache is not None and positions_in(cache) is None)
 
 
 def require_supported_model(model: CausalLM, *, is_installed: bool = False) -> None:
     """Refuse a model in a state that cannot be guarded.
 
     Raises:
-        UnsupportedError: Run in copies or parts by a wrapper, encoder-decoder, stateful, in
+        UnsupportedError: Run in copies or parts by a wrapper, encoder-decoder, in
             training mode, wholly offloaded, under torch.autocast or accelerate's mixed precision,
             or compiled without installed taps.
     """
@@ -88,10 +112,35 @@ def require_supported_model(model: CausalLM, *, is_installed: bool = False) -> N
     _require("mixed_precision", "_original_forward" in getattr(model, "__dict__", {}))
     config = getattr(model, "config", None)
     _require("is_encoder_decoder", getattr(config, "is_encoder_decoder", False))
-    _require("is_stateful", getattr(model, "_is_stateful", False))
     _require("training", getattr(model, "training", False))
     _require("torch.autocast", torch.is_autocast_enabled(_device_type(model)))
     _require("torch.compile", compiled_part(model), is_installed=is_installed)
+
+
+def require_rows(model: CausalLM, attention_mask: Tensor | None, n_copies: int = 1) -> None:
+    """Refuse a batch in which rows of some families would read each other, or padding.
+
+    Args:
+        model: As it generates.
+        attention_mask: [batch, seq] of the prompts; None: of any, as a server joins them.
+        n_copies: Rows that run for each prompt.
+
+    Raises:
+        UnsupportedError: The family runs one row at a time, or rows of one length, and the batch
+            has more, or padding.
+    """
+    alone, unpadded = why_alone(model.config), why_unpadded(model.config)
+    n_rows = 2 if attention_mask is None else attention_mask.shape[0] * n_copies
+    kind = f"model_type={model.config.model_type!r}"
+    if alone is not None and n_rows > 1:
+        raise UnsupportedError(
+            f"a batch of {n_rows} rows is refused for {kind}: {alone}; run one row at a time."
+        )
+    if unpadded is not None and (attention_mask is None or not bool(attention_mask.all())):
+        raise UnsupportedError(
+            f"padding is refused for {kind}: {unpadded}; run prompts of one length together, or "
+            "one prompt at a time."
+        )
 
 
 def as_markdown() -> str:

@@ -269,9 +269,21 @@ TABLE: tuple[Capability, ...] = (
         **dict.fromkeys(WRAPPERS, _NO),
     ),
     *_refused(
-        "a recurrent state cannot be judged again for the tail",
-        "use an attention model",
-        is_stateful=_NO,
+        "a rejected draft cannot be taken back out of a recurrent state",
+        "generate without a draft, or use an attention model",
+        recurrent_draft=_NO,
+    ),
+    *_refused(
+        "a cache of recurrent states alone does not say what it was computed from",
+        "pass the whole prompt without it",
+        recurrent_cache=_NO,
+    ),
+    *_refused(
+        "a tail, or an answer after a rewind, would be read without the picture or sound",
+        "pass text alone",
+        **dict.fromkeys(("pixel_values", "pixel_values_videos", "image_grid_thw"), ()),
+        **dict.fromkeys(("video_grid_thw", "image_sizes", "input_features"), ()),
+        **dict.fromkeys(("token_type_ids", "mm_token_type_ids"), ()),
     ),
     *_refused(
         "the forward would compute in another dtype than was certified",

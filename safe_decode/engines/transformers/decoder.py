@@ -17,7 +17,7 @@ from torch import Tensor
 from safe_decode.decision import Redirect
 from safe_decode.engines.transformers.call import GuardedCall
 from safe_decode.engines.transformers.call_spec import StreamSink
-from safe_decode.engines.transformers.capabilities import require_supported
+from safe_decode.engines.transformers.capabilities import require_rows, require_supported
 from safe_decode.engines.transformers.external_generate import GuardHandle, guarded
 from safe_decode.engines.transformers.output import GuardedOutput
 from safe_decode.engines.transformers.request import CallBuilder, GenerateRequest
@@ -231,6 +231,7 @@ class SafeDecoder(WrappedModel):
         self.require_unchanged()
         require_supported(self.model, {}, is_installed=self._tap.is_built_in)
         inputs = from_ids(self.tokenizer, input_ids, attention_mask)
+        require_rows(self.model, inputs.attention_mask, num_return_sequences)
         policy = replace(self.policy, redirect=redirect)
         composer = self._composer()
         with guarded(

@@ -16,7 +16,7 @@ from safe_decode.certificate import Certificate
 from safe_decode.decision import Redirect
 from safe_decode.engines.transformers.call import GuardedCall
 from safe_decode.engines.transformers.call_spec import CallMode, GuardedModel, RowSpec
-from safe_decode.engines.transformers.capabilities import require_supported
+from safe_decode.engines.transformers.capabilities import require_rows, require_supported
 from safe_decode.engines.transformers.loops.whole_response import method_of
 from safe_decode.engines.transformers.option_types import require_seed
 from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
@@ -82,6 +82,7 @@ class CallBuilder:
         require_supported(self.protected.model, options, is_installed=is_installed)
         inputs = self.inputs(asked)
         mode = self._mode(options, inputs, seed)
+        require_rows(self.protected.model, inputs.attention_mask, mode.n_candidates)
         base = self.policy
         if asked.redirect is not None:
             base = replace(base, redirect=asked.redirect)

@@ -1,5 +1,7 @@
 """Location equals the paper's definition, computed by brute force on several families."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -130,3 +132,14 @@ def test_too_few_distinct_refusals_are_refused(llama, tokenizer):
 def test_fused_experts_are_refused_with_the_reason(tokenizer):
     with pytest.raises(UnsupportedError, match="mlp of layer 0 cannot be read"):
         channel_moments(tiny_model("mixtral"), tokenizer, conversations())
+
+
+def test_units_of_a_model_with_heads_of_several_sizes_or_none_are_refused(monkeypatch, llama):
+    for found in (0, 8):
+        anatomy = dataclasses.replace(anatomy_of(llama), head_dim=found)
+        monkeypatch.setattr("probes.location.locate.anatomy_of", lambda _, a=anatomy: a)
+        if found:
+            assert len(all_unit_sites(llama)) == 2 * N_LAYERS
+        else:
+            with pytest.raises(UnsupportedError, match="no attention heads, or heads of several"):
+                all_unit_sites(llama)

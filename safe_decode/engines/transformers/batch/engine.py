@@ -18,7 +18,7 @@ from safe_decode.engines.rows import Row, RowPrompt
 from safe_decode.engines.transformers.batch.prompts import PromptReader
 from safe_decode.engines.transformers.batch.redirection import RunGuard, close_row
 from safe_decode.engines.transformers.batch.run import BatchRun
-from safe_decode.engines.transformers.capabilities import require_supported
+from safe_decode.engines.transformers.capabilities import require_rows, require_supported
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.engines.transformers.loops.whole_response import method_of
 from safe_decode.engines.transformers.request import context_tokens, texts_of
@@ -52,6 +52,7 @@ class TransformersEngine:
     ) -> None:
         bundle, model = decoder.bundle, decoder.model
         require_supported(model, {})
+        require_rows(model, None)
         method = method_of(lambda name: getattr(model.generation_config, name, None))
         if method != "step":
             raise UnsupportedError(

@@ -6,7 +6,7 @@ tripped, or what is read meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,18 @@ from torch import Tensor
 from safe_decode.engines.transformers.loops.settings import PreparedSettings
 from safe_decode.typing import Cache, CausalLM
 
-__all__ = ["OwnForwards", "PrefillSpan", "continued", "forget", "tail_inputs", "whole_inputs"]
+__all__ = [
+    "OwnForwards",
+    "PrefillSpan",
+    "continued",
+    "forget",
+    "positions_in",
+    "tail_inputs",
+    "whole_inputs",
+]
+
+_CACHE_NAMES = ("past_key_values", "cache_params")
+"""Arguments under which a call holds its cache from the beginning on."""
 
 
 def continued(model: CausalLM, ids: Tensor, n_tokens: int, ends: Collection[int]) -> list[int]:
@@ -29,12 +40,17 @@ def continued(model: CausalLM, ids: Tensor, n_tokens: int, ends: Collection[int]
         ends: End ids; the one that is reached is the last.
     """
     said: list[int] = []
-    cache: Cache | None = None
-    step = ids
+    step, kept = ids, {"use_cache": True}
     while len(said) < n_tokens and not (said and said[-1] in ends):
-        output = model(input_ids=step, past_key_values=cache, use_cache=True, return_dict=True)
-        cache, step = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        output = model(input_ids=step, return_dict=True, **kept)
+        step = output.logits[:, -1:].argmax(-1)
         said.append(int(step))
+        ids = torch.cat([ids, step], -1)
+        cache: Any = getattr(output, "past_key_values", None)
+        if cache is None:  # its state has a name of its own: the row is read anew
+            step, kept = ids, {"use_cache": False}
+        else:
+            kept = {"use_cache": True, "past_key_values": cache}
     return said
 
 
@@ -66,20 +82,28 @@ class OwnForwards:
 
     def look_ahead(self) -> None:
         """Get ready to read tokens that a cache which outlives the call must forget again."""
-        cache = self._kwargs.get("past_key_values")
+        cache = _cache_in(self._kwargs)
         if cache is not None and self._span.keeps_cache and cache.is_croppable:
             cache.activate_past_recording()
 
-    def forget_ahead(self, n_said: int) -> None:
+    def forget_ahead(self, n_said: int, n_chosen: int) -> None:
         """Take a cache that outlives the call back to what `n_said` new tokens have left in it.
 
-        A cache that cannot be cropped is emptied, see `forget`.
+        A cache that cannot be cropped is emptied, see `forget`: a recurrent state cannot be taken
+        back to what it was some tokens ago.
+
+        Args:
+            n_said: New tokens after which bare `generate` ends.
+            n_chosen: New tokens that the loop has chosen, unseen ones included.
         """
-        cache = self._kwargs.get("past_key_values")
+        cache = _cache_in(self._kwargs)
         if cache is None or not self._span.keeps_cache:
             return
-        left = self._prompt_tokens + n_said - 1
-        if int(cache.get_seq_length()) > left:
+        left, held = self._prompt_tokens + n_said - 1, positions_in(cache)
+        if held is None:  # only recurrent states, which count no positions
+            if n_chosen > n_said:
+                cache.reset()
+        elif held > left:
             forget(cache, left)
 
     def hides(self, n_positions: int) -> bool:
@@ -96,13 +120,30 @@ class OwnForwards:
         self._model(**inputs, return_dict=True)
 
     def read_tail(self, sequences: Tensor) -> None:
-        """Read the last column of [batch, seq]; all of it where the cache has no place for it."""
+        """Read the last column of [batch, seq].
+
+        All of it where the cache has no place for it, outlives the call, or is not at hand, as a
+        state that the model itself hands on from step to step.
+        """
+        uses_state = self._kwargs.get("use_cache") and _cache_in(self._kwargs) is None
         with torch.no_grad():
-            if self._span.keeps_cache or self._span.is_full:
+            if self._span.keeps_cache or self._span.is_full or uses_state:
                 self.read_whole(sequences)
                 return
             inputs = tail_inputs(self._model, sequences, self._prompt_tokens, self._kwargs)
             self._model(**inputs, return_dict=True)
+
+
+def positions_in(cache: Cache) -> int | None:
+    """Count the positions that a cache holds; None where it holds recurrent states alone."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        return None
+
+
+def _cache_in(kwargs: Mapping[str, Any]) -> Cache | None:
+    return next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
 
 
 def forget(cache: Cache, n_positions: int) -> None:
@@ -148,18 +189,20 @@ class PrefillSpan:
         cls, input_ids: Tensor, config: PreparedSettings, model_kwargs: dict[str, Any]
     ) -> PrefillSpan:
         """Read it before the first forward."""
-        cache, embeds = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
-        cached = 0 if cache is None else int(cache.get_seq_length())
+        cache, embeds = _cache_in(model_kwargs), model_kwargs.get("inputs_embeds")
+        cached = 0 if cache is None else positions_in(cache) or 0
         width = (input_ids if embeds is None else embeds).shape[1]
         is_users = bool(getattr(cache, "_is_user_defined", False))
-        is_full = cache is not None and bool(getattr(cache, "is_compileable", False))
+        most = 0
+        if cache is not None and bool(getattr(cache, "is_compileable", False)):
+            most = int(cache.get_max_length())  # -1 of recurrent states, which hold no positions
         return cls(
             positions=width - cached,
             is_partial=cached > 0,
             keeps_cache=is_users or bool(config.return_dict_in_generate),
-            is_full=is_full,
+            is_full=most > 0,
             # The newest token needs no place: the closing forward reads without the cache.
-            room=int(cache.get_max_length()) - width + 1 if cache is not None and is_full else None,
+            room=most - width + 1 if most > 0 else None,
         )
 
 
@@ -174,7 +217,9 @@ def whole_inputs(
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(sequences[:, :prompt_tokens]) if mask is None else mask
     mask = torch.cat([mask, mask.new_ones((mask.shape[0], new))], -1)
-    kwargs = {"attention_mask": mask, "use_cache": False, "past_key_values": None}
+    kwargs: dict[str, Any] = {"attention_mask": mask, "use_cache": False}
+    if "past_key_values" in model_kwargs:
+        kwargs["past_key_values"] = None
     if model_kwargs.get("position_ids") is not None:
         own: Any = model  # a private method of transformers
         kwargs["position_ids"] = own._prepare_position_ids_for_generation(sequences, kwargs)

@@ -194,7 +194,7 @@ class StepLoop(ChoiceJudge):
         if self._global_draws is not None:
             self._global_draws.restore()
         if self._rows.bare_end is not None and self._own is not None:
-            self._own.forget_ahead(self._rows.bare_end)
+            self._own.forget_ahead(self._rows.bare_end, self._said)
 
     def _close(self, sequences: Tensor) -> None:
         """Judge the tail of rows whose last token ended the loop. Draws no random number."""

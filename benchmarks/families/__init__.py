@@ -1,0 +1,1 @@
+"""Which families of models are guarded: each is built tiny and put to the test."""
