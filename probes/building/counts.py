@@ -164,8 +164,8 @@ def smallest_alpha(n: int, delta: float) -> float:
     if not n:
         return 1.0
     exact = 1.0 - delta ** (1.0 / n)
-    digits = 1 - math.floor(math.log10(exact))
-    return math.ceil(exact * 10**digits) / 10**digits
+    unit = 10.0 ** (1 - math.floor(math.log10(exact)))
+    return float(math.ceil(exact * unit) / unit)
 
 
 def _calibration_problems(counts: SplitCounts, recipe: BuildRecipe) -> list[str]:

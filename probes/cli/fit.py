@@ -168,7 +168,8 @@ def _worth(own: Loaded, recipe: Recipe, ready: Prepared, options: FitOptions) ->
 
 def _require_sense(options: FitOptions) -> None:
     """Refuse, before anything is read, options that no data could satisfy."""
-    from probes.fitting.search import fits_of, statistics_of
+    from probes.fitting.search import fits_of
+    from probes.fitting.statistics import statistics_of
 
     require_place(options.out.parent / "file")
     require_bundle_place(options.out)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from safe_decode.activations.site import n_features
 from safe_decode.bundle.bundle import ProbeBundle
-from safe_decode.bundle.numpy_runtime import start_state
 from safe_decode.errors import ConfigurationError
+from safe_decode.monitor.numpy_monitor import start_state
 from safe_decode.probe.registry import layout_of
 from safe_decode.whole_files import write_whole
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from probes.export.onnx import MONITOR_FILE, require_library
 from safe_decode.activations.site import n_features
 from safe_decode.bundle.bundle import ProbeBundle
-from safe_decode.bundle.numpy_runtime import NumpyMonitorState, start_state, step_state
 from safe_decode.monitor.monitor import MonitorState, RiskMonitor
+from safe_decode.monitor.numpy_monitor import NumpyMonitorState, start_state, step_state
 from safe_decode.probe.registry import layout_of
 
 if TYPE_CHECKING:

@@ -27,6 +27,7 @@ from safetensors.torch import save as bytes_of
 
 from safe_decode.bundle.canary import CanaryRecord
 from safe_decode.bundle.card import calibration_tensors, card_of, parts_of, probe_tensors
+from safe_decode.bundle.consistency import require_consistent
 from safe_decode.bundle.files import (
     CALIBRATION,
     CARD,
@@ -40,7 +41,7 @@ from safe_decode.bundle.files import (
     read_file,
 )
 from safe_decode.bundle.fingerprint import Fingerprint
-from safe_decode.bundle.measured import MeasuredFormat, measured_of, named, require_measured
+from safe_decode.bundle.measured import MeasuredFormat, measured_of, named
 from safe_decode.bundle.notebook import rows_as_html
 from safe_decode.bundle.plausible import require_plausible
 from safe_decode.bundle.seen import SeenPrompts
@@ -107,36 +108,7 @@ class ProbeBundle:
     def __post_init__(self) -> None:
         """Say of each certificate in which numbers it was measured; check that the parts fit."""
         self._name_formats()
-        require_measured(self.measured, self.certificates)
-        n_heads = len(self.probe.heads)
-        if len(self.monitor.start) != n_heads:
-            raise ConfigurationError(
-                f"the monitor has {len(self.monitor.start)} heads, the probe {n_heads}; fit them "
-                "together."
-            )
-        for canary in [one.canary for one in self.measured if one.canary is not None]:
-            if canary.logits.shape[1:] != (n_heads,):
-                raise ConfigurationError(
-                    f"the canary's logits are {tuple(canary.logits.shape)}, wanted {n_heads} "
-                    "heads; record the canary with this probe."
-                )
-        if self.holdback_tokens < 0 or not self.refusal.strip() or not self.opener.strip():
-            raise ConfigurationError(
-                f"holdback_tokens={self.holdback_tokens} must not be negative, and refusal and "
-                "opener must hold text."
-            )
-        keys = [(c.alpha, c.population, c.dtype) for c in self.certificates]
-        if len(set(keys)) != len(keys):
-            raise CertificateError(f"certificates {keys} hold one twice; keep one of each.")
-        for certificate in self.certificates:
-            certificate.verify()
-        for one in self.measured:
-            self.certificate(dtype=one.dtype)
-        if self.reasoning is not None and self.monitor.hits > 1:
-            raise ConfigurationError(
-                f"hits={self.monitor.hits} mixes values from inside and outside of reasoning; "
-                "choose a statistic with hits=1, or leave the spans out."
-            )
+        require_consistent(self)
 
     def __repr__(self) -> str:
         """Return one line; `summary_of` says more."""

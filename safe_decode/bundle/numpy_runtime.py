@@ -34,6 +34,7 @@ from safe_decode.errors import (
     ConfigurationError,
 )
 from safe_decode.monitor.config import MonitorConfig
+from safe_decode.monitor.numpy_monitor import NumpyMonitorState, start_state, step_state
 from safe_decode.probe.layout import ProbeLayout
 
 __all__ = ["NumpyBundle", "NumpyMonitorState", "Scored", "start_state", "step_state"]
@@ -54,32 +55,6 @@ _UNREADABLE = (
 )
 
 
-class NumpyMonitorState(NamedTuple):
-    """What the monitor remembers of each row; see `monitor.monitor.MonitorState` for the words.
-
-    Attributes:
-        ema: [batch, K] float32.
-        smoothed: [batch] float32.
-        statistic: [batch] float32.
-        alarm: [batch] bool.
-        step: [batch] int64.
-        clear_point: [batch] int64.
-        finite: [batch] bool.
-        recent: [batch, kept, K] float32; empty but for `mean` and `top`.
-        values: [batch, hits - 1] float32.
-    """
-
-    ema: Floats
-    smoothed: Floats
-    statistic: Floats
-    alarm: NDArray[np.bool_]
-    step: NDArray[np.int64]
-    clear_point: NDArray[np.int64]
-    finite: NDArray[np.bool_]
-    recent: Floats
-    values: Floats
-
-
 class Scored(NamedTuple):
     """What a response came to.
 
@@ -94,53 +69,6 @@ class Scored(NamedTuple):
     smoothed: Floats
     statistic: float
     alarm_step: int | None
-
-
-def start_state(config: MonitorConfig, batch: int) -> NumpyMonitorState:
-    """Begin rows."""
-    level = np.tile(np.asarray(config.first_level, np.float32), (batch, 1))
-    recent = np.asarray(config.first_recent, np.float32).reshape(-1, config.n_heads)
-    low = np.full(batch, -np.inf, np.float32)
-    nothing = np.zeros(batch, np.int64)
-    return NumpyMonitorState(
-        ema=level,
-        smoothed=low,
-        statistic=low,
-        alarm=np.zeros(batch, bool),
-        step=nothing,
-        clear_point=nothing - 1,
-        finite=np.ones(batch, bool),
-        recent=np.tile(recent, (batch, 1, 1)),
-        values=np.full((batch, config.hits - 1), config.first_value, np.float32),
-    )
-
-
-def step_state(
-    config: MonitorConfig, threshold: float, state: NumpyMonitorState, logits: Floats
-) -> NumpyMonitorState:
-    """Consume one score a row, [batch, K]; pure."""
-    with np.errstate(invalid="ignore"):  # what is not finite is told by `finite`
-        level, recent = _level(config, state, np.asarray(logits, np.float32))
-        scale = np.asarray(config.scale, np.float64)
-        inverse = (1.0 / scale).astype(np.float32)
-        shift = (-np.asarray(config.offset) / scale).astype(np.float32)
-        value = (shift + level * inverse).max(axis=-1)
-        finite = state.finite & ((level - level).sum(axis=-1) == 0)
-        values = np.concatenate([state.values, value[:, None]], axis=1)
-        smoothed = values.min(axis=1)
-        statistic = np.maximum(state.statistic, smoothed)
-        clear = np.where(value < np.float32(config.low_mark), state.step, state.clear_point)
-        return NumpyMonitorState(
-            ema=level,
-            smoothed=smoothed,
-            statistic=statistic,
-            alarm=statistic > np.float32(threshold),
-            step=state.step + 1,
-            clear_point=clear,
-            finite=finite,
-            recent=recent,
-            values=values[:, 1:],
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,39 +187,6 @@ class NumpyBundle:
             if alarm is None and bool(state.alarm[0]):
                 alarm = number
         return Scored(logits, np.asarray(smoothed, np.float32), float(state.statistic[0]), alarm)
-
-
-def _level(
-    config: MonitorConfig, state: NumpyMonitorState, logits: Floats
-) -> tuple[Floats, Floats]:
-    if config.kind == "ema":
-        level = state.ema + np.float32(config.smoothing) * (logits - state.ema)
-        return level, state.recent
-    if config.kind == "mean":
-        window = np.concatenate([state.recent, logits[:, None]], axis=1)
-        return window.mean(axis=1, dtype=np.float32), window[:, 1:]
-    if config.kind == "shrunk":
-        weight = np.float32(1) / (state.step + (config.window + 1)).astype(np.float32)
-        return state.ema + weight[:, None] * (logits - state.ema), state.recent
-    if config.kind == "top":
-        return _best_windows(config, state, logits)
-    forgiven = np.asarray(config.start, np.float32) + np.float32(config.drift)
-    return np.maximum(state.ema + (logits - forgiven), 0) + (logits - logits), state.recent
-
-
-def _best_windows(
-    config: MonitorConfig, state: NumpyMonitorState, logits: Floats
-) -> tuple[Floats, Floats]:
-    start = np.asarray(config.start, np.float32)
-    sums = state.recent[:, -1] + (logits - start)
-    current = start + sums / np.float32(config.window)
-    windows = np.concatenate([state.recent[:, :-1], current[:, None]], axis=1)
-    best = -np.sort(-windows, axis=1)[:, : config.best]
-    ends = ((state.step + 1) % config.window == 0)[:, None, None]
-    going_on = np.concatenate([state.recent[:, :-1], sums[:, None]], axis=1)
-    ended = np.concatenate([best, np.zeros_like(sums)[:, None]], axis=1)
-    level = best.mean(axis=1, dtype=np.float32) + (logits - logits)
-    return level, np.where(ends, ended, going_on)
 
 
 def _require_tensors(

@@ -17,13 +17,8 @@ from torch import Tensor
 
 from safe_decode.activations.compiled.forward_patch import compiled_part
 from safe_decode.activations.families import why_alone, why_unpadded
-from safe_decode.engines.transformers.capability_table import (
-    EFFECTS,
-    TABLE,
-    WRAPPERS,
-    Capability,
-    Status,
-)
+from safe_decode.engines.transformers.capability import EFFECTS, Capability, Status
+from safe_decode.engines.transformers.capability_table import TABLE, WRAPPERS
 from safe_decode.engines.transformers.loops.extra_forwards import positions_in
 from safe_decode.engines.transformers.option_types import require_types
 from safe_decode.errors import UnsupportedError

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safe_decode.certificate import Envelope
-from safe_decode.engines.transformers.capability_table import TABLE, Capability
+from safe_decode.engines.transformers.capability import Capability
+from safe_decode.engines.transformers.capability_table import TABLE
 from safe_decode.typing import Cache, GenerationSettings
 
 __all__ = [
