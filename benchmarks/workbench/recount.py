@@ -152,10 +152,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         "bundle": f"all {len(found)}",
         **{f"{name}, within": f"{within[name]} of {len(found)}" for name in names},
     }
-    rows_out: list[dict[str, Any]] = [
-        summary,
-        *({k: _word(v) for k, v in row.items()} for row in found),
-    ]
+    rows_out: list[dict[str, Any]] = [summary]
+    rows_out += [{name: _word(value) for name, value in row.items()} for row in found]
     write_results("recount", rows_out, card(alpha=_ALPHA, recount_rows=len(rows)))
     return rows_out
 

@@ -159,6 +159,6 @@ def test_a_model_without_a_template_is_told_in_one_line_before_its_weights(
     )
     line = refused(
         "fit", "--data", folder / "rows.jsonl", "--model", tmp_path / "base", "--out",
-        tmp_path / "no",
+        tmp_path / "no", "--alpha", 0.05,
     )  # fmt: skip
     assert "has no chat template: it is a base model" in line

@@ -272,5 +272,7 @@ def test_fit_refuses_a_select_split_that_decides_nothing_before_it_loads_a_model
     harmful = [row for row in rows if row.response_harmful]
     few = [row for row in rows if not row.response_harmful] + harmful[:12]
     write_jsonl(tmp_path / "few.jsonl", few)
-    line = refused("fit", "--data", tmp_path / "few.jsonl", "--out", tmp_path / "bundle")
+    line = refused(
+        "fit", "--data", tmp_path / "few.jsonl", "--out", tmp_path / "bundle", "--alpha", 0.05
+    )
     assert "harmful responses, wanted at least 10" in line and "select holds" in line
