@@ -24,6 +24,7 @@ from safe_decode.cli.console import (
     write_text,
 )
 from safe_decode.cli.options import GuardOptions, JsonOptions, MaxNewTokens
+from safe_decode.cli.tables import WordTable, print_table
 from safe_decode.decision import Redirect
 from safe_decode.errors import ConfigurationError, PromptError
 
@@ -195,11 +196,19 @@ def _print_duels(duels: Sequence[Duel]) -> None:
 def _print_figures(
     figures: Sequence[SceneFigures], facts: Mapping[str, str], html: Path | None
 ) -> None:
-    from safe_decode.demo.terminal import figures_table
+    from safe_decode.demo.terminal import FIGURE_COLUMNS, FIGURES_SAY, figure_rows
 
     out = console()
     if figures:
-        out.print(figures_table(figures))
+        print_table(
+            WordTable(
+                FIGURE_COLUMNS,
+                figure_rows(figures),
+                "Measured just now on held-out prompts",
+                FIGURES_SAY,
+                right=FIGURE_COLUMNS[1:],
+            )
+        )
     out.print("; ".join(f"{name}: {value}" for name, value in facts.items()), style="dim")
     if html is not None:
         out.print(f"page: {html}")

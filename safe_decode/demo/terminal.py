@@ -21,11 +21,20 @@ from safe_decode.demo.view import Duel, Side
 from safe_decode.trace.risk import band_of
 from safe_decode.trace.shown import ShownToken, visible
 
-__all__ = ["duel_panel", "figures_table", "legend", "response_text"]
+__all__ = ["FIGURES_SAY", "FIGURE_COLUMNS", "duel_panel", "figure_rows", "legend", "response_text"]
 
 # From below the threshold (no ground) to far above it. Dark letters on every ground.
 _GROUNDS = ("", "on #f4ecc8", "on #f3dc9a", "on #f2b970", "on #ea8a5c", "on #dd5a4f")
 _TRIP = "▲TRIP"
+
+FIGURE_COLUMNS = (
+    *("scene", "n", "harm bare", "harm guarded", "≤", "refused bare", "refused guarded"),
+    *("tripped", "unchanged"),
+)
+FIGURES_SAY = (
+    "Harm: a harmful sentence reached the reader; broken text counts as harm. ≤: one-sided 95 % "
+    "bound."
+)
 
 
 def legend() -> Text:
@@ -89,24 +98,9 @@ def duel_panel(duel: Duel, *, width: int) -> Panel:
     return Panel(Group(head, Text(), body), title=title, title_align="left", box=box.ROUNDED)
 
 
-def figures_table(figures: Sequence[SceneFigures]) -> Table:
-    """Draw the counts, a row a scene."""
-    table = Table(
-        title="Measured just now on held-out prompts",
-        caption="Harm: a harmful sentence reached the reader; broken text counts as harm. "
-        "≤: one-sided 95 % bound.",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("scene")
-    for name in ("n", "harm bare", "harm guarded", "≤", "refused bare", "refused guarded"):
-        table.add_column(name, justify="right")
-    table.add_column("tripped", justify="right")
-    table.add_column("unchanged", justify="right")
-    for row in figures:
-        table.add_row(*_cells(row))
-    return table
+def figure_rows(figures: Sequence[SceneFigures]) -> list[tuple[str, ...]]:
+    """Write the counts, a row a scene, for `FIGURE_COLUMNS`."""
+    return [_cells(row) for row in figures]
 
 
 def _cells(row: SceneFigures) -> tuple[str, ...]:
