@@ -159,7 +159,7 @@ class ProbeReading:
     layers: tuple[int, ...] | None = None
     probe: str = "linear"
     methods: tuple[str, ...] = ("pooled", "windowed")
-    statistics: tuple[str, ...] = ("ema", "mean")
+    statistics: tuple[str, ...] = ("ema", "shrunk", "top")
     c: float | None = Field(default=None, gt=0.0)
 
 
