@@ -58,7 +58,7 @@ class WordTable:
         cells = [self.columns, *rows]
         natural = [max(_longest_line(row[at]) for row in cells) for at in range(len(self.columns))]
         least = [
-            max(*(_longest_word(row[at]) for row in cells), min(natural[at], _PROSE))
+            max(*(_longest_word(row[at]) for row in cells), _least_of_prose(rows, at))
             for at in range(len(self.columns))
         ]
         widths = fitted_widths(natural, least, width - _GAP * (len(self.columns) - 1))
@@ -137,6 +137,11 @@ def fitted_widths(natural: Sequence[int], least: Sequence[int], room: int) -> li
         return None
     lacking = [wish - need for wish, need in zip(natural, least, strict=True)]
     return [need + spare * lack // sum(lacking) for need, lack in zip(least, lacking, strict=True)]
+
+
+def _least_of_prose(rows: Sequence[Sequence[str]], at: int) -> int:
+    is_prose = any(_longest_line(row[at]) > _PROSE for row in rows)
+    return _PROSE if is_prose else 0
 
 
 def _named(name: str, value: str, width: int) -> Iterator[RenderableType]:
