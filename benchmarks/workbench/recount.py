@@ -33,6 +33,7 @@ from probes.rollouts.types import Request
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.demo.embedded_pair import artefact
 from safe_decode.loading import Loaded, load_model
+from safe_decode.whole_files import write_whole
 
 LOG = logging.getLogger("benchmarks.workbench.recount")
 _FIRST_SEED, _RECOUNT_SEED = 910_000, 990_000
@@ -72,7 +73,7 @@ def write_prompts(path: Path, requests: Sequence[Request]) -> None:
         }
         for one in requests
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def built(own: Loaded, number: int, work: Path) -> ProbeBundle:

@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks.card import card, write_results
 from safe_decode.demo.embedded_pair import artefact
 from safe_decode.testing.models import byte_tokenizer, tiny_model
+from safe_decode.whole_files import write_whole
 
 LOG = logging.getLogger("benchmarks.workbench.wrong_starts")
 _LIMIT_S = 5.0
@@ -47,7 +48,7 @@ class WrongStart:
 
 def _build(folder: Path, recipe: str, *further: str) -> list[str]:
     path = folder / f"recipe-{abs(hash((recipe, further)))}.yaml"
-    path.write_text(recipe, encoding="utf-8")
+    write_whole(path, recipe)
     return ["build", "--recipe", str(path), "--out", str(folder / "out"), *further]
 
 
@@ -126,7 +127,7 @@ def prepare(folder: Path) -> None:
     harmless = [{**row, "prompt_harmful": False, "response_harmful": False} for row in rows]
     _write(folder / "harmless.jsonl", harmless)
     _write(folder / "fit-only.jsonl", [{**row, "split": "fit"} for row in harmless])
-    (folder / "columns.csv").write_text("instruction,output\nhello,there\n", encoding="utf-8")
+    write_whole(folder / "columns.csv", "instruction,output\nhello,there\n")
     for name, template in (("base", False), ("chat", True)):
         tokenizer = byte_tokenizer()
         if not template:
@@ -148,7 +149,7 @@ def _row(number: int) -> dict[str, Any]:
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _seen_bundle(folder: Path, rows: Sequence[dict[str, Any]]) -> None:

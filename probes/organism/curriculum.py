@@ -27,7 +27,7 @@ from probes.organism.training import Example, Schedule, Stage, encode, new_model
 from safe_decode.errors import DataError
 from safe_decode.loading import load_model
 from safe_decode.typing import CausalLM, Tokenizer
-from safe_decode.whole_files import remove_empty, replace_files
+from safe_decode.whole_files import remove_empty, replace_files, write_whole
 
 __all__ = ["Amounts", "build_pair"]
 
@@ -262,7 +262,7 @@ def _save(model: CausalLM, tokenizer: Tokenizer, path: Path) -> None:
         half.to(torch.bfloat16).save_pretrained(new)
         config = json.loads((new / "config.json").read_text(encoding="utf-8"))
         text = json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True)
-        (new / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(new / "config.json", text + "\n")
         tokenizer.save_pretrained(new)
         if not path.exists():
             new.rename(path)

@@ -138,7 +138,7 @@ def test_the_bundle_comes_back_with_its_kind_and_its_canary(pair, bundle, tmp_pa
     bundle.save(tmp_path / "b")
     card = json.loads((tmp_path / "b" / CARD).read_text())
     width = pair.model.config.hidden_size
-    assert card["schema"] == 4 and card["probe"]["kind"] == "mlp"
+    assert card["schema"] == 5 and card["probe"]["kind"] == "mlp"
     assert card["probe"]["tensors"]["hidden_weight"] == [width, 16]
     loaded = ProbeBundle.load(tmp_path / "b")
     features = torch.randn(5, width)
@@ -157,7 +157,7 @@ def test_the_probe_of_a_self_check_may_be_of_this_kind_too(bundle, tmp_path, mai
     both.save(tmp_path / "b")
     loaded = ProbeBundle.load(tmp_path / "b")
     card = json.loads((tmp_path / "b" / CARD).read_text())
-    assert card["schema"] == 4 and ("probe" in card) == (main == "mlp")
+    assert card["schema"] == 5 and ("probe" in card) == (main == "mlp")
     assert (loaded.probe.kind, loaded.header_check.probe.kind) == (main, "mlp")
     features = torch.randn(2, n_features(bundle.probe.sites))
     assert torch.equal(loaded.header_check.probe(features), bundle.probe(features))

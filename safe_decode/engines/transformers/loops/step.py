@@ -169,12 +169,16 @@ class StepLoop(ChoiceJudge):
 
         The guard's own is not in the list, which inspects each signature at each call.
         """
+        from safe_decode.engines.transformers.loops.processor import SafetyLogitsProcessor
+
         ends, spared = self._forceable_ends(input_ids, processors)
+        guard: Any = SafetyLogitsProcessor(self)
 
         def processed(ids: Tensor, scores: Tensor) -> Tensor:
             if ends:
                 self._own_ends = chooses_end(scores, ends) | spared
-            return self.on_scores(ids, processors(ids, scores))
+            judged: Tensor = guard(ids, processors(ids, scores))
+            return judged
 
         return processed
 
