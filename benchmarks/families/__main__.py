@@ -34,11 +34,7 @@ def main(only: list[str]) -> None:
             LOG.info(json.dumps(rows[-1].row()))
     if not only:
         rows.sort(key=lambda found: (found.order, found.family.model_type))
-        facts = {name: value for name, value in card().items() if name in _SHOWN}
-        LOG.info("%s", write_results("families", [row.row() for row in rows], facts))
-
-
-_SHOWN = ("python", "torch", "transformers", "commit")
+        LOG.info("%s", write_results("families", [row.row() for row in rows], card()))
 
 
 if __name__ == "__main__":

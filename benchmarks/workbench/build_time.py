@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = ["--model", given.model, "--data-dir", given.data_dir, "--recipe", given.recipe]
     root = given.work or Path(tempfile.mkdtemp(prefix="build-time-"))
+    root.mkdir(parents=True, exist_ok=True)
     seconds, peak, status = build(arguments, root / "plain", None)
     if status:
         raise SystemExit(f"the undisturbed build ended with status {status}")

@@ -42,10 +42,10 @@ RECIPE = BuildRecipe(
     about="The embedded model, asked in its own world.",
     sources=(Source(data="prompts.jsonl"),),
     answers=Answers(
-        benign=600, harmful=600, framed=0.0, prefilled=0.0, max_new_tokens=32, batch_size=64
+        benign=800, harmful=1000, framed=0.0, prefilled=0.0, max_new_tokens=32, batch_size=64
     ),
     labels=Labels(judge="probes.organism.oracle:judge"),
-    splits=Shares(asked={"fit": 0.25, "select": 0.15, "calibrate": 0.25, "test": 0.35}),
+    splits=Shares(asked={"fit": 0.25, "select": 0.2, "calibrate": 0.2, "test": 0.35}),
     reading=ProbeReading(methods=("pooled",), statistics=("ema",)),
     alphas=(_ALPHA,),
 )
@@ -83,7 +83,7 @@ def built(own: Loaded, number: int, work: Path) -> ProbeBundle:
         return ProbeBundle.load(place)
     folder = work / f"work-{number:02d}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_prompts(folder / "prompts.jsonl", requests_of(own, _FIRST_SEED + 10 * number, 900))
+    write_prompts(folder / "prompts.jsonl", requests_of(own, _FIRST_SEED + 10 * number, 1400))
     material = gathered(RECIPE, folder)
     found = build_bundle(
         own, RECIPE, material, Workplace(folder), judge=judge_by_text(judge)

@@ -124,18 +124,19 @@ def require_rows(model: CausalLM, attention_mask: Tensor | None, n_copies: int =
         UnsupportedError: The family runs one row at a time, or rows of one length, and the batch
             has more, or padding.
     """
-    alone, unpadded = why_alone(model.config), why_unpadded(model.config)
     n_rows = 2 if attention_mask is None else attention_mask.shape[0] * n_copies
-    kind = f"model_type={model.config.model_type!r}"
-    if alone is not None and n_rows > 1:
-        raise UnsupportedError(
-            f"a batch of {n_rows} rows is refused for {kind}: {alone}; run one row at a time."
-        )
-    if unpadded is not None and (attention_mask is None or not bool(attention_mask.all())):
-        raise UnsupportedError(
-            f"padding is refused for {kind}: {unpadded}; run prompts of one length together, or "
-            "one prompt at a time."
-        )
+    for config in (model.config, model.config.get_text_config()):
+        alone, unpadded = why_alone(config), why_unpadded(config)
+        if alone is not None and n_rows > 1:
+            raise UnsupportedError(
+                f"a batch of {n_rows} rows is refused for model_type={config.model_type!r}: "
+                f"{alone}; run one row at a time."
+            )
+        if unpadded is not None and (attention_mask is None or not bool(attention_mask.all())):
+            raise UnsupportedError(
+                f"padding is refused for model_type={config.model_type!r}: {unpadded}; run prompts "
+                "of one length together, or one prompt at a time."
+            )
 
 
 def as_markdown() -> str:
