@@ -42,6 +42,7 @@ from safe_decode import __version__
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, sorted_sites
 from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.bundle.summary import summary_of
 from safe_decode.certificate import Envelope
 from safe_decode.engines.transformers.coverage import record_of
 from safe_decode.errors import UnsupportedError
@@ -69,7 +70,6 @@ class Built:
         report: Of the test split.
         counts: Of the judged rows.
         tried: Figures on select of every candidate, best first.
-        warnings: Everything that a reader of the figures should know.
         seconds: Of each step.
     """
 
@@ -77,8 +77,12 @@ class Built:
     report: Report
     counts: SplitCounts
     tried: tuple[Mapping[str, Any], ...]
-    warnings: tuple[str, ...]
     seconds: Mapping[str, float]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Everything that a reader of the figures should know, in the bundle's own words."""
+        return summary_of(self.bundle).warnings
 
 
 def build_bundle(
@@ -128,7 +132,7 @@ def build_bundle(
         "made_by": __version__,
     }
     bundle = replace(made.bundle, provenance=provenance)
-    return Built(bundle, report, counts, made.tried, tuple(warnings), clock.seconds)
+    return Built(bundle, report, counts, made.tried, clock.seconds)
 
 
 class _Clock:

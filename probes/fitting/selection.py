@@ -104,9 +104,14 @@ class ChosenMonitor:
             "threshold": self.threshold,
             "tpr": self.tpr,
             "auroc": self.auroc,
-            "delay_p90": self.delay_p90 if finite else str(self.delay_p90),
+            # None: no onset is known. "missed": more than a tenth never trips.
+            "delay_p90": self.delay_p90 if finite else _without_a_number(self.delay_p90),
             "holdback_tokens": self.holdback_tokens,
         }
+
+
+def _without_a_number(delay: float) -> str | None:
+    return None if math.isnan(delay) else "missed"
 
 
 def monitor_for(

@@ -20,6 +20,11 @@ from probes.reports.evaluation_plots import coverage_svg, roc_svg
 __all__ = ["build_json", "build_page"]
 
 _TRIED = 10
+_HOW_COUNTED = (
+    "Recall and false alarms are counted on the test split, at the certified threshold: nothing "
+    "was fitted, chosen or calibrated on it. Brackets hold exact 95 % intervals. Responses of "
+    "others are read up to the longest answer that is certified."
+)
 
 
 def build_page(
@@ -40,8 +45,9 @@ def build_page(
         pictures["Certificate: promised and realised"] = coverage_svg(
             alphas, realised, delta=report.certificate.delta
         )
-    notes = [f"Note: {warning}." for warning in built.warnings]
-    return page_of("Bundle", tables, pictures, facts, notes=notes)
+    warnings = [f"Beware: {warning.rstrip('.')}." for warning in built.warnings]
+    notes = [_HOW_COUNTED, *warnings]
+    return page_of(f"Bundle for {facts['model']}", tables, pictures, facts, notes=notes)
 
 
 def build_json(built: Built, facts: Mapping[str, str]) -> dict[str, Any]:

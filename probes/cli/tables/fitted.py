@@ -36,7 +36,7 @@ def show_fitted(recipe: Recipe, out: Path) -> None:
                 f"{_statistic(one)}{hits}",
                 f"{one['tpr']:.1%}",
                 f"{one['auroc']:.4f}",
-                str(one["delay_p90"]),
+                "–" if one["delay_p90"] is None else str(one["delay_p90"]),
                 str(one["holdback_tokens"]),
             ]
         )
