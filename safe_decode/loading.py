@@ -17,7 +17,16 @@ from safe_decode.checkpoint import ModelFiles, look_at
 from safe_decode.errors import ConfigurationError
 from safe_decode.typing import CausalLM, Tokenizer
 
-__all__ = ["Dtype", "GgufForm", "Loaded", "LoadSettings", "load_model", "plain_dtype"]
+__all__ = [
+    "Dtype",
+    "GgufForm",
+    "Loaded",
+    "LoadSettings",
+    "ModelSizes",
+    "load_model",
+    "plain_dtype",
+    "sizes_of",
+]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """auto: the checkpoint's own, which `from_pretrained` takes too where nothing else is said."""
@@ -32,6 +41,24 @@ class Loaded:
 
     model: CausalLM
     tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """Sizes of a model; None where its configuration does not say.
+
+    Attributes:
+        width: Channels of the residual stream.
+        layers: Decoder blocks.
+        context: Positions.
+    """
+
+    width: int | None
+    layers: int | None
+    context: int | None
+
+
+_SIZES = ("hidden_size", "num_hidden_layers", "max_position_embeddings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +134,32 @@ def load_model(
     if getattr(model, "quantization_method", None) is None:
         model = model.to(target)
     return Loaded(model.eval(), tokenizer)
+
+
+def sizes_of(
+    name: str | Path, how: LoadSettings | None = None, *, needs_template: bool = False
+) -> ModelSizes:
+    """Read a model's sizes from its small files, without its weights.
+
+    Args:
+        name: As in `load_model`.
+        how: How it will be loaded.
+        needs_template: As in `load_model`.
+
+    Raises:
+        ConfigurationError: As `load_model`, of what can be told without weights.
+    """
+    how = how or LoadSettings()
+    found = look_at(name, how.gguf_file)
+    from transformers import AutoConfig
+
+    file = {} if how.gguf_file is None else {"gguf_file": how.gguf_file}
+    with _as_configuration_error(name, how):
+        config = AutoConfig.from_pretrained(found.config, **file).get_text_config()
+        if needs_template and not getattr(_tokenizer(found, how), "chat_template", None):
+            raise _without_template(name)
+    values = (getattr(config, key, None) for key in _SIZES)
+    return ModelSizes(*(value if isinstance(value, int) else None for value in values))
 
 
 def plain_dtype(name: str | Path, how: LoadSettings) -> str | None:

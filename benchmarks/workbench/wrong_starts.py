@@ -77,7 +77,7 @@ STARTS = (
     WrongStart(
         "no template",
         lambda f: _build(f, _GOOD, "--model", str(f / "base")),
-        ("no chat template", "wanted", "tokenizer.chat_template"),
+        ("no chat template", "it is a base model", "pass the model's chat"),
     ),
     WrongStart(
         "no disk",
@@ -97,7 +97,7 @@ STARTS = (
     WrongStart(
         "no model",
         lambda f: _build(f, _GOOD, "--model", str(f / "empty")),
-        ("cannot be read", "Pass a directory or name"),
+        ("holds no config.json", "pass"),
     ),
     WrongStart(
         "contaminated test",

@@ -23,12 +23,11 @@ from safe_decode.errors import ConfigurationError
 if TYPE_CHECKING:
     from probes.building.builder import Built
     from probes.building.material import Material
-    from probes.building.model_facts import ModelFacts
     from probes.building.pace import Pace
     from probes.building.plan import Plan
     from probes.building.recipe import BuildRecipe
     from probes.building.workplace import Workplace
-    from safe_decode.loading import Loaded
+    from safe_decode.loading import Loaded, ModelSizes
 
 __all__ = ["build"]
 
@@ -176,11 +175,12 @@ def _require_out(out: Path) -> None:
 
 def _require_model(options: BuildOptions, recipe: BuildRecipe, plan: Plan, work: Workplace) -> None:
     """Read the model's small files; refuse what its weights could not mend."""
-    from probes.building.model_facts import model_facts
     from probes.building.workplace import require_disk
     from safe_decode.demo.embedded_pair import artefact
+    from safe_decode.loading import sizes_of
 
-    facts = model_facts(options.model or str(artefact("aligned")))
+    name = options.model or artefact("aligned")
+    facts = sizes_of(name, options.how, needs_template=True)
     if facts.context is not None and recipe.answers.max_new_tokens >= facts.context:
         raise ConfigurationError(
             f"max_new_tokens={recipe.answers.max_new_tokens} leaves no room for a prompt in this "
@@ -199,7 +199,7 @@ def _require_model(options: BuildOptions, recipe: BuildRecipe, plan: Plan, work:
     require_disk(work.folder.absolute(), plan.kept_bytes(_features(facts, recipe)))
 
 
-def _features(facts: ModelFacts, recipe: BuildRecipe) -> int:
+def _features(facts: ModelSizes, recipe: BuildRecipe) -> int:
     """Count the features that are kept at most."""
     layers = len(recipe.reading.layers or range(4))
     residual = 0 if recipe.reading.where == "located" else layers * (facts.width or 0)

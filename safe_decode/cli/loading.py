@@ -53,17 +53,14 @@ def layers_of(model: str | None) -> int | None:
         The number of decoder blocks; None where the configuration cannot be read or does not say,
         which loading the model then tells.
     """
-    from transformers import AutoConfig
-
     from safe_decode.demo.embedded_pair import artefact
+    from safe_decode.loading import sizes_of
 
     _silence_transformers()
     try:
-        config = AutoConfig.from_pretrained(str(model or artefact("aligned")))
-    except (OSError, ValueError):
+        return sizes_of(model or artefact("aligned")).layers
+    except ConfigurationError:
         return None
-    count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    return count if isinstance(count, int) else None
 
 
 def loaded_bundle(bundle: Path | None, *, trusted_key: Path | None = None) -> ProbeBundle:

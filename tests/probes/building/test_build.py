@@ -185,11 +185,13 @@ class TestWrongStarts:
         tiny_model("llama").save_pretrained(tmp_path / "base")
         tokenizer.save_pretrained(tmp_path / "base")
         line = start(lambda text: text, "--model", tmp_path / "base")
-        assert "has no chat template" in line and "tokenizer.chat_template" in line
+        assert (
+            "has no chat template: it is a base model" in line and "pass the model's chat" in line
+        )
 
     def test_no_model(self, start, tmp_path):
         line = start(lambda text: text, "--model", tmp_path / "none")
-        assert "none' cannot be read" in line
+        assert "cannot be loaded: there is no such directory" in line
 
     def test_no_disk(self, start, monkeypatch):
         monkeypatch.setattr(
