@@ -19,7 +19,7 @@ from typing import Any
 
 from safe_decode.errors import ConfigurationError
 
-__all__ = ["ModelFiles", "look_at"]
+__all__ = ["SIZES", "ModelFiles", "look_at"]
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -39,6 +39,8 @@ _PACKAGES: Mapping[str, tuple[str, str]] = {
 }
 """Methods of quantisation, the module that each needs, and how it is installed."""
 _SHOWN = 5
+SIZES = ("hidden_size", "num_hidden_layers", "max_position_embeddings")
+"""Entries of a configuration: width of the residual stream, decoder blocks, positions."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,30 @@ class ModelFiles:
     quantisation: str | None = None
     is_adapter: bool = False
     has_tokenizer: bool = True
+
+    def is_local_without_template(self) -> bool:
+        """Say whether the tokenizer lies in a directory in which no chat template is."""
+        place = Path(self.tokenizer)
+        if self.quantisation == "gguf" or not place.is_dir():
+            return False  # a GGUF file may hold one, and a hub cannot be looked at
+        named = [*place.glob("chat_template*"), *place.glob("additional_chat_templates")]
+        config = place / "tokenizer_config.json"
+        return not named and not (config.is_file() and _json(config).get("chat_template"))
+
+    def sizes(self) -> tuple[int, int, int] | None:
+        """Read width, layers and positions as a plain configuration spells them.
+
+        Returns:
+            None where there is none, or where it has other words for them: transformers knows.
+        """
+        path = Path(self.config) / _CONFIG
+        if self.quantisation == "gguf" or not path.is_file():
+            return None
+        known = _json(path)
+        values = [known.get(name) for name in SIZES]
+        if not all(isinstance(value, int) for value in values):
+            return None
+        return (values[0], values[1], values[2])
 
 
 def look_at(name: str | Path, gguf_file: str | None = None) -> ModelFiles:

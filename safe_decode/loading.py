@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from safe_decode.checkpoint import ModelFiles, look_at
+from safe_decode.checkpoint import SIZES, ModelFiles, look_at
 from safe_decode.errors import ConfigurationError
 from safe_decode.typing import CausalLM, Tokenizer
 
@@ -56,9 +56,6 @@ class ModelSizes:
     width: int | None
     layers: int | None
     context: int | None
-
-
-_SIZES = ("hidden_size", "num_hidden_layers", "max_position_embeddings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +148,10 @@ def sizes_of(
     """
     how = how or LoadSettings()
     found = look_at(name, how.gguf_file)
+    if needs_template and found.is_local_without_template():
+        raise _without_template(name)
+    if (sizes := found.sizes()) is not None:
+        return ModelSizes(*sizes)
     from transformers import AutoConfig
 
     file = {} if how.gguf_file is None else {"gguf_file": how.gguf_file}
@@ -158,7 +159,7 @@ def sizes_of(
         config = AutoConfig.from_pretrained(found.config, **file).get_text_config()
         if needs_template and not getattr(_tokenizer(found, how), "chat_template", None):
             raise _without_template(name)
-    values = (getattr(config, key, None) for key in _SIZES)
+    values = (getattr(config, key, None) for key in SIZES)
     return ModelSizes(*(value if isinstance(value, int) else None for value in values))
 
 

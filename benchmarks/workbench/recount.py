@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,10 @@ def recount_rows(own: Loaded, work: Path, count: int) -> list[Conversation]:
     """Let the model answer prompts of another seed, or read what it said."""
     path = work / "recount.jsonl"
     if not path.exists():
-        requests = requests_of(own, _RECOUNT_SEED, count)
+        # Drawn as a build draws: one prompt a group, so that the mixture is the same.
+        write_prompts(work / "prompts.jsonl", requests_of(own, _RECOUNT_SEED, count))
+        answers = replace(RECIPE.answers, benign=count, harmful=count)
+        requests = gathered(replace(RECIPE, answers=answers), work).requests
         config = rollout_config(RECIPE)
         write_jsonl(path, rollout(own.model, own.tokenizer, requests, judge=judge, config=config))
     rows = read_jsonl(path)
@@ -126,8 +130,6 @@ def compared(own: Loaded, bundle: ProbeBundle, rows: Sequence[Conversation]) -> 
 
 
 def _unsplit(row: Conversation) -> Conversation:
-    from dataclasses import replace
-
     return replace(row, split=None)
 
 

@@ -67,7 +67,7 @@ STARTS = (
     WrongStart(
         "one class",
         lambda f: ["fit", "--data", str(f / "harmless.jsonl"), "--out", str(f / "out")],
-        ("holds 0 harmful responses", "wanted at least 10", "add"),
+        ("0 of 3000 judged responses are harmful", "give both kinds"),
     ),
     WrongStart(
         "wrong columns",

@@ -115,18 +115,18 @@ class FitOptions(
 @command("Make a probe")
 def fit(options: FitOptions) -> None:
     """Locate, fit, select and calibrate: one command from conversations to a bundle."""
-    _require_sense(options)
+    _require_places(options)
     from probes.data.enough import require_labels
     from probes.data.splits import prepared
-    from probes.fitting.search import FeatureStore
 
-    keep = FeatureStore(options.store, options.recompute)
     readings = options.read()
     _require_enough(readings, options)
     rows = [row for one in readings for row in one.conversations]
     judged = [row for row in rows if row.response_harmful is not None]
     ready = prepared(judged, seed=options.seed, balance=options.balance)
     short = require_labels(ready.conversations)
+    # Data is looked at first: what follows imports for seconds.
+    keep = _require_sense(options)
     own = options.load_model()
     kept, too_long = whole(own, ready.conversations)
     ready = replace(ready, conversations=kept, warnings=[*ready.warnings, *short])
@@ -166,19 +166,24 @@ def _worth(own: Loaded, recipe: Recipe, ready: Prepared, options: FitOptions) ->
     return replace(recipe, bundle=replace(recipe.bundle, provenance=provenance, made=made))
 
 
-def _require_sense(options: FitOptions) -> None:
-    """Refuse, before anything is read, options that no data could satisfy."""
-    from probes.fitting.search import fits_of
-    from probes.fitting.statistics import statistics_of
-
+def _require_places(options: FitOptions) -> None:
+    """Refuse, before anything is read, places that cannot be written and impossible bounds."""
     require_place(options.out.parent / "file")
     require_bundle_place(options.out)
     if options.store is not None:
         require_folder(options.store)
     require_delta(options.delta)
+
+
+def _require_sense(options: FitOptions) -> FeatureStore:
+    """Refuse, before the model is loaded, options that no data could satisfy."""
+    from probes.fitting.search import FeatureStore, fits_of
+    from probes.fitting.statistics import statistics_of
+
     fits_of(options.method, None, options.probe)
     statistics_of(options.statistic)
     options.require_layers(options.model)
+    return FeatureStore(options.store, options.recompute)
 
 
 def _require_enough(readings: Sequence[Reading], options: FitOptions) -> None:

@@ -138,6 +138,20 @@ class Fingerprint:
             )
         ]
 
+    def require_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Check what a configuration says of sizes, before weights are loaded.
+
+        Args:
+            sizes: Entries of the configuration of the model at hand.
+
+        Raises:
+            FingerprintMismatchError: An entry that was recorded differs.
+        """
+        known = {name: self.architecture[name] for name in sizes if name in self.architecture}
+        differing = _differences("config", known, {name: str(sizes[name]) for name in known})
+        if differing:
+            raise _mismatch(differing)
+
     def require(self, other: Fingerprint) -> None:
         """Check that a model is the one this fingerprint was taken of.
 
@@ -149,10 +163,14 @@ class Fingerprint:
         """
         differing = self.differences(other)
         if differing:
-            raise FingerprintMismatchError(
-                f"the bundle was made for another model: {'; '.join(differing)}; load the model, "
-                "tokenizer and dtype it was made for, or make a bundle for this one."
-            )
+            raise _mismatch(differing)
+
+
+def _mismatch(differing: Sequence[str]) -> FingerprintMismatchError:
+    return FingerprintMismatchError(
+        f"the bundle was made for another model: {'; '.join(differing)}; load the model, "
+        "tokenizer and dtype it was made for, or make a bundle for this one."
+    )
 
 
 _Value = str | tuple[str, ...] | Mapping[str, str]

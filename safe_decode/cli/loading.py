@@ -101,9 +101,13 @@ def decoder_of(
     probes = loaded_bundle(bundle, trusted_key=trusted_key)
     probes.certificate(alpha, population)  # an alpha that is not certified, as early
     from safe_decode.bundle.measured import require_certified
+    from safe_decode.checkpoint import SIZES, look_at
     from safe_decode.loading import plain_dtype
 
     if model is not None:
+        sizes = look_at(model, how.gguf_file).sizes()
+        if sizes is not None:
+            probes.fingerprint.require_sizes(dict(zip(SIZES, sizes, strict=True)))
         dtype = plain_dtype(model, how)
         if dtype is not None:
             require_certified(probes.dtypes, dtype)
