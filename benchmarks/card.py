@@ -8,7 +8,7 @@ from typing import Any
 
 from safe_decode.bench import machine
 
-__all__ = ["RESULTS", "card", "write_results"]
+__all__ = ["RESULTS", "aligned", "card", "write_results"]
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,3 +24,9 @@ def write_results(name: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[s
     target = RESULTS / f"{name}.jsonl"
     machine.write_lines(target, rows, facts)
     return target
+
+
+def aligned(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Give every row the fields of all, in the order of their first appearance."""
+    fields = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name, "") for name in fields} for row in rows]

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.card import card, write_results
+from benchmarks.card import aligned, card, write_results
 
 LOG = logging.getLogger("benchmarks.workbench.build_time")
 STEPS = ("answers", "locate", "fit and certify", "evaluate")
@@ -108,7 +108,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         "target": "the same bundle",
         "met": "yes" if same else "no",
     }
-    write_results("build_time", rows, card(model=Path(given.model).name, recipe=given.recipe))
+    write_results(
+        "build_time", aligned(rows), card(model=Path(given.model).name, recipe=given.recipe)
+    )
     return rows
 
 

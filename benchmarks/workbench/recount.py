@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.card import card, write_results
+from benchmarks.card import aligned, card, write_results
 from probes.building.answers import rollout_config
 from probes.building.builder import build_bundle
 from probes.building.material import gathered
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     }
     rows_out: list[dict[str, Any]] = [summary]
     rows_out += [{name: _word(value) for name, value in row.items()} for row in found]
-    write_results("recount", rows_out, card(alpha=_ALPHA, recount_rows=len(rows)))
+    write_results("recount", aligned(rows_out), card(alpha=_ALPHA, recount_rows=len(rows)))
     return rows_out
 
 
