@@ -111,11 +111,19 @@ class FitOptions(
         typer.Option(help="Keep no activations, and run the model again for each pass instead."),
     ] = False
 
+    @property
+    def names_what_is_tried(self) -> bool:
+        """Whether an option names sites, fits or statistics, or how features are kept."""
+        named = (self.method, self.statistic, self.residual, self.units, self.recompute)
+        return any(named) or self.probe != "linear"
+
 
 @command("Make a probe")
 def fit(options: FitOptions) -> None:
     """Locate, fit, select and calibrate: one command from conversations to a bundle."""
     _require_places(options)
+    # Checking what is tried imports for seconds: by default, data is looked at first.
+    keep = _require_sense(options) if options.names_what_is_tried else None
     from probes.data.enough import require_labels
     from probes.data.splits import prepared
 
@@ -125,8 +133,7 @@ def fit(options: FitOptions) -> None:
     judged = [row for row in rows if row.response_harmful is not None]
     ready = prepared(judged, seed=options.seed, balance=options.balance)
     short = require_labels(ready.conversations)
-    # Data is looked at first: what follows imports for seconds.
-    keep = _require_sense(options)
+    keep = keep or _require_sense(options)
     own = options.load_model()
     kept, too_long = whole(own, ready.conversations)
     ready = replace(ready, conversations=kept, warnings=[*ready.warnings, *short])
