@@ -83,10 +83,11 @@ class ModelFiles:
         if self.quantisation == "gguf" or not path.is_file():
             return None
         known = _json(path)
-        values = [known.get(name) for name in SIZES]
-        if not all(isinstance(value, int) for value in values):
+        values = [value for name in SIZES if isinstance(value := known.get(name), int)]
+        if len(values) < len(SIZES):
             return None
-        return (values[0], values[1], values[2])
+        width, layers, positions = values
+        return width, layers, positions
 
 
 def look_at(name: str | Path, gguf_file: str | None = None) -> ModelFiles:
