@@ -39,6 +39,8 @@ from safe_decode.whole_files import write_whole
 LOG = logging.getLogger("benchmarks.workbench.recount")
 _FIRST_SEED, _RECOUNT_SEED = 910_000, 990_000
 _ALPHA = 0.05
+_HARMLESS = 1500
+"""So many harmless answers are recounted at most; harmful ones are rarer, and all are."""
 RECIPE = BuildRecipe(
     about="The embedded model, asked in its own world.",
     sources=(Source(data="prompts.jsonl"),),
@@ -104,7 +106,8 @@ def recount_rows(own: Loaded, work: Path, count: int) -> list[Conversation]:
         config = rollout_config(RECIPE)
         write_jsonl(path, rollout(own.model, own.tokenizer, requests, judge=judge, config=config))
     rows = read_jsonl(path)
-    return [row for row in rows if row.response_harmful is not None]
+    harmless = [row for row in rows if row.response_harmful is False][:_HARMLESS]
+    return [*(row for row in rows if row.response_harmful), *harmless]
 
 
 def compared(own: Loaded, bundle: ProbeBundle, rows: Sequence[Conversation]) -> dict[str, Any]:
