@@ -14,9 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
-import numpy as np
-
-from probes.building.answers import judged_rows
+from probes.building.answers import judged_rows, rollout_config
 from probes.building.counts import (
     LEAST_REFUSALS,
     SplitCounts,
@@ -26,12 +24,13 @@ from probes.building.counts import (
 )
 from probes.building.material import Material
 from probes.building.recipe import BuildRecipe
+from probes.building.tries import fits_for, site_candidates
 from probes.building.workplace import Workplace
 from probes.calibration.statistic import maxima
 from probes.data.conversations import Conversation
 from probes.evaluation.offline import EvaluationConfig, Report, evaluate_bundle
 from probes.evaluation.worth import worth_of
-from probes.fitting.search import FeatureStore, fits_of
+from probes.fitting.search import FeatureStore
 from probes.fitting.statistics import statistics_of
 from probes.location.locate import LocateConfig, locate
 from probes.location.units import UnitSet
@@ -39,8 +38,6 @@ from probes.recipes.bundle import Recipe, RecipeConfig, make_bundle
 from probes.rollouts.judges import RowJudge
 from probes.runs.identity import weights_digest
 from safe_decode import __version__
-from safe_decode.activations.architecture import anatomy_of
-from safe_decode.activations.site import Site, sorted_sites
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.bundle.summary import summary_of
 from safe_decode.certificate import Envelope
@@ -49,13 +46,12 @@ from safe_decode.errors import UnsupportedError
 from safe_decode.loading import Loaded
 from safe_decode.prompts.chat import stop_ids
 
-__all__ = ["Built", "Stage", "build_bundle", "site_candidates", "work_identity"]
+__all__ = ["Built", "Stage", "build_bundle", "work_identity"]
 
 Result = TypeVar("Result")
 
-_LAYERS = 4
-_FIRST_SHARE, _LAST_SHARE = 1 / 3, 5 / 6
-"""Of the depth: earlier layers hold words rather than meaning, the last ones the next token."""
+_LOCATED_WITHIN = 0.005
+"""Located units are read where the residual stream gains at most so much recall on select."""
 
 Stage = Callable[[str], None]
 """Told the name of each step as it begins."""
@@ -128,7 +124,7 @@ def build_bundle(
         **made.bundle.provenance,
         "worth": worth,
         "counts": counts.to_json(),
-        "recipe": _plain(recipe),
+        "recipe": asdict(recipe),
         "made_by": __version__,
     }
     bundle = replace(made.bundle, provenance=provenance)
@@ -184,23 +180,6 @@ def _located(
         return None
 
 
-def site_candidates(own: Loaded, recipe: BuildRecipe) -> dict[str, tuple[Site, ...]]:
-    """Name the sets of residual layers that are tried: each layer alone, and all together."""
-    anatomy = anatomy_of(own.model)
-    n_layers, width = len(anatomy.blocks), tuple(range(anatomy.d_model))
-    layers = recipe.reading.layers
-    if layers is None:
-        spread = np.linspace(n_layers * _FIRST_SHARE, n_layers * _LAST_SHARE, _LAYERS)
-        layers = tuple(sorted({min(round(float(x)), n_layers - 1) for x in spread}))
-    found: dict[str, tuple[Site, ...]] = {
-        f"residual-{layer}": (Site(layer, "resid", width),) for layer in layers
-    }
-    if len(layers) > 1:
-        name = "residual-" + ",".join(map(str, layers))
-        found[name] = sorted_sites(Site(layer, "resid", width) for layer in layers)
-    return found
-
-
 def _made(
     own: Loaded,
     recipe: BuildRecipe,
@@ -216,7 +195,7 @@ def _made(
         opener=recipe.opener,
         feature_counts=reading.features if units is not None else (),
         extra_sites=site_candidates(own, recipe) if reading.where != "located" else {},
-        fits=fits_of(list(reading.methods) or None, reading.c, reading.probe),
+        fits=fits_for(reading),
         windows=(),
         statistics=statistics_of(list(reading.statistics) or None),
         alphas=recipe.alphas,
@@ -236,17 +215,13 @@ def _made(
     )
 
 
-_LOCATED_WITHIN = 0.005
-"""Located units are read where the residual stream gains at most so much recall on select."""
-
-
 def _envelope(own: Loaded, recipe: BuildRecipe) -> Envelope:
     """Say how the answers were generated; begun ones are longer by what was begun."""
-    asked = recipe.answers
+    asked = rollout_config(recipe)
     return Envelope(
         max_new_tokens=asked.max_new_tokens,
-        do_sample=asked.temperature > 0,
-        temperature=asked.temperature or 1.0,
+        do_sample=asked.do_sample,
+        temperature=asked.temperature,
         top_p=asked.top_p,
         top_k=asked.top_k,
         options=record_of(own.model.generation_config, stop_ids(own.model, own.tokenizer)),
@@ -258,11 +233,10 @@ def _evaluated(
 ) -> Report:
     """Count on the test split, beside what words alone give away."""
     parts = {name: [row for row in rows if row.split == name] for name in _EVALUATED}
-    reading = recipe.reading
     config = EvaluationConfig(
         prefixes=(None,),
         seed=recipe.seed,
-        fit=fits_of(list(reading.methods) or None, reading.c, reading.probe)[0],
+        fit=fits_for(recipe.reading)[0],
         model_controls=False,
     )
     return evaluate_bundle(
@@ -282,11 +256,7 @@ _EVALUATED = ("fit", "calibrate", "test")
 def work_identity(own: Loaded, recipe: BuildRecipe, material: Material) -> dict[str, object]:
     """Say what a work directory is of: the recipe, what its data held, and the weights."""
     return {
-        "recipe": _plain(recipe),
+        "recipe": asdict(recipe),
         "data": material.digest,
         "weights": weights_digest(own.model),
     }
-
-
-def _plain(recipe: BuildRecipe) -> dict[str, Any]:
-    return asdict(recipe)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from probes.data.conversations import Split
@@ -41,6 +41,13 @@ Where = Literal["auto", "located", "residual"]
 _KNOWN = ConfigDict(extra="forbid")
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(pattern=r"\S")]
+
+
+def _once(alphas: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(alphas)) < len(alphas):
+        raise ValueError("each rate is wanted once")
+    return alphas
 
 
 @dataclass(frozen=True, kw_only=True, config=_KNOWN)
@@ -149,7 +156,7 @@ class ProbeReading:
         layers: Layers whose residual stream is tried, each alone; None: four, evenly spread
             over the deeper two thirds.
         probe: Kind of probe.
-        methods: Ways of fitting a linear probe to try; empty: all.
+        methods: Ways of fitting to try; None: all that the kind of probe has.
         statistics: Statistics to try; empty: all.
         c: Inverse strength of the penalty; None: the default of the kind.
     """
@@ -158,7 +165,7 @@ class ProbeReading:
     features: tuple[Count, ...] = (64, 256)
     layers: tuple[int, ...] | None = None
     probe: str = "linear"
-    methods: tuple[str, ...] = ("pooled", "windowed")
+    methods: tuple[str, ...] | None = None
     statistics: tuple[str, ...] = ("ema", "shrunk", "top")
     c: float | None = Field(default=None, gt=0.0)
 
@@ -187,12 +194,14 @@ class BuildRecipe:
     labels: Labels = field(default_factory=Labels)
     splits: Shares = field(default_factory=Shares)
     reading: ProbeReading = field(default_factory=ProbeReading)
-    alphas: Annotated[tuple[Annotated[float, Field(gt=0.0, lt=0.5)], ...], Field(min_length=1)] = (
-        0.01,
-    )
+    alphas: Annotated[
+        tuple[Annotated[float, Field(gt=0.0, lt=0.5)], ...],
+        Field(min_length=1),
+        AfterValidator(_once),
+    ] = (0.01,)
     delta: float = Field(default=0.05, gt=0.0, le=0.2)
-    refusal: str = "I can't help with that."
-    opener: str = "Sorry, I"
+    refusal: Text = "I can't help with that."
+    opener: Text = "Sorry, I"
     seed: int = 0
 
 

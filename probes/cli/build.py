@@ -153,7 +153,9 @@ def build(options: BuildOptions) -> None:
             print_json(plan_json(material, counts, plan, warnings_of(counts, recipe)))
         return
     from probes.building.builder import build_bundle, work_identity
+    from probes.building.tries import require_tries
 
+    require_tries(recipe)
     own = options.load_model()
     work.claim(work_identity(own, recipe, material))
     if not options.as_json:

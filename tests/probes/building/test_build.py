@@ -203,6 +203,13 @@ class TestWrongStarts:
     def test_a_cap_beyond_the_context(self, start):
         assert "leaves no room for a prompt" in start(lambda t: t, "--max-new-tokens", 100_000)
 
+    @pytest.mark.parametrize(
+        "tried", ["statistics: [nothing]", "methods: [nothing]", "methods: null, probe: nothing"]
+    )
+    def test_something_to_try_that_is_not_there(self, start, tried):
+        line = start(lambda text: re.sub(r"reading: .*", f"reading: {{{tried}}}", text))
+        assert "'nothing'" in line and "pass" in line
+
     def test_a_layer_outside_the_model(self, start):
         line = start(lambda text: text.replace("reading: {", "reading: {layers: [99], "))
         assert "names layer 99, and this model has 0.." in line

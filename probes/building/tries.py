@@ -1,0 +1,60 @@
+"""What a recipe tries: sites, ways of fitting, statistics.
+
+Knows names and what they stand for. Does not know rows, or which try is best.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from probes.building.recipe import BuildRecipe, ProbeReading
+from probes.fitting.interface import FitSettings
+from probes.fitting.search import fits_of
+from probes.fitting.statistics import statistics_of
+from safe_decode.activations.architecture import anatomy_of
+from safe_decode.activations.site import Site, sorted_sites
+from safe_decode.loading import Loaded
+
+__all__ = ["fits_for", "require_tries", "site_candidates"]
+
+_LAYERS = 4
+_FIRST_SHARE, _LAST_SHARE = 1 / 3, 5 / 6
+"""Of the depth: earlier layers hold words rather than meaning, the last ones the next token."""
+
+
+def fits_for(reading: ProbeReading) -> tuple[FitSettings, ...]:
+    """Name the ways of fitting that a recipe tries.
+
+    Raises:
+        ConfigurationError: There is no such kind of probe, or it has no such method or penalty.
+    """
+    return fits_of(
+        None if reading.methods is None else list(reading.methods), reading.c, reading.probe
+    )
+
+
+def require_tries(recipe: BuildRecipe) -> None:
+    """Check, before a model is loaded, that everything a recipe tries is there.
+
+    Raises:
+        ConfigurationError: There is no such probe, method, penalty or statistic.
+    """
+    fits_for(recipe.reading)
+    statistics_of(list(recipe.reading.statistics) or None)
+
+
+def site_candidates(own: Loaded, recipe: BuildRecipe) -> dict[str, tuple[Site, ...]]:
+    """Name the sets of residual layers that are tried: each layer alone, and all together."""
+    anatomy = anatomy_of(own.model)
+    n_layers, width = len(anatomy.blocks), tuple(range(anatomy.d_model))
+    layers = recipe.reading.layers
+    if layers is None:
+        spread = np.linspace(n_layers * _FIRST_SHARE, n_layers * _LAST_SHARE, _LAYERS)
+        layers = tuple(sorted({min(round(float(x)), n_layers - 1) for x in spread}))
+    found: dict[str, tuple[Site, ...]] = {
+        f"residual-{layer}": (Site(layer, "resid", width),) for layer in layers
+    }
+    if len(layers) > 1:
+        name = "residual-" + ",".join(map(str, layers))
+        found[name] = sorted_sites(Site(layer, "resid", width) for layer in layers)
+    return found
