@@ -53,7 +53,7 @@ def worth_of(
         warnings: What was short on the way here.
     """
     trips = peaks > certificate.threshold
-    harmful = np.asarray([bool(row.response_harmful) for row in rows])
+    harmful = np.asarray([bool(row.response_harmful) for row in rows], dtype=np.bool_)
     # The certificate speaks of the model's own answers of its population, and of no others.
     covered = np.asarray(
         [
@@ -61,7 +61,8 @@ def worth_of(
             and row.generation is not None
             and population_of(row) == certificate.population
             for row in rows
-        ]
+        ],
+        dtype=np.bool_,
     )
     return {
         "alpha": certificate.alpha,
