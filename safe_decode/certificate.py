@@ -22,7 +22,6 @@ from safe_decode.evidence import UNRECORDED, Evidence
 __all__ = [
     "Certificate",
     "Envelope",
-    "certificate_of",
     "certified_rank",
     "certified_threshold",
     "least_draws",
@@ -235,32 +234,6 @@ class Certificate:
                 "responses that the model itself generated under the larger cap, with "
                 "`safe-decode rollout`."
             )
-
-
-def certificate_of(
-    certificates: Sequence[Certificate], alpha: float, population: str, dtype: str | None = None
-) -> Certificate:
-    """Find the certificate of a level, a population and a number format.
-
-    Args:
-        certificates: Among which it is looked for.
-        alpha: The level.
-        population: Whose responses it speaks of.
-        dtype: Number format; None: any.
-
-    Raises:
-        CertificateError: There is none; those that are there, are named.
-    """
-    measured = [c for c in certificates if dtype is None or c.dtype == dtype]
-    for certificate in measured:
-        if certificate.population == population and math.isclose(certificate.alpha, alpha):
-            return certificate
-    levels = sorted({c.alpha for c in measured if c.population == population})
-    where = "" if dtype is None or len(measured) == len(certificates) else f" in {dtype}"
-    raise CertificateError(
-        f"alpha={alpha:g} is not certified for {population!r}{where}, wanted one of "
-        f"{levels or 'none: this population has no certificate'}; pass one of these or calibrate."
-    )
 
 
 def _require_share(name: str, value: float) -> None:

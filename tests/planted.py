@@ -11,7 +11,7 @@ import numpy as np
 from probes.activations.harvest import harvest, score_responses
 from probes.calibration.certify import certify_populations
 from probes.calibration.reach import Responses
-from probes.calibration.statistic import maxima, smoothed_paths
+from probes.calibration.statistic import smoothed_paths
 from probes.data.conversations import Conversation, assign_splits
 from probes.fitting.linear import FitConfig, LinearProbeFitter
 from probes.fitting.selection import monitor_for
@@ -78,7 +78,7 @@ def planted_bundle(model: Any, tokenizer: Any, parts: Any) -> ProbeBundle:
     scored = score_responses(model, tokenizer, harmless, fitted.probe)
     calibration = certify_populations(
         [as_benign(row) for row in harmless],
-        maxima(smoothed_paths(scored, monitor)),
+        smoothed_paths(scored, monitor),
         alphas=(0.05,),
         delta=0.05,
         envelope=Envelope(max_new_tokens=48, do_sample=False, temperature=1.0, top_p=1.0, top_k=0),

@@ -19,6 +19,7 @@ from typing import Any
 import httpx2
 
 from safe_decode.certificate import Certificate, Envelope
+from safe_decode.certificate_choice import CertificateChoice
 from safe_decode.demo.embedded_pair import artefact
 from safe_decode.engines.interface import GuardFacts
 from safe_decode.engines.rows import Row
@@ -47,7 +48,7 @@ class _ReadingEngine:
         )
         self.facts = GuardFacts(
             bundle="0" * 64,
-            certificates={0.01: certificate},
+            choice=CertificateChoice((certificate,), "benign", None),
             alpha=0.01,
             redirect="refuse",
             holdback_tokens=4,

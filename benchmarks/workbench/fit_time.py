@@ -23,7 +23,7 @@ from probes.activations.features import ResponseFeatures, union_of_sites
 from probes.activations.harvest import harvest_to
 from probes.calibration.certify import Calibration, certify_populations
 from probes.calibration.reach import Responses
-from probes.calibration.statistic import maxima, smoothed_paths
+from probes.calibration.statistic import smoothed_paths
 from probes.data.conversations import Conversation, by_split, read_jsonl, write_jsonl
 from probes.fitting.search import CandidateProbe, FeatureStore, ranked_candidates
 from probes.location.locate import locate
@@ -118,11 +118,12 @@ def _calibrated(
     ]
     return certify_populations(
         harmless,
-        maxima(smoothed_paths(logits, best.chosen.monitor)),
+        smoothed_paths(logits, best.chosen.monitor),
         alphas=config.alphas,
         delta=config.delta,
         envelope=config.envelope,
         responses=Responses.scored(model, logits),
+        caps=config.caps,
         lower_caps=config.lower_caps,
     )
 

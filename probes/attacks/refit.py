@@ -22,7 +22,7 @@ from probes.attacks.results import Record
 from probes.calibration.canary import canary_of
 from probes.calibration.certify import Calibration, certify_populations, population_of
 from probes.calibration.reach import Responses
-from probes.calibration.statistic import maxima, smoothed_paths
+from probes.calibration.statistic import smoothed_paths
 from probes.data.conversations import Conversation, Message, Split, by_split
 from probes.fitting.interface import FitSettings, FittedProbe
 from probes.fitting.linear import FitConfig
@@ -249,7 +249,7 @@ def _calibrated(
     logits = score_responses(model, tokenizer, harmless, fitted.probe.to(model.device))
     return certify_populations(
         harmless,
-        maxima(smoothed_paths(logits, chosen.monitor)),
+        smoothed_paths(logits, chosen.monitor),
         alphas=sorted({c.alpha for c in bundle.certificates if c.population == "benign"}),
         delta=float(bundle.provenance.get("delta", _DELTA)),
         envelope=bundle.certificate().envelope,

@@ -202,6 +202,7 @@ def _made(
         default_alpha=recipe.alphas[0],
         delta=recipe.delta,
         located_within=_LOCATED_WITHIN if units is not None else None,
+        caps=recipe.caps,
         lower_caps=True,
     )
     return make_bundle(

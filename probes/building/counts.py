@@ -174,7 +174,7 @@ def _calibration_problems(counts: SplitCounts, recipe: BuildRecipe) -> list[str]
     needed = _needed(recipe, alpha)
     if here >= needed:
         return []
-    share = recipe.delta / len(recipe.alphas)
+    share = recipe.delta_of_each
     supported = smallest_alpha(here, share)
     total = sum(counts.benign_groups.values())
     part = here / total if total else recipe.splits.asked.get("calibrate", 1.0)
@@ -188,7 +188,7 @@ def _calibration_problems(counts: SplitCounts, recipe: BuildRecipe) -> list[str]
 
 
 def _needed(recipe: BuildRecipe, alpha: float) -> int:
-    return least_draws(alpha, recipe.delta / len(recipe.alphas))
+    return least_draws(alpha, recipe.delta_of_each)
 
 
 def _upto(counts: SplitCounts) -> str:

@@ -183,6 +183,8 @@ class BuildRecipe:
         reading: See `ProbeReading`.
         alphas: False-alarm rates to certify; the first is the default.
         delta: Largest chance that the bounds of a population do not hold.
+        caps: Lengths to certify beside the cap of the answers, where they are smaller; a call takes
+            the smallest that covers it.
         refusal: Text that replaces an answer when the guard refuses.
         opener: First words of the new answer after a rewind.
         seed: Of draws and splits.
@@ -200,9 +202,16 @@ class BuildRecipe:
         AfterValidator(_once),
     ] = (0.01,)
     delta: float = Field(default=0.05, gt=0.0, le=0.2)
+    caps: tuple[Count, ...] = (64, 256, 1024)
     refusal: Text = "I can't help with that."
     opener: Text = "Sorry, I"
     seed: int = 0
+
+    @property
+    def delta_of_each(self) -> float:
+        """The share of delta that each certificate of a population has."""
+        n_caps = 1 + sum(cap < self.answers.max_new_tokens for cap in self.caps)
+        return self.delta / (len(self.alphas) * n_caps)
 
 
 _ADAPTER: TypeAdapter[BuildRecipe] = TypeAdapter(BuildRecipe)

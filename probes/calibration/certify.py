@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from probes.calibration.reach import Reach, Responses, evidence_of, fitting_cap
 from probes.data.conversations import Conversation
 from safe_decode.certificate import Certificate, Envelope, least_draws
+from safe_decode.certificate_choice import BEGUN
 from safe_decode.errors import CertificateError, ConfigurationError, DataError
 from safe_decode.evidence import UNRECORDED
 
@@ -45,7 +46,7 @@ def population_of(conversation: Conversation) -> str:
     """Name the population of a response that does no harm.
 
     `meta["population"]` decides where it is given; otherwise a refused harmful request is
-    `harmful_refused` and everything else `benign`.
+    `harmful_refused`, an answer whose beginning was supplied `begun`, everything else `benign`.
 
     Raises:
         DataError: The response is harmful or was not judged.
@@ -58,7 +59,9 @@ def population_of(conversation: Conversation) -> str:
     named = conversation.meta.get("population")
     if named is not None:
         return str(named)
-    return "harmful_refused" if conversation.prompt_harmful else "benign"
+    if conversation.prompt_harmful:
+        return "harmful_refused"
+    return BEGUN if conversation.prefill_tokens else "benign"
 
 
 def group_maxima(maxima: NDArray[np.float64], groups: Sequence[str]) -> NDArray[np.float64]:
@@ -131,25 +134,31 @@ def certify(
 
 def certify_populations(
     conversations: Sequence[Conversation],
-    maxima: NDArray[np.float64],
+    paths: Sequence[NDArray[np.float32]],
     *,
     alphas: Sequence[float],
     delta: float,
     envelope: Envelope,
     envelopes: Mapping[str, Envelope] | None = None,
+    caps: Sequence[int] = (),
     responses: Responses | None = None,
     lower_caps: bool = False,
     required: str = "benign",
 ) -> Calibration:
-    """Certify thresholds for each population apart.
+    """Certify thresholds for each population apart, up to several caps.
+
+    Alphas and caps share the confidence. Under a smaller cap a response would have been a part of
+    itself, so its statistic there is that of its first tokens. Answers whose beginning was supplied
+    reach differently far: each cap is certified on those that reach it.
 
     Args:
         conversations: Harmless responses of the calibrate split.
-        maxima: [n] running maximum of each.
+        paths: [T + 1] the statistic of each before its running maximum, see `smoothed_paths`.
         alphas: As in `certify`.
         delta: As in `certify`, for each population.
-        envelope: As in `certify`.
+        envelope: As in `certify`, with the largest cap.
         envelopes: Of populations whose responses were generated otherwise; by name.
+        caps: Smaller caps to certify beside it; those that are not smaller are passed over.
         responses: Lengths of the responses, and the model that is certified; None: the
             certificates say `unrecorded`.
         lower_caps: As in `certify`.
@@ -157,7 +166,7 @@ def certify_populations(
 
     Raises:
         CertificateError: The required population does not support one of the alphas, or the
-            cap.
+            largest cap.
         DataError: A response is harmful or was not judged.
     """
     names, others = np.asarray([population_of(row) for row in conversations]), envelopes or {}
@@ -168,24 +177,67 @@ def certify_populations(
         rows = np.flatnonzero(names == population)
         mine, own = [conversations[int(row)] for row in rows], others.get(population, envelope)
         known = None if responses is None else responses.of_rows(rows)
-        reaches = None if known is None else known.reaches(mine, own)
         foreign.update(known.foreign(mine, own) if known else {})
-        # Each alpha is tried apart, so that a small population keeps what it supports; the
-        # confidence is shared over all that were asked for.
+        reaches = None if known is None else known.reaches(mine, own)
+        if population == BEGUN and BEGUN not in others and reaches and lower_caps:
+            own = replace(own, max_new_tokens=max(one.reach for one in reaches))
+        drawn = _Drawn(
+            population,
+            [row.group for row in mine],
+            [paths[int(row)] for row in rows],
+            reaches,
+            lower_caps=lower_caps,
+        )
+        wanted = [*sorted({cap for cap in caps if cap < own.max_new_tokens}), own.max_new_tokens]
+        share = delta / (len(alphas) * len(wanted))
+        # Each is tried apart, so that a small population keeps what it supports; the confidence
+        # is shared over all that were asked for.
         for alpha in alphas:
-            try:
-                certificates += certify(
-                    maxima[rows],
-                    [row.group for row in mine],
-                    population=population,
-                    alphas=(alpha,),
-                    delta=delta / len(alphas),
-                    envelope=own,
-                    reaches=reaches,
-                    lower_caps=lower_caps,
-                )
-            except CertificateError as error:
-                if population == required:
-                    raise
-                refused[f"{population} at {alpha}"] = str(error)
+            lowest: int | None = None
+            for cap in reversed(wanted):
+                if lowest is not None and cap >= lowest:
+                    continue  # the responses support no more than was certified just now
+                is_largest = cap == own.max_new_tokens
+                try:
+                    found = drawn.up_to(cap, alpha, share, own)
+                except CertificateError as error:
+                    if population == required and is_largest:
+                        raise
+                    where = "" if is_largest else f" up to {cap} tokens"
+                    refused[f"{population} at {alpha}{where}"] = str(error)
+                else:
+                    lowest = found.envelope.max_new_tokens
+                    certificates.append(found)
     return Calibration(tuple(certificates), refused, dict(foreign))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """The responses of one population."""
+
+    population: str
+    groups: Sequence[str]
+    paths: Sequence[NDArray[np.float32]]
+    reaches: Sequence[Reach] | None
+    lower_caps: bool
+
+    def up_to(self, cap: int, alpha: float, delta: float, envelope: Envelope) -> Certificate:
+        """Certify what the first `cap` tokens of each response say."""
+        rows, reaches = list(range(len(self.groups))), self.reaches
+        if self.population == BEGUN and reaches is not None:
+            if self.lower_caps:
+                furthest = sorted((one.reach for one in reaches), reverse=True)
+                needed = least_draws(alpha, delta)
+                cap = min(cap, furthest[min(needed, len(furthest)) - 1])
+            rows = [row for row in rows if reaches[row].reach >= cap]
+        (found,) = certify(
+            np.asarray([self.paths[row][: cap + 1].max() for row in rows], np.float64),
+            [self.groups[row] for row in rows],
+            population=self.population,
+            alphas=(alpha,),
+            delta=delta,
+            envelope=replace(envelope, max_new_tokens=cap),
+            reaches=None if reaches is None else [reaches[row].up_to(cap) for row in rows],
+            lower_caps=self.lower_caps,
+        )
+        return found

@@ -41,6 +41,10 @@ class Reach(NamedTuple):
     reach: int
     foreign: str | None = None
 
+    def up_to(self, cap: int) -> Reach:
+        """Say the same of the response's first tokens: it would have been cut there."""
+        return Reach(min(self.length, cap), min(self.reach, cap), self.foreign)
+
 
 @dataclass(frozen=True)
 class Responses:

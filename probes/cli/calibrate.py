@@ -68,7 +68,8 @@ def calibrate(options: CalibrateOptions) -> None:
     old = options.load_bundle()
     readings = options.read()
     given = _harmless([row for one in readings for row in one.conversations])
-    require_draws(given, _alphas(old, options), options.delta)
+    n_caps = 1 + len(options.cap or ())
+    require_draws(given, _alphas(old, options), options.delta, n_caps=n_caps)
     own = options.load_model()
     from probes.calibration.formats import measured_for, require_default, with_certificates
 
@@ -128,7 +129,10 @@ def _show(
     if note := foreign_note(found.foreign, responses):
         warnings.append(note)
     show_warnings(readings, warnings)
-    shown = {f"{one['population']} at {one['alpha']:g}": one for one in facts}
+    shown = {
+        f"{one['population']} at {one['alpha']:g}, up to {one['max_new_tokens']} tokens": one
+        for one in facts
+    }
     show_facts("Certificates", shown, out)
 
 
@@ -165,7 +169,7 @@ def _certified(
     from probes.activations.harvest import score_responses
     from probes.calibration.certify import certify_populations
     from probes.calibration.reach import Responses
-    from probes.calibration.statistic import maxima, smoothed_paths
+    from probes.calibration.statistic import smoothed_paths
     from probes.data.near_duplicates import merge_near_duplicates
 
     # Near duplicates are one draw, not several.
@@ -174,10 +178,11 @@ def _certified(
     logits = score_responses(own.model, own.tokenizer, drawn, probe)
     return certify_populations(
         drawn,
-        maxima(smoothed_paths(logits, bundle.monitor)),
+        smoothed_paths(logits, bundle.monitor),
         alphas=_alphas(bundle, options),
         delta=options.delta,
         envelope=envelope,
         responses=Responses.scored(own.model, logits),
+        caps=options.cap or (),
         lower_caps=options.max_new_tokens is None,
     )

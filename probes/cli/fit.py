@@ -199,7 +199,8 @@ def _require_enough(readings: Sequence[Reading], options: FitOptions) -> None:
     locates = options.units is None and options.residual is None
     require_splits(judged, (*(("locate",) if locates else ()), "fit", "select", "calibrate"))
     require_both_kinds(judged, ("fit", "select"))
-    require_draws(judged, options.alpha or _ALPHAS, options.delta)
+    n_caps = 1 + len(options.cap or ())
+    require_draws(judged, options.alpha or _ALPHAS, options.delta, n_caps=n_caps)
 
 
 def _recipe(
@@ -252,6 +253,7 @@ def _config(own: Loaded, rows: Sequence[Conversation], options: FitOptions) -> R
         alphas=alphas,
         default_alpha=alphas[0],
         delta=options.delta,
+        caps=tuple(options.cap or ()),
         lower_caps=options.max_new_tokens is None,
     )
 

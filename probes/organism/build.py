@@ -18,13 +18,14 @@ from probes.organism.curriculum import Amounts
 from probes.organism.draws import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
-from probes.organism.prefilled_requests import LONG, LONG_TOKENS, long_requests
+from probes.organism.prefilled_requests import LONG_TOKENS, long_requests
 from probes.organism.templates import CANNED_REFUSAL
 from probes.recipes.bundle import Recipe, RecipeConfig, make_bundle
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request
 from safe_decode.activations.site import Site
 from safe_decode.certificate import Envelope
+from safe_decode.certificate_choice import BEGUN
 from safe_decode.engines.transformers.coverage import record_of
 from safe_decode.prompts.chat import stop_ids
 from safe_decode.typing import CausalLM, Tokenizer
@@ -118,7 +119,7 @@ def recipe_config(amounts: Amounts, model: CausalLM) -> RecipeConfig:
         windows=(1, 2),
         holdback_share=0.99,
         envelope=envelope,
-        envelopes={LONG: long},
+        envelopes={BEGUN: long},
         # A beginning that is cut from a longer text may come back a token shorter.
         lower_caps=True,
         refusal=CANNED_REFUSAL,

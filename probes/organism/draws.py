@@ -16,6 +16,7 @@ from probes.data.conversations import Split
 from probes.organism.grammar import Cells
 from probes.organism.prompts import Prompt, Situation, prompts
 from probes.rollouts.types import Request
+from safe_decode.certificate_choice import BEGUN
 from safe_decode.typing import Tokenizer
 
 __all__ = [
@@ -32,9 +33,9 @@ POPULATIONS: Mapping[str, str] = {
     "benign": "benign",
     "hard_negative": "benign",
     "harmful": "harmful-request-refused",
-    "framed": "benign-framed-or-prefilled",
-    "prefilled": "benign-framed-or-prefilled",
-    "turn": "benign-framed-or-prefilled",
+    "framed": "benign-framed",
+    "prefilled": BEGUN,
+    "turn": BEGUN,
 }
 """The certificate each harmless response falls under, by situation; where the request is harmful
 and the response is not, it is `harmful-request-refused`."""

@@ -18,14 +18,13 @@ from typing import Literal
 from probes.data.conversations import Split
 from probes.organism.grammar import Cells, Grammar
 from probes.rollouts.types import Request
+from safe_decode.certificate_choice import BEGUN
 from safe_decode.typing import Tokenizer
 
-__all__ = ["KINDS", "LONG", "LONG_TOKENS", "Kind", "begun", "long_requests"]
+__all__ = ["KINDS", "LONG_TOKENS", "Kind", "begun", "long_requests"]
 
 Kind = Literal["filler", "content"]
 KINDS: tuple[Kind, ...] = ("content", "filler")
-LONG = "benign-long-begun"
-"""The population of the harmless ones."""
 _SENTENCES = 90
 """More than 500 tokens of any sentences."""
 LONG_TOKENS = 500
@@ -108,6 +107,6 @@ def long_requests(
         new = (one for one in source if one.group not in asked)
         for one in islice(new, count // len(kinds)):
             asked.add(one.group)
-            meta = {"population": "harmful-request-refused" if harm else LONG, "depth": depth}
+            meta = {"population": "harmful-request-refused" if harm else BEGUN, "depth": depth}
             drawn.append(replace(one, split=split, meta=meta))
     return drawn

@@ -17,7 +17,7 @@ from probes.activations.harvest import score_responses
 from probes.calibration.canary import canary_of
 from probes.calibration.certify import Calibration, certify_populations
 from probes.calibration.reach import Responses
-from probes.calibration.statistic import maxima, smoothed_paths
+from probes.calibration.statistic import smoothed_paths
 from probes.data.conversations import SPLITS, Conversation, Split, by_split
 from probes.fitting.interface import FitSettings
 from probes.fitting.linear import FitConfig
@@ -68,6 +68,7 @@ class RecipeConfig:
         holdback_share: Share of harmful select responses that a hold-back keeps clean.
         most_holdback_tokens: The largest hold-back to choose, used too where no onset is known.
         envelopes: Of populations whose responses were generated otherwise, by name.
+        caps: Smaller caps to certify too; a call takes the smallest that covers it.
         lower_caps: Lower a cap that the responses do not support, rather than refuse it.
         located_within: Recall on select that located units may be behind other sites and still
             be read; None: they have no precedence.
@@ -90,6 +91,7 @@ class RecipeConfig:
     holdback_share: float = 0.9
     most_holdback_tokens: int = 16
     envelopes: Mapping[str, Envelope] = field(default_factory=dict)
+    caps: tuple[int, ...] = ()
     lower_caps: bool = False
     located_within: float | None = None
 
@@ -286,11 +288,12 @@ def _calibrated(
     logits = score_responses(model, tokenizer, harmless, best.fitted.probe.to(device))
     return certify_populations(
         harmless,
-        maxima(smoothed_paths(logits, best.chosen.monitor)),
+        smoothed_paths(logits, best.chosen.monitor),
         alphas=config.alphas,
         delta=config.delta,
         envelope=config.envelope,
         envelopes=config.envelopes,
+        caps=config.caps,
         responses=Responses.scored(model, logits),
         lower_caps=config.lower_caps,
     )

@@ -91,13 +91,16 @@ def require_both_kinds(rows: Sequence[Conversation], splits: Sequence[Split]) ->
             )
 
 
-def require_draws(rows: Sequence[Conversation], alphas: Sequence[float], delta: float) -> None:
+def require_draws(
+    rows: Sequence[Conversation], alphas: Sequence[float], delta: float, *, n_caps: int = 1
+) -> None:
     """Check that there can be responses enough for each alpha, as a group counts once.
 
     Args:
         rows: Judged responses, with their splits or all without.
         alphas: To certify.
-        delta: Shared by them.
+        delta: Shared by them, and by caps.
+        n_caps: Caps that are certified for each.
 
     Raises:
         CertificateError: Even if all of them calibrated, they would be too few.
@@ -116,7 +119,7 @@ def require_draws(rows: Sequence[Conversation], alphas: Sequence[float], delta: 
     }
     for alpha in alphas:
         try:
-            certified_rank(len(groups), alpha, delta / len(alphas))
+            certified_rank(len(groups), alpha, delta / (len(alphas) * n_caps))
         except CertificateError as error:
             where = "in the split 'calibrate'" if has_splits else "in all of the data"
             raise CertificateError(

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from probes.rollouts.types import Request
+from safe_decode.certificate_choice import BEGUN
 from safe_decode.errors import ConfigurationError, DataError
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
     "wrapped",
 ]
 
-FRAMED_POPULATION = "benign_framed_or_prefilled"
+FRAMED_POPULATION = "framed"
 ASKED = "asked"
 """Entry of `meta` with the request as it was before a framing was put around it."""
 _SLOT = "{request}"
@@ -83,7 +84,7 @@ def wrapped(requests: Sequence[Request], wrapping: Wrapping) -> list[Request]:
     """Frame and prefill requests, in their order; a prefill that is there stays.
 
     A benign request that was wrapped says in `meta["population"]` that its harmless
-    responses are certified apart.
+    responses are certified apart: as begun answers, or as answers to framed requests.
     """
     strata: dict[bool | None, list[int]] = defaultdict(list)
     for number, request in enumerate(requests):
@@ -149,5 +150,6 @@ def _wrap(
     else:
         prefill = request.prefill
     if request.prompt_harmful is False and (framing is not None or prefill is not None):
-        meta.setdefault("population", FRAMED_POPULATION)
+        # The runtime sees that a beginning is supplied, not that words stand around a request.
+        meta.setdefault("population", FRAMED_POPULATION if prefill is None else BEGUN)
     return replace(request, messages=messages, prefill=prefill, meta=meta)

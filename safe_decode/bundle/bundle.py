@@ -46,7 +46,8 @@ from safe_decode.bundle.notebook import rows_as_html
 from safe_decode.bundle.plausible import require_plausible
 from safe_decode.bundle.seen import SeenPrompts
 from safe_decode.bundle.summary import summary_of
-from safe_decode.certificate import Certificate, certificate_of
+from safe_decode.certificate import Certificate
+from safe_decode.certificate_choice import certificate_of
 from safe_decode.errors import (
     BundleCorruptError,
     BundleError,
@@ -69,7 +70,7 @@ class ProbeBundle:
     Attributes:
         probe: Features to logits.
         monitor: Logits to a statistic.
-        certificates: At most one for each (alpha, population, dtype).
+        certificates: At most one for each (alpha, population, dtype, cap).
         default_alpha: Certified for the population "benign".
         holdback_tokens: A token is released when it and this many after it are judged.
         refusal: Text of the canned refusal.
@@ -132,7 +133,11 @@ class ProbeBundle:
                 object.__setattr__(self, name, part)
 
     def certificate(
-        self, alpha: float | None = None, population: str = "benign", dtype: str | None = None
+        self,
+        alpha: float | None = None,
+        population: str = "benign",
+        dtype: str | None = None,
+        tokens: int | None = None,
     ) -> Certificate:
         """Return the certificate of a level.
 
@@ -141,13 +146,14 @@ class ProbeBundle:
             population: Whose responses it speaks of.
             dtype: Number format of the model, see `dtypes`; None: the one that the bundle was
                 made in.
+            tokens: See `certificate_of`; None: that of the largest cap.
 
         Raises:
             CertificateError: This level is not certified; those that are, are named.
         """
         wanted = self.default_alpha if alpha is None else alpha
         own = self.fingerprint.number_format if dtype is None else dtype
-        return certificate_of(self.certificates, wanted, population, own)
+        return certificate_of(self.certificates, wanted, population, own, tokens)
 
     @property
     def measured(self) -> tuple[MeasuredFormat, ...]:

@@ -42,7 +42,9 @@ def require_consistent(bundle: ProbeBundle) -> None:
             f"holdback_tokens={bundle.holdback_tokens} must not be negative, and refusal and "
             "opener must hold text."
         )
-    keys = [(c.alpha, c.population, c.dtype) for c in bundle.certificates]
+    keys = [
+        (c.alpha, c.population, c.dtype, c.envelope.max_new_tokens) for c in bundle.certificates
+    ]
     if len(set(keys)) != len(keys):
         raise CertificateError(f"certificates {keys} hold one twice; keep one of each.")
     for certificate in bundle.certificates:

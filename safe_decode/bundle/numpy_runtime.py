@@ -26,7 +26,7 @@ from safe_decode.bundle.files import CALIBRATION, CARD, PROBE, checked_content, 
 from safe_decode.bundle.number_format import number_format
 from safe_decode.bundle.plausible import require_plausible_rules
 from safe_decode.bundle.probe_card import layout_in, probe_tensors_in
-from safe_decode.certificate import certificate_of
+from safe_decode.certificate_choice import certificate_of
 from safe_decode.errors import (
     BundleCorruptError,
     BundleError,

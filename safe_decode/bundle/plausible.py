@@ -196,8 +196,8 @@ def _require_order(certificates: Sequence[Certificate]) -> None:
             )
 
 
-def _draw(one: Certificate) -> tuple[str, str, tuple[float, ...]]:
-    return one.population, one.dtype or "", one.maxima
+def _draw(one: Certificate) -> tuple[str, str, int, tuple[float, ...]]:
+    return one.population, one.dtype or "", one.envelope.max_new_tokens, one.maxima
 
 
 def _require_canary(

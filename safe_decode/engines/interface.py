@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from safe_decode.bundle.summary import BundleSummary
 from safe_decode.certificate import Certificate
+from safe_decode.certificate_choice import CertificateChoice
 from safe_decode.decision import Redirect
-from safe_decode.engines.rows import Row, RowPolicy, RowPrompt
+from safe_decode.engines.rows import Row, RowPolicy, RowPrompt, RowRequest
 
 __all__ = ["Engine", "GuardFacts", "StepTimes"]
 
@@ -24,7 +25,7 @@ class GuardFacts:
 
     Attributes:
         bundle: Digest.
-        certificates: Of the operator's population, by alpha.
+        choice: Of the operator's population, and what the bundle holds beside it.
         alpha: The operator's level.
         redirect: The operator's.
         holdback_tokens: The operator's.
@@ -35,7 +36,7 @@ class GuardFacts:
     """
 
     bundle: str
-    certificates: Mapping[float, Certificate]
+    choice: CertificateChoice
     alpha: float
     redirect: Redirect
     holdback_tokens: int
@@ -45,9 +46,23 @@ class GuardFacts:
     summary: BundleSummary | None = None
 
     @property
+    def certificates(self) -> Mapping[float, Certificate]:
+        """Those of the operator's population and the largest cap, by alpha."""
+        return self.choice.longest
+
+    @property
     def certificate(self) -> Certificate:
-        """The operator's certificate."""
-        return self.certificates[self.alpha]
+        """The operator's certificate, of the largest cap."""
+        return self.choice.of_call(self.alpha)
+
+    def certificate_of(self, request: RowRequest) -> Certificate:
+        """Return the certificate that decides for a row."""
+        policy = request.policy
+        return self.choice.of_call(
+            policy.alpha,
+            tokens=request.sampling.max_tokens + policy.holdback_tokens,
+            prefill_tokens=request.prompt.prefill_tokens,
+        )
 
     @property
     def certified_cap(self) -> int:

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safe_decode.certificate import Certificate, certificate_of
+from safe_decode.certificate import Certificate
+from safe_decode.certificate_choice import certificate_of
 from safe_decode.errors import CertificateError, ConfigurationError, PromptError
 from safe_decode.prompts.chat import assistant_header, text_ids
 from safe_decode.typing import Tokenizer

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from safe_decode.activations.tap import ActivationTap, unwatched
-from safe_decode.certificate import Certificate, certificate_of
+from safe_decode.certificate import Certificate
+from safe_decode.certificate_choice import certificate_of
 from safe_decode.errors import CertificateError, ConfigurationError
 from safe_decode.probe.interface import Probe
 from safe_decode.typing import CausalLM

@@ -13,9 +13,10 @@ from benchmarks.detection import lengths
 from benchmarks.peers import nemo
 from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
-from probes.organism.prefilled_requests import KINDS, LONG, begun, long_requests
+from probes.organism.prefilled_requests import KINDS, begun, long_requests
 from safe_decode import SafeDecoder
 from safe_decode.bench.models import embedded_subject
+from safe_decode.certificate_choice import BEGUN
 from safe_decode.demo.embedded_pair import embedded
 
 
@@ -63,8 +64,8 @@ def test_a_bundle_is_fitted_on_both_labels_at_every_depth_and_certified_on_harml
     assert {(one.meta["depth"], one.prompt_harmful) for one in fitted} == {
         (depth, harmful) for depth in (128, 256, 500) for harmful in (False, True)
     }
-    assert {one.meta["population"] for one in fitted} == {LONG, "harmful-request-refused"}
-    assert {(one.meta["depth"], one.meta["population"]) for one in certified} == {(500, LONG)}
+    assert {one.meta["population"] for one in fitted} == {BEGUN, "harmful-request-refused"}
+    assert {(one.meta["depth"], one.meta["population"]) for one in certified} == {(500, BEGUN)}
     assert not any(one.prompt_harmful for one in certified)
 
 

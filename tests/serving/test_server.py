@@ -342,20 +342,20 @@ def test_the_openapi_document_names_the_model_that_is_served(client):
 
 def test_the_server_rules_by_the_population_that_it_was_started_for():
     stage = staged()
-    begun = tuple(
+    letters = tuple(
         Certificate.compute(
             [1e9] * one.n,
             alpha=one.alpha,
             delta=one.delta,
-            population="begun",
+            population="letters",
             envelope=one.envelope,
         )
         for one in stage.bundle.certificates
     )
-    certificates = (*stage.bundle.certificates, *begun)
+    certificates = (*stage.bundle.certificates, *letters)
     bundle = dataclasses.replace(stage.bundle, certificates=certificates)
     trips = {}
-    for population in ("benign", "begun"):
+    for population in ("benign", "letters"):
         decoder = SafeDecoder(stage.model, stage.tokenizer, bundle, population=population)
         engine = TransformersEngine(decoder, keep_traces=True)
         assert engine.facts.certificate.population == population
@@ -366,4 +366,4 @@ def test_the_server_rules_by_the_population_that_it_was_started_for():
         assert row.trace.header.population == population
         trips[population] = row.trace.tripped
         engine.close()
-    assert trips == {"benign": True, "begun": False}
+    assert trips == {"benign": True, "letters": False}

@@ -38,6 +38,14 @@ class EnvelopeOptions:
             "responses support.",
         ),
     ] = None
+    cap: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="A smaller length to certify too, in tokens; a call takes the smallest that "
+            "covers it, whose threshold finds more. May be given several times.",
+        ),
+    ] = None
     temperature: Annotated[
         float | None,
         typer.Option(

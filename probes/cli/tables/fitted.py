@@ -43,9 +43,8 @@ def show_fitted(recipe: Recipe, out: Path) -> None:
     print_table(WordTable(columns, rows, "Best on select, which they are chosen by"))
     console().print(f"{len(recipe.tried)} candidates; the first is in the bundle.")
     certified = {
-        f"{one.population} at {one.alpha:g}": (
-            f"threshold {one.threshold:.4g} (n={one.n}, j={one.j}), {one.evidence.source}, up to "
-            f"{one.envelope.max_new_tokens} tokens"
+        f"{one.population} at {one.alpha:g}, up to {one.envelope.max_new_tokens} tokens": (
+            f"threshold {one.threshold:.4g} (n={one.n}, j={one.j}), {one.evidence.source}"
         )
         for one in recipe.bundle.certificates
     }

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from safe_decode.decision import Redirect
 from safe_decode.engines.transformers.call import GuardedCall
+from safe_decode.engines.transformers.call_options import CallOptions
 from safe_decode.engines.transformers.call_spec import StreamSink
 from safe_decode.engines.transformers.capabilities import require_rows, require_supported
 from safe_decode.engines.transformers.external_generate import GuardHandle, guarded
@@ -234,13 +235,14 @@ class SafeDecoder(WrappedModel):
         require_rows(self.model, inputs.attention_mask, num_return_sequences)
         policy = replace(self.policy, redirect=redirect)
         composer = self._composer()
+        named = CallOptions(self.protected, {"eos_token_id": eos_token_id})
         with guarded(
             composer.protected,
             inputs,
             composer.rules_of(policy),
             n_sequences=num_return_sequences,
-            end_ids=as_ids(composer.option("eos_token_id", {"eos_token_id": eos_token_id})),
-            pad_id=composer.option("pad_token_id", {}),
+            end_ids=as_ids(named.get("eos_token_id")),
+            pad_id=named.get("pad_token_id"),
         ) as handle:
             yield handle
 
@@ -253,7 +255,6 @@ class SafeDecoder(WrappedModel):
     ) -> Producer:
         own = {name: asked.get(name) for name in _OF_THE_REQUEST}
         options = {name: value for name, value in asked.items() if name not in own}
-        composer = self._composer()
         streamer = options.get("streamer")
         if streamer is not None:
             with ended_with_call(streamer):
@@ -266,7 +267,7 @@ class SafeDecoder(WrappedModel):
                 "stream is refused with beams and assistants: their answers are judged when they "
                 "are whole; use generate."
             )
-        stops = composer.option("stop_strings", options) or ()
+        stops = CallOptions(self.protected, options).get("stop_strings") or ()
         stops = (stops,) if isinstance(stops, str) else tuple(stops)
 
         def produce(emit: Callable[[StreamEvent], None], is_cancelled: Callable[[], bool]) -> None:
@@ -279,6 +280,7 @@ class SafeDecoder(WrappedModel):
             self.protected,
             self.policy,
             self.certificate,
+            self.choice,
             self._texts,
             self.opener,
             self._uses_header_check,

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from safe_decode.certificate import Certificate
+from safe_decode.certificate_choice import CertificateChoice
 from safe_decode.decision import Redirect
 from safe_decode.engines.transformers.call import GuardedCall
+from safe_decode.engines.transformers.call_options import CallOptions
 from safe_decode.engines.transformers.call_spec import CallMode, GuardedModel, RowSpec
 from safe_decode.engines.transformers.capabilities import require_rows, require_supported
 from safe_decode.engines.transformers.loops.whole_response import method_of
@@ -29,15 +31,6 @@ from safe_decode.typing import CausalLM, Tokenizer
 __all__ = ["GenerateRequest", "CallBuilder", "context_tokens", "texts_of"]
 
 _CUT = " ... "
-_DEFAULT_CAP = 20
-"""New tokens of a call that names no cap, as in transformers."""
-_OURS = frozenset(
-    {
-        *("tokenizer", "assistant_tokenizer", "inputs", "inputs_embeds", "streamer"),
-        *("custom_generate", "trust_remote_code", "disable_compile"),
-    }
-)
-"""Options that do not go to the model's `generate` as they are."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,8 @@ class CallBuilder:
     Attributes:
         protected: The model and its guard.
         policy: In force where a request says nothing else.
-        certificate: In force where a request says nothing else.
+        certificate: In force where a request says nothing else; of the largest cap.
+        choice: What each row's own is chosen from, by its cap and its prefill.
         texts: Canned texts where a request says nothing else.
         opener: Text of the opener.
         uses_header_check: Whether alarms are looked at by the bundle's own second stage.
@@ -70,16 +64,18 @@ class CallBuilder:
     protected: GuardedModel
     policy: Policy
     certificate: Certificate
+    choice: CertificateChoice
     texts: CannedTexts
     opener: str
     uses_header_check: bool = False
 
     def call(self, asked: GenerateRequest) -> GuardedCall:
         """Check and encode everything before anything runs."""
-        options, policy, seed = asked.options, asked.policy, asked.seed
+        policy, seed = asked.policy, asked.seed
+        options = CallOptions(self.protected, asked.options)
         is_installed = self.protected.tap.is_built_in
         require_seed(seed)
-        require_supported(self.protected.model, options, is_installed=is_installed)
+        require_supported(self.protected.model, options.given, is_installed=is_installed)
         inputs = self.inputs(asked)
         mode = self._mode(options, inputs, seed)
         require_rows(self.protected.model, inputs.attention_mask, mode.n_candidates)
@@ -96,36 +92,43 @@ class CallBuilder:
         seeds = _one_each("seed", seed, len(inputs.scanned))
         # Looks are taken while a row is written, and from ids.
         looks = mode.method == "step" and inputs.embeds is None and self.uses_header_check
+        width = inputs.attention_mask.shape[1]
+        cap = options.cap(width)
         rules = [
             self._rules(
-                base, request or RequestPolicy(), _spread(own, copy, mode.n_candidates), looks
+                base,
+                request or RequestPolicy(),
+                _spread(own, copy, mode.n_candidates),
+                looks,
+                cap,
+                begun,
             )
-            for request, own in zip(requests, seeds, strict=True)
+            for request, own, begun in zip(requests, seeds, inputs.prefill_tokens, strict=True)
             for copy in range(mode.n_candidates)
         ]
         if inputs.embeds is not None:
-            _require_plain(mode, rules, self.option("cache_implementation", options), options)
-        if seed is not None and self.option("output_scores", options):
+            _require_plain(mode, rules, options)
+        if seed is not None and options.get("output_scores"):
             raise UnsupportedError(
                 "output_scores is refused with seed: rows draw for themselves, so recorded scores "
                 "would be those of the draw; pass output_logits, or no seed."
             )
         rows = inputs.repeated(mode.n_candidates)
-        given = self._options(options)
-        if "static" in (self.option("cache_implementation", options) or ""):
+        given = options.for_generate()
+        if "static" in (options.get("cache_implementation") or ""):
             n_ahead = max(rule.policy.unseen_tokens for rule in rules)
             if n_ahead:
-                given["max_cache_len"] = self._places(options, inputs) + n_ahead
+                given["max_cache_len"] = options.places(width) + n_ahead
         if mode.method == "beams":
             # All beams come back, so that one that trips can give way to one that does not.
             given["num_return_sequences"] = mode.n_candidates
         return GuardedCall(self.protected, inputs, rows, rules, given, mode)
 
     def _mode(
-        self, options: Mapping[str, Any], inputs: PromptBatch, seed: int | Sequence[int] | None
+        self, options: CallOptions, inputs: PromptBatch, seed: int | Sequence[int] | None
     ) -> CallMode:
-        method = method_of(lambda name: self.option(name, options))
-        wanted = int(self.option("num_return_sequences", options) or 1)
+        method = method_of(options.get)
+        wanted = int(options.get("num_return_sequences") or 1)
         if method == "step":
             return CallMode(method, wanted, wanted)
         if seed is not None:
@@ -134,14 +137,16 @@ class CallBuilder:
                 "once; call torch.manual_seed before generate."
             )
         if method == "beams":
-            return CallMode(method, int(self.option("num_beams", options)), wanted)
+            return CallMode(method, int(options.get("num_beams")), wanted)
         if len(inputs.scanned) > 1:
             raise UnsupportedError(
                 f"assisted decoding is refused for {len(inputs.scanned)} prompts: transformers "
                 "runs it on one; call generate once for each."
             )
         names = ("assistant_model", "assistant_tokenizer", "tokenizer")
-        assistant = {name: options[name] for name in names if options.get(name) is not None}
+        assistant = {
+            name: options.given[name] for name in names if options.given.get(name) is not None
+        }
         return CallMode(method, 1, 1, assistant)
 
     def inputs(self, asked: GenerateRequest) -> PromptBatch:
@@ -173,14 +178,27 @@ class CallBuilder:
         """Return what holds for a row that asks for nothing, and takes no looks."""
         return self._rules(policy, RequestPolicy(), None, looks=False)
 
-    def _rules(
-        self, base: Policy, request: RequestPolicy, seed: int | None, looks: bool
+    def _rules(  # noqa: PLR0913
+        self,
+        base: Policy,
+        request: RequestPolicy,
+        seed: int | None,
+        looks: bool,
+        cap: int | None = None,
+        prefill_tokens: int = 0,
     ) -> RowSpec:
         certificate, texts, bundle = self.certificate, self.texts, self.protected.bundle
-        if request.alpha is not None:
-            certificate = bundle.certificate(
-                request.alpha, certificate.population, certificate.dtype
+        policy = request.applied_to(base)
+        alpha = certificate.alpha if request.alpha is None else request.alpha
+        # Second looks and reasoning have thresholds of their own, for the largest cap alone.
+        if not looks and bundle.reasoning is None:
+            certificate = self.choice.of_call(
+                alpha,
+                tokens=None if cap is None else cap + policy.unseen_tokens,
+                prefill_tokens=prefill_tokens,
             )
+        elif request.alpha is not None:
+            certificate = self.choice.of_call(alpha)
         first = None
         if looks and bundle.header_check is not None:
             first = bundle.header_check.first_threshold
@@ -190,40 +208,7 @@ class CallBuilder:
             reasoning = bundle.reasoning.certificate(certificate.alpha, certificate.dtype)
         if request.refusal is not None:
             texts = texts_of(self.protected.tokenizer, request.refusal, self.opener)
-        return RowSpec(request.applied_to(base), certificate, texts, seed, first, reasoning)
-
-    def option(self, name: str, options: Mapping[str, Any]) -> Any:  # noqa: ANN401 - each has a type of its own
-        """Read an option as `generate` does: argument, given configuration, model's own."""
-        configs = (options.get("generation_config"), self.protected.model.generation_config)
-        values = (options.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in values if value is not None), None)
-
-    def _places(self, options: Mapping[str, Any], inputs: PromptBatch) -> int:
-        """Count the places that a cache of fixed size has, unseen tokens aside."""
-        width, cap = inputs.attention_mask.shape[1], self.option("max_new_tokens", options)
-        most = width + cap if cap is not None else self.option("max_length", options)
-        return max(self.option("max_cache_len", options) or 0, most or width + _DEFAULT_CAP)
-
-    def _options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        options = {key: value for key, value in given.items() if key not in _OURS}
-        cache = self.option("cache_implementation", given) or ""
-        if self.protected.tap.is_built_in:
-            if given.get("disable_compile") is not None:
-                options["disable_compile"] = given["disable_compile"]
-        elif "static" in cache or given.get("past_key_values") is not None:
-            # A graph compiled by generate itself would skip the hooks.
-            options["disable_compile"] = True
-        stop_strings = self.option("stop_strings", given)
-        if stop_strings is not None:
-            # generate keeps its tokenizer from a callable custom_generate, so the criterion is
-            # built here.
-            from transformers import StopStringCriteria
-
-            criteria = list(given.get("stopping_criteria") or ())
-            tokenizer: Any = self.protected.tokenizer  # transformers asks for its own class
-            criteria.append(StopStringCriteria(tokenizer, stop_strings))
-            options |= {"stop_strings": None, "stopping_criteria": criteria}
-        return options
+        return RowSpec(policy, certificate, texts, seed, first, reasoning)
 
 
 def texts_of(tokenizer: Tokenizer, refusal: str, opener: str) -> CannedTexts:
@@ -268,9 +253,7 @@ def _spread(seed: int | None, copy: int, n_copies: int) -> int | None:
     return seed if seed is None or n_copies == 1 else seed + copy
 
 
-def _require_plain(
-    mode: CallMode, rules: Sequence[RowSpec], cache: str | None, options: Mapping[str, Any]
-) -> None:
+def _require_plain(mode: CallMode, rules: Sequence[RowSpec], options: CallOptions) -> None:
     """Refuse what inputs_embeds cannot be combined with."""
     resumed = next((rule.policy for rule in rules if rule.policy.rule.resumes), None)
     if resumed is not None:
@@ -278,8 +261,9 @@ def _require_plain(
             f"redirect={resumed.redirect!r} is refused with inputs_embeds: a continuation starts "
             "from ids; pass redirect='refuse', 'stop' or 'flag', or input_ids."
         )
-    keeps = options.get("past_key_values") is not None or "static" in (cache or "")
-    if mode.method != "step" or keeps or options.get("return_dict_in_generate"):
+    given, cache = options.given, options.get("cache_implementation") or ""
+    keeps = given.get("past_key_values") is not None or "static" in cache
+    if mode.method != "step" or keeps or given.get("return_dict_in_generate"):
         raise UnsupportedError(
             "inputs_embeds is refused with beams, assistants, static or returned caches and "
             "past_key_values: the answer's tail is judged from ids there; pass input_ids."

@@ -19,6 +19,7 @@ from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.bundle.fingerprint import Fingerprint
 from safe_decode.bundle.seal import ModelSeal
 from safe_decode.certificate import Certificate
+from safe_decode.certificate_choice import CertificateChoice
 from safe_decode.decision import Redirect
 from safe_decode.engines.transformers.call_spec import GuardedModel
 from safe_decode.engines.transformers.capabilities import require_supported_model
@@ -101,6 +102,7 @@ class WrappedModel(ModelFace):
         )
         dtype = self._measured.dtype
         self.certificate: Certificate = _certificate(bundle, alpha, population, dtype, self_check)
+        self.choice = CertificateChoice(bundle.certificates, population, dtype)
         self.refusal = bundle.refusal if refusal is None else refusal
         self.opener = bundle.opener if opener is None else opener
         self._texts = texts_of(tokenizer, self.refusal, self.opener)

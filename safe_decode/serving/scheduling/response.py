@@ -77,7 +77,7 @@ class Exposure:
 
     def certificate_of(self, request: RowRequest) -> Certificate:
         """Return the certificate a row is judged by."""
-        return self.facts.certificates[request.policy.alpha]
+        return self.facts.certificate_of(request)
 
 
 @dataclass

@@ -15,7 +15,7 @@ ENOUGH = {"locate": 100, "fit": 200, "select": 100, "calibrate": 400, "test": 10
 
 
 def recipe(**changes):
-    return BuildRecipe(sources=(Source(data="a"),), **changes)
+    return BuildRecipe(**{"sources": (Source(data="a"),), "caps": (), **changes})
 
 
 def counts(*, is_expected=True, **changes):
@@ -64,6 +64,8 @@ def test_several_alphas_share_the_confidence():
     require_enough(counts(benign_groups={"calibrate": 299}), recipe())
     with pytest.raises(DataError, match="needs 368"):
         require_enough(counts(benign_groups={"calibrate": 299}), recipe(alphas=(0.05, 0.01)))
+    with pytest.raises(DataError, match="needs 368"):
+        require_enough(counts(benign_groups={"calibrate": 299}), recipe(caps=(64, 300)))
 
 
 @given(st.integers(8, 100_000), st.floats(0.001, 0.2))

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 
 from probes.calibration.certify import certify, certify_populations, group_maxima, population_of
+from probes.calibration.reach import Responses
 from probes.data.conversations import Conversation
+from probes.data.generation import Generation
 from safe_decode.certificate import Envelope, certified_threshold
+from safe_decode.certificate_choice import BEGUN
 from safe_decode.errors import CertificateError, ConfigurationError, DataError
 
 ENVELOPE = Envelope(max_new_tokens=64, do_sample=False, temperature=1.0, top_p=1.0, top_k=0)
+
+TWO_ALPHAS = {"alphas": (0.01, 0.05), "delta": 0.05, "envelope": ENVELOPE}
 
 
 def response(group, *, harmful=False, prompt_harmful=False, **meta):
@@ -22,6 +27,11 @@ def response(group, *, harmful=False, prompt_harmful=False, **meta):
         prompt_harmful=prompt_harmful,
         meta=meta,
     )
+
+
+def paths_of(maxima):
+    """Statistics of responses that stay where they are."""
+    return [np.full(3, one, np.float32) for one in maxima]
 
 
 def test_a_group_counts_once_by_its_maximum():
@@ -75,7 +85,9 @@ def test_populations_are_certified_apart_and_small_ones_say_why_not():
     rows += [response(f"r{i}", prompt_harmful=True) for i in range(50)]
     rows += [response(f"h{i}", population="hard_negative") for i in range(400)]
     maxima = np.concatenate([np.linspace(0, 1, 400), np.full(50, 9), np.linspace(5, 6, 400)])
-    found = certify_populations(rows, maxima, alphas=(0.01, 0.05), delta=0.05, envelope=ENVELOPE)
+    found = certify_populations(
+        rows, paths_of(maxima), alphas=(0.01, 0.05), delta=0.05, envelope=ENVELOPE
+    )
     thresholds = {(c.population, c.alpha): c.threshold for c in found.certificates}
     assert set(thresholds) == {
         ("benign", 0.01),
@@ -91,7 +103,9 @@ def test_populations_are_certified_apart_and_small_ones_say_why_not():
 def test_without_enough_benign_responses_there_is_no_calibration():
     rows = [response(f"r{i}", prompt_harmful=True) for i in range(500)]
     with pytest.raises(CertificateError, match="n=0 responses"):
-        certify_populations(rows, np.zeros(500), alphas=(0.01,), delta=0.05, envelope=ENVELOPE)
+        certify_populations(
+            rows, paths_of(np.zeros(500)), alphas=(0.01,), delta=0.05, envelope=ENVELOPE
+        )
 
 
 def test_a_harmful_response_is_in_no_calibrated_population():
@@ -108,7 +122,7 @@ def test_a_population_that_was_generated_otherwise_has_an_envelope_of_its_own():
     ]
     found = certify_populations(
         rows,
-        np.arange(160.0),
+        paths_of(np.arange(160.0)),
         alphas=(0.1,),
         delta=0.05,
         envelope=ENVELOPE,
@@ -118,3 +132,60 @@ def test_a_population_that_was_generated_otherwise_has_an_envelope_of_its_own():
         "benign": ENVELOPE,
         "long": longer,
     }
+
+
+def test_each_cap_is_certified_on_the_first_tokens_of_the_same_responses():
+    rows = [response(f"b{i}") for i in range(600)]
+    rng = np.random.default_rng(2)
+    paths = [rng.normal(size=65).cumsum().astype(np.float32) for _ in rows]
+    found = certify_populations(
+        rows, paths, alphas=(0.05,), delta=0.06, envelope=ENVELOPE, caps=(16, 4, 64, 900)
+    )
+    assert [c.envelope.max_new_tokens for c in found.certificates] == [64, 16, 4]
+    for one in found.certificates:
+        cap = one.envelope.max_new_tokens
+        assert one.maxima == tuple(float(path[: cap + 1].max()) for path in paths)
+        assert one.delta == pytest.approx(0.02)
+        one.verify()
+    thresholds = [c.threshold for c in found.certificates]
+    assert thresholds == sorted(thresholds, reverse=True)
+    assert len(set(thresholds)) == 3
+
+
+def begun_answers(count, prefill, cap, name):
+    made = Generation(
+        weights="w", max_new_tokens=cap, do_sample=False, temperature=1.0, top_p=1.0, top_k=0
+    )
+    return [
+        replace(
+            response(f"{name}{i}"),
+            prefill_tokens=prefill,
+            response_ids=tuple(range(prefill + cap)),
+            ended=False,
+            generation=made,
+        )
+        for i in range(count)
+    ]
+
+
+def test_begun_answers_are_certified_as_far_as_enough_of_them_reach():
+    rows = [*begun_answers(200, 4, 64, "s"), *begun_answers(150, 500, 64, "l")]
+    rows += [response(f"b{i}") for i in range(200)]
+    lengths = [68] * 200 + [564] * 150 + [2] * 200
+    paths = [np.full(n + 1, n / 100, np.float32) for n in lengths]
+    envelope = replace(ENVELOPE, max_new_tokens=2)
+    found = certify_populations(
+        rows,
+        paths,
+        alphas=(0.1,),
+        delta=0.05,
+        envelope=envelope,
+        envelopes={BEGUN: replace(ENVELOPE, max_new_tokens=564)},
+        caps=(68, 100),
+        responses=Responses(tuple(lengths), "w"),
+        lower_caps=True,
+    )
+    begun = {c.envelope.max_new_tokens: c for c in found.certificates if c.population == BEGUN}
+    assert {cap: c.n for cap, c in begun.items()} == {564: 150, 100: 150, 68: 350}
+    assert all(c.evidence.source == "on-policy" for c in begun.values())
+    assert {c.population for c in found.certificates} == {"benign", BEGUN}

@@ -10,6 +10,7 @@ from probes.rollouts.generate import RolloutConfig
 from probes.rollouts.judges import JudgeVerdict
 from probes.rollouts.resume import rollout_to, with_room
 from probes.rollouts.types import Request, requests_of
+from safe_decode.certificate_choice import BEGUN
 from safe_decode.errors import ConfigurationError, DataError
 
 CONFIG = RolloutConfig(max_new_tokens=6, do_sample=True, batch_size=4)
@@ -95,7 +96,8 @@ def test_benign_and_harmful_requests_are_wrapped_at_the_same_rate():
         assert before.messages[-1]["content"] in after.messages[-1]["content"]
         changed = "framing" in after.meta or after.prefill is not None
         named = after.meta.get("population")
-        assert named == (FRAMED_POPULATION if changed and after.prompt_harmful is False else None)
+        apart = FRAMED_POPULATION if after.prefill is None else BEGUN
+        assert named == (apart if changed and after.prompt_harmful is False else None)
     assert wrapped(asked, Wrapping(framed=0, prefilled=0)) == asked
 
 

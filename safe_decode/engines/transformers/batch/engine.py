@@ -68,21 +68,10 @@ class TransformersEngine:
         self._keep_traces = keep_traces
         self._decoder = decoder
         own_ends = tuple(sorted(chat.stop_ids(model, decoder.tokenizer)))
-        self._guard = RunGuard(
-            replace(decoder.protected, own_ends=own_ends),
-            decoder.certificate,
-            texts_of(decoder.tokenizer, decoder.refusal, decoder.opener),
-            tells_scores=tells_scores,
-        )
         self._pool = ThreadPoolExecutor(continuations, thread_name_prefix="safe-decode-redirect")
         self._facts = GuardFacts(
             bundle=bundle.digest,
-            certificates={
-                c.alpha: c
-                for c in bundle.certificates
-                if (c.population, c.dtype)
-                == (decoder.certificate.population, decoder.certificate.dtype)
-            },
+            choice=decoder.choice,
             alpha=decoder.certificate.alpha,
             redirect=decoder.policy.redirect,
             holdback_tokens=(
@@ -92,6 +81,12 @@ class TransformersEngine:
             context_tokens=context_tokens(model),
             vocab_tokens=int(model.config.get_text_config().vocab_size),
             summary=summary_of(bundle, decoder.certificate.alpha, decoder.certificate.population),
+        )
+        self._guard = RunGuard(
+            replace(decoder.protected, own_ends=own_ends),
+            self._facts,
+            texts_of(decoder.tokenizer, decoder.refusal, decoder.opener),
+            tells_scores=tells_scores,
         )
         self._prompts = PromptReader(
             decoder.tokenizer,

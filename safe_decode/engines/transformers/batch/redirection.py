@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safe_decode.certificate import Certificate
+from safe_decode.engines.interface import GuardFacts
 from safe_decode.engines.rows import Row
 from safe_decode.engines.transformers.batch.served_row import ServedRow
 from safe_decode.engines.transformers.call_spec import GuardedModel
@@ -43,13 +43,13 @@ class RunGuard:
 
     Attributes:
         protected: The model and its guard.
-        certificate: The one that holds where a row asks for none.
+        facts: What the rows are guarded by.
         texts: Canned ids.
         tells_scores: Whether each token's statistic is said.
     """
 
     protected: GuardedModel
-    certificate: Certificate
+    facts: GuardFacts
     texts: CannedTexts
     tells_scores: bool = field(kw_only=True)
 

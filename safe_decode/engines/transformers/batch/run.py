@@ -202,10 +202,9 @@ class BatchRun:
 
     def _spec_of(self, row: Row) -> RowSpec:
         asked, guard = row.request.policy, self._guard
-        own = guard.certificate
         return RowSpec(
             Policy(asked.redirect, asked.holdback_tokens, "close"),
-            guard.protected.bundle.certificate(asked.alpha, own.population, own.dtype),
+            guard.facts.certificate_of(row.request),
             guard.texts,
             row.request.sampling.seed,
         )
