@@ -21,7 +21,7 @@ from typing import Any, Literal
 from probes.data.conversations import Conversation, conversation_from
 from probes.data.refusal_rule import is_refusal
 
-__all__ = ["Part", "StudyRow", "study_rows"]
+__all__ = ["Part", "StudyRow", "sampled", "study_rows"]
 
 Part = Literal["fit", "select", "certify", "dev", "other"]
 
@@ -95,6 +95,12 @@ def study_rows(data: Path) -> list[StudyRow]:
 _WRITTEN: Mapping[Part, float] = {"fit": 0.8, "select": 0.2}
 _LONG: Mapping[Part, float] = {"fit": 0.12, "select": 0.12, "certify": 0.76}
 _OWN_HARMFUL: Mapping[Part, float] = {"fit": 0.3, "select": 0.1, "certify": 0.6}
+
+
+def sampled(group: str, share: float) -> bool:
+    """Say whether a prompt is among a share of all."""
+    place = int.from_bytes(hashlib.sha256(f"sample {group}".encode()).digest()[:8], "big")
+    return place / 2**64 < share
 
 
 def _part_of(group: str, shares: Mapping[Part, float]) -> Part:

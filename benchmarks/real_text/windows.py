@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -116,26 +117,19 @@ def _shard(
         for begin in range(0, one.n_scores - 1, WINDOW)
         if begin == 0 or one.n_scores - 1 - begin >= WINDOW // 4
     ]
-    first_of: dict[int, int] = {}
-    for place, (row, _, _) in enumerate(windows):
-        first_of.setdefault(row, place)
-    count = {row: sum(1 for one, _, _ in windows if one == row) for row in first_of}
+    count = Counter(row for row, _, _ in windows)
+    first_of = {row: place for place, (row, begin, _) in enumerate(windows) if begin == 0}
     offsets = np.cumsum([0, *(len(site.channels) for site in sites)])
     values = np.empty((len(windows), offsets[-1]), np.float16)
 
     def visit(batch: PaddedBatch, site: int, found: Tensor) -> None:
-        flat = found.flatten(0, 1)
-        width = found.shape[1]
-        rows = [row for row in batch.rows if row in first_of]
-        places = [first_of[row] + i for row in rows for i in range(count[row])]
-        mean = torch.zeros(len(places), flat.shape[0])
-        for line, place in enumerate(places):
-            row, begin, n = windows[place]
-            index = batch.rows.index(row)
-            start = index * width + width - (batch.n_scores[index] - 1) + begin
-            mean[line, start : start + n] = 1 / n
-        part_values = (mean @ flat.float()).to(torch.float16)
-        values[places, offsets[site] : offsets[site + 1]] = part_values.numpy()
+        width, columns = found.shape[1], slice(offsets[site], offsets[site + 1])
+        for index, row in enumerate(batch.rows):
+            start = width - (batch.n_scores[index] - 1)
+            for place in range(first_of[row], first_of[row] + count[row]):
+                begin, n = windows[place][1], windows[place][2]
+                own = found[index, start + begin : start + begin + n]
+                values[place, columns] = own.mean(dim=0, dtype=torch.float32).half().numpy()
 
     visit_activations(
         loaded.model, sites, part, visit, description="reading", tokens_per_batch=tokens_per_batch

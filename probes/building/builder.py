@@ -24,7 +24,7 @@ from probes.building.counts import (
 )
 from probes.building.material import Material
 from probes.building.recipe import BuildRecipe
-from probes.building.tries import fits_for, site_candidates
+from probes.building.tries import fits_for, site_candidates, telling_counts
 from probes.building.workplace import Workplace
 from probes.calibration.statistic import maxima
 from probes.data.conversations import Conversation
@@ -35,6 +35,7 @@ from probes.fitting.statistics import statistics_of
 from probes.location.locate import LocateConfig, locate
 from probes.location.units import UnitSet
 from probes.recipes.bundle import Recipe, RecipeConfig, make_bundle
+from probes.recipes.reading import is_located
 from probes.rollouts.judges import RowJudge
 from probes.runs.identity import weights_digest
 from safe_decode import __version__
@@ -117,7 +118,7 @@ def build_bundle(
         report.test,
         maxima(list(report.paths)),
         report.certificate,
-        is_located=made.tried[0]["sites"].startswith("units"),
+        is_located=is_located(made.tried[0]["sites"]),
         warnings=warnings,
     )
     provenance = {
@@ -194,6 +195,7 @@ def _made(
         refusal=recipe.refusal,
         opener=recipe.opener,
         feature_counts=reading.features if units is not None else (),
+        telling_counts=telling_counts(own, recipe) if reading.where != "residual" else (),
         extra_sites=site_candidates(own, recipe) if reading.where != "located" else {},
         fits=fits_for(reading),
         windows=(),
@@ -201,7 +203,7 @@ def _made(
         alphas=recipe.alphas,
         default_alpha=recipe.alphas[0],
         delta=recipe.delta,
-        located_within=_LOCATED_WITHIN if units is not None else None,
+        located_within=_LOCATED_WITHIN,
         caps=recipe.caps,
         lower_caps=True,
     )

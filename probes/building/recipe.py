@@ -153,6 +153,8 @@ class ProbeReading:
     Attributes:
         where: See `Where`.
         features: Numbers of features at the most critical units to try.
+        telling: Numbers of channels to try that tell most about harm; None: as many as one of the
+            residual layers offers, and as many as all of them together.
         layers: Layers whose residual stream is tried, each alone; None: four, evenly spread
             over the deeper two thirds.
         probe: Kind of probe.
@@ -163,6 +165,7 @@ class ProbeReading:
 
     where: Where = "auto"
     features: tuple[Count, ...] = (64, 256)
+    telling: tuple[Count, ...] | None = None
     layers: tuple[int, ...] | None = None
     probe: str = "linear"
     methods: tuple[str, ...] | None = None

@@ -15,7 +15,7 @@ from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, sorted_sites
 from safe_decode.loading import Loaded
 
-__all__ = ["fits_for", "require_tries", "site_candidates"]
+__all__ = ["fits_for", "require_tries", "site_candidates", "telling_counts"]
 
 _LAYERS = 4
 _FIRST_SHARE, _LAST_SHARE = 1 / 3, 5 / 6
@@ -45,12 +45,7 @@ def require_tries(recipe: BuildRecipe) -> None:
 
 def site_candidates(own: Loaded, recipe: BuildRecipe) -> dict[str, tuple[Site, ...]]:
     """Name the sets of residual layers that are tried: each layer alone, and all together."""
-    anatomy = anatomy_of(own.model)
-    n_layers, width = len(anatomy.blocks), tuple(range(anatomy.d_model))
-    layers = recipe.reading.layers
-    if layers is None:
-        spread = np.linspace(n_layers * _FIRST_SHARE, n_layers * _LAST_SHARE, _LAYERS)
-        layers = tuple(sorted({min(round(float(x)), n_layers - 1) for x in spread}))
+    layers, width = _layers(own, recipe), tuple(range(anatomy_of(own.model).d_model))
     found: dict[str, tuple[Site, ...]] = {
         f"residual-{layer}": (Site(layer, "resid", width),) for layer in layers
     }
@@ -58,3 +53,19 @@ def site_candidates(own: Loaded, recipe: BuildRecipe) -> dict[str, tuple[Site, .
         name = "residual-" + ",".join(map(str, layers))
         found[name] = sorted_sites(Site(layer, "resid", width) for layer in layers)
     return found
+
+
+def telling_counts(own: Loaded, recipe: BuildRecipe) -> tuple[int, ...]:
+    """Say how many of the channels that tell most about harm are read: as the recipe names them."""
+    if recipe.reading.telling is not None:
+        return recipe.reading.telling
+    width = anatomy_of(own.model).d_model
+    return tuple(sorted({width, len(_layers(own, recipe)) * width}))
+
+
+def _layers(own: Loaded, recipe: BuildRecipe) -> tuple[int, ...]:
+    if recipe.reading.layers is not None:
+        return recipe.reading.layers
+    n_layers = len(anatomy_of(own.model).blocks)
+    spread = np.linspace(n_layers * _FIRST_SHARE, n_layers * _LAST_SHARE, _LAYERS)
+    return tuple(sorted({min(round(float(x)), n_layers - 1) for x in spread}))

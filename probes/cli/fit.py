@@ -144,7 +144,7 @@ def fit(options: FitOptions) -> None:
         "without_judgement": len(rows) - len(judged),
         "seed": options.seed,
     }
-    recipe = _worth(own, _recipe(own, ready, options, keep, provenance), ready, options)
+    recipe = _worth(own, _recipe(own, ready, options, keep, provenance), ready)
     recipe.bundle.save(options.out)
     if options.as_json:
         print_json(_as_json(recipe, options.out, provenance))
@@ -153,19 +153,19 @@ def fit(options: FitOptions) -> None:
     show_fitted(recipe, options.out)
 
 
-def _worth(own: Loaded, recipe: Recipe, ready: Prepared, options: FitOptions) -> Recipe:
+def _worth(own: Loaded, recipe: Recipe, ready: Prepared) -> Recipe:
     """Count recall and false alarms on the test split, which nothing was chosen by."""
     from probes.evaluation.worth import measured_peaks, worth_of
+    from probes.recipes.reading import is_located
     from safe_decode import __version__
 
     test = [row for row in ready.conversations if row.split == "test"]
     peaks = measured_peaks(own.model, own.tokenizer, recipe.bundle, test)
-    is_located = options.units is not None or recipe.units is not None
     worth = worth_of(
         test,
         peaks,
         recipe.bundle.certificate(),
-        is_located=is_located and str(recipe.tried[0]["sites"]).startswith("units"),
+        is_located=is_located(str(recipe.tried[0]["sites"])),
         warnings=ready.warnings,
     )
     provenance = {**recipe.bundle.provenance, "worth": worth, "made_by": __version__}
@@ -196,7 +196,7 @@ def _require_sense(options: FitOptions) -> FeatureStore:
 def _require_enough(readings: Sequence[Reading], options: FitOptions) -> None:
     """Refuse, before the model is loaded, data that no bundle could come of."""
     judged = judged_rows(readings)
-    locates = options.units is None and options.residual is None
+    locates = options.units is None and options.residual is None and not options.telling
     require_splits(judged, (*(("locate",) if locates else ()), "fit", "select", "calibrate"))
     require_both_kinds(judged, ("fit", "select"))
     n_caps = 1 + len(options.cap or ())
@@ -233,13 +233,14 @@ def _config(own: Loaded, rows: Sequence[Conversation], options: FitOptions) -> R
     calibrating = [row for row in rows if row.split == "calibrate" and not row.response_harmful]
     envelope = envelope_of(own, calibrating or rows, options)
     residual, c = options.residual, options.c or []
-    reads_units = options.units is not None or residual is None
+    reads_units = options.units is not None or (residual is None and not options.telling)
     alphas = tuple(options.alpha or _ALPHAS)
     return RecipeConfig(
         envelope=envelope,
         refusal=options.refusal,
         opener=options.opener,
         feature_counts=tuple(options.features or FEATURE_COUNTS) if reads_units else (),
+        telling_counts=tuple(options.telling or ()),
         extra_sites=(
             {}
             if residual is None

@@ -63,6 +63,7 @@ def harvest(options: HarvestOptions) -> None:
     from probes.activations.features import union_of_sites
     from probes.data.conversations import by_split
     from probes.data.splits import prepared
+    from probes.recipes.reading import telling_sites
 
     wanted = _splits(options.split or ["fit", "select"])
     require_folder(options.out)
@@ -71,12 +72,14 @@ def harvest(options: HarvestOptions) -> None:
     readings = options.read()
     require_splits(judged_rows(readings), wanted)
     own = options.load_model()
-    named = site_sets_of(own.model, options.units, options.features, options.residual)
-    sites = union_of_sites(named.values())
     rows, too_long = whole(own, [row for one in readings for row in one.conversations])
     judged = [row for row in rows if row.response_harmful is not None]
     ready = prepared(judged, seed=options.seed, balance=options.balance)
     split = by_split(ready.conversations)
+    named = site_sets_of(own.model, options.units, options.features, options.residual)
+    if options.telling:
+        named |= telling_sites(own.model, own.tokenizer, split["fit"], options.telling)
+    sites = union_of_sites(named.values())
     require_splits(ready.conversations, wanted)
     facts = {
         **_harvested(own, {name: split[name] for name in wanted}, sites, options),

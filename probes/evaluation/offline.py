@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from probes.activations.teacher_forcing import EncodedResponse
 from probes.calibration.statistic import maxima
 from probes.data.conversations import Conversation
+from probes.data.sources import source_of
 from probes.evaluation.methods import Methods
-from probes.evaluation.text_baselines import source_of
 from probes.fitting.interface import FitSettings
 from probes.metrics.comparison import PROBE, Figures, MethodScores, ScoredRows, compare
 from probes.metrics.detection import Delay, delay_of, rates_by_group

@@ -5,7 +5,7 @@ Knows words and lengths. Does not know activations.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,9 +17,10 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from probes.data.conversations import Conversation
+from probes.data.sources import source_of
 from safe_decode.errors import DataError
 
-__all__ = ["Control", "control_scores", "out_of_fold_scores", "source_name", "source_of"]
+__all__ = ["Control", "control_scores", "out_of_fold_scores"]
 
 Control = Literal["tfidf_response", "tfidf_prompt_response", "tfidf_prompt", "length", "source"]
 """Logistic regression on TF-IDF of words and word pairs of the named text, on the length of the
@@ -66,19 +67,6 @@ def out_of_fold_scores(
         method="decision_function",
     )
     return scores
-
-
-def source_of(row: Conversation) -> str:
-    """Name where a row comes from: a data set, else a situation, else `all`.
-
-    Figures within a source do not reward a monitor for telling sources apart.
-    """
-    return source_name(row.meta)
-
-
-def source_name(meta: Mapping[str, Any]) -> str:
-    """Do the same for what is known of a row or a request."""
-    return str(meta.get("source") or meta.get("situation") or "all")
 
 
 def _labels(train: Sequence[Conversation]) -> list[bool]:

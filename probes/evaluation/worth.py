@@ -18,7 +18,7 @@ from probes.activations.harvest import score_responses
 from probes.calibration.certify import population_of
 from probes.calibration.statistic import maxima, smoothed_paths
 from probes.data.conversations import Conversation
-from probes.evaluation.text_baselines import source_of
+from probes.data.sources import source_of
 from probes.metrics.intervals import Proportion
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.certificate import Certificate

@@ -23,8 +23,14 @@ from probes.fitting.interface import FitSettings
 from probes.fitting.linear import FitConfig
 from probes.fitting.search import CandidateProbe, FeatureStore, Search, ranked_candidates
 from probes.fitting.statistics import StatisticChoice
-from probes.location.locate import LocateConfig, locate
-from probes.location.units import UnitSet, sites_of
+from probes.location.locate import LocateConfig
+from probes.location.units import UnitSet
+from probes.recipes.reading import (
+    critical_sites,
+    located_first,
+    located_units,
+    telling_sites,
+)
 from probes.recipes.records import seen_prompts
 from safe_decode.activations.site import Site
 from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
@@ -33,9 +39,6 @@ from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["FeatureStore", "Recipe", "RecipeConfig", "make_bundle", "union_of_sites"]
-
-_UNITS = "units-"
-"""Stands before the number of features in the name of a set of located units."""
 
 _DEFAULT_FITS = (
     FitConfig(method="token", c=0.01),
@@ -55,6 +58,7 @@ class RecipeConfig:
         opener: Text with which the model is led into its own refusal.
         locate: See `LocateConfig`.
         feature_counts: Numbers of features at the most safety-critical units to try.
+        telling_counts: Numbers of channels to try that tell most about harm on fit.
         extra_sites: Further sets of sites to try, by name, such as whole residual layers.
         fits: Ways of fitting to try, of one kind of probe or several.
         windows: Smoothing to try: an EMA that matches a window of so many tokens.
@@ -79,6 +83,7 @@ class RecipeConfig:
     opener: str
     locate: LocateConfig = field(default_factory=LocateConfig)
     feature_counts: tuple[int, ...] = (64, 256)
+    telling_counts: tuple[int, ...] = ()
     extra_sites: Mapping[str, tuple[Site, ...]] = field(default_factory=dict)
     fits: tuple[FitSettings, ...] = _DEFAULT_FITS
     windows: tuple[int, ...] = (1, 2, 4, 8)
@@ -96,9 +101,10 @@ class RecipeConfig:
     located_within: float | None = None
 
     def __post_init__(self) -> None:
-        if not (self.feature_counts or self.extra_sites) or not self.fits:
+        if not (self.feature_counts or self.telling_counts or self.extra_sites) or not self.fits:
             raise ConfigurationError(
-                "feature_counts or extra_sites, and fits, must each name something to try."
+                "feature_counts, telling_counts or extra_sites, and fits, must each name something "
+                "to try."
             )
         if not (self.windows or self.statistics):
             raise ConfigurationError("windows or statistics must name something to try.")
@@ -172,12 +178,16 @@ def make_bundle(
     search.require_supported(features)
     parts, unjudged = _judged(conversations, locating=bool(config.feature_counts and not units))
     if config.feature_counts and units is None:
-        units = _located(model, tokenizer, parts["locate"], config.locate)
-    sites = _site_sets(units, config)
+        units = located_units(model, tokenizer, parts["locate"], config.locate)
+    sites = {
+        **(critical_sites(units, config.feature_counts) if units is not None else {}),
+        **telling_sites(model, tokenizer, parts["fit"], config.telling_counts),
+        **config.extra_sites,
+    }
     candidates = ranked_candidates(
         model, tokenizer, parts["fit"], parts["select"], sites, search, features
     )
-    candidates = _located_first(candidates, config.located_within)
+    candidates = located_first(candidates, config.located_within)
     best = candidates[0]
     calibration = _calibrated(model, tokenizer, parts["calibrate"], best, config)
     tried = tuple(candidate.to_json() for candidate in candidates)
@@ -200,19 +210,6 @@ def make_bundle(
         seen=seen_prompts(parts),
     )
     return Recipe(bundle, units, tried, calibration)
-
-
-def _located_first(
-    candidates: Sequence[CandidateProbe], within: float | None
-) -> list[CandidateProbe]:
-    """Put the best candidate that reads located units first, where it is hardly behind."""
-    located = [one for one in candidates if one.sites_name.startswith(_UNITS)]
-    if within is None or not located:
-        return list(candidates)
-    first = located[0]
-    if candidates[0].chosen.tpr - first.chosen.tpr > within:
-        return list(candidates)
-    return [first, *(one for one in candidates if one is not first)]
 
 
 def _counts(parts: Mapping[Split, Sequence[Conversation]], unjudged: int) -> dict[str, Any]:
@@ -249,30 +246,6 @@ def _judged(conversations: Iterable[Conversation], *, locating: bool) -> _Judged
         if not parts[split] and (locating or split != "locate"):
             raise DataError(f"the split {split!r} holds no judged response; add some.")
     return _Judged(parts, unjudged)
-
-
-def _located(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    rows: Sequence[Conversation],
-    config: LocateConfig,
-) -> UnitSet:
-    refusals = [row for row in rows if row.refusal and row.prompt_harmful]
-    benign = [
-        row
-        for row in rows
-        if not row.refusal and not row.prompt_harmful and not row.response_harmful
-    ]
-    return locate(model, tokenizer, refusals, benign, config)
-
-
-def _site_sets(units: UnitSet | None, config: RecipeConfig) -> dict[str, tuple[Site, ...]]:
-    located = {
-        f"{_UNITS}{count}": sites_of(units.most_critical(count))
-        for count in (config.feature_counts if units is not None else ())
-        if units is not None
-    }
-    return {**located, **config.extra_sites}
 
 
 def _calibrated(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FEATURE_COUNTS", "SiteOptions", "residual_layers", "residual_sites", "site_sets_of"]
 
-_NOTHING = "nothing to read; pass --units from `locate`, or --residual all."
+_NOTHING = "nothing to read; pass --units from `locate`, --telling 1024, or --residual all."
 FEATURE_COUNTS = (64, 256)
 """How many features are tried where the options name none."""
 
@@ -39,6 +39,13 @@ class SiteOptions:
         typer.Option(
             help="Features to read at the most critical units. May be given several times; each "
             "number is tried. Without it: 64 and 256."
+        ),
+    ] = None
+    telling: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Channels of attention heads and MLP neurons to read that tell most about harm, "
+            "found on the split fit. May be given several times; each number is tried."
         ),
     ] = None
     residual: Annotated[
@@ -77,9 +84,9 @@ class SiteOptions:
         """Refuse to read nothing.
 
         Raises:
-            ConfigurationError: Neither units nor layers are named.
+            ConfigurationError: Neither units nor channels nor layers are named.
         """
-        if self.units is None and self.residual is None:
+        if self.units is None and self.residual is None and not self.telling:
             raise ConfigurationError(_NOTHING)
 
 
@@ -89,10 +96,10 @@ def site_sets_of(
     features: Sequence[int] | None,
     residual: str | None,
 ) -> dict[str, tuple[Site, ...]]:
-    """Name the sets of sites that the options ask for.
+    """Name the sets of sites that the options ask for, those aside that data has to tell.
 
     Raises:
-        ConfigurationError: They ask for none, or for a layer that is not there.
+        ConfigurationError: They ask for a layer that is not there.
     """
     found: dict[str, tuple[Site, ...]] = {}
     if units is not None:
@@ -103,8 +110,6 @@ def site_sets_of(
             found[f"units-{count}"] = sites_of(located.most_critical(count))
     if residual is not None:
         found[f"residual-{residual}"] = residual_sites(model, residual)
-    if not found:
-        raise ConfigurationError(_NOTHING)
     return found
 
 

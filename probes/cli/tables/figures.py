@@ -163,8 +163,8 @@ def tables_of(
             report.alarms_by_population, "population", "harmless responses that trip"
         )
     if answered is not None:
+        from probes.data.sources import source_name
         from probes.evaluation.served import delay_as_served, figures_by
-        from probes.evaluation.text_baselines import source_name
 
         named = figures_by(answered, lambda request: source_name(request.meta))
         whole = figures_by(answered, lambda _request: "all")
@@ -183,8 +183,8 @@ def json_of(report: Report | None, answered: Sequence[ServedAnswer] | None) -> d
     if report is not None:
         found["teacher_forced"] = report.to_json()
     if answered is not None:
+        from probes.data.sources import source_name
         from probes.evaluation.served import delay_as_served, figures_by
-        from probes.evaluation.text_baselines import source_name
 
         served = delay_as_served(answered)
         named = figures_by(answered, lambda request: source_name(request.meta))

@@ -8,7 +8,7 @@ import pytest
 from probes.cli.tables.facts import show_warnings
 from probes.data.conversations import read_jsonl, write_jsonl
 from probes.data.reader import read_conversations
-from probes.evaluation.text_baselines import source_of
+from probes.data.sources import source_of
 from probes.location.prompt_files import read_prompts
 from safe_decode.errors import DataError
 

@@ -9,10 +9,11 @@ import torch
 
 from probes.activations.teacher_forcing import encode_response
 from probes.data.conversations import Conversation, by_split
+from probes.data.sources import source_of
 from probes.evaluation.methods import truncated
 from probes.evaluation.model_baselines import random_weight_copy
 from probes.evaluation.offline import EvaluationConfig, evaluate_bundle
-from probes.evaluation.text_baselines import control_scores, out_of_fold_scores, source_of
+from probes.evaluation.text_baselines import control_scores, out_of_fold_scores
 from probes.fitting.linear import FitConfig
 from probes.metrics.comparison import (
     PROBE,
