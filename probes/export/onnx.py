@@ -252,7 +252,16 @@ def _best_windows_nodes(graph: _Graph, bundle: ProbeBundle) -> None:
 def _decision_nodes(graph: _Graph, bundle: ProbeBundle) -> None:
     graph.node("Mul", ["next_ema", "inverse_scale"], "scaled")
     graph.node("Add", ["shift", "scaled"], "per_head")
-    graph.node("ReduceMax", ["per_head", "axis_1"], "value", keepdims=0)
+    if bundle.monitor.boundary:
+        table = np.asarray(bundle.monitor.boundary_table, np.float32)
+        graph.constant("boundary", table)
+        graph.constant("last_place", np.asarray(len(table) - 1, np.int64))
+        graph.node("ReduceMax", ["per_head", "axis_1"], "joined", keepdims=0)
+        graph.node("Min", ["step", "last_place"], "place")
+        graph.node("Gather", ["boundary", "place"], "expected")
+        graph.node("Sub", ["joined", "expected"], "value")
+    else:
+        graph.node("ReduceMax", ["per_head", "axis_1"], "value", keepdims=0)
     if bundle.monitor.hits > 1:
         graph.node("Unsqueeze", ["value", "axis_1"], "newest_value")
         graph.node("Concat", ["values", "newest_value"], "last_values", axis=1)

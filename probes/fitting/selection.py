@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from probes.calibration.statistic import first_trips, maxima, smoothed_paths
+from probes.fitting.boundary import spent_evenly
 from probes.fitting.statistics import StatisticChoice
 from probes.metrics.detection import auroc, delay_of, threshold_at
 from safe_decode.errors import ConfigurationError, DataError
@@ -101,6 +102,7 @@ class ChosenMonitor:
             "best": monitor.best,
             "drift": monitor.drift,
             "hits": monitor.hits,
+            "even": bool(monitor.boundary),
             "threshold": self.threshold,
             "tpr": self.tpr,
             "auroc": self.auroc,
@@ -145,6 +147,9 @@ def monitor_for(
         offset.append(float(peaks.mean()))
         scale.append(max(float(peaks.std()), _SCALE_FLOOR))
     config = _monitor(start, tuple(offset), tuple(scale), spread, smoothing, choice)
+    if choice is not None and choice.even:
+        found = spent_evenly(smoothed_paths(benign, config))
+        config = replace(config, boundary_at=found.at, boundary=found.heights)
     values = np.concatenate(smoothed_paths(benign, replace(config, hits=1)))
     return replace(config, low_mark=float(np.quantile(values, _LOW_MARK_SHARE)))
 

@@ -25,6 +25,7 @@ class StatisticChoice:
         drift: What a sum forgives at each step, in standard deviations of harmless logits.
         hits: Values in a row above the threshold.
         best: Windows that have to agree, for `top`.
+        even: Spend false alarms evenly over positions; see `probes.fitting.boundary`.
     """
 
     kind: StatisticKind = "ema"
@@ -32,12 +33,14 @@ class StatisticChoice:
     drift: float = 0.0
     hits: int = 1
     best: int = 1
+    even: bool = False
 
     def __str__(self) -> str:
         """Name the choice in tables."""
         name = f"cusum-{self.drift:g}" if self.kind == "cusum" else f"{self.kind}-{self.window}"
         if self.kind == "top":
             name = f"top-{self.best}x{self.window}"
+        name += " even" if self.even else ""
         return name if self.hits == 1 else f"{name}x{self.hits}"
 
     def monitor(
@@ -70,6 +73,12 @@ STATISTICS: Mapping[str, tuple[StatisticChoice, ...]] = {
     "shrunk": tuple(StatisticChoice("shrunk", window) for window in (8, 32, 128)),
     "top": tuple(
         StatisticChoice("top", window, best=best) for window, best in ((16, 2), (16, 4), (32, 2))
+    ),
+    "even": (
+        StatisticChoice("ema", 16, even=True),
+        StatisticChoice("shrunk", 32, even=True),
+        StatisticChoice("shrunk", 128, even=True),
+        StatisticChoice("top", 16, best=4, even=True),
     ),
     "hysteresis": tuple(
         StatisticChoice("ema", window, hits=hits) for window, hits in ((1, 2), (1, 3), (4, 2))

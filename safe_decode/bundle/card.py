@@ -195,13 +195,16 @@ def _monitor_record(monitor: MonitorConfig) -> dict[str, Any]:
     record = asdict(monitor)
     if monitor.kind != "top":
         del record["best"]
+    if not monitor.boundary:
+        del record["boundary"], record["boundary_at"]
     return record
 
 
 def _schema(bundle: ProbeBundle, sets: CertificateSets) -> int:
     """Return the lowest schema whose readers read this bundle whole."""
     check = bundle.header_check
-    is_new = bundle.monitor.kind in ("shrunk", "top") or bool(bundle.further)
+    monitor = bundle.monitor
+    is_new = monitor.kind in ("shrunk", "top") or bool(monitor.boundary) or bool(bundle.further)
     if is_new or bundle.seen is not None or bundle.made is not None:
         return WITH_PAST
     if any(probe_record(own.probe) for own in (bundle, check) if own is not None):

@@ -111,8 +111,11 @@ def require_plausible_rules(
     _whole("window", monitor.window, 1, _MOST_STEPS)
     _whole("hits", monitor.hits, 1, _MOST_STEPS)
     _whole("best", monitor.best, 1, _MOST_WINDOWS)
+    for place, height in zip(monitor.boundary_at, monitor.boundary, strict=True):
+        _whole("boundary_at", place, 0, _MOST_STEPS)
+        _number("boundary", height, -_FLOAT32_MAX, _FLOAT32_MAX)
     smallest = -_FLOAT32_MAX
-    if monitor.kind == "cusum" and not has_sentinels:
+    if monitor.kind == "cusum" and not has_sentinels and not monitor.boundary:
         # A sum starts at 0 and never falls below; the slack is for float32's rounding.
         smallest = monitor.first_value - 1e-4 * (1.0 + abs(monitor.first_value))
     _require_certificates(certificates, _Range(smallest), context)

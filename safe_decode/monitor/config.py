@@ -9,7 +9,9 @@ Per head h the logits are smoothed to a level, in one of five ways:
     top     the mean of the `best` largest of the means of disjoint windows of `window` logits;
             `start` stands for windows that are missing, and for logits that the last one lacks
 
-value_t = max_h (level_t[h] - offset[h]) / scale[h]. With hysteresis, smoothed_t is the
+value_t = max_h (level_t[h] - offset[h]) / scale[h] - boundary(t), where the boundary, if there is
+one, is what harmless responses reach at that position: a threshold that depends on how much has
+been said, and not on what. With hysteresis, smoothed_t is the
 smallest of the last `hits` values, so that the alarm needs so many in a row; the values before
 s_0 are that of `start`. statistic_t is the running maximum of smoothed; the alarm is
 statistic > threshold. The raw maximum of the logits is an average with smoothing 1.
@@ -55,6 +57,9 @@ class MonitorConfig:
         drift: Logits above `start` that a sum forgives at each step. For `cusum`.
         hits: Values in a row that have to lie above the threshold, at least 1.
         best: Windows that have to agree, at least 1. For `top`.
+        boundary_at: Scores, counted from 0 and ascending, at which the boundary is given; it is
+            linear in log(1 + score) between them and constant outside. Empty: there is none.
+        boundary: What is subtracted from the value there.
 
     Raises:
         ConfigurationError: A value out of range, non-finite, or lengths that differ.
@@ -70,6 +75,8 @@ class MonitorConfig:
     drift: float = 0.0
     hits: int = 1
     best: int = 1
+    boundary_at: tuple[int, ...] = ()
+    boundary: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 < self.smoothing <= 1.0:
@@ -82,12 +89,22 @@ class MonitorConfig:
                 f"start, offset and scale have lengths {len(self.start)}, {len(self.offset)}, "
                 f"{len(self.scale)}; pass one value for each head of the probe."
             )
-        values = (*self.start, *self.offset, *self.scale, self.low_mark, self.drift)
+        values = (
+            *(*self.start, *self.offset, *self.scale, self.low_mark, self.drift),
+            *self.boundary,
+        )
         if not all(map(math.isfinite, values)) or min(self.scale) <= 0.0:
             raise ConfigurationError(
                 f"start={self.start}, offset={self.offset}, scale={self.scale}, "
-                f"low_mark={self.low_mark}, drift={self.drift} must be finite and scale positive; "
-                "fit them again."
+                f"low_mark={self.low_mark}, drift={self.drift}, boundary={self.boundary} must be "
+                "finite and scale positive; fit them again."
+            )
+        places = (-1, *self.boundary_at)
+        ascends = all(one < other for one, other in zip(places, places[1:], strict=False))
+        if len(self.boundary_at) != len(self.boundary) or not ascends:
+            raise ConfigurationError(
+                f"boundary_at={self.boundary_at} must ascend from 0 or more and have one entry for "
+                f"each of boundary={self.boundary}; fit them again."
             )
         if self.kind not in get_args(StatisticKind):
             raise ConfigurationError(
@@ -102,6 +119,11 @@ class MonitorConfig:
     def n_heads(self) -> int:
         """Count the heads K."""
         return len(self.start)
+
+    @property
+    def is_moving_average(self) -> bool:
+        """Whether the level alone decides, and is linear in the logits."""
+        return self.kind == "ema" and self.hits == 1 and not self.boundary
 
     @property
     def first_level(self) -> tuple[float, ...]:
@@ -125,6 +147,25 @@ class MonitorConfig:
         if self.kind == "top":
             return (*(self.start,) * self.best, (0.0,) * self.n_heads)
         return ()
+
+    @property
+    def boundary_table(self) -> tuple[float, ...]:
+        """The boundary at each score up to the last that it is given at, which holds from there on.
+
+        Empty where there is none.
+        """
+        if not self.boundary:
+            return ()
+        return tuple(self._boundary(score) for score in range(self.boundary_at[-1] + 1))
+
+    def _boundary(self, score: int) -> float:
+        if score <= self.boundary_at[0]:
+            return self.boundary[0]
+        after = next(i for i, place in enumerate(self.boundary_at) if place >= score)
+        left, right = (math.log1p(self.boundary_at[i]) for i in (after - 1, after))
+        share = (math.log1p(score) - left) / (right - left)
+        low, high = self.boundary[after - 1 : after + 1]
+        return low + share * (high - low)
 
     def value(self, level: Sequence[float]) -> float:
         """Join the levels of all heads, [K], to one number in benign standard deviations."""
@@ -163,11 +204,13 @@ def reference(
     level, recent = config.first_level, config.first_recent
     values = [config.first_value] * (config.hits - 1)
     statistic, clear_point, finite = -math.inf, -1, True
+    boundary = config.boundary_table or (0.0,)
     steps = []
     for index, heads in enumerate(logits):
         finite = finite and all(map(math.isfinite, heads))
         level, recent = _next_level(config, level, recent, tuple(heads), index)
-        value = config.value(level) - (0.0 if shifts is None else shifts[index])
+        value = config.value(level) - boundary[min(index, len(boundary) - 1)]
+        value -= 0.0 if shifts is None else shifts[index]
         values = [*values, value][-config.hits :]
         smoothed = min(values)
         statistic = max(statistic, smoothed)

@@ -105,6 +105,7 @@ class RiskMonitor:
         self._start = torch.tensor(config.start)
         self._forgiven = self._start + config.drift
         self._is_plain = config.n_heads == 1
+        self._boundary = torch.tensor(config.boundary_table)
 
     def start(self, batch: int, device: torch.device | str = "cpu") -> MonitorState:
         """Begin `batch` rows on `device`; the monitor's constants move there with them.
@@ -121,6 +122,7 @@ class RiskMonitor:
         self._inverse_scale = self._inverse_scale.to(device)
         self._shift = self._shift.to(device)
         self._start, self._forgiven = self._start.to(device), self._forgiven.to(device)
+        self._boundary = self._boundary.to(device)
         low = torch.full((batch,), -torch.inf, device=device)
         nothing = torch.zeros(batch, dtype=torch.int64, device=device)
         config = self.config
@@ -163,6 +165,8 @@ class RiskMonitor:
         """
         level, recent = self._level(state, logits)
         value = self.value(level)
+        if self.config.boundary:
+            value = value - self._boundary[state.step.clamp_max(len(self._boundary) - 1)]
         if shift is not None:
             value = value - shift
         # x - x is NaN for NaN and Inf alike; the sum over heads lets no head hide behind a max.
@@ -202,7 +206,7 @@ class RiskMonitor:
         """
         config = self.config
         state = self.start(logits.shape[0], logits.device)
-        if config.kind != "ema" or config.hits > 1:
+        if not config.is_moving_average:
             smoothed = []
             for one in logits.unbind(1):
                 state = self.step(state, one)

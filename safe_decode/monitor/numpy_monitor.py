@@ -5,6 +5,7 @@ What is computed is defined in `monitor.config`. Knows logits and states. Does n
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +73,9 @@ def step_state(
         inverse = (1.0 / scale).astype(np.float32)
         shift = (-np.asarray(config.offset) / scale).astype(np.float32)
         value = (shift + level * inverse).max(axis=-1)
+        if config.boundary:
+            boundary = _boundary_of(config)
+            value = value - boundary[np.minimum(state.step, len(boundary) - 1)]
         finite = state.finite & ((level - level).sum(axis=-1) == 0)
         values = np.concatenate([state.values, value[:, None]], axis=1)
         smoothed = values.min(axis=1)
@@ -88,6 +92,11 @@ def step_state(
             recent=recent,
             values=values[:, 1:],
         )
+
+
+@lru_cache(maxsize=16)
+def _boundary_of(config: MonitorConfig) -> Floats:
+    return np.asarray(config.boundary_table, np.float32)
 
 
 def _level(

@@ -70,7 +70,7 @@ class TripDetector:
         self._first = self._known = state
         self._level = state.ema
         self._smoothing = monitor.config.smoothing
-        self._keeps_levels = _is_moving_average(monitor) and not is_shifted
+        self._keeps_levels = monitor.config.is_moving_average and not is_shifted
         self._shifts: list[Tensor | None] = []
         self._shown: list[tuple[Tensor, Tensor]] = []
         self._logits: list[Tensor] = []
@@ -222,12 +222,6 @@ class TripDetector:
         """[batch] bool: exactly the monitor's alarm, or a level that is not finite."""
         residue = self._level - self._level
         return (self._monitor.value(self._level) > self._monitor.threshold) | (residue.sum(-1) != 0)
-
-
-def _is_moving_average(monitor: RiskMonitor) -> bool:
-    """Say whether the level is all a decision needs; other statistics are stepped in full."""
-    config = monitor.config
-    return config.kind == "ema" and config.hits == 1
 
 
 def _upper_bound(monitor: RiskMonitor, state: MonitorState) -> Tensor:

@@ -24,6 +24,7 @@ def runs(draw):
     batch = draw(st.integers(1, 4))
     lengths = draw(st.lists(st.integers(0, 12), min_size=batch, max_size=batch))
     vector = st.lists(logit, min_size=n_heads, max_size=n_heads)
+    places = tuple(sorted(draw(st.sets(st.integers(0, 14), max_size=3))))
     config = MonitorConfig(
         smoothing=draw(st.floats(0.05, 1.0)),
         start=tuple(draw(vector)),
@@ -35,6 +36,8 @@ def runs(draw):
         drift=draw(st.floats(0, 2, allow_subnormal=False)),
         hits=draw(st.integers(1, 3)),
         best=draw(st.integers(1, 3)),
+        boundary_at=places,
+        boundary=tuple(draw(st.lists(logit, min_size=len(places), max_size=len(places)))),
     )
     thresholds = draw(
         st.lists(st.floats(-60, 60, allow_subnormal=False), min_size=batch, max_size=batch)
@@ -189,3 +192,19 @@ def test_thresholds_of_another_batch_are_refused():
         RiskMonitor(config, torch.zeros(3)).start(2)
     with pytest.raises(ConfigurationError, match="NaN"):
         RiskMonitor(config, math.nan)
+
+
+def test_the_boundary_depends_on_how_much_was_said_and_on_nothing_else():
+    plain = {"smoothing": 1.0, "start": (0.0,), "offset": (0.0,), "scale": (1.0,), "low_mark": 0.0}
+    config = MonitorConfig(**plain, boundary_at=(1, 7), boundary=(1.0, 3.0))
+    table = config.boundary_table
+    assert table[:2] == (1.0, 1.0) and table[3] == pytest.approx(2.0) and table[7] == 3.0
+    assert len(table) == 8
+    smoothed = [step.smoothed for step in reference(config, 0.0, [[5.0]] * 12)]
+    assert smoothed == pytest.approx([5.0 - table[min(t, 7)] for t in range(12)])
+    assert MonitorConfig(**plain).boundary_table == ()
+    for wrong in ({"boundary_at": (3, 3), "boundary": (1.0, 2.0)}, {"boundary_at": (1,)}):
+        with pytest.raises(ConfigurationError, match="boundary_at="):
+            MonitorConfig(**plain, **wrong)
+    with pytest.raises(ConfigurationError, match="must be finite"):
+        MonitorConfig(**plain, boundary_at=(1,), boundary=(math.nan,))

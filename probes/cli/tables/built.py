@@ -85,7 +85,7 @@ def _tried_rows(tried: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "reads": str(one["sites"]),
             "features": f"{one['features']:,}",
             "fit": str(one["way"]),
-            "statistic": str(one["statistic"]),
+            "statistic": str(one["statistic"]) + (", even" if one["even"] else ""),
             "recall (chosen by)": f"{one['tpr']:.1%}",
             "AUROC": f"{one['auroc']:.3f}",
         }

@@ -62,4 +62,5 @@ def _statistic(one: Mapping[str, Any]) -> str:
         "top": f"{one['best']} of {window}",
         "cusum": f"{one['drift']:.2f}",
     }
-    return f"{kind} {sizes.get(kind, format(one['smoothing'], '.2f'))}"
+    even = ", even" if one["even"] else ""
+    return f"{kind} {sizes.get(kind, format(one['smoothing'], '.2f'))}{even}"

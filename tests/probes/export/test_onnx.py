@@ -26,6 +26,8 @@ STATISTICS = [
     {"kind": "shrunk", "window": 8},
     {"kind": "top", "window": 3, "best": 2},
     {"hits": 2},
+    {"boundary_at": (0, 4, 60), "boundary": (2.0, -1.0, 0.5)},
+    {"kind": "shrunk", "window": 8, "boundary_at": (3,), "boundary": (0.25,)},
 ]
 
 
