@@ -9,13 +9,14 @@ Knows the order, the grid and what is recorded. Each step is a module of its own
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from probes.activations.features import union_of_sites
 from probes.activations.harvest import score_responses
 from probes.calibration.canary import canary_of
 from probes.calibration.certify import Calibration, certify_populations
+from probes.calibration.detection import DetectionBound, detection_bounds
 from probes.calibration.reach import Responses
 from probes.calibration.statistic import smoothed_paths
 from probes.data.conversations import SPLITS, Conversation, Split, by_split
@@ -189,7 +190,7 @@ def make_bundle(
     )
     candidates = located_first(candidates, config.located_within)
     best = candidates[0]
-    calibration = _calibrated(model, tokenizer, parts["calibrate"], best, config)
+    calibration, finds = _calibrated(model, tokenizer, parts["calibrate"], best, config)
     tried = tuple(candidate.to_json() for candidate in candidates)
     bundle = ProbeBundle(
         probe=best.fitted.probe,
@@ -206,6 +207,7 @@ def make_bundle(
             **_counts(parts, unjudged),
             **_origin(units, tried, calibration),
             "delta": config.delta,
+            "finds": [asdict(one) for one in finds],
         },
         seen=seen_prompts(parts),
     )
@@ -254,12 +256,16 @@ def _calibrated(
     rows: Sequence[Conversation],
     best: CandidateProbe,
     config: RecipeConfig,
-) -> Calibration:
-    """Open the calibrate split: its harmless responses, under what was chosen."""
+) -> tuple[Calibration, tuple[DetectionBound, ...]]:
+    """Open the calibrate split, under what was chosen.
+
+    Harmless responses set the thresholds, and harmful ones say what these find.
+    """
     harmless = [row for row in rows if row.response_harmful is False]
-    device = next(model.parameters()).device
-    logits = score_responses(model, tokenizer, harmless, best.fitted.probe.to(device))
-    return certify_populations(
+    harmful = [row for row in rows if row.response_harmful is True]
+    probe = best.fitted.probe.to(next(model.parameters()).device)
+    logits = score_responses(model, tokenizer, harmless, probe)
+    calibration = certify_populations(
         harmless,
         smoothed_paths(logits, best.chosen.monitor),
         alphas=config.alphas,
@@ -269,4 +275,8 @@ def _calibrated(
         caps=config.caps,
         responses=Responses.scored(model, logits),
         lower_caps=config.lower_caps,
+    )
+    found = smoothed_paths(score_responses(model, tokenizer, harmful, probe), best.chosen.monitor)
+    return calibration, detection_bounds(
+        harmful, found, calibration.certificates, delta=config.delta
     )

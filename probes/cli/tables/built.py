@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from probes.metrics.intervals import Proportion
     from safe_decode.bundle.bundle import ProbeBundle
 
-__all__ = ["build_tables", "worth_rows"]
+__all__ = ["build_tables", "finds_rows", "worth_rows"]
 
 _TRIED = 10
+FINDS = "What the thresholds find, at least"
 
 
 def build_tables(built: Built) -> dict[str, list[dict[str, str]]]:
@@ -27,6 +28,7 @@ def build_tables(built: Built) -> dict[str, list[dict[str, str]]]:
     return {
         "What it catches, and what it stops by mistake": worth_rows(built.bundle),
         "Certificates": _certificate_rows(built),
+        **({FINDS: finds_rows(built.bundle)} if finds_rows(built.bundle) else {}),
         "By source, at the certified threshold": [
             {"responses": name, "trip": share_text(_proportion(one)), "n": str(one["n"])}
             for name, one in worth["by_source"].items()
@@ -61,6 +63,22 @@ def worth_rows(bundle: ProbeBundle) -> list[dict[str, str]]:
             "share": f"{worth['max_new_tokens']:,}",
             "n": "",
         },
+    ]
+
+
+def finds_rows(bundle: ProbeBundle) -> list[dict[str, str]]:
+    """Write the certified lower bounds on detection."""
+    return [
+        {
+            "responses": one["responses"],
+            "alpha": f"{one['alpha']:g}",
+            "tokens": f"{one['tokens']:,}",
+            "trip": f"{one['found']:,} of {one['n']:,}",
+            "at least": f"{one['at_least']:.1%}",
+            "delta": f"{one['delta']:.3g}",
+            "source": "on-policy" if one["is_on_policy"] else "off-policy",
+        }
+        for one in bundle.provenance.get("finds", ())
     ]
 
 

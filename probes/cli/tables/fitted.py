@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probes.cli.tables.built import worth_rows
+from probes.cli.tables.built import FINDS, finds_rows, worth_rows
 from probes.cli.tables.facts import show_facts
 from probes.cli.tables.figures import print_tables
 from safe_decode.cli.console import console
@@ -50,6 +50,8 @@ def show_fitted(recipe: Recipe, out: Path) -> None:
     }
     show_facts("Certificates", certified)
     print_tables({"On test, at the certified threshold": worth_rows(recipe.bundle)})
+    if finds := finds_rows(recipe.bundle):
+        print_tables({FINDS: finds})
     console().print(f"wrote {out}", soft_wrap=True)
 
 
