@@ -19,6 +19,7 @@ def harmful(group, *, prefill=0):
         group=group,
         response_harmful=True,
         prefill_tokens=prefill,
+        response_ids=(1, 2, 3) if prefill else None,
     )
 
 
