@@ -92,7 +92,7 @@ def benign_rows(
     """Certify on one half of the model's own answers; count on the other and on written ones."""
     certify = scored.part == "certify"
     own = np.flatnonzero(certify & (scored.source == "own benign-long"))
-    first = np.asarray([_is_first_half(scored.rows[row].group) for row in own])
+    first = np.asarray([_is_first_half(scored.rows[int(row)].group) for row in own])
     written = np.flatnonzero(
         certify & np.asarray([row.name.startswith("long") for row in scored.rows])
     )
@@ -142,7 +142,9 @@ def hazard_rows(
         (f"at the threshold of {CAPS[-1]}", thresholds[CAPS[-1]]),
         ("at a threshold for 10 % of all", float(np.quantile(peaks_at(paths, None)[members], 0.9))),
     ):
-        counts = [(a, n) for a, n in hazards([paths[row] for row in members], limit) if n >= 100]
+        counts = [
+            (a, n) for a, n in hazards([paths[int(row)] for row in members], limit) if n >= 100
+        ]
         table = np.asarray([[a, n - a] for a, n in counts])
         p = float(chi2_contingency(table).pvalue) if table[:, 0].sum() else float("nan")
         for block, (alarms, at_risk) in enumerate(counts):

@@ -1,7 +1,7 @@
 """Fit the probes that are compared: `python -m benchmarks.real_text.fitted`.
 
 All are fitted on the window means of the rows of the part *fit*. Which channels tell is found
-on the same rows. For two of the sets a probe is fitted without each source, as the source's own judge.
+on the same rows. For two of the sets a probe is fitted without each source, to judge it.
 
 Writes one file of weights, a head a probe. Knows sets of channels. Does not know statistics.
 """

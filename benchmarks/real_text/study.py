@@ -85,7 +85,7 @@ class Scored:
     @cached_property
     def is_ordinary(self) -> NDArray[np.bool_]:
         """[n] whether it is a harmless answer to an ordinary request."""
-        return self.is_long | (self.source == "alpaca-52k")
+        return np.logical_or(self.is_long, self.source == "alpaca-52k")
 
     def head(self, place: int) -> Scored:
         """Take one probe of several."""
