@@ -82,11 +82,6 @@ class Scored:
             [row.name.startswith("long") or row.source == "own benign-long" for row in self.rows]
         )
 
-    @cached_property
-    def is_ordinary(self) -> NDArray[np.bool_]:
-        """[n] whether it is a harmless answer to an ordinary request."""
-        return np.logical_or(self.is_long, self.source == "alpaca-52k")
-
     def head(self, place: int) -> Scored:
         """Take one probe of several."""
         return Scored(self.rows, [one[:, place : place + 1] for one in self.logits])
