@@ -11,6 +11,7 @@ from probes.building.recipe import BuildRecipe, ProbeReading
 from probes.fitting.interface import FitSettings
 from probes.fitting.search import fits_of
 from probes.fitting.statistics import statistics_of
+from probes.recipes import reading as recipe_reading
 from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site, sorted_sites
 from safe_decode.loading import Loaded
@@ -59,8 +60,7 @@ def telling_counts(own: Loaded, recipe: BuildRecipe) -> tuple[int, ...]:
     """Say how many of the channels that tell most about harm are read: as the recipe names them."""
     if recipe.reading.telling is not None:
         return recipe.reading.telling
-    width = anatomy_of(own.model).d_model
-    return tuple(sorted({width, len(_layers(own, recipe)) * width}))
+    return recipe_reading.telling_counts(own.model, len(_layers(own, recipe)))
 
 
 def _layers(own: Loaded, recipe: BuildRecipe) -> tuple[int, ...]:

@@ -149,7 +149,7 @@ def fit(options: FitOptions) -> None:
     if options.as_json:
         print_json(_as_json(recipe, options.out, provenance))
         return
-    show_warnings(readings, [*ready.warnings, *_notes(recipe)])
+    show_warnings(readings, [*ready.warnings, *_notes(recipe, options)])
     show_fitted(recipe, options.out)
 
 
@@ -196,8 +196,7 @@ def _require_sense(options: FitOptions) -> FeatureStore:
 def _require_enough(readings: Sequence[Reading], options: FitOptions) -> None:
     """Refuse, before the model is loaded, data that no bundle could come of."""
     judged = judged_rows(readings)
-    locates = options.units is None and options.residual is None and not options.telling
-    require_splits(judged, (*(("locate",) if locates else ()), "fit", "select", "calibrate"))
+    require_splits(judged, ("fit", "select", "calibrate"))
     require_both_kinds(judged, ("fit", "select"))
     n_caps = 1 + len(options.cap or ())
     require_draws(judged, options.alpha or _ALPHAS, options.delta, n_caps=n_caps)
@@ -228,19 +227,22 @@ def _config(own: Loaded, rows: Sequence[Conversation], options: FitOptions) -> R
     from probes.fitting.search import fits_of
     from probes.fitting.statistics import statistics_of
     from probes.recipes.bundle import RecipeConfig
+    from probes.recipes.reading import has_refusals, telling_counts
 
     # Which responses certify is decided by split and label, as the recipe takes them.
     calibrating = [row for row in rows if row.split == "calibrate" and not row.response_harmful]
     envelope = envelope_of(own, calibrating or rows, options)
     residual, c = options.residual, options.c or []
-    reads_units = options.units is not None or (residual is None and not options.telling)
+    finds = options.names_no_sites
+    locates = options.units is not None or (finds and has_refusals(rows))
+    telling = tuple(options.telling or (telling_counts(own.model) if finds else ()))
     alphas = tuple(options.alpha or _ALPHAS)
     return RecipeConfig(
         envelope=envelope,
         refusal=options.refusal,
         opener=options.opener,
-        feature_counts=tuple(options.features or FEATURE_COUNTS) if reads_units else (),
-        telling_counts=tuple(options.telling or ()),
+        feature_counts=tuple(options.features or FEATURE_COUNTS) if locates else (),
+        telling_counts=telling,
         extra_sites=(
             {}
             if residual is None
@@ -259,10 +261,14 @@ def _config(own: Loaded, rows: Sequence[Conversation], options: FitOptions) -> R
     )
 
 
-def _notes(recipe: Recipe) -> list[str]:
+def _notes(recipe: Recipe, options: FitOptions) -> list[str]:
     notes = [
         f"no certificate for {name}: {why}" for name, why in recipe.calibration.refused.items()
     ]
+    if options.names_no_sites and recipe.units is None:
+        notes.append(
+            "units of importance were not located: the split locate holds too few refusals"
+        )
     if note := foreign_note(recipe.calibration.foreign, recipe.bundle.provenance["calibrated"]):
         notes.append(note)
     return notes

@@ -31,6 +31,7 @@ from probes.fitting.multi_head import fit_heads
 from probes.fitting.registry import fitter_class, fitter_for, require_abilities, settings_record
 from probes.fitting.selection import ChosenMonitor, SelectSet, score_monitor
 from probes.fitting.statistics import StatisticChoice
+from probes.fitting.store import FeatureStore
 from safe_decode.activations.site import Site, n_features
 from safe_decode.errors import ConfigurationError
 from safe_decode.typing import CausalLM, Tokenizer
@@ -42,25 +43,6 @@ __all__ = [
     "fits_of",
     "ranked_candidates",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureStore:
-    """Where activations are while probes are fitted.
-
-    Attributes:
-        directory: Memory-mapped shards are kept and reused there; None: in memory.
-        recompute: Nothing is kept: every pass runs the model again. Slow, and small.
-    """
-
-    directory: Path | None = None
-    recompute: bool = False
-
-    def __post_init__(self) -> None:
-        if self.recompute and self.directory is not None:
-            raise ConfigurationError(
-                f"directory={self.directory} and recompute exclude each other; pass one of them."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,12 +175,28 @@ def _stored(
     search: Search,
     store: FeatureStore,
 ) -> Iterator[_Fitted]:
+    rows = (*fit_rows, *select_rows)
+    positions = sum(encode_response(tokenizer, row).n_scores for row in rows)
+    n_bytes = 2 * positions * n_features(union_of_sites(site_sets.values()))
+    with store.place(n_bytes) as place:
+        yield from _fitted_at(place, model, tokenizer, fit_rows, select_rows, site_sets, search)
+
+
+def _fitted_at(
+    place: Path | None,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    fit_rows: Sequence[Conversation],
+    select_rows: Sequence[Conversation],
+    site_sets: Mapping[str, tuple[Site, ...]],
+    search: Search,
+) -> Iterator[_Fitted]:
     every_site = union_of_sites(site_sets.values())
 
     def kept(name: str, rows: Sequence[Conversation]) -> ResponseFeatures:
-        if store.directory is None:
+        if place is None:
             return harvest(model, tokenizer, rows, every_site, storage="float16")
-        return harvest_to(store.directory / name, model, tokenizer, rows, every_site)
+        return harvest_to(place / name, model, tokenizer, rows, every_site)
 
     fit_features, select_features = kept("fit", fit_rows), kept("select", select_rows)
     harmful = [row.response_harmful is True for row in fit_rows]

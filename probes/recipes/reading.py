@@ -14,10 +14,19 @@ from probes.fitting.search import CandidateProbe
 from probes.location.locate import LocateConfig, locate
 from probes.location.telling import telling_channels
 from probes.location.units import UnitSet, sites_of
+from safe_decode.activations.architecture import anatomy_of
 from safe_decode.activations.site import Site
 from safe_decode.typing import CausalLM, Tokenizer
 
-__all__ = ["critical_sites", "is_located", "located_first", "located_units", "telling_sites"]
+__all__ = [
+    "critical_sites",
+    "has_refusals",
+    "is_located",
+    "located_first",
+    "located_units",
+    "telling_counts",
+    "telling_sites",
+]
 
 _UNITS, _TELLING = "units-", "telling-"
 """Stand before the number of features in the name of a set of located units: by importance, and by
@@ -35,6 +44,20 @@ def located_units(
         if not row.refusal and not row.prompt_harmful and not row.response_harmful
     ]
     return locate(model, tokenizer, refusals, benign, config)
+
+
+def has_refusals(rows: Sequence[Conversation]) -> bool:
+    """Say whether the split locate holds refusals enough to locate units of importance."""
+    refusals = {
+        row.response for row in rows if row.split == "locate" and row.refusal and row.prompt_harmful
+    }
+    return len(refusals) >= LocateConfig().min_refusals
+
+
+def telling_counts(model: CausalLM, layers: int = 4) -> tuple[int, ...]:
+    """Read as many channels as one residual layer has, and as several of them."""
+    width = anatomy_of(model).d_model
+    return tuple(sorted({width, layers * width}))
 
 
 def critical_sites(units: UnitSet, counts: Sequence[int]) -> dict[str, tuple[Site, ...]]:

@@ -55,6 +55,11 @@ class SiteOptions:
         ),
     ] = None
 
+    @property
+    def names_no_sites(self) -> bool:
+        """Whether what is read is left to the command."""
+        return self.units is None and self.residual is None and not self.telling
+
     def require_layers(self, model: str | None) -> None:
         """Check the file of units and the layers that are named, before the model is loaded.
 
@@ -86,7 +91,7 @@ class SiteOptions:
         Raises:
             ConfigurationError: Neither units nor channels nor layers are named.
         """
-        if self.units is None and self.residual is None and not self.telling:
+        if self.names_no_sites:
             raise ConfigurationError(_NOTHING)
 
 
