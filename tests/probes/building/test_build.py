@@ -54,7 +54,8 @@ def test_the_bundle_guards_and_says_what_it_is_worth(folder, built):
     assert bundle.digest == built["bundle"]
     worth = bundle.provenance["worth"]
     assert worth == built["worth"]
-    assert worth["split"] == "test" and worth["located"] is False
+    assert worth["split"] == "test" and worth["located"] is True
+    assert bundle.provenance["select"][0]["sites"].startswith("telling-")
     assert worth["recall"]["n"] >= 10 and worth["recall"]["hits"] <= worth["recall"]["n"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", bundle.made)
     from safe_decode.demo.embedded_pair import artefact
