@@ -33,6 +33,7 @@ from probes.fitting.selection import ChosenMonitor, SelectSet, score_monitor
 from probes.fitting.statistics import StatisticChoice
 from probes.fitting.store import FeatureStore
 from safe_decode.activations.site import Site, n_features
+from safe_decode.certificate_choice import BEGUN
 from safe_decode.errors import ConfigurationError
 from safe_decode.typing import CausalLM, Tokenizer
 
@@ -142,7 +143,7 @@ def ranked_candidates(
     labels = SelectSet(
         tuple(row.response_harmful is True for row in select_rows),
         tuple(onset_token(tokenizer, row, encode_response(tokenizer, row)) for row in select_rows),
-        tuple("harmful" if row.response_harmful else population_of(row) for row in select_rows),
+        tuple(_population(row) for row in select_rows),
     )
     fits = _recomputed if store.recompute else _stored
     found = [
@@ -151,6 +152,13 @@ def ranked_candidates(
         for chosen in _chosen(one, labels, search)
     ]
     return sorted(found, key=lambda candidate: candidate.chosen.rank(), reverse=True)
+
+
+def _population(row: Conversation) -> str:
+    if not row.response_harmful:
+        return population_of(row)
+    is_begun = bool(row.prefill_tokens) or row.meta.get("population") == BEGUN
+    return BEGUN if is_begun else "harmful"
 
 
 def _chosen(one: _Fitted, labels: SelectSet, search: Search) -> Iterator[ChosenMonitor]:

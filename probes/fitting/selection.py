@@ -20,6 +20,7 @@ from probes.calibration.statistic import first_trips, maxima, smoothed_paths
 from probes.fitting.boundary import spent_evenly
 from probes.fitting.statistics import StatisticChoice
 from probes.metrics.detection import auroc, delay_of, threshold_at
+from safe_decode.certificate_choice import BEGUN
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.monitor.monitor import MonitorConfig
 
@@ -44,7 +45,8 @@ class SelectSet:
     Attributes:
         harmful: One label a response.
         onset_tokens: Onset of each, or None.
-        populations: Of each response; only those of harmless responses are used.
+        populations: Of each response. Of harmful ones only whether it is `begun` is used, since
+            begun answers are judged by a threshold of their own.
     """
 
     harmful: tuple[bool, ...]
@@ -181,16 +183,23 @@ def score_monitor(
     """Set up a monitor for a probe's logits and measure it at a fixed response FPR.
 
     The threshold keeps the rate in every population of harmless responses, so a monitor
-    that merely reads the prompt is not chosen for its recall. The low mark is set so that in
-    `holdback_share` of the harmful responses nothing behind the onset counts as clear.
+    that merely reads the prompt is not chosen for its recall. Begun answers have their own, as
+    they will have when they are served. The low mark is set so that in `holdback_share` of the
+    harmful responses nothing behind the onset counts as clear.
     """
     config = monitor_for(
         logits, labels.benign_rows, start=start, smoothing=smoothing, choice=choice
     )
     paths = smoothed_paths(logits, config)
-    peaks = maxima(paths)
     harmful = np.asarray(labels.harmful)
-    threshold = _threshold(peaks, labels, fpr)
+    threshold, begun_threshold = _thresholds(maxima(paths), labels, fpr)
+    # From here on begun answers are compared with the same threshold as all.
+    above = begun_threshold - threshold
+    paths = [
+        path - np.float32(above) if name == BEGUN else path
+        for path, name in zip(paths, labels.populations, strict=True)
+    ]
+    peaks = maxima(paths)
     known = [
         (paths[row], onset)
         for row, onset in enumerate(labels.onset_tokens)
@@ -256,12 +265,17 @@ def choose_holdback(
     return int(min(wanted, most))
 
 
-def _threshold(peaks: NDArray[np.float64], labels: SelectSet, fpr: float) -> float:
+def _thresholds(peaks: NDArray[np.float64], labels: SelectSet, fpr: float) -> tuple[float, float]:
+    """Return the threshold of all but begun answers, and that of begun ones."""
     rows = labels.benign_rows
     names = np.asarray(labels.populations)[rows]
+    begun = peaks[rows[names == BEGUN]]
+    has_own = len(begun) >= _SMALLEST_POPULATION and (names != BEGUN).any()
+    if has_own:
+        rows, names = rows[names != BEGUN], names[names != BEGUN]
     threshold = threshold_at(peaks[rows], fpr)
     for name in np.unique(names):
         own = peaks[rows[names == name]]
         if len(own) >= _SMALLEST_POPULATION:
             threshold = max(threshold, threshold_at(own, fpr))
-    return threshold
+    return threshold, threshold_at(begun, fpr) if has_own else threshold

@@ -20,6 +20,7 @@ from probes.organism.grammar import Cells
 from probes.organism.oracle import judge
 from probes.organism.prefilled_requests import LONG_TOKENS, long_requests
 from probes.organism.templates import CANNED_REFUSAL
+from probes.organism.written import written_answers
 from probes.recipes.bundle import Recipe, RecipeConfig, make_bundle
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request
@@ -87,7 +88,18 @@ def conversations_for(
     config = RolloutConfig(max_new_tokens=amounts.max_new_tokens)
     rows = rollout(model, tokenizer, requests, judge=judge, config=config)
     added = RolloutConfig(max_new_tokens=_LONG_ADDED)
-    return [*rows, *rollout(model, tokenizer, long, judge=judge, config=added)]
+    rows += rollout(model, tokenizer, long, judge=judge, config=added)
+    # What follows filler is seldom harm where the model writes it, and the guard has to know it.
+    for number, (split, share) in enumerate((("fit", 1.0), ("select", 0.5))):
+        rows += written_answers(
+            tokenizer,
+            round(share * amounts.long_answers),
+            split=split,
+            seed=seed + 20 + number,
+            cells=cells,
+            asked=asked,
+        )
+    return rows
 
 
 def recipe_config(amounts: Amounts, model: CausalLM) -> RecipeConfig:
@@ -120,6 +132,7 @@ def recipe_config(amounts: Amounts, model: CausalLM) -> RecipeConfig:
         holdback_share=0.99,
         envelope=envelope,
         envelopes={BEGUN: long},
+        caps=(64, 128, 256) if amounts.long_answers else (),
         # A beginning that is cut from a longer text may come back a token shorter.
         lower_caps=True,
         refusal=CANNED_REFUSAL,
