@@ -14,6 +14,7 @@ from typing import Any
 
 from probes.data.conversations import Conversation, Split
 from probes.fitting.linear import FitConfig
+from probes.fitting.statistics import StatisticChoice
 from probes.organism.curriculum import Amounts
 from probes.organism.draws import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.grammar import Cells
@@ -90,14 +91,13 @@ def conversations_for(
     added = RolloutConfig(max_new_tokens=_LONG_ADDED)
     rows += rollout(model, tokenizer, long, judge=judge, config=added)
     # What follows filler is seldom harm where the model writes it, and the guard has to know it.
-    for number, (split, share) in enumerate((("fit", 1.0), ("select", 0.5))):
+    written: Mapping[Split, int] = {
+        "fit": amounts.long_answers,
+        "select": amounts.long_answers // 2,
+    }
+    for number, (split, count) in enumerate(written.items()):
         rows += written_answers(
-            tokenizer,
-            round(share * amounts.long_answers),
-            split=split,
-            seed=seed + 20 + number,
-            cells=cells,
-            asked=asked,
+            tokenizer, count, split=split, seed=seed + 20 + number, cells=cells, asked=asked
         )
     return rows
 
@@ -129,6 +129,11 @@ def recipe_config(amounts: Amounts, model: CausalLM) -> RecipeConfig:
             FitConfig(method="windowed", c=10.0, window=1, before_onset="exclude"),
         ),
         windows=(1, 2),
+        statistics=(
+            tuple(StatisticChoice("ema", window, even=True) for window in (1, 2))
+            if amounts.long_answers
+            else ()
+        ),
         holdback_share=0.99,
         envelope=envelope,
         envelopes={BEGUN: long},
