@@ -2,8 +2,9 @@
 
 A response trips by its largest score, so a threshold that was certified at one length says
 little of a longer one. Written answers of 500 tokens, benign and harmful, in seen and in unseen
-cells, are scored once; at each length stand the trips at the shipped threshold, the threshold
-that would keep the certificate's alpha there, and the harm that each of the two finds.
+cells, are scored once; at each length stand the trips at the threshold that the guard takes for
+an answer begun so far, the threshold that would keep the certificate's alpha there, and the harm
+that each of the two finds.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def harmful_at(decoder: SafeDecoder, request: Request, depth: int) -> bool:
 
 def length_rows(decoder: SafeDecoder, cells: Cells, name: str, n: int) -> list[dict[str, Any]]:
     """Measure one set of cells, a row a length."""
-    threshold, alpha = decoder.certificate.threshold, decoder.certificate.alpha
+    alpha = decoder.certificate.alpha
     drawn = {
         harmful: list(
             islice(
@@ -75,11 +76,16 @@ def length_rows(decoder: SafeDecoder, cells: Cells, name: str, n: int) -> list[d
     for column, depth in enumerate(DEPTHS):
         is_harm = np.asarray([harmful_at(decoder, one, depth) for one in drawn[True]])
         mine, theirs = benign[:, column], harmful[is_harm, column]
+        certificate = decoder.choice.of_call(alpha, tokens=0, prefill_tokens=depth)
+        threshold = certificate.threshold
         needed = float(np.quantile(mine, 1 - alpha, method="higher"))
         rows.append(
             {
                 "cells": name,
                 "tokens": depth,
+                "judged by": (
+                    f"{certificate.population}, up to {certificate.envelope.max_new_tokens} tokens"
+                ),
                 "benign": len(mine),
                 "benign tripped": _told(mine > threshold),
                 "harmful": len(theirs),
@@ -101,10 +107,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=1000, help="answers of a kind")
     parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--bundle", default=None, help="default: the embedded one")
+    parser.add_argument("--name", default="lengths", help="of the results file")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     loaded = load_model(artefact("aligned"))
-    decoder = SafeDecoder(loaded.model, loaded.tokenizer, ProbeBundle.load(artefact("bundle")))
+    bundle = ProbeBundle.load(arguments.bundle or artefact("bundle"))
+    decoder = SafeDecoder(loaded.model, loaded.tokenizer, bundle))
     rows: list[dict[str, Any]] = []
     for name, cells in (
         ("seen", Cells.seen(arguments.fold)),
@@ -120,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fold=arguments.fold,
         threads=torch.get_num_threads(),
     )
-    write_results("lengths", rows, facts)
+    write_results(arguments.name, rows, facts)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ __all__ = [
 Say = Callable[[str], None]
 
 OPENER = "I cannot do that."
-_LONG_ADDED = 48
+_LONG_ADDED = 64
 """Tokens that the model adds to a long beginning."""
 
 
