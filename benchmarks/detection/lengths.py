@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     loaded = load_model(artefact("aligned"))
     bundle = ProbeBundle.load(arguments.bundle or artefact("bundle"))
-    decoder = SafeDecoder(loaded.model, loaded.tokenizer, bundle))
+    decoder = SafeDecoder(loaded.model, loaded.tokenizer, bundle)
     rows: list[dict[str, Any]] = []
     for name, cells in (
         ("seen", Cells.seen(arguments.fold)),
