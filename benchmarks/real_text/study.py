@@ -46,6 +46,7 @@ TRIED = (
     StatisticChoice("top", 32, best=2),
 )
 _RATE = 0.01
+_SELECT = "select: recall at 1 % of long harmless answers %"
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,9 +174,7 @@ def _measured(
         "read": name,
         "features": features,
         "statistic": statistic,
-        "select: recall at 1 % of long harmless answers %": _percent(
-            recall(scored, select, whole, long)
-        ),
+        _SELECT: _percent(recall(scored, select, whole, long)),
     }
     for tokens in PREFIXES:
         shown = "whole" if tokens is None else str(tokens)
@@ -192,8 +191,19 @@ def _measured(
 
 def select_by(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Choose on select alone, among what can be deployed."""
-    name = "select: recall at 1 % of long harmless answers %"
-    return max((row for row in rows if "offline" not in row["statistic"]), key=lambda r: r[name])
+    deployable = [row for row in rows if "offline" not in row["statistic"]]
+    return max(deployable or rows, key=lambda row: row[_SELECT])
+
+
+def best_of_kinds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep, of each probe and kind of statistic, the one that select prefers, and today's form."""
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        name = str(row["statistic"])
+        kind = name if name == str(TRIED[0]) else name.split("-")[0]
+        key = (str(row["read"]), kind)
+        best[key] = row if key not in best else max(best[key], row, key=lambda one: one[_SELECT])
+    return list(best.values())
 
 
 def _percent(share: float) -> float:
@@ -227,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows.append(row)
                 LOG.info("%s", json.dumps(row))
     chosen = select_by(rows)
+    tried = len(rows)
+    rows = best_of_kinds(rows)
     for row in rows:
         row["chosen on select"] = "yes" if row is chosen else ""
     counts = {name: int((scored.part == name).sum()) for name in ("select", "dev", "certify")}
@@ -234,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model="Qwen2.5-Coder-0.5B-Instruct, first 20 of 24 blocks",
         fitted_rows=_fitted(arguments.work),
         scored_rows=counts,
+        tried=tried,
         looks_at_dev=looks,
     )
     write_results("real_statistics", aligned(rows), facts)
