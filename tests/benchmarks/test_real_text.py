@@ -1,4 +1,4 @@
-"""The study of a real model: parts that share no prompt, means and scores that are what they say."""
+"""The study of a real model: parts that share no prompt, and means that are what they say."""
 
 from __future__ import annotations
 
