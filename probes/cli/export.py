@@ -28,6 +28,14 @@ class ExportOptions(NamedBundle, JsonOptions):
 
     out: Annotated[Path, typer.Option(help="Directory that the graphs are written to.")]
     alpha: Alpha = None
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest answer, in tokens: the smallest certified length that covers it decides "
+            "the threshold. Without it: the largest.",
+        ),
+    ] = None
     steps: Annotated[
         int,
         typer.Option(
@@ -39,15 +47,22 @@ class ExportOptions(NamedBundle, JsonOptions):
 @command("Tools")
 def export(options: ExportOptions) -> None:
     """Export the probe, and the probe with its monitor, as ONNX."""
-    out, alpha, steps = options.out, options.alpha, options.steps
+    out, steps = options.out, options.steps
     require_place(out.parent / "file")
     from probes.export.onnx import export_onnx
     from probes.export.parity import agreement
 
     loaded = options.load_bundle()
-    files = export_onnx(loaded, out, alpha=alpha)
+    files = export_onnx(loaded, out, alpha=options.alpha, tokens=options.tokens)
     with working(f"Comparing over {steps:,} steps"):
-        found = agreement(loaded, out, alpha=alpha, steps=steps, tolerance=TOLERANCE)
+        found = agreement(
+            loaded,
+            out,
+            alpha=options.alpha,
+            tokens=options.tokens,
+            steps=steps,
+            tolerance=TOLERANCE,
+        )
     if found.largest > TOLERANCE or found.flags_differ:
         raise ConfigurationError(
             f"onnxruntime, torch and NumPy differ by {found.largest:.2g} and in "

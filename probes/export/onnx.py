@@ -36,7 +36,11 @@ _FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 def export_onnx(
-    bundle: ProbeBundle, folder: str | Path, *, alpha: float | None = None
+    bundle: ProbeBundle,
+    folder: str | Path,
+    *,
+    alpha: float | None = None,
+    tokens: int | None = None,
 ) -> tuple[Path, Path]:
     """Write both graphs, each whole.
 
@@ -44,6 +48,8 @@ def export_onnx(
         bundle: To export.
         folder: A directory; it is created if it is not there.
         alpha: Level whose threshold stands in the graph; None for the default.
+        tokens: Of an answer at most: the smallest certified cap that covers them decides; None:
+            the largest.
 
     Returns:
         The files of the probe, and of the probe with its monitor.
@@ -57,7 +63,7 @@ def export_onnx(
 
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    threshold = bundle.certificate(alpha).threshold
+    threshold = bundle.certificate(alpha, tokens=tokens).threshold
     models = {PROBE_FILE: _probe_model(bundle), MONITOR_FILE: _monitor_model(bundle, threshold)}
     for name, model in models.items():
         onnx.checker.check_model(model, full_check=True)

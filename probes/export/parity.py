@@ -61,6 +61,7 @@ def agreement(
     folder: str | Path,
     *,
     alpha: float | None = None,
+    tokens: int | None = None,
     steps: int = 10_000,
     batch: int = 4,
     seed: int = 0,
@@ -72,6 +73,7 @@ def agreement(
         bundle: The one exported.
         folder: Where its graphs are.
         alpha: As exported.
+        tokens: As exported.
         steps: Of each row.
         batch: Rows; each begins anew at random, all three together.
         seed: Of the features.
@@ -87,7 +89,7 @@ def agreement(
         str(Path(folder) / MONITOR_FILE), providers=["CPUExecutionProvider"]
     )
     names = [output.name for output in session.get_outputs()]
-    threshold = bundle.certificate(alpha).threshold
+    threshold = bundle.certificate(alpha, tokens=tokens).threshold
     config, probe = bundle.monitor, bundle.probe.to("cpu")
     monitor = RiskMonitor(config, threshold)
     rng = np.random.default_rng(seed)

@@ -101,6 +101,7 @@ class NumpyBundle:
         alpha: float | None = None,
         population: str = "benign",
         dtype: str | None = None,
+        tokens: int | None = None,
     ) -> NumpyBundle:
         """Read a bundle; digests are checked, and thresholds recomputed from their maxima.
 
@@ -110,6 +111,7 @@ class NumpyBundle:
             population: Whose responses the threshold speaks of.
             dtype: Number format of the model that the features come from; None: the one that
                 the bundle was made in.
+            tokens: Of an answer at most, see `certificate_of`; None: the largest cap.
 
         Raises:
             BundleError: There is no bundle.
@@ -143,8 +145,8 @@ class NumpyBundle:
                 f"bundle {source} is corrupt: {error} (fetch or export the bundle again)."
             ) from error
         wanted = card["default_alpha"] if alpha is None else alpha
-        threshold = certificate_of(certificates, wanted, population, dtype or made).threshold
-        return cls(sites, layout, own, heads, monitor, threshold, card["digest"])
+        found = certificate_of(certificates, wanted, population, dtype or made, tokens)
+        return cls(sites, layout, own, heads, monitor, found.threshold, card["digest"])
 
     @property
     def n_features(self) -> int:

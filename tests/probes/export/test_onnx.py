@@ -149,3 +149,27 @@ def test_a_bundle_that_is_not_whole_is_refused_without_torch_too(llama, tokenize
         NumpyBundle.load(path)
     with pytest.raises(BundleError, match=r"holds no card\.json"):
         NumpyBundle.load(tmp_path)
+
+
+def test_a_graph_and_a_portable_bundle_take_the_cap_that_covers_an_answer(
+    llama, tokenizer, tmp_path
+):
+    onnx = pytest.importorskip("onnx")
+    bundle = random_bundle(llama, tokenizer)
+    whole = bundle.certificate()
+    first = Certificate.compute(
+        [value - 1 for value in whole.maxima],
+        alpha=whole.alpha,
+        delta=whole.delta,
+        population="benign",
+        envelope=replace(whole.envelope, max_new_tokens=8),
+        dtype=whole.dtype,
+    )
+    both = replace(bundle, certificates=(*bundle.certificates, first))
+    both.save(tmp_path / "bundle")
+    for tokens, expected in ((8, first), (9, whole), (None, whole)):
+        portable = NumpyBundle.load(tmp_path / "bundle", tokens=tokens)
+        assert portable.threshold == expected.threshold
+        _, monitor = export_onnx(both, tmp_path / "graphs", tokens=tokens)
+        facts = {entry.key: entry.value for entry in onnx.load(monitor).metadata_props}
+        assert float(facts["threshold"]) == expected.threshold
