@@ -149,7 +149,7 @@ def _measure(journal: Journal, place: Place, read: Harvested, count: int) -> Non
     if key in journal:
         return
     own = {name: features.at(place.sites) for name, features in read.features.items()}
-    best: tuple[float, float, dict[str, Any]] | None = None
+    best: tuple[float, float | None, dict[str, Any]] | None = None
     for config in _FITS:
         fitted = LinearProbeFitter(config).fit(own["fit"], read.harmful["fit"].tolist())
         monitor = MonitorConfig(_SMOOTHING, fitted.benign_mean, (0.0,), (1.0,), 0.0)

@@ -80,7 +80,8 @@ class FitOptions(
         typer.Option(
             "--c",
             help="Inverse strength C of the L2 penalty of a linear probe. Given several times, "
-            "the values are compared on the fit split. Without it: 0.1.",
+            "the values are compared on the fit split. Without it: 0.1 for up to 256 features, and "
+            "less the more there are.",
         ),
     ] = None
     by_category: Annotated[

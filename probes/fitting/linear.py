@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -56,6 +56,10 @@ nothing is optimised, so nothing is overfitted."""
 WINDOWS = (1, 4, 8, 16)
 """Positions of the windowed loss to try."""
 
+DEFAULT_C, DEFAULT_C_FEATURES = 0.1, 256
+"""What C is where none is given, up to how many features; above, it falls as their number grows:
+features of equal spread share what one of them could say, and a fixed C overfits thousands."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig(FitSettings):
@@ -64,7 +68,8 @@ class FitConfig(FitSettings):
     Attributes:
         method: See `Method`.
         c: Inverse strength of the L2 penalty, in scikit-learn's sense with one unit of
-            weight a response. Without meaning for `mass_mean`.
+            weight a response; None: by the number of features, see `DEFAULT_C`. Without meaning
+            for `mass_mean`.
         before_onset: See `BeforeOnset`.
         tokens_per_response: As in `FitSettings`; used by `token`.
         window: Positions of a sliding window, for `windowed`.
@@ -77,19 +82,28 @@ class FitConfig(FitSettings):
 
     kind: ClassVar[str] = "linear"
     method: Method = "token"
-    c: float = 0.1
+    c: float | None = None
     window: int = 8
     tau: float = 1.0
     max_iterations: int = 200
 
     def __post_init__(self) -> None:
-        require_positive(self, ("c", "tokens_per_response", "window", "tau", "max_iterations"))
+        require_positive(self, ("tokens_per_response", "window", "tau", "max_iterations"))
+        if self.c is not None:
+            require_positive(self, ("c",))
 
     @property
     def label(self) -> str:
         """Name these settings in tables."""
         window = f" M={self.window}" if self.method == "windowed" else ""
-        return f"{self.method} C={self.c:g}{window}"
+        strength = "" if self.c is None else f" C={self.c:g}"
+        return f"{self.method}{strength}{window}"
+
+    def for_features(self, count: int) -> FitConfig:
+        """Name C where it is left to the number of features."""
+        if self.c is not None:
+            return self
+        return replace(self, c=DEFAULT_C * min(1.0, DEFAULT_C_FEATURES / count))
 
     @property
     def has_penalty(self) -> bool:
@@ -119,7 +133,7 @@ class LinearProbeFitter(Fitter):
                 f"method={unknown[0]!r} is not one of {tuple(known)}; pass one of these."
             )
         return tuple(
-            FitConfig(method=known[name], c=0.1 if c is None else c, window=window)
+            FitConfig(method=known[name], c=c, window=window)
             for name in methods or known
             for window in (WINDOWS if name == "windowed" else (8,))
         )
@@ -139,6 +153,7 @@ class LinearProbeFitter(Fitter):
         self, features: ResponseFeatures, segments: Sequence[Segment], harmful: Sequence[bool]
     ) -> FittedProbe:
         """Fit on segments that were labelled already; otherwise as `fit`."""
+        config = self.config.for_features(n_features(features.sites))
         examples = examples_of(
             features,
             segments,
@@ -146,12 +161,12 @@ class LinearProbeFitter(Fitter):
             is_pooled=self.config.method == "pooled",
         )
         mean, std, dead = standardise(examples)
-        solution = self._solve(examples)
+        solution = _solved(examples, config)
         solution.weight[dead] = 0.0
         probe = fitted_probe(features.sites, solution, mean, std)
         benign = [v for v, label in zip(features.responses, harmful, strict=True) if not label]
         return FittedProbe(
-            probe, _logit_of_means(probe, benign), self.config, int(dead.sum()), solution.converged
+            probe, _logit_of_means(probe, benign), config, int(dead.sum()), solution.converged
         )
 
     def fit_streamed(
@@ -176,36 +191,6 @@ class LinearProbeFitter(Fitter):
         bias = torch.cat([part.tensors()["bias"] for part in parts.values()])
         return LinearProbe(ordered, weight, bias, tuple(parts))
 
-    def _solve(self, examples: Examples) -> Solution:
-        config = self.config
-        if config.method == "windowed":
-            windows = Windows.over(
-                examples.sizes, examples.harmful, examples.weight, width=config.window
-            )
-            return minimise(
-                examples.rows,
-                windows,
-                c=config.c,
-                tau=config.tau,
-                max_iterations=config.max_iterations,
-            )
-        if config.method == "mass_mean":
-            return _mass_mean(examples)
-        model = LogisticRegression(C=config.c, max_iter=config.max_iterations)
-        with warnings.catch_warnings():
-            # Stopping at max_iter is reported as `converged`, not as a warning.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(
-                examples.rows,
-                np.repeat(examples.harmful, examples.sizes),
-                sample_weight=examples.row_weights(),
-            )
-        return Solution(
-            model.coef_[0].astype(np.float32),
-            float(model.intercept_[0]),
-            int(model.n_iter_.max()) < config.max_iterations,
-        )
-
 
 def fitted_probe(
     sites: Sequence[Site],
@@ -221,6 +206,37 @@ def fitted_probe(
         torch.from_numpy(mean),
         torch.from_numpy(std),
         ("harm",),
+    )
+
+
+def _solved(examples: Examples, config: FitConfig) -> Solution:
+    assert config.c is not None  # `for_features` has named it
+    if config.method == "windowed":
+        windows = Windows.over(
+            examples.sizes, examples.harmful, examples.weight, width=config.window
+        )
+        return minimise(
+            examples.rows,
+            windows,
+            c=config.c,
+            tau=config.tau,
+            max_iterations=config.max_iterations,
+        )
+    if config.method == "mass_mean":
+        return _mass_mean(examples)
+    model = LogisticRegression(C=config.c, max_iter=config.max_iterations)
+    with warnings.catch_warnings():
+        # Stopping at max_iter is reported as `converged`, not as a warning.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(
+            examples.rows,
+            np.repeat(examples.harmful, examples.sizes),
+            sample_weight=examples.row_weights(),
+        )
+    return Solution(
+        model.coef_[0].astype(np.float32),
+        float(model.intercept_[0]),
+        int(model.n_iter_.max()) < config.max_iterations,
     )
 
 

@@ -65,6 +65,7 @@ def fit_streamed(
         NonFiniteError: An activation is NaN or infinite.
     """
     ordered = sorted_sites(sites)
+    config = config.for_features(n_features(ordered))
     segments = label_spans(n_scores, onset_tokens, harmful, before_onset=config.before_onset)
     if config.method == "pooled":
         return _pooled(stream, ordered, segments, harmful, config)
@@ -182,6 +183,7 @@ class _Passes:
 
         def closure() -> float:
             optimiser.zero_grad()
+            assert self._config.c is not None  # `for_features` has named it
             penalty = weight.double().square().sum() / (2 * self._config.c * self._total)
             penalty.backward()  # type: ignore[no-untyped-call]
             value = float(penalty.detach())

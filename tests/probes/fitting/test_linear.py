@@ -270,3 +270,12 @@ def test_each_category_gets_a_head_where_it_has_enough_rows():
     assert found.probe.heads == ("harm", "harm:theft")
     whole = LinearProbeFitter(FitConfig()).fit(features, harmful)
     torch.testing.assert_close(found.probe.weight[:, :1], whole.probe.weight)
+
+
+def test_the_penalty_grows_with_the_number_of_features_where_none_is_given():
+    assert FitConfig().for_features(64).c == FitConfig().for_features(256).c == 0.1
+    assert FitConfig().for_features(2560).c == pytest.approx(0.01)
+    assert FitConfig(c=3.0).for_features(2560).c == 3.0
+    assert "C=" not in FitConfig().label and "C=0.1" in FitConfig().for_features(8).label
+    with pytest.raises(ConfigurationError, match="c=0"):
+        FitConfig(c=0.0)
