@@ -40,7 +40,7 @@ TRIED = (
     *(StatisticChoice("ema", 16, even=even) for even in (False, True)),
     StatisticChoice("cusum", drift=0.5),
     StatisticChoice("cusum", drift=1.0),
-    *(StatisticChoice("shrunk", n, even=even) for n in (8, 32, 128) for even in (False, True)),
+    *(StatisticChoice("shrunk", n, even=even) for n in (8, 16, 32, 128) for even in (False, True)),
     *(StatisticChoice("top", 16, best=4, even=even) for even in (False, True)),
     StatisticChoice("top", 16, best=2),
     StatisticChoice("top", 32, best=2),

@@ -70,13 +70,13 @@ STATISTICS: Mapping[str, tuple[StatisticChoice, ...]] = {
     "ema": tuple(StatisticChoice("ema", window) for window in (1, 2, 4, 8, 16)),
     "mean": tuple(StatisticChoice("mean", window) for window in (4, 8, 16)),
     "cusum": tuple(StatisticChoice("cusum", drift=drift) for drift in (0.5, 1.0, 2.0)),
-    "shrunk": tuple(StatisticChoice("shrunk", window) for window in (8, 32, 128)),
+    "shrunk": tuple(StatisticChoice("shrunk", window) for window in (8, 16, 32, 128)),
     "top": tuple(
         StatisticChoice("top", window, best=best) for window, best in ((16, 2), (16, 4), (32, 2))
     ),
     "even": (
         StatisticChoice("ema", 16, even=True),
-        StatisticChoice("shrunk", 32, even=True),
+        StatisticChoice("shrunk", 16, even=True),
         StatisticChoice("shrunk", 128, even=True),
         StatisticChoice("top", 16, best=4, even=True),
     ),
