@@ -26,7 +26,7 @@ from safe_decode.bench.models import Subject, embedded_subject, of_shape
 from safe_decode.bench.runner import interleaved
 from safe_decode.bench.statistics import interval_of
 from safe_decode.engines.transformers.loops.row_status import RowStatus
-from safe_decode.session import trip_detector
+from safe_decode.monitor.config import MonitorConfig
 
 LOG = logging.getLogger("benchmarks.cost.shortcuts")
 _TRIPPING_SHARE = 0.25
@@ -52,8 +52,8 @@ def put(owner: object, name: str, value: object) -> Iterator[None]:
 
 SHORTCUTS: Mapping[str, tuple[str, Callable[[], AbstractContextManager[None]]]] = {
     "levels alone decide": (
-        "session/trip_detector.py: _is_moving_average",
-        lambda: put(trip_detector, "_is_moving_average", lambda _: False),
+        "monitor/config.py: level_decides",
+        lambda: put(MonitorConfig, "level_decides", property(lambda _: False)),
     ),
     "rows that go on are not sorted": (
         "loops/row_status.py: go_on_as_they_are",

@@ -122,8 +122,13 @@ class MonitorConfig:
 
     @property
     def is_moving_average(self) -> bool:
-        """Whether the level alone decides, and is linear in the logits."""
-        return self.kind == "ema" and self.hits == 1 and not self.boundary
+        """Whether the statistic is a moving average, plain."""
+        return self.kind == "ema" and self.level_decides
+
+    @property
+    def level_decides(self) -> bool:
+        """Whether the level alone says if there is an alarm, and is a mean of logits."""
+        return self.kind in ("ema", "shrunk") and self.hits == 1 and not self.boundary
 
     @property
     def first_level(self) -> tuple[float, ...]:

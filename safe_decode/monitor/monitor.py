@@ -229,7 +229,7 @@ class RiskMonitor:
             return window.mean(dim=1), window[:, 1:]
         if config.kind == "shrunk":
             weight = (state.step + (config.window + 1)).reciprocal()
-            return state.ema + weight[:, None] * (logits - state.ema), state.recent
+            return torch.lerp(state.ema, logits, weight[:, None]), state.recent
         if config.kind == "top":
             return self._best_windows(state, logits)
         # Clamping would make 0 of -inf: the last term is 0, or NaN where a logit is not finite.

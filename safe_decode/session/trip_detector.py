@@ -6,8 +6,8 @@ or what a trip leads to.
 Between two trips only the level (the smoothed logits) has to be kept, and one comparison with
 its bounds says that no row alarms and none is broken. All else the monitor knows, its `state`,
 is a function of the logits so far: it is computed by `RiskMonitor.step` when somebody asks,
-which is after a trip or at the end. Statistics other than a moving average are stepped in full
-each time. On an accelerator, where asking would wait, trips are
+which is after a trip or at the end. Statistics other than moving averages and shrunk means are
+stepped in full each time. On an accelerator, where asking would wait, trips are
 computed on the device and handed on unread.
 """
 
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from safe_decode.monitor.config import MonitorConfig
 from safe_decode.monitor.monitor import MonitorState, RiskMonitor, SnapshotRing
 from safe_decode.policy.policy import Policy
 
@@ -69,8 +70,8 @@ class TripDetector:
         self._monitor, self._policy = monitor, policy
         self._first = self._known = state
         self._level = state.ema
-        self._smoothing = monitor.config.smoothing
-        self._keeps_levels = monitor.config.is_moving_average and not is_shifted
+        self._gain = _Gain(monitor.config, state)
+        self._keeps_levels = monitor.config.level_decides and not is_shifted
         self._shifts: list[Tensor | None] = []
         self._shown: list[tuple[Tensor, Tensor]] = []
         self._logits: list[Tensor] = []
@@ -153,7 +154,7 @@ class TripDetector:
         self._active.append(active)
         self._any_masked |= active is not None
         if self._keeps_levels:
-            level = torch.lerp(self._level, logits, self._smoothing)
+            level = torch.lerp(self._level, logits, self._gain.next(active))
             if active is not None:
                 level = torch.where(active[:, None], level, self._level)
             self._level = level
@@ -222,6 +223,31 @@ class TripDetector:
         """[batch] bool: exactly the monitor's alarm, or a level that is not finite."""
         residue = self._level - self._level
         return (self._monitor.value(self._level) > self._monitor.threshold) | (residue.sum(-1) != 0)
+
+
+class _Gain:
+    """The weight of the newest logit in the level.
+
+    Of an average always the same, of a shrunk mean that of one among all so far. While rows have
+    consumed equally many on the host, it is one number.
+    """
+
+    def __init__(self, config: MonitorConfig, state: MonitorState) -> None:
+        self._window = config.window if config.kind == "shrunk" else None
+        self._smoothing = config.smoothing
+        self._taken: int | Tensor = state.step
+        if self._window is not None and state.step.is_cpu and len(set(state.step.tolist())) == 1:
+            self._taken = int(state.step[0])
+
+    def next(self, active: Tensor | None) -> float | Tensor:
+        """Return the weights of the next logits, a number or [batch, 1]."""
+        if self._window is None:
+            return self._smoothing
+        if active is not None and isinstance(self._taken, int):
+            self._taken = torch.full_like(active, self._taken, dtype=torch.int64)
+        before = self._taken + (self._window + 1)
+        self._taken = self._taken + (1 if active is None else active)
+        return 1.0 / before if isinstance(before, int) else before.reciprocal()[:, None]
 
 
 def _upper_bound(monitor: RiskMonitor, state: MonitorState) -> Tensor:

@@ -16,6 +16,8 @@ from safe_decode.session.trip_detector import TripDetector
 CONFIGS = (
     MonitorConfig(0.4, (0.1,), (-0.3,), (1.7,), -0.2),
     MonitorConfig(1.0, (0.0, 0.5), (0.2, -0.1), (0.8, 2.0), 0.1),
+    MonitorConfig(1.0, (0.1,), (-0.3,), (1.7,), -0.2, kind="shrunk", window=3),
+    MonitorConfig(1.0, (0.0, 0.5), (0.2, -0.1), (0.8, 2.0), 0.1, kind="shrunk", window=1),
 )
 logit = st.one_of(
     st.floats(-9, 9, allow_subnormal=False), st.sampled_from([math.nan, math.inf, -math.inf])
