@@ -23,7 +23,7 @@ from benchmarks.card import card, write_results
 from benchmarks.detection.answers import Bench
 from probes.metrics.detection import Proportion
 from probes.organism.grammar import Cells
-from probes.organism.prefilled_requests import KINDS, Kind, begun
+from probes.organism.long_answers import KINDS, Kind, begun
 from probes.rollouts.types import Request
 from safe_decode import ProbeBundle, SafeDecoder
 from safe_decode.demo.embedded_pair import artefact

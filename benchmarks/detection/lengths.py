@@ -24,8 +24,8 @@ from benchmarks.card import card, write_results
 from probes.calibration.statistic import smoothed_paths
 from probes.metrics.detection import Proportion
 from probes.organism.grammar import Cells
+from probes.organism.long_answers import begun
 from probes.organism.oracle import judge
-from probes.organism.prefilled_requests import begun
 from probes.rollouts.types import Request
 from safe_decode import ProbeBundle, SafeDecoder
 from safe_decode.demo.embedded_pair import artefact

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from benchmarks.real_text.rows import StudyRow
+from benchmarks.real_text.parts import StudyRow
 from benchmarks.real_text.windows import WindowMeans
 from safe_decode.activations.site import Site, SiteKind
 from safe_decode.errors import DataError

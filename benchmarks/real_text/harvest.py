@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.real_text.rows import StudyRow, sampled, study_rows
+from benchmarks.real_text.parts import StudyRow, sampled, study_rows
 from benchmarks.real_text.windows import cut, take_shards
 from safe_decode.loading import Loaded, load_model
 

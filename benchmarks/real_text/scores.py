@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.real_text.harvest import load_shallow
-from benchmarks.real_text.rows import StudyRow, sampled, study_rows
+from benchmarks.real_text.parts import StudyRow, sampled, study_rows
 from benchmarks.real_text.windows import cut
 from probes.activations.teacher_forcing import teacher_forced
 from safe_decode.activations.site import Site

@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 from benchmarks.card import aligned, card, write_results
 from benchmarks.detection.reference import count_look
 from benchmarks.real_text.candidates import TWO_CLASS, label_of
-from benchmarks.real_text.rows import StudyRow
+from benchmarks.real_text.parts import StudyRow
 from benchmarks.real_text.scores import joint_probe, read_scores, scored_rows
 from probes.calibration.statistic import smoothed_paths
 from probes.fitting.selection import monitor_for

@@ -148,8 +148,7 @@ def certify_populations(
     """Certify thresholds for each population apart, up to several caps.
 
     Alphas and caps share the confidence. Under a smaller cap a response would have been a part of
-    itself, so its statistic there is that of its first tokens. Answers whose beginning was supplied
-    reach differently far: each cap is certified on those that reach it.
+    itself. Begun answers reach differently far: each cap is certified on those that reach it.
 
     Args:
         conversations: Harmless responses of the calibrate split.
@@ -159,8 +158,7 @@ def certify_populations(
         envelope: As in `certify`, with the largest cap.
         envelopes: Of populations whose responses were generated otherwise; by name.
         caps: Smaller caps to certify beside it; those that are not smaller are passed over.
-        responses: Lengths of the responses, and the model that is certified; None: the
-            certificates say `unrecorded`.
+        responses: What is known of them; None: certificates say `unrecorded`.
         lower_caps: As in `certify`.
         required: The population without which there is no bundle.
 
@@ -170,15 +168,13 @@ def certify_populations(
         DataError: A response is harmful or was not judged.
     """
     names, others = np.asarray([population_of(row) for row in conversations]), envelopes or {}
-    certificates: list[Certificate] = []
-    refused: dict[str, str] = {}
-    foreign: Counter[str] = Counter()
+    certificates, refused, foreign = list[Certificate](), dict[str, str](), Counter[str]()
     for population in sorted({required, *names.tolist()}):
         rows = np.flatnonzero(names == population)
         mine, own = [conversations[int(row)] for row in rows], others.get(population, envelope)
         known = None if responses is None else responses.of_rows(rows)
         foreign.update(known.foreign(mine, own) if known else {})
-        reaches = None if known is None else known.reaches(mine, own)
+        reaches = known.reaches(mine, own) if known else None
         if population == BEGUN and BEGUN not in others and reaches and lower_caps:
             own = replace(own, max_new_tokens=max(one.reach for one in reaches))
         drawn = _Drawn(
@@ -190,24 +186,10 @@ def certify_populations(
         )
         wanted = [*sorted({cap for cap in caps if cap < own.max_new_tokens}), own.max_new_tokens]
         share = delta / (len(alphas) * len(wanted))
-        # Each is tried apart, so that a small population keeps what it supports; the confidence
-        # is shared over all that were asked for.
         for alpha in alphas:
-            lowest: int | None = None
-            for cap in reversed(wanted):
-                if lowest is not None and cap >= lowest:
-                    continue  # the responses support no more than was certified just now
-                is_largest = cap == own.max_new_tokens
-                try:
-                    found = drawn.up_to(cap, alpha, share, own)
-                except CertificateError as error:
-                    if population == required and is_largest:
-                        raise
-                    where = "" if is_largest else f" up to {cap} tokens"
-                    refused[f"{population} at {alpha}{where}"] = str(error)
-                else:
-                    lowest = found.envelope.max_new_tokens
-                    certificates.append(found)
+            found, why = drawn.certified(alpha, share, own, wanted, population == required)
+            certificates += found
+            refused |= why
     return Calibration(tuple(certificates), refused, dict(foreign))
 
 
@@ -220,6 +202,34 @@ class _Drawn:
     paths: Sequence[NDArray[np.float32]]
     reaches: Sequence[Reach] | None
     lower_caps: bool
+
+    def certified(
+        self,
+        alpha: float,
+        delta: float,
+        envelope: Envelope,
+        caps: Sequence[int],
+        is_required: bool,
+    ) -> tuple[list[Certificate], dict[str, str]]:
+        """Try each cap apart, so that a small population keeps what it supports.
+
+        Returns:
+            The certificates, of the largest cap first, and why others were not given.
+        """
+        found: list[Certificate] = []
+        refused: dict[str, str] = {}
+        for cap in reversed(caps):
+            if found and cap >= found[-1].envelope.max_new_tokens:
+                continue  # the responses support no more than was certified just now
+            is_largest = cap == envelope.max_new_tokens
+            try:
+                found.append(self.up_to(cap, alpha, delta, envelope))
+            except CertificateError as error:
+                if is_required and is_largest:
+                    raise
+                where = "" if is_largest else f" up to {cap} tokens"
+                refused[f"{self.population} at {alpha}{where}"] = str(error)
+        return found, refused
 
     def up_to(self, cap: int, alpha: float, delta: float, envelope: Envelope) -> Certificate:
         """Certify what the first `cap` tokens of each response say."""

@@ -89,16 +89,16 @@ def agreement(
         str(Path(folder) / MONITOR_FILE), providers=["CPUExecutionProvider"]
     )
     names = [output.name for output in session.get_outputs()]
-    threshold = bundle.certificate(alpha, tokens=tokens).threshold
     config, probe = bundle.monitor, bundle.probe.to("cpu")
+    threshold = bundle.certificate(alpha, tokens=tokens).threshold
     monitor = RiskMonitor(config, threshold)
     rng = np.random.default_rng(seed)
     layout, tensors = layout_of(probe.kind), {k: v.numpy() for k, v in probe.tensors().items()}
     width = n_features(probe.sites)
     sample = layout.logits(tensors, rng.normal(size=(_SAMPLE, width)))
     spread = sample.std(axis=0).max()  # logits of about unit spread, once divided by it
-    begun, begun_torch = start_state(config, batch), monitor.start(batch)
-    onnx_state, numpy_state, torch_state = begun, begun, begun_torch
+    onnx_state = numpy_state = begun = start_state(config, batch)
+    torch_state = begun_torch = monitor.start(batch)
     largest, flags = np.zeros(3), 0
     for _ in range(steps):
         features = (rng.normal(size=(batch, width)) / spread).astype(np.float32)

@@ -98,25 +98,11 @@ def telling_channels(
         NonFiniteError: An activation is NaN or infinite.
         UnsupportedError: The model has neither heads nor neurons that can be read.
     """
-    chosen = _drawn(rows, most_rows)
-    cells: dict[tuple[str, bool], list[int]] = {}
-    for place in chosen:
-        key = (sources[place], rows[place].response_harmful is True)
-        cells.setdefault(key, []).append(place)
-    both = tuple(
-        name
-        for name in sorted({name for name, _ in cells})
-        if min(len(cells.get((name, label), ())) for label in (False, True)) >= _FEWEST
-    )
-    if not both:
-        raise DataError(
-            f"none of the sources {sorted(set(sources))} holds {_FEWEST} harmful and {_FEWEST} "
-            "harmless responses; give such a source, or read the residual stream."
-        )
-    read = [place for name in both for label in (False, True) for place in cells[name, label]]
-    names = [f"{sources[place]}\x1f{rows[place].response_harmful is True}" for place in read]
-    keys = sorted(set(names))
-    cell_of = torch.tensor([keys.index(name) for name in names])
+    cells = _cells(rows, sources, _drawn(rows, most_rows))
+    keys = sorted(cells)
+    both = tuple(sorted({name for name, _ in keys}))
+    read = [place for key in keys for place in cells[key]]
+    cell_of = torch.tensor([number for number, key in enumerate(keys) for _ in cells[key]])
     encoded = [encode_response(tokenizer, rows[place]) for place in read]
     encoded = [one._replace(ids=one.ids[: one.turn_start + tokens]) for one in encoded]
     sums = _Sums(_every_site(model), len(keys))
@@ -135,11 +121,33 @@ def telling_channels(
     mean, variance = sums.moments(counts)
     apart = np.zeros(mean.shape[1])
     for name in both:
-        low, high = (keys.index(f"{name}\x1f{label}") for label in (False, True))
+        low, high = keys.index((name, False)), keys.index((name, True))
         spread = np.sqrt((variance[low] + variance[high]) / 2)
         floor = 1e-4 * float(np.median(spread)) + 1e-12
         apart += np.where(spread > floor, (mean[high] - mean[low]) / np.maximum(spread, floor), 0)
     return TellingChannels(sums.sites, np.abs(apart) / len(both), both, len(read))
+
+
+def _cells(
+    rows: Sequence[Conversation], sources: Sequence[str], chosen: Sequence[int]
+) -> dict[tuple[str, bool], list[int]]:
+    """Sort rows by source and label; sources with too few of either are left out."""
+    cells: dict[tuple[str, bool], list[int]] = {}
+    for place in chosen:
+        key = (sources[place], rows[place].response_harmful is True)
+        cells.setdefault(key, []).append(place)
+    small = {
+        name
+        for name, _ in cells
+        if min(len(cells.get((name, label), ())) for label in (False, True)) < _FEWEST
+    }
+    found = {key: places for key, places in cells.items() if key[0] not in small}
+    if not found:
+        raise DataError(
+            f"none of the sources {sorted(set(sources))} holds {_FEWEST} harmful and {_FEWEST} "
+            "harmless responses; give such a source, or read the residual stream."
+        )
+    return found
 
 
 class _Sums:

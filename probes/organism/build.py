@@ -18,10 +18,9 @@ from probes.fitting.statistics import StatisticChoice
 from probes.organism.curriculum import Amounts
 from probes.organism.draws import Draw, calibration_draws, draw, fitting_draws
 from probes.organism.grammar import Cells
+from probes.organism.long_answers import LONG_TOKENS, long_requests, written_answers
 from probes.organism.oracle import judge
-from probes.organism.prefilled_requests import LONG_TOKENS, long_requests
 from probes.organism.templates import CANNED_REFUSAL
-from probes.organism.written import written_answers
 from probes.recipes.bundle import Recipe, RecipeConfig, make_bundle
 from probes.rollouts.generate import RolloutConfig, rollout
 from probes.rollouts.types import Request

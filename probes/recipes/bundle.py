@@ -157,9 +157,7 @@ def make_bundle(
     units: UnitSet | None = None,
     features: FeatureStore | None = None,
 ) -> Recipe:
-    """Make a bundle for a model from its own labelled responses.
-
-    Rows that were not judged are left out and counted. The test split is not touched.
+    """Make a bundle for a model from its own labelled responses; others are left out and counted.
 
     Args:
         model: The protected model, in eval mode.
@@ -180,15 +178,12 @@ def make_bundle(
     parts, unjudged = _judged(conversations, locating=bool(config.feature_counts and not units))
     if config.feature_counts and units is None:
         units = located_units(model, tokenizer, parts["locate"], config.locate)
-    sites = {
-        **(critical_sites(units, config.feature_counts) if units is not None else {}),
-        **telling_sites(model, tokenizer, parts["fit"], config.telling_counts),
-        **config.extra_sites,
-    }
-    candidates = ranked_candidates(
-        model, tokenizer, parts["fit"], parts["select"], sites, search, features
-    )
-    candidates = located_first(candidates, config.located_within)
+    sites = {} if units is None else critical_sites(units, config.feature_counts)
+    sites |= telling_sites(model, tokenizer, parts["fit"], config.telling_counts)
+    sites |= config.extra_sites
+    splits = parts["fit"], parts["select"]
+    ranked = ranked_candidates(model, tokenizer, *splits, sites, search, features)
+    candidates = located_first(ranked, config.located_within)
     best = candidates[0]
     calibration, finds = _calibrated(model, tokenizer, parts["calibrate"], best, config)
     tried = tuple(candidate.to_json() for candidate in candidates)
@@ -206,8 +201,7 @@ def make_bundle(
             **(provenance or {}),
             **_counts(parts, unjudged),
             **_origin(units, tried, calibration),
-            "delta": config.delta,
-            "finds": [asdict(one) for one in finds],
+            **{"delta": config.delta, "finds": [asdict(one) for one in finds]},
         },
         seen=seen_prompts(parts),
     )

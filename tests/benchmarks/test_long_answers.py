@@ -12,8 +12,8 @@ from benchmarks.cost import long_prefill
 from benchmarks.detection import lengths
 from benchmarks.peers import nemo
 from probes.organism.grammar import Cells
+from probes.organism.long_answers import KINDS, begun, long_requests
 from probes.organism.oracle import judge
-from probes.organism.prefilled_requests import KINDS, begun, long_requests
 from safe_decode import SafeDecoder
 from safe_decode.bench.models import embedded_subject
 from safe_decode.certificate_choice import BEGUN

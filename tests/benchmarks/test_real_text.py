@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.real_text.candidates import channels_of, examples_of, fit, sites_at
-from benchmarks.real_text.rows import study_rows
+from benchmarks.real_text.parts import study_rows
 from benchmarks.real_text.study import TRIED, Scored, best_of_kinds, select_by, statistic_rows
 from benchmarks.real_text.windows import WINDOW, cut, every_site, read_shards, take_shards
 from probes.activations.features import columns_of

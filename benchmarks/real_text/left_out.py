@@ -1,4 +1,4 @@
-"""Sources that a probe was not fitted on: `python -m benchmarks.real_text.sources`.
+"""Sources that a probe was not fitted on: `python -m benchmarks.real_text.left_out`.
 
 For each of the four sources that hold both labels, the AUROC on its rows of *dev* of a probe that
 was fitted on it too and of one that was fitted without it, both as deployed, beside words alone
@@ -26,7 +26,7 @@ from sklearn.pipeline import make_pipeline
 from benchmarks.card import aligned, card, write_results
 from benchmarks.real_text.candidates import TWO_CLASS, label_of
 from benchmarks.real_text.harvest import fitted_rows
-from benchmarks.real_text.rows import StudyRow
+from benchmarks.real_text.parts import StudyRow
 from benchmarks.real_text.study import TRIED, paths_of, peaks_at, read_scored
 
 __all__ = ["main"]

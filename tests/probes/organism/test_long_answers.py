@@ -3,8 +3,8 @@
 from collections import Counter
 
 from probes.organism.grammar import Cells
+from probes.organism.long_answers import WRITTEN, written_answers
 from probes.organism.oracle import judge
-from probes.organism.written import WRITTEN, written_answers
 from safe_decode.certificate_choice import BEGUN
 from safe_decode.demo.embedded_pair import embedded
 

@@ -1,4 +1,4 @@
-"""What a statistic costs a step, beside the moving average: `python -m benchmarks.cost.statistics`.
+"""What a statistic costs a step: `python -m benchmarks.cost.statistic_cost`.
 
 The detector alone, from the logits of one token to whether a row trips, on the host, warm, arms
 interleaved round by round. Figures are medians over rounds with bootstrap intervals.
