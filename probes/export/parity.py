@@ -91,8 +91,7 @@ def agreement(
     names = [output.name for output in session.get_outputs()]
     config, probe = bundle.monitor, bundle.probe.to("cpu")
     threshold = bundle.certificate(alpha, tokens=tokens).threshold
-    monitor = RiskMonitor(config, threshold)
-    rng = np.random.default_rng(seed)
+    monitor, rng = RiskMonitor(config, threshold), np.random.default_rng(seed)
     layout, tensors = layout_of(probe.kind), {k: v.numpy() for k, v in probe.tensors().items()}
     width = n_features(probe.sites)
     sample = layout.logits(tensors, rng.normal(size=(_SAMPLE, width)))
