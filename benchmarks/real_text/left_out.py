@@ -24,6 +24,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 
 from benchmarks.card import aligned, card, write_results
+from benchmarks.detection.reference import count_look
 from benchmarks.real_text.candidates import TWO_CLASS, label_of
 from benchmarks.real_text.harvest import fitted_rows
 from benchmarks.real_text.parts import StudyRow
@@ -59,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--statistic", default="shrunk-32")
+    parser.add_argument("--statistic", default="shrunk-16")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    looks = count_look(str(arguments.data / "probe_dev.jsonl"))
     every, names, _ = read_scored(arguments.work, arguments.data)
     choice = next(one for one in TRIED if str(one) == arguments.statistic)
     train = fitted_rows(arguments.data)
@@ -93,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model="Qwen2.5-Coder-0.5B-Instruct, first 20 of 24 blocks",
         statistic=arguments.statistic,
         tokens=128,
+        looks_at_dev=looks,
     )
     write_results("real_sources", aligned(rows), facts)
 

@@ -56,7 +56,16 @@ def scored_rows(data: Path) -> list[StudyRow]:
             share = _SHARES.get(row.source, 1.0)
         kept += [row] if sampled(row.group, share) else []
     order = {"select": 0, "dev": 1, "certify": 2}
-    return sorted(kept, key=lambda row: (order[row.part], row.group[::-1]))
+
+    def place(row: StudyRow) -> tuple[int, bool, str]:
+        # Long written answers certify last: they are the dearest.
+        return (
+            order[row.part],
+            row.part == "certify" and row.name.startswith("long"),
+            row.group[::-1],
+        )
+
+    return sorted(kept, key=place)
 
 
 _TWO_CLASS = (
