@@ -14,7 +14,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     union = np.unique(np.concatenate(list(sets.values())))
     heads: list[tuple[str, NDArray[np.float64], float]] = []
 
-    def add(name: str, channels: Channels, values: NDArray[np.float32], used: Any) -> None:  # noqa: ANN401
+    def add(
+        name: str, channels: Channels, values: NDArray[np.float32], used: NDArray[np.bool_]
+    ) -> None:
         solved = fit(examples, values, used, c=_C, has_offsets=False)
         weight = np.zeros(len(union))
         weight[np.searchsorted(union, channels)] = solved.weight
