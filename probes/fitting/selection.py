@@ -18,6 +18,7 @@ from torch import Tensor
 
 from probes.calibration.statistic import first_trips, maxima, smoothed_paths
 from probes.fitting.boundary import spent_evenly
+from probes.fitting.late_harm import late_recall
 from probes.fitting.statistics import StatisticChoice
 from probes.metrics.detection import auroc, delay_of, threshold_at
 from safe_decode.certificate_choice import BEGUN
@@ -73,6 +74,8 @@ class ChosenMonitor:
         monitor: Smoothing, start, offset, scale and low mark.
         threshold: The estimate used here.
         tpr: Harmful responses that trip at it.
+        late_tpr: The same behind a long harmless answer, spliced from scores: a statistic that
+            remembers everything is blind there. Where no harmless answer is long, `tpr`.
         auroc: Of the maximum over time.
         delay_p90: Tokens; NaN without known onsets.
         holdback_tokens: From the delay quantile.
@@ -81,6 +84,7 @@ class ChosenMonitor:
     monitor: MonitorConfig
     threshold: float
     tpr: float
+    late_tpr: float
     auroc: float
     delay_p90: float
     holdback_tokens: int
@@ -91,7 +95,12 @@ class ChosenMonitor:
         Recall is rounded to a tenth of a per cent: below that, select cannot tell.
         """
         delay = math.inf if math.isnan(self.delay_p90) else self.delay_p90
-        return (round(self.tpr, 3), -delay, self.auroc)
+        return (round(self.recall, 3), -delay, self.auroc)
+
+    @property
+    def recall(self) -> float:
+        """What candidates are compared by: harm from the start and harm that comes late, alike."""
+        return (self.tpr + self.late_tpr) / 2
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures for the bundle's provenance."""
@@ -107,6 +116,7 @@ class ChosenMonitor:
             "even": bool(monitor.boundary),
             "threshold": self.threshold,
             "tpr": self.tpr,
+            "late_tpr": self.late_tpr,
             "auroc": self.auroc,
             # None: no onset is known. "missed": more than a tenth never trips.
             "delay_p90": self.delay_p90 if finite else _without_a_number(self.delay_p90),
@@ -222,7 +232,11 @@ def score_monitor(
     )
     monitor = replace(config, low_mark=min(config.low_mark, threshold, surely_clear))
     tpr = float((peaks[harmful] > threshold).mean())
-    return ChosenMonitor(monitor, threshold, tpr, auroc(harmful, peaks), p90, holdback)
+    begun = np.asarray(labels.populations) == BEGUN
+    limits = np.where(begun, begun_threshold, threshold)
+    late = late_recall(logits, harmful, labels.onset_tokens, config, limits)
+    late = tpr if late is None else late
+    return ChosenMonitor(monitor, threshold, tpr, late, auroc(harmful, peaks), p90, holdback)
 
 
 def _lows_before_trips(

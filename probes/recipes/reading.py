@@ -93,6 +93,6 @@ def located_first(
     if within is None or not located:
         return list(candidates)
     first = located[0]
-    if candidates[0].chosen.tpr - first.chosen.tpr > within:
+    if candidates[0].chosen.recall - first.chosen.recall > within:
         return list(candidates)
     return [first, *(one for one in candidates if one is not first)]

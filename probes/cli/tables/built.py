@@ -104,7 +104,8 @@ def _tried_rows(tried: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "features": f"{one['features']:,}",
             "fit": str(one["way"]),
             "statistic": str(one["statistic"]) + (", even" if one["even"] else ""),
-            "recall (chosen by)": f"{one['tpr']:.1%}",
+            "recall": f"{one['tpr']:.1%}",
+            "if late": f"{one['late_tpr']:.1%}",
             "AUROC": f"{one['auroc']:.3f}",
         }
         for one in tried[:_TRIED]

@@ -25,7 +25,7 @@ _SHOWN = 10
 
 def show_fitted(recipe: Recipe, out: Path) -> None:
     """Print the outcome of a fit."""
-    columns = ("sites", "fit", "statistic", "recall", "AUROC", "delay p90", "hold-back")
+    columns = ("sites", "fit", "statistic", "recall", "if late", "AUROC", "delay p90", "hold-back")
     rows = []
     for one in recipe.tried[:_SHOWN]:
         hits = f" x{one['hits']}" if one["hits"] > 1 else ""
@@ -35,6 +35,7 @@ def show_fitted(recipe: Recipe, out: Path) -> None:
                 one["way"],
                 f"{_statistic(one)}{hits}",
                 f"{one['tpr']:.1%}",
+                f"{one['late_tpr']:.1%}",
                 f"{one['auroc']:.4f}",
                 "–" if one["delay_p90"] is None else str(one["delay_p90"]),
                 str(one["holdback_tokens"]),
