@@ -43,6 +43,8 @@ _BANDS = ((1, 64), (65, 128), (129, 256), (257, 512), (513, 1024))
 _SPLITS = 200
 _ONSETS = (0, 64, 256)
 _LEAST = 64
+_FEWEST = 100
+"""Answers of which a share is told."""
 _AVERAGE, _WINDOWS = StatisticChoice("ema", 16), StatisticChoice("top", 16, best=2)
 Row = dict[str, Any]
 
@@ -121,7 +123,9 @@ def benign_rows(
                 **{"threshold": round(one.threshold, 3), "over 200 random halves": told},
             )
         )
-        rows.append(counted("written, shift", f"at most {cap}", peaks[written] > one.threshold))
+        if len(written) >= _FEWEST:
+            hits = peaks[written] > one.threshold
+            rows.append(counted("written, shift", f"at most {cap}", hits))
     whole, limit = peaks_at(paths, None), thresholds[CAPS[-1]]
     for name, members in (
         ("own answers, the other half", own[~first]),
@@ -129,7 +133,7 @@ def benign_rows(
     ):
         for low, high in _BANDS:
             here = members[(lengths[members] >= low) & (lengths[members] <= high)]
-            if len(here):
+            if len(members) >= _FEWEST and len(here):
                 band = f"of {low} to {high}, at the threshold of {CAPS[-1]}"
                 rows.append(counted(name, band, whole[here] > limit))
     return rows, thresholds
