@@ -151,7 +151,7 @@ def warnings_of(counts: SplitCounts, recipe: BuildRecipe) -> list[str]:
     if recipe.reading.where == "auto" and refusals < LEAST_REFUSALS:
         warnings.append(
             f"locate holds {_upto(counts)}{refusals} distinct refusals, wanted {LEAST_REFUSALS}: "
-            "units are not located, and the residual stream is read instead"
+            "units of importance are not located, and channels that tell are tried without them"
         )
     return warnings
 

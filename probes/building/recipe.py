@@ -36,7 +36,8 @@ Use = Literal["labelled", "prompts"]
 """labelled: judged responses are fitted, selected and reported on. prompts: the model answers."""
 
 Where = Literal["auto", "located", "residual"]
-"""auto: located units where the model refuses often enough, else the residual stream."""
+"""auto: located units, those of importance where the model refuses often enough, and the residual
+stream; located ones are preferred where they are hardly behind."""
 
 _KNOWN = ConfigDict(extra="forbid")
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

@@ -84,6 +84,6 @@ def test_few_refusals_mean_the_residual_stream_and_are_said():
     few = counts(refusals={"locate": 49})
     require_enough(few, recipe())
     (warning,) = warnings_of(few, recipe())
-    assert "the residual stream is read instead" in warning
+    assert "units of importance are not located" in warning
     with pytest.raises(DataError, match="49 distinct refusals, wanted 50"):
         require_enough(few, recipe(reading=ProbeReading(where="located")))
