@@ -4,6 +4,8 @@ import pytest
 
 from safe_decode.certificate import Certificate, Envelope
 from safe_decode.certificate_choice import BEGUN, CertificateChoice, certificate_of
+from safe_decode.engines.interface import GuardFacts
+from safe_decode.engines.rows import RowPolicy, RowPrompt, RowRequest, Sampling
 from safe_decode.errors import CertificateError
 
 
@@ -61,3 +63,34 @@ def test_the_longest_of_each_level_is_what_a_deployment_shows():
     assert {alpha: one.threshold for alpha, one in choice.longest.items()} == {0.1: 3.0, 0.2: 0.5}
     with pytest.raises(CertificateError, match=r"wanted one of \[0.1, 0.2\]"):
         choice.of_call(0.3)
+
+
+def test_a_request_never_gets_a_higher_threshold_by_asking_for_another_level():
+    """The level it asks for is certified for the largest cap alone."""
+    certificates = (
+        certificate(3.0, 256),
+        certificate(1.0, 64),
+        certificate(2.0, 256, alpha=0.2),
+        certificate(0.5, 256, population=BEGUN, alpha=0.2),
+        certificate(0.4, 256, population=BEGUN),
+    )
+    facts = GuardFacts(
+        bundle="0" * 64,
+        choice=CertificateChoice(certificates, "benign", "float32"),
+        alpha=0.1,
+        redirect="refuse",
+        holdback_tokens=4,
+        heads=("harm",),
+        context_tokens=None,
+        vocab_tokens=256,
+    )
+
+    def threshold(alpha, cap, prefill=0):
+        prompt = RowPrompt((1,) * 9, 1, prefill, is_chat=True)
+        policy = RowPolicy(alpha, "refuse", 4)
+        request = RowRequest(prompt, Sampling(max_tokens=cap, seed=0), policy)
+        return facts.certificate_of(request).threshold
+
+    assert [threshold(0.1, 60), threshold(0.2, 60)] == [1.0, 1.0]
+    assert [threshold(0.1, 200), threshold(0.2, 200)] == [3.0, 2.0]
+    assert [threshold(0.1, 60, 5), threshold(0.2, 60, 5)] == [0.4, 0.4]

@@ -56,13 +56,21 @@ class GuardFacts:
         return self.choice.of_call(self.alpha)
 
     def certificate_of(self, request: RowRequest) -> Certificate:
-        """Return the certificate that decides for a row."""
+        """Return the certificate that decides for a row.
+
+        A level that a request asks for may be certified for fewer caps than the operator's: of
+        the two the lower threshold decides, so that asking never loosens the guard.
+        """
         policy = request.policy
-        return self.choice.of_call(
-            policy.alpha,
-            tokens=request.sampling.max_tokens + policy.holdback_tokens,
-            prefill_tokens=request.prompt.prefill_tokens,
-        )
+        asked = [
+            self.choice.of_call(
+                alpha,
+                tokens=request.sampling.max_tokens + policy.holdback_tokens,
+                prefill_tokens=request.prompt.prefill_tokens,
+            )
+            for alpha in (policy.alpha, self.alpha)
+        ]
+        return min(asked, key=lambda one: one.threshold)
 
     @property
     def certified_cap(self) -> int:
