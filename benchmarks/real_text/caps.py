@@ -11,12 +11,10 @@ Knows logits, certificates and tables. Does not know models.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +24,7 @@ from scipy.stats import chi2_contingency
 
 from benchmarks.card import RESULTS, aligned, card, write_results
 from benchmarks.real_text.study import TRIED, Scored, peaks_at, read_scored
+from benchmarks.real_text.workplace import parser_of
 from probes.calibration.statistic import smoothed_paths
 from probes.fitting.boundary import hazards
 from probes.fitting.selection import monitor_for
@@ -261,10 +260,7 @@ def joint_paths(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Certify, count, write `results/real_caps.jsonl`, print the rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("work", type=Path)
-    arguments = parser.parse_args(argv)
+    arguments = parser_of(__doc__).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     every, names, features = read_scored(arguments.work, arguments.data)
     read, statistic = chosen_statistic()

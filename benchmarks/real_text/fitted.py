@@ -8,7 +8,6 @@ Writes one file of weights, a head a probe. Knows sets of channels. Does not kno
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from collections.abc import Sequence
@@ -28,20 +27,41 @@ from benchmarks.real_text.candidates import (
     sites_at,
     telling,
 )
-from benchmarks.real_text.harvest import LAYERS, fitted_rows, load_shallow
+from benchmarks.real_text.harvest import fitted_rows, load_shallow
+from benchmarks.real_text.parts import study_rows
 from benchmarks.real_text.windows import every_site, read_shards
+from benchmarks.real_text.workplace import parser_of
+from probes.location.locate import LocateConfig, locate
 from probes.location.units import UnitSet, sites_of
 from safe_decode.activations.site import Site
+from safe_decode.loading import Loaded
 
 __all__ = ["main"]
 
 LOG = logging.getLogger("benchmarks.real_text")
 _RESIDUAL = (8, 12, 16, 19)
 _C = 1e-2
+_REFUSALS, _CALM = 30, 60
+"""Distinct refusals that are wanted, and ordinary answers that are read, to locate units."""
+
+
+def located(loaded: Loaded, data: Path, work: Path) -> UnitSet:
+    """Locate units of importance on the model's own refusals of the part *fit*; kept in `work`."""
+    kept = work / "units.safetensors"
+    if kept.exists():
+        return UnitSet.load(kept)
+    rows = [row for row in study_rows(data) if row.part == "fit"]
+    refusals = [r.conversation for r in rows if r.source == "own harmful-plain" and r.refusal]
+    calm = [r.conversation for r in rows if r.source == "own benign-long"][:_CALM]
+    least = min(len({row.response for row in refusals}), _REFUSALS)
+    config = LocateConfig(min_refusals=least)
+    units = locate(loaded.model, loaded.tokenizer, refusals, calm, config)
+    units.save(kept)
+    return units
 
 
 def sets_of(
-    examples: Examples, sites: Sequence[Site], at: NDArray[np.bool_], units: Path | None
+    examples: Examples, sites: Sequence[Site], at: NDArray[np.bool_], units: UnitSet
 ) -> dict[str, Channels]:
     """Name the sets of channels that are compared."""
     one = channels_of(sites, {"resid": [16]})
@@ -68,9 +88,7 @@ def sets_of(
             np.concatenate([four, most(["mlp"], count), most(["attn"], count)])
         ),
     }
-    if units is not None:
-        critical = sites_of(UnitSet.load(units).most_critical(count))
-        found["units of importance"] = _places(sites, critical)
+    found["units of importance"] = _places(sites, sites_of(units.most_critical(count)))
     return found
 
 
@@ -86,19 +104,16 @@ def _places(sites: Sequence[Site], wanted: Sequence[Site]) -> Channels:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fit, and write `probes.npz` beside the windows."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--units", type=Path, default=None, help="located by importance")
-    arguments = parser.parse_args(argv)
+    arguments = parser_of(__doc__, has_model=True).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = fitted_rows(arguments.data)
-    sites = [s for s in every_site(load_shallow(arguments.model)) if s.layer < LAYERS]
+    loaded = load_shallow(arguments.model)
+    sites = every_site(loaded)
+    units = located(loaded, arguments.data, arguments.work)
     examples = examples_of(read_shards(arguments.work / "windows"), rows)
     part = np.asarray([rows[i].part for i in examples.row])
     at = part == "fit"
-    sets = sets_of(examples, sites, at, arguments.units)
+    sets = sets_of(examples, sites, at, units)
     union = np.unique(np.concatenate(list(sets.values())))
     heads: list[tuple[str, NDArray[np.float64], float]] = []
 

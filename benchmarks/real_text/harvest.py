@@ -5,7 +5,6 @@ Start it once a core; the workers share the shards.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from benchmarks.real_text.parts import StudyRow, sampled, study_rows
 from benchmarks.real_text.windows import cut, take_shards
+from benchmarks.real_text.workplace import parser_of
 from safe_decode.loading import Loaded, load_model
 
 __all__ = ["LAYERS", "fitted_rows", "load_shallow", "main"]
@@ -34,12 +34,8 @@ def fitted_rows(data: Path) -> list[StudyRow]:
         is_own = row.source.startswith("own") or row.name.startswith("long")
         share = 1.0 if is_own else _SHARES.get(row.source, _OTHERS)
         kept += [row] if sampled(row.group, share) else []
-    return sorted(kept, key=lambda row: sampled_order(row.group))
-
-
-def sampled_order(group: str) -> str:
-    """Mix the sources, so that the first shards are like all."""
-    return group[::-1]
+    # Mixes the sources, so that the first shards are like all.
+    return sorted(kept, key=lambda row: row.group[::-1])
 
 
 def load_shallow(name: str) -> Loaded:
@@ -53,11 +49,7 @@ def load_shallow(name: str) -> Loaded:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compute the shards that nobody has taken."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("work", type=Path)
-    arguments = parser.parse_args(argv)
+    arguments = parser_of(__doc__, has_model=True).parse_args(argv)
     torch.set_num_threads(1)
     loaded = load_shallow(arguments.model)
     rows = fitted_rows(arguments.data)

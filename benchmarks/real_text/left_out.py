@@ -9,11 +9,9 @@ Knows logits, texts and tables. Does not know models.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +27,7 @@ from benchmarks.real_text.candidates import TWO_CLASS, label_of
 from benchmarks.real_text.harvest import fitted_rows
 from benchmarks.real_text.parts import StudyRow
 from benchmarks.real_text.study import TRIED, paths_of, peaks_at, read_scored
+from benchmarks.real_text.workplace import parser_of
 
 __all__ = ["main"]
 
@@ -57,9 +56,7 @@ def words_of(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare, write `results/real_sources.jsonl`, print the rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("work", type=Path)
+    parser = parser_of(__doc__)
     parser.add_argument("--statistic", default="shrunk-16")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -2,8 +2,8 @@
 
 A prompt has one part, whatever file it stands in: *fit* (probes are fitted on it), *select*
 (statistics, layers and penalties are chosen on it), *certify* (thresholds are calibrated on one
-half, tested on the other). A prompt whose answers certify is nowhere fitted on. The rows of the
-development set are *dev*: nothing is chosen by them.
+half, tested on the other), *other* (left out). A harmless prompt whose answers certify is nowhere
+fitted on. The rows of the development set are *dev*: nothing is chosen by them.
 
 Knows the files and their columns. Does not know models.
 """

@@ -7,7 +7,6 @@ Knows probes as a file of weights, rows and shards. Does not know statistics ove
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -18,9 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.real_text.candidates import TWO_CLASS
 from benchmarks.real_text.harvest import load_shallow
 from benchmarks.real_text.parts import StudyRow, sampled, study_rows
 from benchmarks.real_text.windows import cut
+from benchmarks.real_text.workplace import claim, parser_of
 from probes.activations.teacher_forcing import teacher_forced
 from safe_decode.activations.site import Site
 from safe_decode.probe.linear import LinearProbe
@@ -49,7 +50,7 @@ def scored_rows(data: Path) -> list[StudyRow]:
             continue
         is_long = row.name.startswith("long")
         if row.part == "select":
-            share = 0.6 if row.source in _TWO_CLASS or is_long else _SHARES.get(row.source, 1.0)
+            share = 0.6 if row.source in TWO_CLASS or is_long else _SHARES.get(row.source, 1.0)
         elif row.part == "certify" and is_long:
             share = _LONG
         else:
@@ -66,14 +67,6 @@ def scored_rows(data: Path) -> list[StudyRow]:
         )
 
     return sorted(kept, key=place)
-
-
-_TWO_CLASS = (
-    "gptfuzz-labelled",
-    "jailbreakeval-saferlhfmini",
-    "obfuscated-activations",
-    "pku-saferlhf-5k",
-)
 
 
 def joint_probe(path: Path) -> LinearProbe:
@@ -98,11 +91,7 @@ def read_scores(directory: Path) -> dict[int, NDArray[np.float32]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score the shards that nobody has taken."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("work", type=Path)
-    arguments = parser.parse_args(argv)
+    arguments = parser_of(__doc__, has_model=True).parse_args(argv)
     torch.set_num_threads(1)
     loaded, probe = load_shallow(arguments.model), joint_probe(arguments.work / "probes.npz")
     rows = scored_rows(arguments.data)
@@ -110,9 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = arguments.work / "scores"
     folder.mkdir(exist_ok=True)
     for number, begin in enumerate(range(0, len(rows), _ROWS)):
-        try:
-            os.close(os.open(folder / f"{number:05d}.taken", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
+        finished = folder / f"{number:05d}.npz"
+        if not claim(finished):
             continue
         found: dict[str, Any] = {}
         part = encoded[begin : begin + _ROWS]
@@ -125,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         temporary = folder / f"{number:05d}.part"
         with temporary.open("wb") as file:
             np.savez(file, **found)
-        os.replace(temporary, folder / f"{number:05d}.npz")
+        os.replace(temporary, finished)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Knows logits of whole responses and tables. Does not know models.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from benchmarks.detection.reference import count_look
 from benchmarks.real_text.candidates import TWO_CLASS, label_of
 from benchmarks.real_text.parts import StudyRow
 from benchmarks.real_text.scores import joint_probe, read_scores, scored_rows
+from benchmarks.real_text.workplace import parser_of
 from probes.calibration.statistic import smoothed_paths
 from probes.fitting.selection import monitor_for
 from probes.fitting.statistics import StatisticChoice
@@ -223,10 +223,7 @@ def read_scored(work: Path, data: Path) -> tuple[Scored, list[str], dict[str, in
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write `results/real_statistics.jsonl`, print the rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("work", type=Path)
-    arguments = parser.parse_args(argv)
+    arguments = parser_of(__doc__).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     scored, names, features = read_scored(arguments.work, arguments.data)
     looks = count_look(str(arguments.data / "probe_dev.jsonl"))

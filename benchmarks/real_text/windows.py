@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.real_text.workplace import claim
 from probes.activations.teacher_forcing import (
     EncodedResponse,
     PaddedBatch,
@@ -80,22 +81,20 @@ def take_shards(
     rows_a_shard: int = 128,
     tokens_per_batch: int = 2048,
 ) -> None:
-    """Compute each shard that no other worker has begun."""
+    """Compute each shard that is not finished and that no other worker is at."""
     directory.mkdir(parents=True, exist_ok=True)
     sites = every_site(loaded)
     for number, begin in enumerate(range(0, len(encoded), rows_a_shard)):
-        try:
-            claim = os.open(directory / f"{number:05d}.taken", os.O_CREAT | os.O_EXCL)
-        except FileExistsError:
+        finished = directory / f"{number:05d}.npy"
+        if not claim(finished):
             continue
-        os.close(claim)
         part = encoded[begin : begin + rows_a_shard]
         index, values = _shard(loaded, sites, part, tokens_per_batch)
         index[:, 0] += begin
         write_whole(directory / f"{number:05d}.json", json.dumps(index.tolist()))
         temporary = directory / f"{number:05d}.part.npy"
         np.save(temporary, values)
-        os.replace(temporary, directory / f"{number:05d}.npy")
+        os.replace(temporary, finished)
 
 
 def read_shards(directory: Path) -> list[WindowMeans]:

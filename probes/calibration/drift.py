@@ -14,7 +14,7 @@ Knows traces and certificates. Does not know models or text.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,11 @@ class LiveCheck:
 
 
 def check_live(
-    traces: Sequence[SafetyTrace], certificate: Certificate, *, bundle: str
+    traces: Sequence[SafetyTrace],
+    certificate: Certificate,
+    *,
+    bundle: str,
+    others: Sequence[Certificate] = (),
 ) -> LiveCheck:
     """Compare live traces with a certificate.
 
@@ -93,23 +97,12 @@ def check_live(
         traces: Of responses as they come; a row's own run is compared, not what followed a trip.
         certificate: The one in force.
         bundle: Digest of the bundle that holds it.
+        others: Those of other caps, and of begun answers; traces that they judged are left out.
 
     Raises:
         DataError: No trace is of this bundle and inside its certificate.
     """
-    left_out: Counter[str] = Counter()
-    live = []
-    for trace in traces:
-        reason = _left_out(trace, bundle)
-        if reason is None:
-            live.append(max(step.statistic for step in trace.steps if step.attempt == 0))
-        else:
-            left_out[reason] += 1
-    if not live:
-        raise DataError(
-            f"none of {len(traces)} traces can be compared ({dict(left_out)}); pass traces of "
-            f"bundle {bundle[:12]} inside its certificate."
-        )
+    live, left_out = _statistics(traces, bundle, others)
     threshold = certificate.threshold
     found = np.minimum(np.asarray(live), threshold)
     stored = np.minimum(np.asarray(certificate.maxima), threshold)
@@ -146,11 +139,34 @@ def check_live(
     )
 
 
-def _left_out(trace: SafetyTrace, bundle: str) -> str | None:
+def _statistics(
+    traces: Sequence[SafetyTrace], bundle: str, others: Sequence[Certificate]
+) -> tuple[list[float], Counter[str]]:
+    """Take the largest statistic of each trace that can be compared, and count the others."""
+    left_out: Counter[str] = Counter()
+    live = []
+    judged = {(one.population, one.threshold) for one in others}
+    for trace in traces:
+        reason = _left_out(trace, bundle, judged)
+        if reason is None:
+            live.append(max(step.statistic for step in trace.steps if step.attempt == 0))
+        else:
+            left_out[reason] += 1
+    if not live:
+        raise DataError(
+            f"none of {len(traces)} traces can be compared ({dict(left_out)}); pass traces of "
+            f"bundle {bundle[:12]} inside its certificate."
+        )
+    return live, left_out
+
+
+def _left_out(trace: SafetyTrace, bundle: str, others: Collection[tuple[str, float]]) -> str | None:
     if trace.header.bundle != bundle:
         return "of another bundle"
     if not trace.header.certificate.startswith("valid"):
         return "outside the certificate"
+    if (trace.header.population, trace.header.threshold) in others:
+        return "judged by another certificate"
     own = [step.statistic for step in trace.steps if step.attempt == 0]
     if not own or not np.isfinite(own).all():
         return "not scored"

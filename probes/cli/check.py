@@ -5,6 +5,8 @@ Knows the options, the exit status and how figures are shown. Does not know the 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from probes.cli.tables.facts import show_facts
+from safe_decode.certificate_choice import BEGUN
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
 from safe_decode.cli.options import Alpha, JsonOptions, NamedBundle
@@ -48,7 +51,8 @@ def check(options: CheckOptions) -> None:
     loaded, population = options.load_bundle(), options.population
     traces = [one for path in options.trace for one in read_traces(path)]
     certificate = _in_force(loaded, options, traces)
-    found = check_live(traces, certificate, bundle=loaded.digest)
+    others = [one for one in loaded.certificates if _differs(one, certificate)]
+    found = check_live(traces, certificate, bundle=loaded.digest, others=others)
     if options.as_json:
         print_json({"bundle": loaded.digest, "population": population, **found.to_json()})
     else:
@@ -64,12 +68,25 @@ def check(options: CheckOptions) -> None:
 def _in_force(
     bundle: ProbeBundle, options: CheckOptions, traces: Sequence[SafetyTrace]
 ) -> Certificate:
-    """Find the certificate that the traces were judged by, in whichever number format that was."""
-    thresholds = {trace.header.threshold for trace in traces}
-    every = [
-        bundle.certificate(options.alpha, options.population, dtype)
-        for dtype in bundle.dtypes
-        if any((c.population, c.dtype) == (options.population, dtype) for c in bundle.certificates)
+    """Find the certificate that most traces were judged by, of whichever format and cap."""
+    judged = Counter(trace.header.threshold for trace in traces)
+    alpha = bundle.default_alpha if options.alpha is None else options.alpha
+    alike = [
+        one
+        for one in bundle.certificates
+        if one.population == options.population
+        and math.isclose(one.alpha, alpha)
+        and judged[one.threshold]
     ]
-    judged = [one for one in every if one.threshold in thresholds]
-    return judged[0] if judged else bundle.certificate(options.alpha, options.population)
+    if not alike:
+        return bundle.certificate(alpha, options.population)
+    return max(alike, key=lambda one: judged[one.threshold])
+
+
+def _differs(one: Certificate, own: Certificate) -> bool:
+    """Say whether traces that one certificate judged say nothing of another."""
+    if (one.population, one.threshold) == (own.population, own.threshold):
+        return False
+    is_of_another_cap = one.envelope.max_new_tokens != own.envelope.max_new_tokens
+    is_alike = one.population == own.population and one.dtype == own.dtype
+    return (is_alike and is_of_another_cap) or one.population == BEGUN

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +15,7 @@ from benchmarks.real_text.candidates import channels_of, examples_of, fit, sites
 from benchmarks.real_text.parts import study_rows
 from benchmarks.real_text.study import TRIED, Scored, best_of_kinds, select_by, statistic_rows
 from benchmarks.real_text.windows import WINDOW, cut, every_site, read_shards, take_shards
+from benchmarks.real_text.workplace import claim
 from probes.activations.features import columns_of
 from probes.activations.harvest import harvest
 from safe_decode.testing.models import byte_tokenizer, tiny_model
@@ -167,3 +170,15 @@ def test_a_fit_is_on_raw_channels_and_weighs_both_labels_of_a_source_alike(data,
         abs(float(np.average(scores[~examples.harmful], weights=examples.share[~examples.harmful])))
         < 1e-5
     )
+
+
+def test_a_shard_is_free_again_when_its_process_ended_without_finishing_it(tmp_path):
+    finished = tmp_path / "00000.npy"
+    assert claim(finished)
+    assert not claim(finished)  # this process is at it
+    told = [sys.executable, "-c", "import os; print(os.getpid())"]
+    ended = subprocess.run(told, capture_output=True, check=True, text=True)
+    (tmp_path / "00000.taken").write_text(ended.stdout.strip())
+    assert claim(finished)
+    finished.touch()
+    assert not claim(finished)

@@ -1,5 +1,7 @@
 """Live traffic: what changed is told, what did not is left alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -73,3 +75,14 @@ def test_what_cannot_be_compared_is_counted_and_left_out():
 
 def test_few_traces_say_that_they_are_few():
     assert check(RNG.normal(size=10) - 3).verdict == "too few traces to tell"
+
+
+def test_traces_that_another_certificate_judged_are_left_out():
+    """Those of other caps and of begun answers have maxima of their own."""
+    other = replace(CERTIFICATE, threshold=7.0)
+    short = [trace(9.0) for _ in range(30)]
+    short = [replace(one, header=replace(one.header, threshold=7.0)) for one in short]
+    calm = [trace(peak) for peak in np.random.default_rng(1).normal(size=400)]
+    found = check_live([*calm, *short], CERTIFICATE, bundle="b", others=[other])
+    assert found.left_out == {"judged by another certificate": 30} and not found.reasons
+    assert check_live([*calm, *short], CERTIFICATE, bundle="b").reasons
