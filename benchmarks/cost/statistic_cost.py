@@ -37,6 +37,7 @@ def configurations() -> Mapping[str, MonitorConfig]:
     choices = (
         StatisticChoice("ema", 16),
         StatisticChoice("shrunk", 16),
+        StatisticChoice("bank", 16, memory=64),
         StatisticChoice("top", 16, best=2),
         StatisticChoice("cusum", drift=1.0),
     )

@@ -23,15 +23,13 @@ from numpy.typing import NDArray
 from scipy.stats import chi2_contingency
 
 from benchmarks.card import RESULTS, aligned, card, write_results
-from benchmarks.real_text.study import TRIED, Scored, peaks_at, read_scored
+from benchmarks.real_text.study import TRIED, Scored, monitor_of, peaks_at, read_scored
 from benchmarks.real_text.workplace import parser_of
 from probes.calibration.statistic import smoothed_paths
 from probes.fitting.boundary import hazards
-from probes.fitting.selection import monitor_for
 from probes.fitting.statistics import StatisticChoice
 from probes.metrics.detection import Proportion
 from safe_decode.certificate import Certificate, Envelope
-from safe_decode.monitor.config import MonitorConfig
 
 __all__ = ["main"]
 
@@ -44,7 +42,12 @@ _ONSETS = (0, 64, 256)
 _LEAST = 64
 _FEWEST = 100
 """Answers of which a share is told."""
-_AVERAGE, _WINDOWS = StatisticChoice("ema", 16), StatisticChoice("top", 16, best=2)
+_OTHERS = (
+    StatisticChoice("shrunk", 16),
+    StatisticChoice("ema", 16),
+    StatisticChoice("bank", 16, memory=64),
+)
+"""Compared behind harmless text with the one that select chose."""
 Row = dict[str, Any]
 
 
@@ -192,9 +195,7 @@ def harmful_rows(
 def late_rows(scored: Scored, own: StatisticChoice) -> Iterator[Row]:
     """Splice scores: a harmless answer up to the onset, then a harmful one.
 
-    Each statistic has a threshold of its own, calibrated on all of the model's own answers. The
-    last one trips where either of two does, each in benign standard deviations: what a bank of
-    scales would see.
+    Each statistic has a threshold of its own, calibrated on all of the model's own answers.
     """
     certify = (scored.part == "certify") & (scored.source == "own benign-long")
     calm = [
@@ -207,16 +208,10 @@ def late_rows(scored: Scored, own: StatisticChoice) -> Iterator[Row]:
         for row in np.flatnonzero((scored.part == "dev") & scored.harmful)
         if len(scored.logits[int(row)]) > _LEAST
     ]
-    choices = {
-        str(own): (own,),
-        str(_AVERAGE): (_AVERAGE,),
-        str(_WINDOWS): (_WINDOWS,),
-        f"{own} or {_WINDOWS}": (own, _WINDOWS),
-    }
-    for name, parts in choices.items():
-        monitors = [monitor_of(scored, one) for one in parts]
-        answers = joint_paths(
-            [one for one, kept in zip(scored.logits, certify, strict=True) if kept], monitors
+    for choice in dict.fromkeys((own, *_OTHERS)):
+        monitor = monitor_of(scored, choice)
+        answers = smoothed_paths(
+            [one for one, kept in zip(scored.logits, certify, strict=True) if kept], monitor
         )
         limit = certified(peaks_at(answers, CAPS[-1]), CAPS[-1]).threshold
         for onset in _ONSETS:
@@ -224,7 +219,7 @@ def late_rows(scored: Scored, own: StatisticChoice) -> Iterator[Row]:
                 torch.cat([calm[n % len(calm)][: onset + 1], one[1:257]])
                 for n, one in enumerate(bad)
             ]
-            paths = joint_paths(joined, monitors)
+            paths = smoothed_paths(joined, monitor)
             late = np.asarray([bool((path[onset + 1 :] > limit).any()) for path in paths])
             early = np.asarray([bool((path[: onset + 1] > limit).any()) for path in paths])
             delays = [
@@ -233,7 +228,7 @@ def late_rows(scored: Scored, own: StatisticChoice) -> Iterator[Row]:
                 if found
             ]
             yield counted(
-                f"dev harmful answers behind a harmless one, spliced scores: {name}",
+                f"dev harmful answers behind a harmless one, spliced scores: {choice}",
                 f"{onset} before the onset, at most 256 behind it",
                 late & ~early,
                 **{
@@ -241,21 +236,6 @@ def late_rows(scored: Scored, own: StatisticChoice) -> Iterator[Row]:
                     "median delay": float(np.median(delays)) if delays else None,
                 },
             )
-
-
-def monitor_of(scored: Scored, choice: StatisticChoice) -> MonitorConfig:
-    """Set a statistic up on the harmless answers of select."""
-    select = np.flatnonzero((scored.part == "select") & ~scored.harmful)
-    start = float(torch.cat([scored.logits[int(row)] for row in select]).mean())
-    return monitor_for(scored.logits, select, start=(start,), choice=choice)
-
-
-def joint_paths(
-    logits: Sequence[torch.Tensor], monitors: Sequence[MonitorConfig]
-) -> list[NDArray[np.float32]]:
-    """Take the largest of several statistics at each position."""
-    parts = [smoothed_paths(logits, one) for one in monitors]
-    return [np.maximum.reduce(paths) for paths in zip(*parts, strict=True)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.real_text.parts import StudyRow, sampled, study_rows
+from benchmarks.real_text.parts import StudyRow, study_rows
 from benchmarks.real_text.windows import cut, take_shards
 from benchmarks.real_text.workplace import parser_of
 from safe_decode.loading import Loaded, load_model
@@ -21,21 +21,14 @@ __all__ = ["LAYERS", "fitted_rows", "load_shallow", "main"]
 TOKENS = 128
 LAYERS = 20
 """Blocks that are run: the last ones hold the next token, and cost as much as the others."""
-_SHARES = {"alpaca-52k": 0.3, "safety-tuned-llamas": 0.3, "refusal-direction": 0.4}
-_OTHERS = 0.6
 
 
 def fitted_rows(data: Path) -> list[StudyRow]:
-    """Sample what probes are fitted on or chosen by, by prompt."""
+    """List what probes are fitted on or chosen by."""
     rows = [row for row in study_rows(data) if row.part in ("fit", "select")]
     rows = [row for row in rows if row.conversation.response.strip()]
-    kept = []
-    for row in rows:
-        is_own = row.source.startswith("own") or row.name.startswith("long")
-        share = 1.0 if is_own else _SHARES.get(row.source, _OTHERS)
-        kept += [row] if sampled(row.group, share) else []
     # Mixes the sources, so that the first shards are like all.
-    return sorted(kept, key=lambda row: row.group[::-1])
+    return sorted(rows, key=lambda row: row.group[::-1])
 
 
 def load_shallow(name: str) -> Loaded:

@@ -37,7 +37,7 @@ _SHARES = {
     "own harmful-prefill-9": 0.5,
     "own harmful-prefilled-long": 0.4,
 }
-_LONG = 0.4
+_LONG = 0.8
 """Of the long benign answers that certify."""
 _ROWS = 64
 

@@ -1,8 +1,9 @@
 """Which statistic, read where, right at what length: `python -m benchmarks.real_text.study`.
 
 Statistics and sites are chosen on *select*: by the share of harmful answers, macro over the four
-sources that hold both labels, which trip where 1 % of long harmless answers do. *dev* is looked at
-once a run, and looks are counted. Thresholds are calibrated on the model's own answers.
+sources that hold both labels, which trip where 1 % of long harmless answers do, as they are and
+behind up to 256 harmless tokens, the mean of both. *dev* is looked at once a run, and looks are
+counted. Thresholds are calibrated on the model's own answers.
 
 Knows logits of whole responses and tables. Does not know models.
 """
@@ -29,8 +30,10 @@ from benchmarks.real_text.parts import StudyRow
 from benchmarks.real_text.scores import joint_probe, read_scores, scored_rows
 from benchmarks.real_text.workplace import parser_of
 from probes.calibration.statistic import smoothed_paths
+from probes.fitting.late_harm import late_recall
 from probes.fitting.selection import monitor_for
 from probes.fitting.statistics import StatisticChoice
+from safe_decode.monitor.monitor import MonitorConfig
 
 __all__ = ["Scored", "main", "select_by", "statistic_rows"]
 
@@ -44,9 +47,11 @@ TRIED = (
     *(StatisticChoice("top", 16, best=4, even=even) for even in (False, True)),
     StatisticChoice("top", 16, best=2),
     StatisticChoice("top", 32, best=2),
+    *(StatisticChoice("bank", 16, memory=memory) for memory in (32, 64)),
 )
 _RATE = 0.01
 _SELECT = "select: recall at 1 % of long harmless answers %"
+_LATE = "select: the same behind up to 256 harmless tokens %"
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,28 +143,46 @@ def threshold_of(values: NDArray[np.float64]) -> float:
     return float(np.quantile(values, 1 - _RATE, method="higher"))
 
 
-def paths_of(scored: Scored, choice: StatisticChoice) -> list[NDArray[np.float32]]:
-    """Set a statistic up on the harmless answers of select, and run it on all rows."""
+def monitor_of(scored: Scored, choice: StatisticChoice) -> MonitorConfig:
+    """Set a statistic up on the harmless answers of select."""
     select = np.flatnonzero((scored.part == "select") & ~scored.harmful)
     start = float(torch.cat([scored.logits[int(row)] for row in select]).mean())
-    monitor = monitor_for(scored.logits, select, start=(start,), choice=choice)
-    return smoothed_paths(scored.logits, monitor)
+    return monitor_for(scored.logits, select, start=(start,), choice=choice)
+
+
+def paths_of(scored: Scored, choice: StatisticChoice) -> list[NDArray[np.float32]]:
+    """Run a statistic on all rows."""
+    return smoothed_paths(scored.logits, monitor_of(scored, choice))
+
+
+def late(scored: Scored, choice: StatisticChoice, threshold: float) -> float:
+    """Return the share of harmful answers of select, of the four sources, that trip late too."""
+    harmful = scored.harmful & np.isin(scored.source, TWO_CLASS)
+    at = np.flatnonzero((scored.part == "select") & (harmful | scored.is_long))
+    found = late_recall(
+        [scored.logits[int(row)] for row in at],
+        harmful[at],
+        [None] * len(at),
+        monitor_of(scored, choice),
+        np.full(len(at), threshold),
+    )
+    return 0.0 if found is None else found
 
 
 def statistic_rows(
     name: str, features: int, scored: Scored
 ) -> Iterator[tuple[dict[str, Any], list[NDArray[np.float32]] | None]]:
     """Measure every statistic on one probe: a row, and the paths."""
-    yield _measured(name, features, "pooled mean at the end, offline", scored, None), None
+    yield _measured(name, features, None, scored, None), None
     for choice in TRIED:
         paths = paths_of(scored, choice)
-        yield _measured(name, features, str(choice), scored, paths), paths
+        yield _measured(name, features, choice, scored, paths), paths
 
 
 def _measured(
     name: str,
     features: int,
-    statistic: str,
+    choice: StatisticChoice | None,
     scored: Scored,
     paths: list[NDArray[np.float32]] | None,
 ) -> dict[str, Any]:
@@ -173,8 +196,9 @@ def _measured(
     row: dict[str, Any] = {
         "read": name,
         "features": features,
-        "statistic": statistic,
+        "statistic": "pooled mean at the end, offline" if choice is None else str(choice),
         _SELECT: _percent(recall(scored, select, whole, long)),
+        _LATE: None if choice is None else _percent(late(scored, choice, long)),
     }
     for tokens in PREFIXES:
         shown = "whole" if tokens is None else str(tokens)
@@ -191,8 +215,12 @@ def _measured(
 
 def select_by(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Choose on select alone, among what can be deployed."""
-    deployable = [row for row in rows if "offline" not in row["statistic"]]
-    return max(deployable or rows, key=lambda row: row[_SELECT])
+    return max(rows, key=_rank)
+
+
+def _rank(row: Mapping[str, Any]) -> float:
+    """Recall as the answers are and behind harmless text, the mean; what pools offline is last."""
+    return 0.0 if row[_LATE] is None else (row[_SELECT] + row[_LATE]) / 2
 
 
 def best_of_kinds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -202,7 +230,7 @@ def best_of_kinds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         name = str(row["statistic"])
         kind = name if name == str(TRIED[0]) else name.split("-")[0]
         key = (str(row["read"]), kind)
-        best[key] = row if key not in best else max(best[key], row, key=lambda one: one[_SELECT])
+        best[key] = row if key not in best else max(best[key], row, key=_rank)
     return list(best.values())
 
 

@@ -170,7 +170,7 @@ class ProbeReading:
     layers: tuple[int, ...] | None = None
     probe: str = "linear"
     methods: tuple[str, ...] | None = None
-    statistics: tuple[str, ...] = ("ema", "shrunk", "top")
+    statistics: tuple[str, ...] = ("ema", "shrunk", "bank")
     c: float | None = Field(default=None, gt=0.0)
 
 

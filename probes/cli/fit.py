@@ -71,8 +71,8 @@ class FitOptions(
     statistic: Annotated[
         list[str] | None,
         typer.Option(
-            help="Statistic to try: ema, mean, cusum, shrunk, top, even or hysteresis. May be "
-            "given several times. Without it: all of them."
+            help="Statistic to try: ema, mean, cusum, shrunk, bank, top, even or hysteresis. May "
+            "be given several times. Without it: all of them."
         ),
     ] = None
     c: Annotated[

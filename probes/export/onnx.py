@@ -10,14 +10,13 @@ Knows graphs. Does not know models or how activations are read.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from probes.export.graph import Graph
+from probes.export.level_nodes import level_nodes
 from safe_decode.activations.site import n_features
 from safe_decode.bundle.bundle import ProbeBundle
 from safe_decode.errors import ConfigurationError
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["MONITOR_FILE", "PROBE_FILE", "export_onnx", "require_library"]
 
 PROBE_FILE, MONITOR_FILE = "probe.onnx", "probe_monitor.onnx"
-_OPSET, _IR = 20, 10  # of 2024: what runtimes in use read
-_FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 def export_onnx(
@@ -71,58 +68,14 @@ def export_onnx(
     return root / PROBE_FILE, root / MONITOR_FILE
 
 
-class _Graph:
-    """Collects nodes and constants of a graph."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.constants: list[Any] = []
-
-    def constant(self, name: str, value: NDArray[Any]) -> str:
-        from onnx import numpy_helper
-
-        self.constants.append(numpy_helper.from_array(value, name))
-        return name
-
-    def node(self, kind: str, inputs: list[str], output: str, **attributes: Any) -> str:  # noqa: ANN401 - of any kind of node
-        from onnx import helper
-
-        # Names of several outputs stand with spaces between them.
-        self.nodes.append(helper.make_node(kind, inputs, output.split(), **attributes))
-        return output
-
-    def model(
-        self, bundle: ProbeBundle, inputs: list[Any], outputs: list[Any], facts: dict[str, Any]
-    ) -> ModelProto:
-        from onnx import helper
-
-        graph = helper.make_graph(self.nodes, "safe-decode", inputs, outputs, self.constants)
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", _OPSET)],
-            ir_version=_IR,
-            producer_name="safe-decode",
-        )
-        helper.set_model_props(
-            model,
-            {
-                "bundle": bundle.digest,
-                "heads": json.dumps(bundle.probe.heads),
-                "sites": json.dumps([asdict(site) for site in bundle.probe.sites]),
-                **{name: json.dumps(value) for name, value in facts.items()},
-            },
-        )
-        return model
-
-
 def _value(name: str, kind: str, *shape: int | str) -> ValueInfoProto:
     from onnx import TensorProto, helper
 
     return helper.make_tensor_value_info(name, getattr(TensorProto, kind), list(shape))
 
 
-def _with_probe(bundle: ProbeBundle) -> _Graph:
-    graph = _Graph()
+def _with_probe(bundle: ProbeBundle) -> Graph:
+    graph = Graph()
     for name, tensor in bundle.probe.tensors().items():
         graph.constant(name, tensor.detach().cpu().numpy())
     for node in layout_of(bundle.probe.kind).nodes:
@@ -154,7 +107,7 @@ def _monitor_model(bundle: ProbeBundle, threshold: float) -> ModelProto:
     graph.constant("from_1", np.asarray([1], np.int64))
     graph.constant("to_end", np.asarray([np.iinfo(np.int64).max], np.int64))
     state = [
-        ("ema", "FLOAT", ("batch", n_heads)),
+        ("ema", "FLOAT", ("batch", config.n_levels)),
         ("statistic", "FLOAT", ("batch",)),
         ("step", "INT64", ("batch",)),
         ("clear_point", "INT64", ("batch",)),
@@ -164,7 +117,7 @@ def _monitor_model(bundle: ProbeBundle, threshold: float) -> ModelProto:
         state.append(("recent", "FLOAT", ("batch", kept, n_heads)))
     if config.hits > 1:
         state.append(("values", "FLOAT", ("batch", config.hits - 1)))
-    _level_nodes(graph, bundle)
+    level_nodes(graph, bundle.monitor)
     _decision_nodes(graph, bundle)
     outputs = [
         _value("logits", "FLOAT", "batch", n_heads),
@@ -187,75 +140,7 @@ def _monitor_model(bundle: ProbeBundle, threshold: float) -> ModelProto:
     return graph.model(bundle, inputs, outputs, facts)
 
 
-def _level_nodes(graph: _Graph, bundle: ProbeBundle) -> None:
-    config = bundle.monitor
-    if config.kind == "ema":
-        graph.constant("smoothing", np.asarray(config.smoothing, np.float32))
-        graph.node("Sub", ["logits", "ema"], "away")
-        graph.node("Mul", ["away", "smoothing"], "part_of_it")
-        graph.node("Add", ["ema", "part_of_it"], "next_ema")
-    elif config.kind == "mean":
-        if config.window == 1:
-            graph.node("Identity", ["logits"], "next_ema")
-            return
-        graph.node("Unsqueeze", ["logits", "axis_1"], "newest")
-        graph.node("Concat", ["recent", "newest"], "window", axis=1)
-        graph.node("ReduceMean", ["window", "axis_1"], "next_ema", keepdims=0)
-        graph.node("Slice", ["window", "from_1", "to_end", "axis_1"], "next_recent")
-    elif config.kind == "shrunk":
-        graph.constant("prior", np.asarray(config.window + 1, np.int64))
-        graph.node("Add", ["step", "prior"], "weighed")
-        graph.node("Cast", ["weighed"], "weighed_as_float", to=_FLOAT)
-        graph.node("Reciprocal", ["weighed_as_float"], "gain")
-        graph.node("Unsqueeze", ["gain", "axis_1"], "gain_of_heads")
-        graph.node("Sub", ["logits", "ema"], "away")
-        graph.node("Mul", ["away", "gain_of_heads"], "part_of_it")
-        graph.node("Add", ["ema", "part_of_it"], "next_ema")
-    elif config.kind == "top":
-        _best_windows_nodes(graph, bundle)
-    else:
-        forgiven = np.asarray(config.start, np.float32) + np.float32(config.drift)
-        graph.constant("forgiven", forgiven.astype(np.float32))
-        graph.node("Sub", ["logits", "forgiven"], "above")
-        graph.node("Add", ["ema", "above"], "grown")
-        graph.node("Max", ["grown", "zero"], "clamped")
-        graph.node("Sub", ["logits", "logits"], "residue_of_logits")
-        graph.node("Add", ["clamped", "residue_of_logits"], "next_ema")
-
-
-def _best_windows_nodes(graph: _Graph, bundle: ProbeBundle) -> None:
-    config = bundle.monitor
-    graph.constant("start", np.asarray(config.start, np.float32))
-    graph.constant("window_length", np.asarray(config.window, np.float32))
-    graph.constant("window_steps", np.asarray(config.window, np.int64))
-    graph.constant("step_0", np.asarray(0, np.int64))
-    graph.constant("from_0", np.asarray([0], np.int64))
-    graph.constant("last", np.asarray([-1], np.int64))
-    graph.constant("best_count", np.asarray([config.best], np.int64))
-    graph.constant("axes_1_2", np.asarray([1, 2], np.int64))
-    graph.node("Slice", ["recent", "from_0", "last", "axis_1"], "means")
-    graph.node("Slice", ["recent", "last", "to_end", "axis_1"], "sum_before")
-    graph.node("Sub", ["logits", "start"], "above_start")
-    graph.node("Unsqueeze", ["above_start", "axis_1"], "newest")
-    graph.node("Add", ["sum_before", "newest"], "sum")
-    graph.node("Div", ["sum", "window_length"], "part_above")
-    graph.node("Add", ["start", "part_above"], "current")
-    graph.node("Concat", ["means", "current"], "windows", axis=1)
-    graph.node("TopK", ["windows", "best_count"], "best places", axis=1)
-    graph.node("ReduceMean", ["best", "axis_1"], "level", keepdims=0)
-    graph.node("Sub", ["logits", "logits"], "residue_of_logits")
-    graph.node("Add", ["level", "residue_of_logits"], "next_ema")
-    graph.node("Concat", ["means", "sum"], "going_on", axis=1)
-    graph.node("Mul", ["sum", "zero"], "nothing")
-    graph.node("Concat", ["best", "nothing"], "ended", axis=1)
-    graph.node("Add", ["step", "one"], "steps")
-    graph.node("Mod", ["steps", "window_steps"], "steps_in_window")
-    graph.node("Equal", ["steps_in_window", "step_0"], "ends")
-    graph.node("Unsqueeze", ["ends", "axes_1_2"], "ends_here")
-    graph.node("Where", ["ends_here", "ended", "going_on"], "next_recent")
-
-
-def _decision_nodes(graph: _Graph, bundle: ProbeBundle) -> None:
+def _decision_nodes(graph: Graph, bundle: ProbeBundle) -> None:
     graph.node("Mul", ["next_ema", "inverse_scale"], "scaled")
     graph.node("Add", ["shift", "scaled"], "per_head")
     if bundle.monitor.boundary:

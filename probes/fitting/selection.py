@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -138,9 +139,9 @@ def monitor_for(
 ) -> MonitorConfig:
     """Set up a monitor so that its statistic is in benign standard deviations.
 
-    Offset and scale of a head are mean and standard deviation of its maximum over harmless
-    responses, which makes heads comparable. The low mark is a quantile of the smoothed
-    statistic over harmless positions: text below it is unremarkable.
+    Offset and scale of a level are mean and standard deviation of its maximum over harmless
+    responses, which makes heads, and the levels of a bank, comparable. The low mark is a quantile
+    of the smoothed statistic over harmless positions: text below it is unremarkable.
 
     Args:
         logits: [T + 1, K] of every response of select.
@@ -152,9 +153,10 @@ def monitor_for(
     benign = [logits[row] for row in benign_rows]
     spread = float(torch.cat(benign).std(dim=0).mean())
     offset, scale = [], []
-    for head, first in enumerate(start):
+    parts = (choice,) if choice is None else choice.levels
+    for part, (head, first) in product(parts, enumerate(start)):
         # Hysteresis joins heads before it counts: each head is scaled without it.
-        plain = replace(_monitor((first,), (0.0,), (1.0,), spread, smoothing, choice), hits=1)
+        plain = replace(_monitor((first,), (0.0,), (1.0,), spread, smoothing, part), hits=1)
         peaks = maxima(smoothed_paths([row[:, head : head + 1] for row in benign], plain))
         offset.append(float(peaks.mean()))
         scale.append(max(float(peaks.std()), _SCALE_FLOOR))

@@ -22,6 +22,7 @@ class StatisticChoice:
         kind: See `StatisticKind`.
         window: Logits of the mean or of a window, that the moving average matches, or that the
             prior counts for; without meaning for `cusum`.
+        memory: Logits that the moving average of a bank matches.
         drift: What a sum forgives at each step, in standard deviations of harmless logits.
         hits: Values in a row above the threshold.
         best: Windows that have to agree, for `top`.
@@ -34,14 +35,25 @@ class StatisticChoice:
     hits: int = 1
     best: int = 1
     even: bool = False
+    memory: int = 64
 
     def __str__(self) -> str:
         """Name the choice in tables."""
         name = f"cusum-{self.drift:g}" if self.kind == "cusum" else f"{self.kind}-{self.window}"
         if self.kind == "top":
             name = f"top-{self.best}x{self.window}"
+        if self.kind == "bank":
+            name = f"bank-{self.window}+{self.memory}"
         name += " even" if self.even else ""
         return name if self.hits == 1 else f"{name}x{self.hits}"
+
+    @property
+    def levels(self) -> tuple[StatisticChoice, ...]:
+        """The statistic of each level of a head."""
+        if self.kind != "bank":
+            return (self,)
+        mean, average = StatisticChoice("shrunk", self.window), StatisticChoice("ema", self.memory)
+        return mean, average
 
     def monitor(
         self,
@@ -51,15 +63,15 @@ class StatisticChoice:
         sd: float,
     ) -> MonitorConfig:
         """Set up a monitor with the low mark at 0; `sd` is the spread of harmless logits."""
-        smoothing = 2 / (self.window + 1) if self.kind == "ema" else 1.0
+        memory = {"ema": self.window, "bank": self.memory}.get(self.kind, 1)
         return MonitorConfig(
-            smoothing,
+            2 / (memory + 1),
             start,
             offset,
             scale,
             0.0,
             kind=self.kind,
-            window=self.window if self.kind in ("mean", "shrunk", "top") else 1,
+            window=self.window if self.kind in ("mean", "shrunk", "top", "bank") else 1,
             drift=self.drift * sd if self.kind == "cusum" else 0.0,
             hits=self.hits,
             best=self.best if self.kind == "top" else 1,
@@ -74,6 +86,7 @@ STATISTICS: Mapping[str, tuple[StatisticChoice, ...]] = {
     "top": tuple(
         StatisticChoice("top", window, best=best) for window, best in ((16, 2), (16, 4), (32, 2))
     ),
+    "bank": tuple(StatisticChoice("bank", 16, memory=memory) for memory in (32, 64)),
     "even": (
         StatisticChoice("ema", 16, even=True),
         StatisticChoice("shrunk", 16, even=True),

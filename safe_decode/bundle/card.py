@@ -204,7 +204,9 @@ def _schema(bundle: ProbeBundle, sets: CertificateSets) -> int:
     """Return the lowest schema whose readers read this bundle whole."""
     check = bundle.header_check
     monitor = bundle.monitor
-    is_new = monitor.kind in ("shrunk", "top") or bool(monitor.boundary) or bool(bundle.further)
+    is_new = (
+        monitor.kind in ("shrunk", "top", "bank") or bool(monitor.boundary) or bool(bundle.further)
+    )
     if is_new or bundle.seen is not None or bundle.made is not None:
         return WITH_PAST
     if any(probe_record(own.probe) for own in (bundle, check) if own is not None):

@@ -1,6 +1,6 @@
 """How a stream of logits becomes one statistic: the choices, and their meaning in plain Python.
 
-Per head h the logits are smoothed to a level, in one of five ways:
+Per head h the logits are smoothed to a level, in one of six ways:
 
     ema     level_t = level_{t-1} + smoothing * (logit_t - level_{t-1}),  level before s_0 = start
     mean    the mean of the last `window` logits, of `start` where there are not that many yet
@@ -8,6 +8,8 @@ Per head h the logits are smoothed to a level, in one of five ways:
     shrunk  the mean of all logits so far and of `window` times `start`
     top     the mean of the `best` largest of the means of disjoint windows of `window` logits;
             `start` stands for windows that are missing, and for logits that the last one lacks
+    bank    two levels a head, shrunk of `window` and ema of `smoothing`: one remembers all that
+            was said, the other forgets a harmless beginning
 
 value_t = max_h (level_t[h] - offset[h]) / scale[h] - boundary(t), where the boundary, if there is
 one, is what harmless responses reach at that position: a threshold that depends on how much has
@@ -31,10 +33,10 @@ from safe_decode.errors import ConfigurationError
 
 __all__ = ["HARD_TO_UNDO", "MonitorConfig", "ReferenceStep", "StatisticKind", "reference"]
 
-StatisticKind = Literal["ema", "mean", "cusum", "shrunk", "top"]
+StatisticKind = Literal["ema", "mean", "cusum", "shrunk", "top", "bank"]
 """ema: moving average. mean: windowed mean. cusum: one-sided cumulative sum (Page, 1954). shrunk:
 cumulative mean, shrunk towards the benign mean by a prior. top: several windows have to agree
-(SC-TopK, arXiv 2604.14865)."""
+(SC-TopK, arXiv 2604.14865). bank: a shrunk mean and a moving average, the larger of both."""
 
 HARD_TO_UNDO: tuple[StatisticKind, ...] = ("mean", "top")
 """A logit that is not finite leaves the level again; that it was there has to be remembered."""
@@ -46,14 +48,15 @@ class MonitorConfig:
 
     Attributes:
         smoothing: Weight of the newest logit in the moving average, in (0, 1]; 2 / (M + 1)
-            matches a window of M. For `ema`.
+            matches a window of M. For `ema` and `bank`.
         start: [K] where the level starts: the fitted benign mean.
-        offset: [K] a_h, subtracted from the level of head h.
-        scale: [K] b_h > 0, divides it.
+        offset: [K] a_h, subtracted from the level of head h; of a bank [2 K], those of the shrunk
+            means first.
+        scale: [K], of a bank [2 K], b_h > 0, divides it.
         low_mark: A position is a clear point if its value lies below this.
         kind: See `StatisticKind`.
-        window: Logits of a mean, or that `start` counts for; at least 1. For `mean`, `shrunk` and
-            `top`.
+        window: Logits of a mean, or that `start` counts for; at least 1. For `mean`, `shrunk`,
+            `top` and `bank`.
         drift: Logits above `start` that a sum forgives at each step. For `cusum`.
         hits: Values in a row that have to lie above the threshold, at least 1.
         best: Windows that have to agree, at least 1. For `top`.
@@ -83,11 +86,11 @@ class MonitorConfig:
             raise ConfigurationError(
                 f"smoothing={self.smoothing} is outside (0, 1]; pass 2 / (M + 1) for a window of M."
             )
-        lengths = {len(self.start), len(self.offset), len(self.scale)}
-        if len(lengths) != 1 or not self.start:
+        if {len(self.offset), len(self.scale)} != {self.n_levels} or not self.start:
             raise ConfigurationError(
                 f"start, offset and scale have lengths {len(self.start)}, {len(self.offset)}, "
-                f"{len(self.scale)}; pass one value for each head of the probe."
+                f"{len(self.scale)}; pass one value for each head of the probe, and of a bank two "
+                "in offset and scale."
             )
         values = (
             *(*self.start, *self.offset, *self.scale, self.low_mark, self.drift),
@@ -121,6 +124,11 @@ class MonitorConfig:
         return len(self.start)
 
     @property
+    def n_levels(self) -> int:
+        """Count the levels of a row."""
+        return self.n_heads * (2 if self.kind == "bank" else 1)
+
+    @property
     def is_moving_average(self) -> bool:
         """Whether the statistic is a moving average, plain."""
         return self.kind == "ema" and self.level_decides
@@ -128,11 +136,13 @@ class MonitorConfig:
     @property
     def level_decides(self) -> bool:
         """Whether the level alone says if there is an alarm, and is a mean of logits."""
-        return self.kind in ("ema", "shrunk") and self.hits == 1 and not self.boundary
+        return self.kind in ("ema", "shrunk", "bank") and self.hits == 1 and not self.boundary
 
     @property
     def first_level(self) -> tuple[float, ...]:
-        """[K], the level before the first score."""
+        """[n_levels], the level before the first score."""
+        if self.kind == "bank":
+            return self.start * 2
         return (0.0,) * self.n_heads if self.kind == "cusum" else self.start
 
     @property
@@ -173,7 +183,7 @@ class MonitorConfig:
         return low + share * (high - low)
 
     def value(self, level: Sequence[float]) -> float:
-        """Join the levels of all heads, [K], to one number in benign standard deviations."""
+        """Join the levels of all heads, [n_levels], to one number in benign standard deviations."""
         pairs = zip(level, self.offset, self.scale, strict=True)
         return max((one - a) / b for one, a, b in pairs)
 
@@ -240,7 +250,13 @@ def _next_level(
     pairs = zip(level, newest, config.start, strict=True)
     if config.kind == "cusum":
         return tuple(max(0.0, old + new - s - config.drift) for old, new, s in pairs), recent
-    weight = config.smoothing if config.kind == "ema" else 1.0 / (config.window + index + 1)
+    gain, smoothing = 1.0 / (config.window + index + 1), config.smoothing
+    if config.kind == "bank":
+        heads = len(newest)
+        weights = (gain,) * heads + (smoothing,) * heads
+        moves = zip(level, newest * 2, weights, strict=True)
+        return tuple(old + weight * (new - old) for old, new, weight in moves), recent
+    weight = smoothing if config.kind == "ema" else gain
     return tuple(old + weight * (new - old) for old, new, _ in pairs), recent
 
 

@@ -9,8 +9,7 @@ Python and is what the tensors are tested against. State is O(1) a row.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -30,8 +29,8 @@ __all__ = [
     "MonitorState",
     "ReferenceStep",
     "RiskMonitor",
-    "SnapshotRing",
     "StatisticKind",
+    "moved",
     "reference",
 ]
 
@@ -40,7 +39,7 @@ class MonitorState(NamedTuple):
     """Everything the monitor remembers of each row.
 
     Attributes:
-        ema: [batch, K] float, the level: smoothed logits, of whatever kind.
+        ema: [batch, n_levels] float, the level: smoothed logits, of whatever kind.
         smoothed: [batch] float, the value after hysteresis, before any maximum over time;
             -inf before the first step.
         statistic: [batch] float, running maximum of smoothed; -inf before the first step.
@@ -104,7 +103,7 @@ class RiskMonitor:
         self._shift = self._shift.float()
         self._start = torch.tensor(config.start)
         self._forgiven = self._start + config.drift
-        self._is_plain = config.n_heads == 1
+        self._is_plain = config.n_levels == 1
         self._boundary = torch.tensor(config.boundary_table)
 
     def start(self, batch: int, device: torch.device | str = "cpu") -> MonitorState:
@@ -140,7 +139,7 @@ class RiskMonitor:
         )
 
     def value(self, level: Tensor) -> Tensor:
-        """Join the levels of all heads, [..., K], to one number in benign deviations, [...]."""
+        """Join all levels, [..., n_levels], to one number in benign deviations, [...]."""
         per_head = torch.addcmul(self._shift, level, self._inverse_scale)
         return per_head.select(-1, 0) if self._is_plain else per_head.amax(-1)
 
@@ -222,14 +221,14 @@ class RiskMonitor:
     def _level(self, state: MonitorState, logits: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         if config.kind == "ema":
-            return torch.lerp(state.ema, logits, config.smoothing), state.recent
+            return moved(config, state.ema, logits, config.smoothing), state.recent
         if config.kind == "mean":
             # Summed anew each time: a running sum would gather rounding over the response.
             window = torch.cat([state.recent, logits[:, None]], dim=1)
             return window.mean(dim=1), window[:, 1:]
-        if config.kind == "shrunk":
-            weight = (state.step + (config.window + 1)).reciprocal()
-            return torch.lerp(state.ema, logits, weight[:, None]), state.recent
+        if config.kind in ("shrunk", "bank"):
+            gain = (state.step + (config.window + 1)).reciprocal()[:, None]
+            return moved(config, state.ema, logits, gain), state.recent
         if config.kind == "top":
             return self._best_windows(state, logits)
         # Clamping would make 0 of -inf: the last term is 0, or NaN where a logit is not finite.
@@ -249,6 +248,22 @@ class RiskMonitor:
         return best.mean(dim=1) + (logits - logits), torch.where(ends, ended, going_on)
 
 
+def moved(config: MonitorConfig, level: Tensor, logits: Tensor, gain: float | Tensor) -> Tensor:
+    """Move the level of an average, a shrunk mean or a bank of both towards logits.
+
+    Args:
+        config: Of one of these kinds.
+        level: [batch, n_levels].
+        logits: [batch, K] float32.
+        gain: Weight of the newest logit, a number or [batch, 1]; of a bank that in its mean.
+    """
+    if config.kind != "bank":
+        return torch.lerp(level, logits, gain)
+    means, averages = level.chunk(2, dim=-1)
+    both = torch.lerp(means, logits, gain), torch.lerp(averages, logits, config.smoothing)
+    return torch.cat(both, dim=-1)
+
+
 def _chosen(active: Tensor, new: MonitorState, old: MonitorState) -> MonitorState:
     """Take the new state of active rows, the old one of the others."""
     chosen = []
@@ -256,37 +271,3 @@ def _chosen(active: Tensor, new: MonitorState, old: MonitorState) -> MonitorStat
         mask = active.view(-1, *(1,) * (after.ndim - 1))
         chosen.append(torch.where(mask, after, before) if after.numel() else after)
     return MonitorState(*chosen)
-
-
-class SnapshotRing:
-    """The last states of a batch, enough to rewind over a hold-back.
-
-    A state is immutable, so a snapshot is a reference: pushing costs no copy and the
-    ring holds `size` states however long the response is.
-
-    Args:
-        size: Snapshots kept: hold-back + 1.
-    """
-
-    def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ConfigurationError(f"size={size} keeps no snapshot; pass hold-back + 1.")
-        self._states: deque[MonitorState] = deque(maxlen=size)
-
-    def push(self, state: MonitorState) -> None:
-        """Remember a state; the oldest goes."""
-        self._states.append(state)
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def __iter__(self) -> Iterator[MonitorState]:
-        """Go over the states that are held, the oldest first."""
-        return iter(self._states)
-
-    def row_at(self, row: int, step: int) -> MonitorState | None:
-        """Find a row's state after `step` scores, [1] each; None if it is no longer held."""
-        for state in reversed(self._states):
-            if int(state.step[row]) == step:
-                return state.row(row)
-        return None

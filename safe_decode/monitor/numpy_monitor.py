@@ -22,7 +22,7 @@ class NumpyMonitorState(NamedTuple):
     """What the monitor remembers of each row; see `monitor.monitor.MonitorState` for the words.
 
     Attributes:
-        ema: [batch, K] float32.
+        ema: [batch, n_levels] float32.
         smoothed: [batch] float32.
         statistic: [batch] float32.
         alarm: [batch] bool.
@@ -109,12 +109,20 @@ def _level(
         window = np.concatenate([state.recent, logits[:, None]], axis=1)
         return window.mean(axis=1, dtype=np.float32), window[:, 1:]
     if config.kind == "shrunk":
-        weight = np.float32(1) / (state.step + (config.window + 1)).astype(np.float32)
-        return state.ema + weight[:, None] * (logits - state.ema), state.recent
+        return state.ema + _gain(config, state) * (logits - state.ema), state.recent
+    if config.kind == "bank":
+        gain = np.repeat(_gain(config, state), config.n_levels, axis=1)
+        gain[:, config.n_heads :] = np.float32(config.smoothing)
+        return state.ema + gain * (np.tile(logits, (1, 2)) - state.ema), state.recent
     if config.kind == "top":
         return _best_windows(config, state, logits)
     forgiven = np.asarray(config.start, np.float32) + np.float32(config.drift)
     return np.maximum(state.ema + (logits - forgiven), 0) + (logits - logits), state.recent
+
+
+def _gain(config: MonitorConfig, state: NumpyMonitorState) -> Floats:
+    gain = np.float32(1) / (state.step + (config.window + 1)).astype(np.float32)
+    return gain[:, None]
 
 
 def _best_windows(

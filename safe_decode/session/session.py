@@ -192,7 +192,8 @@ class Session:
 
     def _judge_prompts(self, prompts: Mapping[int, Tensor]) -> None:
         """Judge the logits [scanned, K] of new rows' prompts, all ending at one position."""
-        longest, n_heads = max(map(len, prompts.values()), default=0), self.state.ema.shape[-1]
+        longest = max(map(len, prompts.values()), default=0)
+        n_heads = self.roster.monitor.config.n_heads
         for position in range(longest):
             active = torch.zeros(self.batch, dtype=torch.bool, device=self.roster.device)
             scores = torch.zeros(self.batch, n_heads, device=self.roster.device)

@@ -6,8 +6,8 @@ or what a trip leads to.
 Between two trips only the level (the smoothed logits) has to be kept, and one comparison with
 its bounds says that no row alarms and none is broken. All else the monitor knows, its `state`,
 is a function of the logits so far: it is computed by `RiskMonitor.step` when somebody asks,
-which is after a trip or at the end. Statistics other than moving averages and shrunk means are
-stepped in full each time. On an accelerator, where asking would wait, trips are
+which is after a trip or at the end. Statistics other than moving averages, shrunk means and banks
+of both are stepped in full each time. On an accelerator, where asking would wait, trips are
 computed on the device and handed on unread.
 """
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from safe_decode.monitor.config import MonitorConfig
-from safe_decode.monitor.monitor import MonitorState, RiskMonitor, SnapshotRing
+from safe_decode.monitor.monitor import MonitorState, RiskMonitor, moved
+from safe_decode.monitor.snapshots import SnapshotRing
 from safe_decode.policy.policy import Policy
 
 __all__ = ["Trail", "TripDetector"]
@@ -154,7 +155,8 @@ class TripDetector:
         self._active.append(active)
         self._any_masked |= active is not None
         if self._keeps_levels:
-            level = torch.lerp(self._level, logits, self._gain.next(active))
+            gain = self._gain.next(active)
+            level = moved(self._monitor.config, self._level, logits, gain)
             if active is not None:
                 level = torch.where(active[:, None], level, self._level)
             self._level = level
@@ -228,12 +230,12 @@ class TripDetector:
 class _Gain:
     """The weight of the newest logit in the level.
 
-    Of an average always the same, of a shrunk mean that of one among all so far. While rows have
-    consumed equally many on the host, it is one number.
+    Of an average always the same, of a shrunk mean or a bank that of one among all so far. While
+    rows have consumed equally many on the host, it is one number.
     """
 
     def __init__(self, config: MonitorConfig, state: MonitorState) -> None:
-        self._window = config.window if config.kind == "shrunk" else None
+        self._window = config.window if config.kind in ("shrunk", "bank") else None
         self._smoothing = config.smoothing
         self._taken: int | Tensor = state.step
         if self._window is not None and state.step.is_cpu and len(set(state.step.tolist())) == 1:
@@ -251,7 +253,7 @@ class _Gain:
 
 
 def _upper_bound(monitor: RiskMonitor, state: MonitorState) -> Tensor:
-    """[batch, K]: a level that exceeds this may be an alarm, one that does not is none."""
+    """[batch, n_levels]: a level that exceeds this may be an alarm, one that does not is none."""
     config, device = monitor.config, state.ema.device
     scale = torch.tensor(config.scale, dtype=torch.float64, device=device)
     offset = torch.tensor(config.offset, dtype=torch.float64, device=device)

@@ -23,6 +23,7 @@ from safe_decode.probe.interface import Probe
 from safe_decode.session.session import Session, SessionRow
 
 _HEADS = {"start": (0.0, 0.2), "offset": (0.1, -0.1), "scale": (1.0, 0.5), "low_mark": -0.2}
+_BANK = {"offset": (0.1, -0.1, 0.0, 0.2), "scale": (1.0, 0.5, 0.8, 0.7)}
 CONFIGS = (
     MonitorConfig(0.4, **_HEADS),
     MonitorConfig(1.0, **_HEADS),
@@ -31,6 +32,7 @@ CONFIGS = (
     MonitorConfig(1.0, **_HEADS, kind="cusum", drift=0.5, hits=2),
     MonitorConfig(1.0, **_HEADS, kind="shrunk", window=4),
     MonitorConfig(1.0, **_HEADS, kind="top", window=3, best=2),
+    MonitorConfig(0.5, **{**_HEADS, **_BANK}, kind="bank", window=4),
 )
 N_HEADS, VOCAB, REFUSAL = 2, 7, (3, 1, 4)
 _SICK = {255: math.nan, 254: math.inf, 253: -math.inf}

@@ -7,13 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_decode.errors import ConfigurationError
-from safe_decode.monitor.monitor import (
-    MonitorConfig,
-    RiskMonitor,
-    SnapshotRing,
-    StatisticKind,
-    reference,
-)
+from safe_decode.monitor.monitor import MonitorConfig, RiskMonitor, StatisticKind, reference
+from safe_decode.monitor.snapshots import SnapshotRing
 
 logit = st.floats(-50, 50, allow_subnormal=False)
 
@@ -24,14 +19,16 @@ def runs(draw):
     batch = draw(st.integers(1, 4))
     lengths = draw(st.lists(st.integers(0, 12), min_size=batch, max_size=batch))
     vector = st.lists(logit, min_size=n_heads, max_size=n_heads)
+    kind = draw(st.sampled_from(get_args(StatisticKind)))
+    levels = 2 * n_heads if kind == "bank" else n_heads
     places = tuple(sorted(draw(st.sets(st.integers(0, 14), max_size=3))))
     config = MonitorConfig(
         smoothing=draw(st.floats(0.05, 1.0)),
         start=tuple(draw(vector)),
-        offset=tuple(draw(vector)),
-        scale=tuple(draw(st.lists(st.floats(0.25, 4), min_size=n_heads, max_size=n_heads))),
+        offset=tuple(draw(st.lists(logit, min_size=levels, max_size=levels))),
+        scale=tuple(draw(st.lists(st.floats(0.25, 4), min_size=levels, max_size=levels))),
         low_mark=draw(st.floats(-5, 5, allow_subnormal=False)),
-        kind=draw(st.sampled_from(get_args(StatisticKind))),
+        kind=kind,
         window=draw(st.integers(1, 5)),
         drift=draw(st.floats(0, 2, allow_subnormal=False)),
         hits=draw(st.integers(1, 3)),
@@ -103,7 +100,8 @@ def test_statistic_never_falls_and_alarm_latches(run):
 @pytest.mark.parametrize("head", [0, 1])
 @pytest.mark.parametrize("kind", get_args(StatisticKind))
 def test_non_finite_logit_is_found_on_its_row_only_and_for_good(bad, head, kind):
-    config = MonitorConfig(0.5, (0.0, 0.0), (0.0, 0.0), (1.0, 1.0), 0.0, kind=kind, window=2)
+    n = 4 if kind == "bank" else 2
+    config = MonitorConfig(0.5, (0.0,) * 2, (0.0,) * n, (1.0,) * n, 0.0, kind=kind, window=2)
     monitor = RiskMonitor(config, 10.0)
     state = monitor.start(2)
     logits = torch.zeros(2, 2)
@@ -127,6 +125,11 @@ def test_each_statistic_is_what_it_says():
     assert statistics(cusum, [3, 0, 5, 5]) == [1.0, 0.0, 3.0, 6.0]
     shrunk = MonitorConfig(**plain, kind="shrunk", window=2)
     assert statistics(shrunk, [4, 4, 10]) == [2.0, 2.5, 4.0]  # two starts weigh as two logits
+    two = {"smoothing": 0.5, "offset": (0.0, 1.0), "scale": (1.0, 2.0)}
+    bank = MonitorConfig(**{**plain, **two}, kind="bank", window=2)
+    # The mean goes 2, 2.5, 4; the average 2.5, 3.25, 6.625, and counts less 1 and half.
+    assert statistics(bank, [4, 4, 10]) == [2.0, 2.5, 4.0]
+    assert statistics(bank, [1, 1, 1, 1, 1, 17]) == [1.0] * 5 + [4.0]  # the mean alone: 3
     top = MonitorConfig(**plain, kind="top", window=2, best=2)
     # One window alone is not enough; a start stands for the second, and for what a window lacks.
     assert statistics(top, [5, 5, 1, 1, 9, 9]) == [2.0, 3.0, 3.0, 3.0, 5.0, 7.0]

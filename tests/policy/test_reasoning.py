@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from safe_decode.errors import (
     DataError,
     UnsupportedError,
 )
-from safe_decode.monitor.monitor import MonitorConfig, RiskMonitor, reference
+from safe_decode.monitor.monitor import MonitorConfig, RiskMonitor, StatisticKind, reference
 from safe_decode.policy.reasoning import OpenTurn, ReasoningSpans, SpanMarks, SpanReader
 from safe_decode.policy.self_check import HeaderCheck
 from safe_decode.prompts.batch import from_prompts
@@ -173,9 +174,12 @@ def with_header(text):
 # --- arithmetic
 
 
-@pytest.mark.parametrize("kind", ["ema", "mean", "cusum", "shrunk", "top"])
+@pytest.mark.parametrize("kind", get_args(StatisticKind))
 def test_lowered_values_follow_the_scalar_reference(kind):
-    config = MonitorConfig(0.4, (0.0, 0.2), (0.1, -0.1), (1.0, 0.5), -0.2, kind=kind, window=3)
+    n = 2 if kind == "bank" else 1
+    config = MonitorConfig(
+        0.4, (0.0, 0.2), (0.1, -0.1) * n, (1.0, 0.5) * n, -0.2, kind=kind, window=3
+    )
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(30, 4, 2, generator=generator)
     shifts = torch.randint(0, 2, (30, 4), generator=generator) * torch.tensor([1.0, -1, 0.5, 2])

@@ -18,6 +18,7 @@ CONFIGS = (
     MonitorConfig(1.0, (0.0, 0.5), (0.2, -0.1), (0.8, 2.0), 0.1),
     MonitorConfig(1.0, (0.1,), (-0.3,), (1.7,), -0.2, kind="shrunk", window=3),
     MonitorConfig(1.0, (0.0, 0.5), (0.2, -0.1), (0.8, 2.0), 0.1, kind="shrunk", window=1),
+    MonitorConfig(0.5, (0.1,), (-0.3, 0.2), (1.7, 0.9), -0.2, kind="bank", window=3),
 )
 logit = st.one_of(
     st.floats(-9, 9, allow_subnormal=False), st.sampled_from([math.nan, math.inf, -math.inf])

@@ -62,6 +62,7 @@ def _statistic(one: Mapping[str, Any]) -> str:
     sizes = {
         "mean": str(window),
         "shrunk": str(window),
+        "bank": f"{window}, {one['smoothing']:.2f}",
         "top": f"{one['best']} of {window}",
         "cusum": f"{one['drift']:.2f}",
     }

@@ -57,6 +57,7 @@ def test_a_logit_that_is_not_finite_is_refused():
         {"kind": "mean", "window": 3},
         {"kind": "cusum", "drift": 0.1},
         {"kind": "shrunk", "window": 4},
+        {"kind": "bank", "window": 4, "offset": (0.0, 0.1), "scale": (1.0, 0.5)},
         {"kind": "top", "window": 3, "best": 2},
         {"hits": 3},
         {"kind": "mean", "window": 4, "hits": 2},

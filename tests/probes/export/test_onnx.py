@@ -25,6 +25,7 @@ STATISTICS = [
     {"kind": "cusum", "drift": 0.3},
     {"kind": "shrunk", "window": 8},
     {"kind": "top", "window": 3, "best": 2},
+    {"kind": "bank", "window": 8, "offset": (0.1, -0.2, 0.0, 0.3), "scale": (1.0, 0.5) * 2},
     {"hits": 2},
     {"boundary_at": (0, 4, 60), "boundary": (2.0, -1.0, 0.5)},
     {"kind": "shrunk", "window": 8, "boundary_at": (3,), "boundary": (0.25,)},

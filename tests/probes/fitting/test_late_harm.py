@@ -35,9 +35,11 @@ def test_a_mean_of_everything_finds_what_begins_at_once_and_not_what_comes_late(
     rows, harmful = logits_of()
     everything = scored(StatisticChoice("shrunk", 16), rows, harmful)
     recent = scored(StatisticChoice("ema", 16), rows, harmful)
+    both = scored(StatisticChoice("bank", 16, memory=16), rows, harmful)
     assert everything.tpr > 0.95 and recent.tpr > 0.95
     assert everything.late_tpr < 0.2 < 0.95 < recent.late_tpr
     assert recent.rank() > everything.rank()
+    assert min(both.tpr, both.late_tpr) > 0.95
     assert everything.recall == (everything.tpr + everything.late_tpr) / 2
     assert everything.to_json()["late_tpr"] == everything.late_tpr
 
