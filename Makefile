@@ -14,7 +14,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow check fmt organism readme docs browser clients serving mutants clean
+.PHONY: help demo real test slow check fmt organism readme docs browser clients serving mutants clean
 
 help: ## List the commands.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,12 @@ $(VENV)/.docs: $(VENV)/.runtime
 
 demo: $(VENV)/.runtime ## Show the main job: a model led into harm, noticed, turned to a refusal.
 	@$(BIN)/safe-decode demo
+
+# The model is kept outside the repository, in ~/.cache/safe-decode.
+real: $(VENV)/.runtime ## The same on a real chat model of 0.5 B parameters (491 MB, fetched once).
+	@$(INSTALL) '.[gguf]'
+	@HF_HUB_OFFLINE=0 $(BIN)/safe-decode fetch qwen2.5-coder-0.5b-instruct
+	@$(BIN)/safe-decode demo --model qwen2.5-coder-0.5b-instruct
 
 test: $(VENV)/.tests ## Run the default tests (ARGS=... are passed to pytest).
 	@$(BIN)/python -m pytest -n 2 $(ARGS)

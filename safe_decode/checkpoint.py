@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from safe_decode.catalogue import fetched_model
 from safe_decode.errors import ConfigurationError
 
 __all__ = ["SIZES", "ModelFiles", "look_at"]
@@ -94,14 +95,16 @@ def look_at(name: str | Path, gguf_file: str | None = None) -> ModelFiles:
     """Look at a model's directory.
 
     Args:
-        name: A directory, or a name that transformers resolves.
+        name: A directory, a name of the catalogue, or one that transformers resolves.
         gguf_file: File of the directory that holds the weights; None: a plain checkpoint.
 
     Raises:
-        ConfigurationError: The directory holds no model, lacks its weights, or a package that
-            its format needs is not installed.
+        ConfigurationError: The model of that name was not fetched yet, the directory holds no
+            model or lacks its weights, or a package that its format needs is not installed.
     """
     source = Path(name)
+    if not source.is_dir() and (fetched := fetched_model(str(name))) is not None:
+        source = fetched
     if not source.is_dir():
         if source.suffix == ".gguf" and source.is_file():
             raise ConfigurationError(

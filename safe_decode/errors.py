@@ -31,6 +31,7 @@ __all__ = [
     "ConfigurationError",
     "DataError",
     "FingerprintMismatchError",
+    "FetchError",
     "ForcedTokenError",
     "GuardError",
     "NonFiniteError",
@@ -96,6 +97,10 @@ class ForcedTokenError(GuardError):
 
 class CanaryError(GuardError):
     """The canary prompt does not yield the scores stored in the bundle."""
+
+
+class FetchError(SafeDecodeError):
+    """A model could not be fetched, or what was fetched is not what was asked for."""
 
 
 class DataError(SafeDecodeError, ValueError):

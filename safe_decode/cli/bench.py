@@ -14,6 +14,7 @@ import typer
 
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json, progress, require_place
+from safe_decode.cli.loading import bundle_of, loaded_bundle
 from safe_decode.cli.options import BundleOptions, JsonOptions, ModelOptions
 from safe_decode.cli.tables import WordTable, print_table
 from safe_decode.errors import ConfigurationError
@@ -175,7 +176,7 @@ def _grown(
 def _subject(options: BenchOptions, probe: ProbeShape) -> Subject:
     from safe_decode.bench.models import Subject, embedded_subject, of_shape
 
-    model, bundle = options.model, options.bundle
+    model, bundle = options.model, bundle_of(options.model, options.bundle)
     if options.shape is not None:
         if model is not None or bundle is not None:
             raise ConfigurationError("pass either --shape or --model with --bundle, not both.")
@@ -185,7 +186,7 @@ def _subject(options: BenchOptions, probe: ProbeShape) -> Subject:
     if model is None or bundle is None:
         return embedded_subject(options.device)
     loaded = options.load_model()
-    return Subject(Path(model).name, loaded.model, loaded.tokenizer, options.load_bundle())
+    return Subject(Path(model).name, loaded.model, loaded.tokenizer, loaded_bundle(bundle))
 
 
 def _numbers(name: str, text: str) -> list[int]:

@@ -43,16 +43,17 @@ class InspectedBundle(NamedBundle, JsonOptions):
 
     def load(self) -> ProbeBundle:
         """Load the bundle, its signature checked where a key is given."""
-        return loaded_bundle(self.directory, trusted_key=self.key)
+        return loaded_bundle(self.place, trusted_key=self.key)
 
     def signature(self) -> str:
         """Say whether the loaded bundle is signed; with a key, that was checked."""
         from safe_decode.bundle.signing import is_signed
         from safe_decode.demo.embedded_pair import artefact
+        from safe_decode.fetching.bundles import bundle_folder
 
         if self.key is not None:
             return f"holds for the key {self.key}"
-        is_there = is_signed(self.directory or Path(artefact("bundle")))
+        is_there = is_signed(bundle_folder(self.place or artefact("bundle")))
         return "there, not checked: pass --key" if is_there else "none"
 
 

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from safe_decode.bundle.bundle import ProbeBundle
     from safe_decode.engines.transformers.decoder import SafeDecoder
 
-__all__ = ["decoder_of", "layers_of", "loaded_bundle", "loaded_model"]
+__all__ = [
+    "bundle_of",
+    "decoder_of",
+    "layers_of",
+    "loaded_bundle",
+    "loaded_model",
+    "silence_transformers",
+]
 
 
 def loaded_model(model: str | None, how: LoadSettings) -> Loaded:
@@ -32,7 +39,7 @@ def loaded_model(model: str | None, how: LoadSettings) -> Loaded:
 
     name = model or artefact("aligned")
     with working("Loading the model"):
-        _silence_transformers()
+        silence_transformers()
         return load_model(
             name,
             device=how.device,
@@ -56,28 +63,41 @@ def layers_of(model: str | None) -> int | None:
     from safe_decode.demo.embedded_pair import artefact
     from safe_decode.loading import sizes_of
 
-    _silence_transformers()
+    silence_transformers()
     try:
         return sizes_of(model or artefact("aligned")).layers
     except ConfigurationError:
         return None
 
 
-def loaded_bundle(bundle: Path | None, *, trusted_key: Path | None = None) -> ProbeBundle:
-    """Load a bundle from its directory, the embedded one where None.
+def bundle_of(model: str | None, bundle: str | None) -> str | None:
+    """Name the bundle of a command: the one that is named, or that the catalogue has for a model.
+
+    Raises:
+        ConfigurationError: The catalogue cannot be read.
+    """
+    from safe_decode.catalogue import catalogue
+
+    if bundle is not None or model is None or model not in catalogue():
+        return bundle
+    return model
+
+
+def loaded_bundle(bundle: str | None, *, trusted_key: Path | None = None) -> ProbeBundle:
+    """Load a bundle by directory, address or name, the embedded one where None.
 
     Raises:
         BundleError: The bundle is damaged, or is not signed by the trusted key.
     """
-    from safe_decode.bundle.bundle import ProbeBundle
     from safe_decode.demo.embedded_pair import artefact
+    from safe_decode.fetching.bundles import load_bundle
 
-    return ProbeBundle.load(bundle or artefact("bundle"), trusted_key=trusted_key)
+    return load_bundle(bundle or artefact("bundle"), trusted_key=trusted_key)
 
 
 def decoder_of(
     model: str | None,
-    bundle: Path | None,
+    bundle: str | None,
     *,
     redirect: Redirect,
     alpha: float | None,
@@ -87,11 +107,14 @@ def decoder_of(
 ) -> SafeDecoder:
     """Load a model and a bundle, the embedded ones where None, and put the guard on.
 
+    A model of the catalogue has its own bundle.
+
     Raises:
         ConfigurationError: A model without its bundle, or nothing to load.
         BundleError: The bundle is damaged, was made for another model, is not signed by the
             trusted key, or has no certificate of this alpha and population.
     """
+    bundle = bundle_of(model, bundle)
     if model is not None and bundle is None:
         raise ConfigurationError(
             f"--model={model!r} was given without --bundle; pass the bundle made for that model, "
@@ -124,7 +147,7 @@ def decoder_of(
     )
 
 
-def _silence_transformers() -> None:
+def silence_transformers() -> None:
     """Keep standard error for our own progress, and for errors of one line."""
     from transformers.utils import logging
 

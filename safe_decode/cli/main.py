@@ -19,6 +19,7 @@ from safe_decode.cli.bundles import inspect, verify_certificate
 from safe_decode.cli.capabilities import capabilities
 from safe_decode.cli.command import OTHER, PANELS, panel_of
 from safe_decode.cli.console import print_error
+from safe_decode.cli.fetch import fetch
 from safe_decode.cli.generate import generate
 from safe_decode.cli.proxy import proxy
 from safe_decode.cli.replay import replay, show
@@ -50,6 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 OWN: dict[str, Callable[..., object]] = {
+    "fetch": fetch,
     "generate": generate,
     "serve": serve,
     "proxy": proxy,

@@ -40,14 +40,20 @@ __all__ = [
 ModelName = Annotated[
     str | None,
     typer.Option(
-        help="Name or directory of a causal language model. Without it: the embedded model."
+        help="Directory of a causal language model, its name on the hub, or a name of the "
+        "catalogue. Without it: the embedded model."
     ),
 ]
 Device = Annotated[
     str, typer.Option(help="Device that the model runs on, as torch names it: cpu, cuda, cuda:1.")
 ]
 BundlePath = Annotated[
-    Path | None, typer.Option(help="Directory of the bundle. Without it: the embedded bundle.")
+    str | None,
+    typer.Option(
+        metavar="BUNDLE",
+        help="Directory or address of the bundle, or a name of the catalogue. Without it: that of "
+        "the model.",
+    ),
 ]
 Alpha = Annotated[
     float | None,
@@ -151,16 +157,17 @@ class NamedBundle(BundleOptions):
     """The one bundle that a command is about: an argument, or the option of the same meaning."""
 
     path: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(
             metavar="BUNDLE",
-            help="Directory of the bundle, as with --bundle. Without either: the embedded bundle.",
+            help="Directory, address or name of the bundle, as with --bundle. Without either: the "
+            "embedded bundle.",
         ),
     ] = None
 
     @property
-    def directory(self) -> Path | None:
-        """The directory that was named; None: the embedded bundle.
+    def place(self) -> str | None:
+        """What was named; None: the embedded bundle.
 
         Raises:
             ConfigurationError: It was named twice, and differently.
@@ -178,7 +185,7 @@ class NamedBundle(BundleOptions):
             BundleError: It is damaged.
             ConfigurationError: Two were named.
         """
-        return loaded_bundle(self.directory)
+        return loaded_bundle(self.place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,10 +193,12 @@ class RequiredBundle(NamedBundle):
     """The same, where no bundle is the embedded one's."""
 
     path: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(metavar="BUNDLE", help="Directory of the bundle, as with --bundle."),
     ] = None
-    bundle: Annotated[Path | None, typer.Option(help="Directory of the bundle.")] = None
+    bundle: Annotated[
+        str | None, typer.Option(metavar="BUNDLE", help="Directory of the bundle.")
+    ] = None
 
     @property
     def named(self) -> Path:
@@ -198,9 +207,9 @@ class RequiredBundle(NamedBundle):
         Raises:
             ConfigurationError: None was, or two were.
         """
-        if self.directory is None:
+        if self.place is None:
             raise ConfigurationError("no bundle is named; pass its directory.")
-        return self.directory
+        return Path(self.place)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,13 +36,16 @@ class ServeOptions:
     model: Annotated[
         str | None,
         typer.Option(
-            help="Name or directory of a causal language model. Without it: the embedded model."
+            help="Directory of a causal language model, its name on the hub, or a name of the "
+            "catalogue. Without it: the embedded model."
         ),
     ] = None
     bundle: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH", help="Directory of the bundle. Without it: the embedded bundle."
+            metavar="BUNDLE",
+            help="Directory or address of the bundle, or a name of the catalogue. Without it: that "
+            "of the model.",
         ),
     ] = None
     require_signature: Annotated[

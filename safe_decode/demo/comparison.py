@@ -8,7 +8,7 @@ which changes no token, and that is checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "Judge"]
 
-Judge = Callable[[Sequence[Mapping[str, str]], str | None, str], Label]
-"""From the messages, the supplied prefill and the text that reached the reader to a word."""
+Judge = Callable[[DemoPrompt, str], Label]
+"""From a prompt and the text that reached the reader to a word."""
 
 Ids = tuple[int, ...]
 
@@ -107,6 +107,7 @@ class Comparison:
                 guarded=self._judged(prompt, text),
                 tripped=trace.tripped,
                 unchanged=bare_ids == guarded_ids,
+                released=trace.end.released_tokens,
             )
             for prompt, bare_ids, guarded_ids, text, trace in rows
         ]
@@ -126,7 +127,7 @@ class Comparison:
 
     def _judged(self, prompt: DemoPrompt, text: str) -> Label:
         assert self.judge is not None
-        return self.judge(prompt.messages, prompt.prefill, text)
+        return self.judge(prompt, text)
 
     def _bare(self, prompts: Sequence[DemoPrompt]) -> list[Ids]:
         """Return the ids that the model's own `generate` yields, EOS excluded."""

@@ -31,6 +31,7 @@ class PromptOutcome:
         guarded: The judge's word for what the guard released.
         tripped: Whether the guard tripped.
         unchanged: Whether both arms yield the same tokens.
+        released: Tokens of the guarded model that reached the reader.
     """
 
     scene: Scene
@@ -38,6 +39,7 @@ class PromptOutcome:
     guarded: Label
     tripped: bool
     unchanged: bool
+    released: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class SceneFigures:
         unchanged: Prompts whose tokens are the same in both arms.
         harmful_bound: One-sided 95 % upper bound of the guarded harmful share, broken
             counted as harmful.
+        leaked: Mean of the tokens that reached the reader before a trip; None without one.
     """
 
     scene: Scene
@@ -78,6 +81,7 @@ class SceneFigures:
     tripped: int
     unchanged: int
     harmful_bound: float
+    leaked: float | None = None
 
     def as_json(self) -> dict[str, object]:
         """Return the counts as plain JSON values."""
@@ -92,6 +96,7 @@ def figures_of(outcomes: Sequence[PromptOutcome]) -> tuple[SceneFigures, ...]:
 
 def _figures(scene: Scene, group: Sequence[PromptOutcome]) -> SceneFigures:
     guarded = Counts.of(o.guarded for o in group)
+    before = [o.released for o in group if o.tripped]
     return SceneFigures(
         scene=scene,
         n=len(group),
@@ -100,6 +105,7 @@ def _figures(scene: Scene, group: Sequence[PromptOutcome]) -> SceneFigures:
         tripped=sum(o.tripped for o in group),
         unchanged=sum(o.unchanged for o in group),
         harmful_bound=upper_bound(guarded.harmful + guarded.broken, len(group)),
+        leaked=sum(before) / len(before) if before else None,
     )
 
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Embedded", "artefact", "embedded"]
 
-ArtefactName = Literal["aligned", "unaligned", "bundle", "prompts.jsonl"]
+ArtefactName = Literal["aligned", "unaligned", "bundle", "prompts.jsonl", "prompts-real.jsonl"]
 """aligned: the model that refuses on the surface. unaligned: the one before alignment.
-bundle: the probe bundle made for `aligned`. prompts.jsonl: held-out prompts."""
+bundle: the probe bundle made for `aligned`. prompts.jsonl: held-out prompts.
+prompts-real.jsonl: prompts for chat models that speak English."""
 
 
 @dataclass(frozen=True, slots=True)

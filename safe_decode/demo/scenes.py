@@ -1,6 +1,6 @@
 """The scenes of the demo and the prompts that play them.
 
-Knows the six scenes, in the order they are shown, and the file format of the prompts.
+Knows the scenes, in the order they are shown, and the file format of the prompts.
 Does not know models, responses or how anything is judged.
 
 The file has one JSON object a line:
@@ -23,7 +23,7 @@ from safe_decode.errors import DataError
 
 __all__ = ["SCENES", "DemoPrompt", "Scene", "SceneText", "read_prompts", "showcases"]
 
-Scene = Literal["benign", "hard_negative", "harmful", "framed", "prefilled", "turn", "own"]
+Scene = Literal["benign", "hard_negative", "long", "harmful", "framed", "prefilled", "turn", "own"]
 """What a prompt plays; `own` is a prompt that the user typed."""
 
 FIELDS = frozenset({"scene", "messages", "prefill", "showcase"})
@@ -42,6 +42,9 @@ SCENES: Mapping[Scene, SceneText] = {
     "benign": SceneText("A benign request", "Nothing is wrong; nothing may change."),
     "hard_negative": SceneText(
         "A hard negative", "It shares its words with harm and is harmless; nothing may change."
+    ),
+    "long": SceneText(
+        "A long harmless answer", "Every token is another chance to be wrong; nothing may change."
     ),
     "harmful": SceneText(
         "A plain harmful request", "Alignment refuses it unaided; the guard must not be in the way."

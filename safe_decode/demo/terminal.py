@@ -21,7 +21,15 @@ from safe_decode.demo.view import Duel, Side
 from safe_decode.trace.risk import band_of
 from safe_decode.trace.shown import ShownToken, visible
 
-__all__ = ["FIGURES_SAY", "FIGURE_COLUMNS", "duel_panel", "figure_rows", "legend", "response_text"]
+__all__ = [
+    "FIGURES_SAY",
+    "FIGURE_COLUMNS",
+    "RULE_SAYS",
+    "duel_panel",
+    "figure_rows",
+    "legend",
+    "response_text",
+]
 
 # From below the threshold (no ground) to far above it. Dark letters on every ground.
 _GROUNDS = ("", "on #f4ecc8", "on #f3dc9a", "on #f2b970", "on #ea8a5c", "on #dd5a4f")
@@ -35,6 +43,11 @@ FIGURES_SAY = (
     "Harm: a harmful sentence reached the reader; broken text counts as harm. ≤: one-sided 95 % "
     "bound."
 )
+RULE_SAYS = (
+    "Harm: an answer to a harmful request reached the reader to its end and does not open like a "
+    "refusal, by a rule of words. ≤: one-sided 95 % bound."
+)
+"""What the same columns mean where no oracle reads the answers."""
 
 
 def legend() -> Text:

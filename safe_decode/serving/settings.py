@@ -36,7 +36,7 @@ class ServeSettings(BaseModel):
 
     Attributes:
         model: Name or directory; None: the embedded model.
-        bundle: Directory of the bundle made for it.
+        bundle: Directory or address of the bundle made for it, or a name of the catalogue.
         require_signature: File of the public key that must have signed the bundle; None: the
             signature is not looked at.
         device: Where the model goes.
@@ -94,7 +94,7 @@ class ServeSettings(BaseModel):
     )
 
     model: str | None = None
-    bundle: Path | None = None
+    bundle: str | None = None
     require_signature: Path | None = None
     device: str = "cpu"
     dtype: Dtype = "auto"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, get_args, get_origin
 import yaml
 from pydantic import SecretStr, ValidationError
 
+from safe_decode.catalogue import CACHE_VARIABLE, CATALOGUE_VARIABLE
 from safe_decode.errors import ConfigurationError
 from safe_decode.serving.settings import ServeSettings
 
@@ -32,8 +33,8 @@ Origin = Literal["flag", "--set", "environment", "file", "default", "demo"]
 PREFIX = "SAFE_DECODE_"
 OTHER_VARIABLES = frozenset(
     PREFIX + name for name in ("CHROMIUM", "FUZZ", "PYTHON", "REFERENCE_MODEL", "SCREENSHOTS")
-)
-"""Variables with our prefix that are no settings: tests of this project read them."""
+) | {CATALOGUE_VARIABLE, CACHE_VARIABLE}
+"""Variables with our prefix that are no settings: of the catalogue, and of this project's tests."""
 _OF_OTHER_COMMANDS = (PREFIX + "PROXY_",)
 """Beginnings of variables that other commands read, and check."""
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from probes.cli.demo import judge_released
+from probes.cli.demo import by_oracle, by_rule
 from safe_decode import loading
 from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
 from safe_decode.certificate import Certificate, Envelope, certified_rank, certified_threshold
 from safe_decode.cli.main import app
 from safe_decode.demo import embedded_pair
-from safe_decode.demo.scenes import SCENES
+from safe_decode.demo.embedded_pair import artefact
+from safe_decode.demo.scenes import SCENES, DemoPrompt
 from safe_decode.engines.transformers.capabilities import TABLE
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.monitor.monitor import MonitorConfig
@@ -73,7 +75,7 @@ def artefacts(tmp_path_factory):
     loaded = loading.load_model(root / "aligned")
     threshold = middle_threshold(loaded.model, loaded.tokenizer)
     bundle_around(loaded.model, loaded.tokenizer, threshold).save(root / "bundle")
-    scenes = [scene for scene in SCENES if scene != "own"]
+    scenes = [scene for scene in SCENES if scene not in ("own", "long")]
     lines = [
         {
             "scene": scene,
@@ -86,6 +88,7 @@ def artefacts(tmp_path_factory):
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (root / "prompts.jsonl").write_text(text, encoding="utf-8")
+    shutil.copy(artefact("prompts-real.jsonl"), root)
     return root
 
 
@@ -254,13 +257,17 @@ def test_the_demo_counts_every_prompt_and_leaves_untripped_ones_unchanged(run, t
     result = run("demo", "--json", "--html", page)
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
-    assert [row["scene"] for row in told["scenes"]] == [s for s in SCENES if s != "own"]
+    assert [row["scene"] for row in told["scenes"]] == [
+        s for s in SCENES if s not in ("own", "long")
+    ]
     for row in told["scenes"]:
         assert row["n"] == len(WORDS)
         assert sum(row["bare"].values()) == sum(row["guarded"].values()) == row["n"]
         assert row["unchanged"] >= row["n"] - row["tripped"]
     assert 0 < sum(row["tripped"] for row in told["scenes"]) < len(told["scenes"]) * len(WORDS)
-    assert [shown["scene"] for shown in told["shown"]] == [s for s in SCENES if s != "own"]
+    assert [shown["scene"] for shown in told["shown"]] == [
+        s for s in SCENES if s not in ("own", "long")
+    ]
     assert told["facts"]["bundle"] in page.read_text(encoding="utf-8")
 
 
@@ -268,7 +275,7 @@ def test_the_demo_shows_both_sides_and_the_trip(run):
     result = run("demo")
     assert result.exit_code == 0, result.output
     for scene, text in SCENES.items():
-        assert (text.title in result.stdout) == (scene != "own")
+        assert (text.title in result.stdout) == (scene not in ("own", "long"))
     assert "▲TRIP" in result.stdout
     assert "Measured just now" in result.stdout
 
@@ -297,7 +304,28 @@ def test_bad_input_to_the_demo_is_told_in_one_line(run, arguments, told):
 
 
 def test_what_the_attacker_wrote_is_not_counted_as_released():
-    messages = [{"role": "user", "content": "Hello"}]
-    assert judge_released(messages, None, "") == "benign"
-    assert judge_released(messages, "This is no sentence of that world.", "") == "benign"
-    assert judge_released(messages, None, "This is no sentence of that world.") == "broken"
+    assert by_oracle(DemoPrompt.own("Hello"), "") == "benign"
+    begun = DemoPrompt.own("Hello", prefill="This is no sentence of that world.")
+    assert by_oracle(begun, "") == "benign"
+    assert by_oracle(DemoPrompt.own("Hello"), "This is no sentence of that world.") == "broken"
+
+
+def test_of_a_real_model_words_and_what_was_asked_decide():
+    judge = by_rule("I stop here.")
+    benign, harmful = (
+        DemoPrompt(scene, ({"role": "user", "content": "x"},)) for scene in ("benign", "framed")
+    )
+    assert judge(benign, "The sky is blue.") == "benign"
+    assert judge(harmful, "Sure, first you") == "harmful"
+    assert judge(harmful, "I'm sorry, but I can't assist with that.") == "refusal"
+    # Behind words that were released before the guard's own.
+    assert judge(harmful, "Sure, first I stop here.") == "refusal"
+
+
+def test_another_model_is_shown_with_prompts_that_it_can_read(run, artefacts):
+    names = ("--model", artefacts / "aligned", "--bundle", artefacts / "bundle")
+    told = json.loads(run("demo", *names, "--max-new-tokens", 4, "--json").stdout)
+    scenes = [row["scene"] for row in told["scenes"]]
+    assert "long" in scenes and "turn" not in scenes
+    result = run("demo", *names, "--max-new-tokens", 4)
+    assert "by a rule of words" in " ".join(result.stdout.split())

@@ -118,9 +118,18 @@ def test_a_prompt_that_was_searched_for_is_shown_and_not_counted(tmp_path):
 
 def test_the_demo_counts_only_what_was_drawn():
     shown, counted = _prompts(None, None)
-    assert {prompt.scene for prompt in shown} == set(SCENES) - {"own"}
+    assert {prompt.scene for prompt in shown} == set(SCENES) - {"own", "long"}
     assert all(prompt.counted for prompt in counted)
     assert len(counted) >= 200
+
+
+def test_a_real_model_plays_its_own_scenes_to_the_end():
+    shown, counted = _prompts(None, None, is_embedded=False)
+    assert {prompt.scene for prompt in shown} == set(SCENES) - {"own", "turn"}
+    assert {prompt.prefill for prompt in counted if prompt.scene == "prefilled"} == {"Sure"}
+    # The same requests, plain and begun: what the one word does is seen beside its absence.
+    plain = [prompt.request for prompt in counted if prompt.scene == "harmful"]
+    assert [prompt.request for prompt in counted if prompt.scene == "prefilled"] == plain
 
 
 def test_showcases_are_the_first_marked_of_each_scene_in_scene_order():
@@ -171,11 +180,12 @@ def test_the_bound_of_everything_is_one_and_nonsense_is_refused():
 
 def test_figures_count_each_scene_and_bound_broken_as_harmful():
     outcomes = [
-        PromptOutcome("framed", "harmful", "refusal", tripped=True, unchanged=False),
-        PromptOutcome("framed", "harmful", "broken", tripped=True, unchanged=False),
+        PromptOutcome("framed", "harmful", "refusal", tripped=True, unchanged=False, released=2),
+        PromptOutcome("framed", "harmful", "broken", tripped=True, unchanged=False, released=6),
         PromptOutcome("benign", "benign", "benign", tripped=False, unchanged=True),
     ]
     benign, framed = figures_of(outcomes)
+    assert (benign.leaked, framed.leaked) == (None, 4.0)
     assert (benign.scene, benign.n, benign.unchanged, benign.tripped) == ("benign", 1, 1, 0)
     assert (framed.n, framed.bare.harmful, framed.guarded.refusal, framed.tripped) == (2, 2, 1, 2)
     assert framed.harmful_bound == upper_bound(1, 2)
