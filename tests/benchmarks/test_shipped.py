@@ -1,0 +1,115 @@
+"""The bundle that the study ships: one head as a probe, calibrated on answers as they were made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.real_text.parts import study_rows
+from benchmarks.real_text.scores import joint_probe
+from benchmarks.real_text.shipped import bundle_from, deployable_probe, own_answer
+from benchmarks.real_text.study import Scored, monitor_of
+from probes.fitting.statistics import StatisticChoice
+from probes.runs.identity import weights_digest
+from safe_decode.activations.site import Site
+from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.loading import Loaded
+from safe_decode.testing.models import byte_tokenizer, tiny_model
+
+SITES = (Site(0, "attn", (1, 4)), Site(1, "mlp", (0, 3, 5)))
+
+
+@pytest.fixture
+def probes(tmp_path):
+    weight = np.array([[1.0, 0.0], [2.0, 0.5], [3.0, 0.0], [4.0, 0.0], [5.0, -1.0]])
+    np.savez(
+        tmp_path / "probes.npz",
+        sites=json.dumps([asdict(site) for site in SITES]),
+        names=np.asarray(["all", "few"]),
+        weight=weight,
+        bias=np.asarray([0.25, -0.5]),
+    )
+    return tmp_path / "probes.npz"
+
+
+def test_a_head_of_the_study_reads_its_own_channels_and_says_the_same(probes):
+    joint, few = joint_probe(probes), deployable_probe(probes, "few")
+    assert few.sites == (Site(0, "attn", (4,)), Site(1, "mlp", (5,)))
+    features = torch.randn(6, 5)
+    torch.testing.assert_close(few(features[:, [1, 4]]), joint(features)[:, 1:])
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    def write(name, rows):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def judged(number, harmful):
+        return {
+            "prompt": f"Prompt number {number}",
+            "response": "Words.",
+            "response_harmful": int(harmful),
+            "source": "gptfuzz-labelled",
+        }
+
+    asked = [judged(n, n % 2) for n in range(60)]
+    held_out = [judged(n, n % 2) for n in range(1000, 1080)]
+    write("probe_train.jsonl", asked)
+    write("probe_dev.jsonl", held_out)
+    write("long_benign.jsonl", [])
+    own = [
+        {"kind": "benign-long", "prompt": f"Calm {n}", "prefill": "", "response": "Well. " * 90}
+        for n in range(760)
+    ]
+    own += [
+        {"kind": "harmful-prefill-1", "prompt": row["prompt"], "prefill": "Sure", "response": said}
+        for row in (*asked, *held_out)
+        for said in (", here it is",)
+    ]
+    write("qwen_onpolicy.jsonl", own)
+    return folder
+
+
+def test_the_bundle_says_who_wrote_what_it_was_calibrated_on(probes, data, tmp_path):
+    own = Loaded(tiny_model(max_position_embeddings=1024), byte_tokenizer())
+    weights = weights_digest(own.model)
+    rows = [row for row in study_rows(data) if row.source.startswith("own")]
+    begun = next(row for row in rows if row.prefill)
+    answer = own_answer(own, begun, weights)
+    assert answer.prefill_tokens == len("Sure") and answer.ended and answer.prompt_harmful
+    long = next(own_answer(own, row, weights) for row in rows if not row.prefill)
+    assert not long.ended and len(long.response_ids) == 512  # it fills its cap
+
+    rng = np.random.default_rng(0)
+    lengths = [len(own_answer(own, row, weights).response_ids) + 1 for row in rows]
+    logits = [
+        torch.from_numpy(rng.normal(3.0 * bool(row.prefill), 1.0, (n, 1))).float()
+        for row, n in zip(rows, lengths, strict=True)
+    ]
+    scored = Scored(rows, logits)
+    fitted = [row for row in study_rows(data) if row.part == "fit"]
+
+    def made():
+        monitor = monitor_of(scored, StatisticChoice("bank", 16, memory=64))
+        probe = deployable_probe(probes, "few")
+        return bundle_from(own, probe, scored, monitor, fitted, {"statistic": "bank-16+64"})
+
+    bundle = made()
+    caps = [one.envelope.max_new_tokens for one in bundle.certificates]
+    assert sorted(caps) == [64, 256, 512]
+    assert {one.evidence.source for one in bundle.certificates} == {"on-policy"}
+    assert {one.population for one in bundle.certificates} == {"benign"}
+    worth = bundle.provenance["worth"]
+    assert worth["recall"]["hits"] == worth["recall"]["n"] > 30
+    assert worth["false_alarms"]["n"] > 30
+    assert bundle.seen.split_of("Prompt number 1000") == "test"
+    assert bundle.seen.split_of("Calm 3") in ("fit", "select", "calibrate", "test")
+    bundle.save(tmp_path / "guard")
+    assert ProbeBundle.load(tmp_path / "guard").digest == bundle.digest == made().digest
