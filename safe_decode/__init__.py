@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from safe_decode.demo.embedded_pair import embedded as load_embedded
     from safe_decode.engines.transformers.decoder import GuardedOutput, GuardHandle, SafeDecoder
     from safe_decode.errors import SafeDecodeError
-    from safe_decode.fetching.bundles import load_bundle
+    from safe_decode.fetching.bundle_places import load_bundle
     from safe_decode.loading import load_model
     from safe_decode.monitor.config import MonitorConfig
     from safe_decode.monitor.monitor import RiskMonitor
@@ -55,7 +55,7 @@ _HOMES = {
     "Site": "activations.site",
     "StreamEvent": "streaming.events",
     "Tripped": "streaming.events",
-    "load_bundle": "fetching.bundles",
+    "load_bundle": "fetching.bundle_places",
     "load_embedded": "demo.embedded_pair",
     "load_model": "loading",
     "read_traces": "trace.schema",

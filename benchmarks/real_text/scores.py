@@ -26,7 +26,7 @@ from probes.activations.teacher_forcing import teacher_forced
 from safe_decode.activations.site import Site
 from safe_decode.probe.linear import LinearProbe
 
-__all__ = ["joint_probe", "main", "read_scores", "scored_rows"]
+__all__ = ["deployable_probe", "joint_probe", "main", "read_scores", "scored_rows"]
 
 TOKENS = 1024
 _SHARES = {
@@ -78,6 +78,25 @@ def joint_probe(path: Path) -> LinearProbe:
         )
         weight, bias = torch.from_numpy(file["weight"]), torch.from_numpy(file["bias"])
         return LinearProbe(sites, weight.float(), bias.float(), tuple(file["names"].tolist()))
+
+
+def deployable_probe(path: Path, head: str) -> LinearProbe:
+    """Take one head of the study's file of weights, with the channels that it reads."""
+    joint = joint_probe(path)
+    place = joint.heads.index(head)
+    weight = joint.weight[:, place]
+    sites, kept, start = [], [], 0
+    for site in joint.sites:
+        own = weight[start : start + len(site.channels)]
+        used = torch.nonzero(own).flatten()
+        if len(used):
+            channels = tuple(site.channels[int(one)] for one in used)
+            sites.append(Site(site.layer, site.kind, channels))
+            kept.append(own[used])
+        start += len(site.channels)
+    return LinearProbe(
+        tuple(sites), torch.cat(kept)[:, None], joint.bias[place : place + 1], ("harm",)
+    )
 
 
 def read_scores(directory: Path) -> dict[int, NDArray[np.float32]]:

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from benchmarks.real_text.caps import ALPHA, CAPS, DELTA, chosen_statistic
 from benchmarks.real_text.harvest import LAYERS
 from benchmarks.real_text.parts import StudyRow, study_rows
-from benchmarks.real_text.scores import TOKENS, joint_probe
+from benchmarks.real_text.scores import TOKENS, deployable_probe
 from benchmarks.real_text.study import TRIED, Scored, monitor_of, read_scored
 from probes.activations.teacher_forcing import encode_response
 from probes.calibration.canary import canary_of
@@ -43,8 +42,8 @@ from probes.evaluation.worth import worth_of
 from probes.recipes.records import seen_prompts
 from probes.runs.identity import weights_digest
 from safe_decode import __version__
-from safe_decode.activations.site import Site
 from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
+from safe_decode.bundle.seen import SeenPrompts
 from safe_decode.bundle.summary import summary_of
 from safe_decode.certificate import Envelope
 from safe_decode.engines.transformers.coverage import record_of
@@ -53,7 +52,7 @@ from safe_decode.monitor.config import MonitorConfig
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.prompts.chat import stop_ids
 
-__all__ = ["bundle_from", "deployable_probe", "main", "own_answer"]
+__all__ = ["bundle_from", "main", "own_answer"]
 
 LOG = logging.getLogger("benchmarks.real_text")
 _FILES = ("probe_train.jsonl", "probe_dev.jsonl", "long_benign.jsonl", "qwen_onpolicy.jsonl")
@@ -64,25 +63,6 @@ _CAP_OF_OTHERS = 96
 _KEPT_ASIDE = 0.15
 _HOLDBACK_TOKENS = 16
 _REFUSAL, _OPENER = "I'm sorry, but I can't assist with that.", "I'm sorry, but I"
-
-
-def deployable_probe(path: Path, head: str) -> LinearProbe:
-    """Take one head of the study's file of weights, with the channels that it reads."""
-    joint = joint_probe(path)
-    place = joint.heads.index(head)
-    weight = joint.weight[:, place]
-    sites, kept, start = [], [], 0
-    for site in joint.sites:
-        own = weight[start : start + len(site.channels)]
-        used = torch.nonzero(own).flatten()
-        if len(used):
-            channels = tuple(site.channels[int(one)] for one in used)
-            sites.append(Site(site.layer, site.kind, channels))
-            kept.append(own[used])
-        start += len(site.channels)
-    return LinearProbe(
-        tuple(sites), torch.cat(kept)[:, None], joint.bias[place : place + 1], ("harm",)
-    )
 
 
 def own_answer(own: Loaded, row: StudyRow, weights: str) -> Conversation:
@@ -173,14 +153,23 @@ def bundle_from(
             "worth": worth,
             "made_by": __version__,
         },
-        seen=seen_prompts(
-            {
-                "fit": [row.conversation for row in fitted],
-                "select": select,
-                "calibrate": [answers[row] for row in parts.benign],
-                "test": [answers[row] for row in (*parts.aside, *parts.unseen)],
-            }
-        ),
+        seen=_seen(fitted, select, answers, parts),
+    )
+
+
+def _seen(
+    fitted: Sequence[StudyRow],
+    select: Sequence[Conversation],
+    answers: Mapping[int, Conversation],
+    parts: _Parts,
+) -> SeenPrompts:
+    return seen_prompts(
+        {
+            "fit": [row.conversation for row in fitted],
+            "select": select,
+            "calibrate": [answers[row] for row in parts.benign],
+            "test": [answers[row] for row in (*parts.aside, *parts.unseen)],
+        }
     )
 
 

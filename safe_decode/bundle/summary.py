@@ -10,70 +10,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from safe_decode.bundle.worth import Find, Worth, finds_in, mapping_of, text_of, worth_in
 from safe_decode.certificate import Certificate
 
 if TYPE_CHECKING:
     from safe_decode.bundle.bundle import ProbeBundle
 
-__all__ = ["FEWEST_HARMFUL", "BundleSummary", "MeasuredShare", "Worth", "summary_of", "warnings_of"]
+__all__ = ["FEWEST_HARMFUL", "BundleSummary", "summary_of", "warnings_of"]
 
 FEWEST_HARMFUL = 30
 """Harmful responses without which a recall is hardly known: its 95 % interval spans 30 points."""
 
 _HALF = 0.5
 _NOT_MEASURED = "not measured; `safe-decode evaluate` measures it"
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredShare:
-    """A share that was counted, with its 95 % interval.
-
-    Attributes:
-        hits: Responses that alarm.
-        n: Responses.
-        low: Lower end of the interval, in [0, 1].
-        high: Upper end.
-    """
-
-    hits: int
-    n: int
-    low: float
-    high: float
-
-    @property
-    def share(self) -> float:
-        """The share itself, in [0, 1]."""
-        return self.hits / self.n
-
-    def __str__(self) -> str:
-        """Write the share with its interval, in per cent."""
-        low, high = 100 * self.low, 100 * self.high
-        return f"{100 * self.share:.1f} % (95 % interval {low:.1f} to {high:.1f} %)"
-
-
-@dataclass(frozen=True, slots=True)
-class Worth:
-    """What the maker of a bundle measured of it.
-
-    Attributes:
-        alpha: Level of the certificate whose threshold was used.
-        population: Of which harmless responses the false alarms were counted.
-        split: Rows that were measured on.
-        recall: Of harmful responses, or None.
-        false_alarms: Of harmless responses, or None.
-        warnings: In the maker's own words.
-    """
-
-    alpha: float
-    population: str
-    split: str
-    recall: MeasuredShare | None
-    false_alarms: MeasuredShare | None
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +38,7 @@ class BundleSummary:
         dtype: Of that model's parameters.
         certificate: In force.
         worth: What was measured, or None.
+        finds: What the certificate's threshold finds at least.
         is_located: Whether the probe reads located units rather than whole layers.
         reads: What the probe reads.
         made: Date, or None where it is not recorded.
@@ -96,6 +50,7 @@ class BundleSummary:
     dtype: str
     certificate: Certificate
     worth: Worth | None
+    finds: tuple[Find, ...]
     is_located: bool
     reads: str
     made: str | None
@@ -107,6 +62,7 @@ class BundleSummary:
         return [
             ("model", f"{self.model}, {self.dtype}"),
             ("catches", self.catches),
+            *(("at least", f"{one}, with confidence {1 - one.delta:.1%}") for one in self.finds),
             ("false alarms", self.false_alarms),
             ("up to", self.reach),
             ("reads", self.reads),
@@ -181,11 +137,16 @@ def summary_of(
         model=_model(bundle),
         dtype=bundle.fingerprint.dtype.replace("torch.", ""),
         certificate=certificate,
-        worth=_worth(provenance),
+        worth=worth_in(provenance),
+        finds=tuple(
+            one
+            for one in finds_in(provenance)
+            if (one.alpha, one.tokens) == (certificate.alpha, certificate.envelope.max_new_tokens)
+        ),
         is_located=is_located,
         reads=reads,
         made=bundle.made,
-        made_by=_text(provenance.get("made_by")),
+        made_by=text_of(provenance.get("made_by")),
         warnings=warnings_of(bundle, certificate),
     )
 
@@ -195,7 +156,7 @@ def warnings_of(bundle: ProbeBundle, certificate: Certificate) -> tuple[str, ...
 
     A recall at one alpha bounds that at every smaller one, whose threshold is higher.
     """
-    worth = _worth(bundle.provenance)
+    worth = worth_in(bundle.provenance)
     found = list(_recall_warnings(worth, certificate))
     if certificate.evidence.source == "off-policy":
         found.append(f"off-policy certificate: it speaks of {certificate.evidence.in_words}")
@@ -241,50 +202,13 @@ def _reads(bundle: ProbeBundle) -> tuple[bool, str]:
     sites = bundle.probe.sites
     width = _parsed(bundle.fingerprint.architecture.get("hidden_size", "null"))
     is_whole = all(site.kind == "resid" and len(site.channels) == width for site in sites)
-    recorded = _mapping(bundle.provenance.get("worth")).get("located")
+    recorded = mapping_of(bundle.provenance.get("worth")).get("located")
     is_located = recorded if isinstance(recorded, bool) else not is_whole
     layers = sorted({site.layer for site in sites})
     where = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
     n_features = sum(len(site.channels) for site in sites)
     what = "located units" if is_located else "whole layers" if is_whole else "units, not located,"
     return is_located, f"{what} in {where}: {n_features:,} features"
-
-
-def _worth(provenance: Mapping[str, Any]) -> Worth | None:
-    record = _mapping(provenance.get("worth"))
-    alpha, told = record.get("alpha"), record.get("warnings")
-    if not isinstance(alpha, float) or not 0.0 < alpha < 1.0:
-        return None
-    return Worth(
-        alpha=alpha,
-        population=_text(record.get("population")) or "benign",
-        split=_text(record.get("split")) or "unrecorded",
-        recall=_share(record.get("recall")),
-        false_alarms=_share(record.get("false_alarms")),
-        warnings=tuple(one for one in told if isinstance(one, str))
-        if isinstance(told, list)
-        else (),
-    )
-
-
-def _share(value: object) -> MeasuredShare | None:
-    record = _mapping(value)
-    hits, n, low, high = (record.get(name) for name in ("hits", "n", "low", "high"))
-    if type(hits) is not int or type(n) is not int or not 0 <= hits <= n or n < 1:
-        return None
-    if not isinstance(low, int | float) or not isinstance(high, int | float):
-        return None
-    if not 0 <= low <= high <= 1:
-        return None
-    return MeasuredShare(hits, n, float(low), float(high))
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value.strip() else None
 
 
 def _parsed(value: str) -> object:

@@ -49,7 +49,7 @@ class InspectedBundle(NamedBundle, JsonOptions):
         """Say whether the loaded bundle is signed; with a key, that was checked."""
         from safe_decode.bundle.signing import is_signed
         from safe_decode.demo.embedded_pair import artefact
-        from safe_decode.fetching.bundles import bundle_folder
+        from safe_decode.fetching.bundle_places import bundle_folder
 
         if self.key is not None:
             return f"holds for the key {self.key}"
@@ -162,6 +162,7 @@ def _summary_facts(summary: BundleSummary) -> dict[str, object]:
         "model": summary.model,
         "dtype": summary.dtype,
         "worth": None if worth is None else asdict(worth),
+        "finds": [asdict(one) for one in summary.finds],
         "is_located": summary.is_located,
         "reads": summary.reads,
         "made": summary.made,

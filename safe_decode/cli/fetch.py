@@ -40,7 +40,7 @@ def fetch(options: FetchOptions) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     from safe_decode.cli.loading import silence_transformers
-    from safe_decode.fetching.models import fetch_model
+    from safe_decode.fetching.weights import fetch_model
 
     silence_transformers()
     out = console(stderr=True)

@@ -90,7 +90,7 @@ def loaded_bundle(bundle: str | None, *, trusted_key: Path | None = None) -> Pro
         BundleError: The bundle is damaged, or is not signed by the trusted key.
     """
     from safe_decode.demo.embedded_pair import artefact
-    from safe_decode.fetching.bundles import load_bundle
+    from safe_decode.fetching.bundle_places import load_bundle
 
     return load_bundle(bundle or artefact("bundle"), trusted_key=trusted_key)
 

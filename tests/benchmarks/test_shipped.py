@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.real_text.parts import study_rows
-from benchmarks.real_text.scores import joint_probe
-from benchmarks.real_text.shipped import bundle_from, deployable_probe, own_answer
+from benchmarks.real_text.scores import deployable_probe, joint_probe
+from benchmarks.real_text.shipped import bundle_from, own_answer
 from benchmarks.real_text.study import Scored, monitor_of
 from probes.fitting.statistics import StatisticChoice
 from probes.runs.identity import weights_digest

@@ -50,6 +50,29 @@ def test_a_summary_begins_with_what_people_ask(llama, tokenizer):
     assert rows["made"] == "2026-11-28 by safe-decode 0.1.0"
 
 
+FIND = {
+    "responses": "harmful",
+    "alpha": 0.5,
+    "tokens": 64,
+    "found": 60,
+    "n": 70,
+    "delta": 0.025,
+    "at_least": 0.764,
+    "is_on_policy": True,
+}
+
+
+def test_what_the_threshold_finds_at_least_stands_beside_its_false_alarms(llama, tokenizer):
+    finds = [FIND, {**FIND, "tokens": 32}, {**FIND, "n": 3}, {"responses": "harmful"}, "words"]
+    bundle = bundle_for(llama, tokenizer, provenance={**PROVENANCE, "finds": finds})
+    rows = dict(summary_of(bundle).rows())
+    assert rows["at least"] == (
+        "76.4 % of harmful responses up to 64 tokens (60 of 70 tripped), with confidence 97.5%"
+    )
+    bundle = bundle_for(llama, tokenizer, provenance={"finds": 3})
+    assert summary_of(bundle).finds == ()
+
+
 def test_what_was_not_measured_is_told_as_that(llama, tokenizer):
     summary = summary_of(bundle_for(llama, tokenizer))
     rows = dict(summary.rows())
@@ -179,9 +202,7 @@ def test_a_bundle_is_short_in_a_console_and_a_table_in_a_notebook(llama, tokeniz
 
 
 def test_two_names_of_one_bundle_are_refused_in_words():
-    from pathlib import Path
-
     from safe_decode.cli.options import NamedBundle
 
     with pytest.raises(ConfigurationError, match="name one"):
-        _ = NamedBundle(path=Path("a"), bundle=Path("b")).directory
+        _ = NamedBundle(path="a", bundle="b").place

@@ -7,7 +7,7 @@ import pytest
 
 from safe_decode import load_bundle
 from safe_decode.errors import BundleCorruptError, BundleError
-from safe_decode.fetching import bundles
+from safe_decode.fetching import bundle_places
 from tests.bundles import random_bundle
 
 
@@ -73,6 +73,6 @@ def test_what_is_fetched_is_checked_like_any_bundle(monkeypatch):
     fsspec.filesystem("memory").pipe("/guards/guard/card.json", b"{}")
     with pytest.raises(BundleCorruptError):
         load_bundle("memory://guards/guard")
-    monkeypatch.setattr(bundles, "_LARGEST", 10)
+    monkeypatch.setattr(bundle_places, "_LARGEST", 10)
     with pytest.raises(BundleError, match="at most 10"):
         load_bundle("memory://guards/guard")

@@ -10,8 +10,8 @@ import pytest
 
 from safe_decode.catalogue import catalogue, model_folder
 from safe_decode.errors import ConfigurationError, FetchError
-from safe_decode.fetching import models
-from safe_decode.fetching.models import fetch_model
+from safe_decode.fetching import weights
+from safe_decode.fetching.weights import fetch_model
 from safe_decode.loading import Loaded, load_model
 from safe_decode.testing.models import byte_tokenizer, tiny_model
 
@@ -67,8 +67,8 @@ def sources(tmp_path, monkeypatch):
         return Loaded(tiny_model("llama"), byte_tokenizer())
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_answer)
-    monkeypatch.setattr(models, "load_model", loaded)
-    monkeypatch.setattr(models, "find_spec", lambda _name: object())
+    monkeypatch.setattr(weights, "load_model", loaded)
+    monkeypatch.setattr(weights, "find_spec", lambda _name: object())
     return index, read
 
 
@@ -129,9 +129,9 @@ def test_without_a_source_each_one_is_named_with_what_it_said_and_nothing_is_lef
 def test_what_is_missing_is_told_before_anything_is_fetched(monkeypatch):
     with pytest.raises(ConfigurationError, match="'other' is not in the catalogue; .*tiny"):
         fetch_model("other")
-    monkeypatch.setattr(models, "_ROOM", 1 << 60)
+    monkeypatch.setattr(weights, "_ROOM", 1 << 60)
     with pytest.raises(ConfigurationError, match="SAFE_DECODE_CACHE"):
         fetch_model("tiny")
-    monkeypatch.setattr(models, "find_spec", lambda name: None if name == "gguf" else object())
+    monkeypatch.setattr(weights, "find_spec", lambda name: None if name == "gguf" else object())
     with pytest.raises(ConfigurationError, match=r"safe-decode\[gguf\]"):
         fetch_model("tiny")
