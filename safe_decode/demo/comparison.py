@@ -8,10 +8,11 @@ which changes no token, and that is checked.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safe_decode.demo.counts import Label, PromptOutcome
 from safe_decode.demo.scenes import DemoPrompt
@@ -44,7 +45,7 @@ class _Answers:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Both arms, ready to run, greedy.
+    """Both arms, ready to run, decoding as the certificate says.
 
     Attributes:
         decoder: The guarded arm; its model and tokenizer are the bare arm's.
@@ -53,6 +54,7 @@ class Comparison:
         count_redirect: The redirect under which prompts are counted; None for the decoder's.
             A canned refusal takes no forward, a rewind generates each tripped row anew.
         batch_size: Prompts that are answered at once.
+        seed: Of both arms, where tokens are drawn.
     """
 
     decoder: SafeDecoder
@@ -60,6 +62,7 @@ class Comparison:
     judge: Judge | None = None
     count_redirect: Redirect | None = None
     batch_size: int = 128
+    seed: int = 0
 
     def show(self, prompts: Sequence[DemoPrompt]) -> list[Duel]:
         """Answer prompts in both arms and keep every token.
@@ -134,12 +137,12 @@ class Comparison:
         import torch
 
         batch = self._encoded(prompts)
-        with torch.no_grad():
+        with torch.no_grad(), self._drawn():
             sequences = self.decoder.model.generate(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 max_new_tokens=self.max_new_tokens,
-                do_sample=False,
+                **self._decoding(),
             )
         return self._cut(sequences[:, batch.input_ids.shape[1] :].tolist())
 
@@ -147,15 +150,33 @@ class Comparison:
         self, prompts: Sequence[DemoPrompt], *, redirect: Redirect | None = None
     ) -> _Answers:
         width = self._encoded(prompts).input_ids.shape[1]
-        output = self.decoder.generate(
-            [list(prompt.messages) for prompt in prompts],
-            prefill=[prompt.prefill for prompt in prompts],
-            redirect=redirect,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-        )
+        with self._drawn():
+            output = self.decoder.generate(
+                [list(prompt.messages) for prompt in prompts],
+                prefill=[prompt.prefill for prompt in prompts],
+                redirect=redirect,
+                max_new_tokens=self.max_new_tokens,
+                **self._decoding(),
+            )
         said = self._cut(output.sequences[:, width:].tolist())
         return _Answers(said, output.texts, output.traces)
+
+    def _decoding(self) -> dict[str, Any]:
+        """Return how tokens are chosen: as the certificate's answers were."""
+        own = self.decoder.certificate.envelope
+        if not own.do_sample:
+            return {"do_sample": False}
+        shaping = {"temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k}
+        return {"do_sample": True, **shaping}
+
+    @contextlib.contextmanager
+    def _drawn(self) -> Iterator[None]:
+        """Let both arms draw the same numbers, and leave the global generator as it was."""
+        import torch
+
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            yield
 
     def _encoded(self, prompts: Sequence[DemoPrompt]) -> ChatBatch:
         from safe_decode.prompts import chat

@@ -39,6 +39,8 @@ def side_of(
     steps = [step for step in trace.steps if step.attempt == 0 and step.position > 0]
     given, own = steps[: trace.end.prefill_tokens], steps[trace.end.prefill_tokens :]
     trip = _trip_of(trace)
+    if trip is None and trace.end.lookahead_tokens:
+        own = own[: -trace.end.lookahead_tokens]  # judged behind the end, and shown to nobody
     own = [step for step in own if step.action != "force" and step.token is not None]
     changes = trip is not None and not trace.end.unprotected
     kept = _kept(own, final_ids, trip.position if trip else None) if changes else len(own)
