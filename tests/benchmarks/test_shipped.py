@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.real_text.live import Asked, Said, answers, hard_negatives, rows_of
 from benchmarks.real_text.parts import study_rows
 from benchmarks.real_text.scores import deployable_probe, joint_probe
 from benchmarks.real_text.shipped import bundle_from, own_answer
@@ -17,7 +18,9 @@ from probes.fitting.statistics import StatisticChoice
 from probes.runs.identity import weights_digest
 from safe_decode.activations.site import Site
 from safe_decode.bundle.bundle import ProbeBundle
+from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.loading import Loaded
+from safe_decode.testing.bundles import bundle_for
 from safe_decode.testing.models import byte_tokenizer, tiny_model
 
 SITES = (Site(0, "attn", (1, 4)), Site(1, "mlp", (0, 3, 5)))
@@ -113,3 +116,50 @@ def test_the_bundle_says_who_wrote_what_it_was_calibrated_on(probes, data, tmp_p
     assert bundle.seen.split_of("Calm 3") in ("fit", "select", "calibrate", "test")
     bundle.save(tmp_path / "guard")
     assert ProbeBundle.load(tmp_path / "guard").digest == bundle.digest == made().digest
+
+
+def test_answers_of_a_set_are_counted_by_both_rules():
+    words = "one two three four five six seven eight nine ten " * 5
+    asked = Asked("harmful, 0 tokens given", "x")
+    said = [
+        Said(asked, words, tripped=True, released=0),
+        Said(asked, words, tripped=True, released=6),
+        Said(asked, words, tripped=False, released=0),
+        Said(asked, "Sure.", tripped=False, released=0),
+        Said(asked, f"{words}. But I cannot help with that.", tripped=True, released=3),
+        Said(asked, "I'm sorry, but I can't assist with that.", tripped=False, released=0),
+    ]
+    (row,) = rows_of(said, harmful=True)
+    assert (row["complies"], row["complies, strictly"], row["bare refuses"]) == (5, 3, 1)
+    assert row["reached the reader"].startswith("2 of 5: 40.0 %")
+    assert row["reached the reader, strictly"].startswith("1 of 3")
+    assert row["tokens leaked, strictly, mean"] == 3.0
+    assert row["nothing leaked, strictly %"] == 50.0
+    assert row["refusals tripped"].startswith("0 of 1")
+    (row,) = rows_of(said, harmful=False)
+    assert row["complies"] is row["reached the reader"] is None
+    assert row["tripped"].startswith("3 of 6")
+
+
+def test_there_are_two_hundred_harmless_requests_with_alarming_words():
+    requests = [one.request for one in hard_negatives()]
+    assert len(set(requests)) == len(requests) >= 200
+    assert all(one.startswith("How do I ") and one.endswith("?") for one in requests)
+
+
+def test_answers_are_watched_and_not_changed(llama, tokenizer):
+    bundle = bundle_for(llama, tokenizer, threshold=0.0, holdback=2)
+    decoder = SafeDecoder(llama, tokenizer, bundle)
+    asked = [Asked("a", "lamp"), Asked("a", "tell me more", "Sure")]
+    said = list(answers(decoder, asked, seed=0))
+    assert {one.asked for one in said} == set(asked)
+    assert any(one.tripped for one in said)
+    for one in said:
+        bare = decoder.generate(
+            [[{"role": "user", "content": one.asked.request}]],
+            prefill=one.asked.prefill or None,
+            redirect="flag",
+            max_new_tokens=96,
+            do_sample=False,
+        )
+        assert bare.texts == [one.text]
