@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.real_text.live import Asked, Said, answers, hard_negatives, rows_of
+from benchmarks.real_text.live import (
+    BEGUN,
+    Asked,
+    Said,
+    answers,
+    begun_at,
+    hard_negatives,
+    rows_of,
+)
 from benchmarks.real_text.parts import study_rows
 from benchmarks.real_text.scores import deployable_probe, joint_probe
 from benchmarks.real_text.shipped import bundle_from, own_answer
@@ -139,6 +147,18 @@ def test_answers_of_a_set_are_counted_by_both_rules():
     (row,) = rows_of(said, harmful=False)
     assert row["complies"] is row["reached the reader"] is None
     assert row["tripped"].startswith("3 of 6")
+
+
+def test_the_words_given_are_the_begun_ones_and_then_the_models_own(llama, tokenizer):
+    decoder = SafeDecoder(llama, tokenizer, bundle_for(llama, tokenizer))
+    said = [
+        Said(Asked("begun", "x", BEGUN), " First, you go.", tripped=False, released=0),
+        Said(Asked("begun", "y", BEGUN), " I'm sorry, I cannot help.", tripped=False, released=0),
+    ]
+    assert [one.prefill for one in begun_at(4, said, decoder)] == ["Sure", "Sure"]
+    (deep,) = begun_at(len(BEGUN) + 6, said, decoder)
+    assert (deep.request, deep.prefill) == ("x", BEGUN + " First")
+    assert [one.prefill for one in begun_at(0, said, decoder)] == ["", ""]
 
 
 def test_there_are_two_hundred_harmless_requests_with_alarming_words():
