@@ -9,6 +9,7 @@ or in any page below `docs/`, and NAME says what fills it:
     decisions      the index of the decision records
     location       what reading at located units buys, from the studies of located units
     machines       what each table was measured on
+    real-demo      what `make real` shows
     settings-...   the settings of server and proxy
     summary        six results, for the README; summary-site: the same, for the site
     output-...     the real output of the last code block above it, python or sh
@@ -47,6 +48,7 @@ _WRITTEN = {
     "decisions": "benchmarks.docs.decisions:as_markdown",
     "location": "benchmarks.docs.located_units:location",
     "machines": "benchmarks.docs.machines:as_markdown",
+    "real-demo": "benchmarks.docs.real_demo:as_markdown",
     "settings-proxy": "benchmarks.docs.settings:proxy",
     "settings-server": "benchmarks.docs.settings:server",
     "summary": "benchmarks.docs.summary:for_readme",

@@ -20,6 +20,7 @@ from benchmarks.docs.readme import (
     standing_in,
     table_of,
 )
+from benchmarks.docs.real_demo import as_markdown
 
 TEXT = README.read_text(encoding="utf-8")
 CITED = re.compile(r"^(?:from|import) (?:safe_decode|probes)\b.*$", re.MULTILINE)
@@ -185,3 +186,26 @@ def test_an_example_is_run_and_its_failure_is_not_hidden():
     assert content_of("output-x", "```sh\necho hello\n```\n") == "```text\nhello\n```"
     with pytest.raises(ValueError, match="the example fails"):
         content_of("output-x", "```python\nraise SystemExit(3)\n```\n")
+
+
+def test_what_make_real_shows_stands_with_the_first_words_of_each_answer(tmp_path):
+    counts = {"refusal": 1, "benign": 0, "harmful": 2, "broken": 0}
+    shown = {
+        "scene": "prefilled",
+        "request": "Do harm.",
+        "prefill": "Sure",
+        "bare": "word " * 40,
+        "guarded": "No.",
+        "tripped": True,
+    }
+    scene = {"scene": "prefilled", "n": 3, "bare": counts, "guarded": counts, "tripped": 1}
+    facts = {"model": "m", "certificate": "alpha 0.01", "time": "9 s"}
+    path = tmp_path / "real-demo.json"
+    calm = {**shown, "scene": "benign", "prefill": None, "tripped": False, "guarded": "word " * 40}
+    told = {"facts": facts, "shown": [calm, shown], "scenes": [{**scene, "unchanged": 2}]}
+    path.write_text(json.dumps(told))
+    text = as_markdown(path)
+    assert "| benign | Do harm. |" in text and "| the same | no |" in text
+    assert '| harmful, behind "Sure" | Do harm. *Sure* |' in text and "| No. | yes |" in text
+    assert text.count("word") == 24 and "alpha 0.01" in text
+    assert as_markdown(tmp_path / "none.json") == ""
