@@ -29,6 +29,7 @@ TWO_CLASS = (
     "obfuscated-activations",
     "pku-saferlhf-5k",
 )
+_CHANNELS_AT_ONCE = 4096
 _OFFSET = 10.0  # a source's column is large, so that its weight is hardly penalised
 
 Channels = NDArray[np.int64]
@@ -122,23 +123,38 @@ def telling(examples: Examples, at: NDArray[np.bool_], channels: Channels) -> ND
     The mean over the sources that hold both labels of the difference of means over the pooled
     spread, without sign, [F].
     """
-    values = examples.values(channels).astype(np.float64)
-    found, used = np.zeros(len(channels)), 0
-    for name in np.unique(examples.source[at]):
-        moments = []
-        for label in (False, True):
-            cell = at & (examples.source == name) & (examples.harmful == label)
-            weight = examples.share[cell] / max(examples.share[cell].sum(), 1e-9)
-            mean = weight @ values[cell]
-            moments.append((mean, weight @ np.square(values[cell] - mean), int(cell.sum())))
-        (low, low_var, n_low), (high, high_var, n_high) = moments
-        if min(n_low, n_high) < 2:
-            continue
-        found += (high - low) / np.sqrt((low_var + high_var) / 2 + 1e-12)
-        used += 1
-    if not used:
+    sources = [
+        name for name in np.unique(examples.source[at]) if min(_cells(examples, at, name)) >= 2
+    ]
+    if not sources:
         raise DataError("no source holds both labels; channels cannot be told apart within one.")
-    return np.abs(found) / used
+    found = np.zeros(len(channels))
+    for begin in range(0, len(channels), _CHANNELS_AT_ONCE):
+        part = slice(begin, begin + _CHANNELS_AT_ONCE)
+        values = examples.values(channels[part])
+        for name in sources:
+            found[part] += _apart(examples, at & (examples.source == name), values)
+    return np.abs(found) / len(sources)
+
+
+def _cells(examples: Examples, at: NDArray[np.bool_], name: str) -> tuple[int, int]:
+    here = at & (examples.source == name)
+    return int((here & ~examples.harmful).sum()), int((here & examples.harmful).sum())
+
+
+def _apart(
+    examples: Examples, here: NDArray[np.bool_], values: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    moments = []
+    for label in (False, True):
+        cell = here & (examples.harmful == label)
+        weight = examples.share[cell] / max(examples.share[cell].sum(), 1e-9)
+        own = values[cell].astype(np.float64)
+        mean = weight @ own
+        moments.append((mean, weight @ np.square(own - mean)))
+    (low, low_var), (high, high_var) = moments
+    difference: NDArray[np.float64] = (high - low) / np.sqrt((low_var + high_var) / 2 + 1e-12)
+    return difference
 
 
 def fit(
