@@ -5,6 +5,7 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY safe_decode safe_decode
 COPY probes probes
+COPY bundles bundles
 RUN python -m venv /opt/safe-decode \
     && /opt/safe-decode/bin/pip install --no-cache-dir --constraint constraints.txt '.[serving]'
 

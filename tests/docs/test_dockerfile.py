@@ -42,7 +42,7 @@ def test_what_is_copied_exists_and_is_not_ignored():
     ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     copied = [name for value in values("COPY") if "--from" not in value for name in value.split()]
     sources = {name for name in copied if name != "./"}
-    assert {"pyproject.toml", "constraints.txt", "safe_decode", "probes"} <= sources
+    assert {"pyproject.toml", "constraints.txt", "safe_decode", "probes", "bundles"} <= sources
     for name in sources:
         assert (ROOT / name).exists(), name
     # What the build reads besides the packages.
