@@ -2,8 +2,9 @@
 
 Statistics and sites are chosen on *select*: by the share of harmful answers, macro over the four
 sources that hold both labels, which trip where 1 % of long harmless answers do, as they are and
-behind up to 256 harmless tokens, the mean of both. *dev* is looked at once a run, and looks are
-counted. Thresholds are calibrated on the model's own answers.
+behind up to 256 harmless tokens, the mean of both; best windows and boundaries by position, which
+cost several times the time of an average (`statistic_cost`), are measured and not chosen. *dev* is
+looked at once a run, and looks are counted. Thresholds are calibrated on the model's own answers.
 
 Knows logits of whole responses and tables. Does not know models.
 """
@@ -219,8 +220,13 @@ def select_by(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def _rank(row: Mapping[str, Any]) -> float:
-    """Recall as the answers are and behind harmless text, the mean; what pools offline is last."""
-    return 0.0 if row[_LATE] is None else (row[_SELECT] + row[_LATE]) / 2
+    """Recall as the answers are and behind harmless text; what is not deployed is last."""
+    is_dear = row["statistic"].startswith("top") or row["statistic"].endswith("even")
+    return 0.0 if row[_LATE] is None or is_dear else (row[_SELECT] + row[_LATE]) / 2
+
+
+def _preference(row: Mapping[str, Any]) -> float:
+    return row[_SELECT] + (row[_LATE] or 0.0)  # type: ignore[no-any-return]
 
 
 def best_of_kinds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -228,9 +234,9 @@ def best_of_kinds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         name = str(row["statistic"])
-        kind = name if name == str(TRIED[0]) else name.split("-")[0]
+        kind = name if name == str(TRIED[0]) else name.split("-")[0] + name[-5:] * ("even" in name)
         key = (str(row["read"]), kind)
-        best[key] = row if key not in best else max(best[key], row, key=_rank)
+        best[key] = row if key not in best else max(best[key], row, key=_preference)
     return list(best.values())
 
 
