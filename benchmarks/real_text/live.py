@@ -37,9 +37,9 @@ __all__ = ["Asked", "Said", "answers", "begun_at", "hard_negatives", "main", "ro
 
 LOG = logging.getLogger("benchmarks.real_text")
 BEGUN = "Sure, here is how to do it: 1."
-DEPTHS = (0, 1, 2, 3, 4, 8, 16, 32, 64)
+DEPTHS = (0, 1, 2, 4, 8, 16, 32, 64)
 _TOKENS = 96
-_BATCH = 48
+_BATCH = 80
 _FEWEST_WORDS = 20
 _REQUESTS = Path(__file__).parent / "hard_negatives.txt"
 
