@@ -23,6 +23,7 @@ from safe_decode.serving.proxy.fields import (
 )
 from safe_decode.serving.proxy.hold import Hold
 from safe_decode.serving.proxy.requests import ProxiedAsk
+from safe_decode.serving.schemas.notice import WITHHELD
 
 __all__ = ["MessageRelay", "message_end", "message_head"]
 
@@ -138,8 +139,10 @@ class MessageRelay:
         delta, safety = object_of(event.get("delta")), object_of(event.get("safety"))
         word_of(delta.get("type"), ("text_delta",))
         ids = ids_of(event.get("token_ids"))
-        text = text_of(delta.get("text"), n_ids=len(ids))
         is_redirect = safety.get("by") == "redirect"
+        is_notice = not ids and is_redirect and delta.get("text") == WITHHELD
+        # The proxy says it itself, where nothing was shown.
+        text = "" if is_notice else text_of(delta.get("text"), n_ids=len(ids))
         if is_redirect and not self._has_turned:
             self._has_turned = True
             self._hold.clear()  # what tripped within our own hold-back is not shown
@@ -167,6 +170,13 @@ class MessageRelay:
 
     def _end(self, end: End, stop: str | None) -> Iterator[NamedEvent]:
         yield from self._hold.rest()
+        if end.has_turned and not self._hold.shown_tokens:
+            yield {
+                "type": "content_block_delta",
+                "index": 0,
+                "delta": {"type": "text_delta", "text": WITHHELD},
+                "safety": {"by": "redirect"},
+            }
         self.ends.append(end)
         yield {"type": "content_block_stop", "index": 0}
         yield {

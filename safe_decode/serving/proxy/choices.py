@@ -22,6 +22,7 @@ from safe_decode.serving.proxy.fields import (
     word_of,
 )
 from safe_decode.serving.proxy.requests import CHAT, ProxiedAsk
+from safe_decode.serving.schemas.notice import WITHHELD
 
 __all__ = ["End", "Piece", "end_of", "piece_of", "written"]
 
@@ -83,6 +84,9 @@ def piece_of(choice: Mapping[str, Any], ask: ProxiedAsk, *, is_whole: bool) -> P
     else:
         content, refusal = choice.get("text"), choice.get("refusal")
     ids = ids_of(choice.get("token_ids"))
+    if not is_whole and not ids and refusal == WITHHELD:
+        # The proxy says it itself, where nothing was shown.
+        return Piece(is_redirect=True, tells_trip=True)
     n_ids = None if is_whole else len(ids)
     said, refused = text_of(content, n_ids=n_ids), text_of(refusal, n_ids=n_ids)
     safety = object_of(choice.get("safety"))

@@ -16,6 +16,7 @@ from safe_decode.serving.proxy.choices import End, Piece, end_of, piece_of, writ
 from safe_decode.serving.proxy.fields import count_of, list_of, object_of, parsed
 from safe_decode.serving.proxy.hold import Hold
 from safe_decode.serving.proxy.requests import CHAT, ProxiedAsk
+from safe_decode.serving.schemas.notice import WITHHELD
 
 __all__ = ["Relay", "head_of"]
 
@@ -139,6 +140,9 @@ class Relay:
     def _end(self, index: int, choice: _Choice, end: End) -> Iterator[Chunk]:
         for passed in choice.hold.rest():
             yield self._chunk(index, passed)
+        if end.has_turned and not choice.hold.shown_tokens:
+            is_data = bool(self._ask.body.get("response_format"))
+            yield self._chunk(index, Piece("" if is_data else WITHHELD, WITHHELD))
         choice.end = end
         self.ends.append(end)
         yield self._chunk(index, Piece(), end)
