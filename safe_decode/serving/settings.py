@@ -62,7 +62,7 @@ class ServeSettings(BaseModel):
         allowed_hosts: Names by which clients may call the server, without a port; "*.name" for
             those below a name, "*" for any. None: what it listens on, see `hosts`.
         cors_origins: Origins whose pages may call /v1/ and /tokenize from a browser, each as
-            "https://HOST" or "http://HOST:PORT"; "*" for any. None: no page but the server's own.
+            "https://HOST" or "http://HOST:PORT"; "*" for any. Empty: no page but the server's own.
         alpha: A certified level; None: the bundle's default.
         population: Whose certificate it is: of the harmless responses that are mostly served.
         redirect: What a tripped answer becomes.

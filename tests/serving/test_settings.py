@@ -365,6 +365,9 @@ def test_the_first_screen_shows_every_setting_in_effect_and_its_origin(command_l
             "allowed_hosts": "allowed-hosts-1",
             "api_keys": 1,
             "operator_keys": 1,
+            "shadow_keys": 1,
+            "cors_origins": "https://a.example",
+            "shadow_endpoints": "/v1/messages",
         }.get(name, as_text(value))
         assert row == f"{name}={shown}"
         everything = "  ".join(text for _, text in first_screen(command_line.given, engine.facts))

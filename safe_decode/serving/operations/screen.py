@@ -76,6 +76,8 @@ def _settings_rows(given: SettingsGiven, facts: GuardFacts) -> list[tuple[str, s
         **given.settings.model_dump(),
         "served_name": given.settings.name,
         "allowed_hosts": AllowedHosts(given.settings.host, given.settings.allowed_hosts),
+        "cors_origins": ", ".join(given.settings.cors_origins) or None,
+        "shadow_endpoints": ", ".join(given.settings.shadow_endpoints) or None,
         "alpha": facts.alpha,
         "holdback_tokens": facts.holdback_tokens,
         "max_new_tokens": given.settings.max_new_tokens or facts.certified_cap,

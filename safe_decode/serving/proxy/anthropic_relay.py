@@ -51,7 +51,7 @@ class MessageRelay:
         self._hold: Hold[NamedEvent] = Hold(holdback_tokens)
         self._input_tokens = 0
         self._opened: list[str] = []
-        self._has_turned = self._has_stopped = False
+        self._has_turned = self._has_stopped = self._is_withheld = False
 
     @property
     def is_over(self) -> bool:
@@ -141,7 +141,8 @@ class MessageRelay:
         ids = ids_of(event.get("token_ids"))
         is_redirect = safety.get("by") == "redirect"
         is_notice = not ids and is_redirect and delta.get("text") == WITHHELD
-        # The proxy says it itself, where nothing was shown.
+        # The sentence is known, so it needs no ids; it is written once the end is marked.
+        self._is_withheld |= is_notice
         text = "" if is_notice else text_of(delta.get("text"), n_ids=len(ids))
         if is_redirect and not self._has_turned:
             self._has_turned = True
@@ -170,7 +171,7 @@ class MessageRelay:
 
     def _end(self, end: End, stop: str | None) -> Iterator[NamedEvent]:
         yield from self._hold.rest()
-        if end.has_turned and not self._hold.shown_tokens:
+        if self._is_withheld and end.has_turned and not self._hold.shown_tokens:
             yield {
                 "type": "content_block_delta",
                 "index": 0,

@@ -31,12 +31,14 @@ class _Choice:
         hold: What waits of it.
         is_open: Whether its first chunk was sent.
         has_turned: Whether it tripped.
+        is_withheld: Whether the upstream says that nothing of it is shown.
         end: Once it has ended.
     """
 
     hold: Hold[Piece]
     is_open: bool = False
     has_turned: bool = False
+    is_withheld: bool = False
     end: End | None = None
 
 
@@ -120,6 +122,7 @@ class Relay:
         if turns and not choice.has_turned:
             choice.has_turned = True
             choice.hold.clear()  # what tripped within our own hold-back is not shown
+        choice.is_withheld |= piece.is_withheld
         if choice.has_turned and not piece.is_redirect:
             if not turns and (piece.content or piece.ids):
                 raise ValueError("the model speaks on after its trip")
@@ -140,8 +143,9 @@ class Relay:
     def _end(self, index: int, choice: _Choice, end: End) -> Iterator[Chunk]:
         for passed in choice.hold.rest():
             yield self._chunk(index, passed)
-        if end.has_turned and not choice.hold.shown_tokens:
-            is_data = bool(self._ask.body.get("response_format"))
+        if choice.is_withheld and end.has_turned and not choice.hold.shown_tokens:
+            form = self._ask.body.get("response_format") or {"type": "text"}
+            is_data = form["type"] != "text"
             yield self._chunk(index, Piece("" if is_data else WITHHELD, WITHHELD))
         choice.end = end
         self.ends.append(end)

@@ -65,7 +65,6 @@ def admitted(ask: RequestBody, *, is_strict: bool = False) -> tuple[str, ...]:
             dropped |= dict.fromkeys(_of_options(value, name, is_strict))
     if isinstance(ask, ResponsesRequest) and isinstance(ask.input, list):
         dropped |= dict.fromkeys(_of_items(ask.input, is_strict))
-        ask.input = [item for item in ask.input if item.role is not None]
     for at, turn in ask.turns():
         dropped |= dict.fromkeys(_of_turn(turn, at, is_strict))
     return tuple(dropped)

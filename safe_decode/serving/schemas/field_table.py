@@ -45,12 +45,12 @@ FIELDS: tuple[FieldRule, ...] = (
     *honoured((*_CLAUDE, "tokens"), "a message of the system before the others", "system"),
     *honoured(
         _ANSWERS,
-        "left open: as certified",
+        "left open: as certified; else as sampling_beyond_certificate says",
         temperature="temperature",
         top_p="top_p",
         top_k="top_k",
     ),
-    *honoured(_OPENAI, "of drawn tokens alone; left open: as certified", min_p="min_p"),
+    *honoured(_OPENAI, "of drawn tokens alone; else as top_p", min_p="min_p"),
     *honoured(
         _OPENAI,
         "on what stands in the prompt and was said; left open: the model's own",
@@ -63,12 +63,12 @@ FIELDS: tuple[FieldRule, ...] = (
         frequency_penalty="frequency_penalty",
     ),
     *honoured(_OPENAI, "by token id", logit_bias="logit_bias"),
-    *honoured(_OPENAI, "a row's draws depend on it alone", "seed"),
+    *honoured(_OPENAI, "the same seed gives the same draws, whoever runs beside it", "seed"),
     *honoured(_OPENAI, "up to the operator's max_choices", "n"),
     # Where it ends.
     *honoured(
         ("chat", "completions", "messages"),
-        "beyond the longest certificate: as the setting beyond_cap says",
+        "beyond the longest certificate: as cap_beyond_certificate says",
         max_tokens="max_new_tokens",
     ),
     *honoured(_CHAT, "goes before max_tokens", max_completion_tokens="max_new_tokens"),

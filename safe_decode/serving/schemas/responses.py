@@ -111,6 +111,7 @@ class ResponsesFormatter:
 
     def _head(self, status: str, story: ResponseState) -> dict[str, Any]:
         ask, sampling = self.ask, story.request.sampling
+        form = ask.text.format if ask.text is not None else None
         return {
             "id": self.id,
             "object": "response",
@@ -124,7 +125,7 @@ class ResponsesFormatter:
             "reasoning": {"effort": ask.reasoning and ask.reasoning.effort, "summary": None},
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": {"type": "text" if form is None else form.type}},
         }
 
     def _message(self, story: ResponseState) -> dict[str, Any]:

@@ -76,10 +76,11 @@ class ResponsesRequest(RequestBody):
     safety: SafetyOptions | None = None
 
     def turns(self) -> Iterator[tuple[str, Turn]]:
-        """Yield its messages."""
+        """Yield its messages; other items have no role."""
         if isinstance(self.input, list):
             for number, item in enumerate(self.input):
-                yield f"input.{number}", item
+                if item.role is not None:
+                    yield f"input.{number}", item
 
     def spoken(self) -> list[dict[str, str]]:
         """Return roles and texts, the instructions first; of its items, those with a role."""
