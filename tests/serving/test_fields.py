@@ -336,12 +336,12 @@ def test_a_variable_that_the_template_reads_is_in_the_prompt_and_the_others_are_
     thoughtful,
 ):
     reader = PromptReader(thoughtful, context_tokens=None, vocab_tokens=10**6)
-    plain = reader.chat(CALM, {})
+    plain = reader.chat(CALM)
     asked = {"enable_thinking": False, "depth": 3}
-    quiet = reader.chat(CALM, asked)
+    quiet = reader.chat(CALM, variables=asked)
     assert (plain.variables, quiet.variables) == ({}, {"enable_thinking": False})
     assert quiet.ids[:-1] == plain.ids and thoughtful.decode(quiet.ids[-1:]) == "Z"
-    assert reader.chat(CALM, {"enable_thinking": True}).ids == plain.ids
+    assert reader.chat(CALM, variables={"enable_thinking": True}).ids == plain.ids
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def first_screen(given: SettingsGiven, facts: GuardFacts) -> list[tuple[str, str
     ]
     if facts.summary is not None:
         rows += [("warning", warning) for warning in facts.summary.warnings]
-    shadowed = [*settings.shadow_endpoints]
+    shadowed: list[str] = [*settings.shadow_endpoints]
     if settings.shadow_keys:
         shadowed.append(f"{len(settings.shadow_keys)} of the keys")
     if shadowed:

@@ -106,7 +106,7 @@ class TransformersEngine:
         variables: Mapping[str, object] | None = None,
     ) -> RowPrompt:
         """See `Engine.chat`."""
-        return self._prompts.chat(messages, variables or {})
+        return self._prompts.chat(messages, variables=variables)
 
     def completion(self, prompt: str | Sequence[int]) -> RowPrompt:
         """See `Engine.completion`."""

@@ -42,7 +42,10 @@ class PromptReader:
         self._most_chars = _most_chars(tokenizer, context_tokens)
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, object]
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        variables: Mapping[str, object] | None = None,
     ) -> RowPrompt:
         """Encode a conversation.
 
@@ -55,7 +58,7 @@ class PromptReader:
                 not be set.
         """
         self._require_short(sum(len(message["content"]) for message in messages))
-        read = variables_read(self._tokenizer, variables)
+        read = variables_read(self._tokenizer, variables or {})
         encoded = chat.encode_chat(self._tokenizer, messages, variables=read)
         chat.require_room(len(encoded.ids), self._context_tokens)
         given = encoded.prefill_tokens
