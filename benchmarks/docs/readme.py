@@ -8,6 +8,7 @@ or in any page below `docs/`, and NAME says what fills it:
     cli            every command with its options
     decisions      the index of the decision records
     location       what reading at located units buys, from the studies of located units
+    request-fields what becomes of each field of a request to the server
     machines       what each table was measured on
     real-demo      what `make real` shows
     settings-...   the settings of server and proxy
@@ -48,7 +49,11 @@ _WRITTEN = {
     "decisions": "benchmarks.docs.decisions:as_markdown",
     "location": "benchmarks.docs.located_units:location",
     "machines": "benchmarks.docs.machines:as_markdown",
+<<<<<<< HEAD
     "real-demo": "benchmarks.docs.real_demo:as_markdown",
+=======
+    "request-fields": "benchmarks.docs.request_fields:as_markdown",
+>>>>>>> clients
     "settings-proxy": "benchmarks.docs.settings:proxy",
     "settings-server": "benchmarks.docs.settings:server",
     "summary": "benchmarks.docs.summary:for_readme",

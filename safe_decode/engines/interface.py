@@ -91,11 +91,22 @@ class Engine(Protocol):
         """What the rows are guarded by."""
         ...
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> RowPrompt:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        variables: Mapping[str, object] | None = None,
+    ) -> RowPrompt:
         """Encode a conversation.
 
+        Args:
+            messages: With role and content.
+            variables: Of the chat template. Those that it does not read are left out; the
+                prompt says which it was made with.
+
         Raises:
-            PromptError: It cannot be encoded, or leaves no room for an answer.
+            PromptError: It cannot be encoded, or leaves no room for an answer; or a variable is
+                the template's own business.
         """
         ...
 

@@ -15,6 +15,7 @@ from safe_decode.streaming.events import Finished, RowEvent
 from safe_decode.trace.schema import SafetyTrace
 
 __all__ = [
+    "Adjustment",
     "Row",
     "RowPolicy",
     "RowPrompt",
@@ -32,12 +33,14 @@ class RowPrompt:
         scanned: Trailing positions that are judged before the first token.
         prefill_tokens: Trailing ids that are a supplied beginning of the answer.
         is_chat: Whether there is an open assistant turn.
+        variables: What a request set of the template's own variables.
     """
 
     ids: tuple[int, ...]
     scanned: int
     prefill_tokens: int
     is_chat: bool
+    variables: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,11 @@ class Sampling:
         temperature: 0: greedy.
         top_p: Mass that is kept, in (0, 1].
         top_k: Candidates that are kept; 0: all.
+        min_p: Candidates less likely than this share of the likeliest are dropped; 0: none.
+        repetition_penalty: Divides the positive and multiplies the negative scores of what stands
+            in the prompt or was said; None: as the model's own configuration has it.
+        min_tokens: The model cannot end before it has said so many.
+        ignore_eos: The model cannot end at all; the cap ends it.
         presence_penalty: Subtracted from what was said already.
         frequency_penalty: Subtracted for each time it was said.
         logit_bias: Added, by id.
@@ -62,6 +70,10 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -85,12 +97,39 @@ class RowPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Adjustment:
+    """One thing in which a row is served otherwise than its request asked.
+
+    Attributes:
+        param: The field that asked.
+        asked: Its value.
+        served: The value in effect.
+        why: In words.
+    """
+
+    param: str
+    asked: float
+    served: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class RowRequest:
-    """All that an engine needs to know of a row."""
+    """All that an engine needs to know of a row.
+
+    Attributes:
+        prompt: As ids.
+        sampling: How its tokens are chosen.
+        policy: How it is guarded.
+        is_structured: The answer is read as data, so no words of others may stand in it.
+        changes: In what it is served otherwise than was asked; its reader is told.
+    """
 
     prompt: RowPrompt
     sampling: Sampling
     policy: RowPolicy
+    is_structured: bool = False
+    changes: tuple[Adjustment, ...] = ()
 
 
 class Row:

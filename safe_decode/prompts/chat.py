@@ -91,6 +91,7 @@ def encode_chat(
     messages: Prompt,
     *,
     prefill: str | None = None,
+    variables: Mapping[str, object] | None = None,
 ) -> EncodedChat:
     """Encode a prompt by the tokenizer's own template, its assistant turn open.
 
@@ -99,6 +100,7 @@ def encode_chat(
         messages: A string, or messages; a last message of the assistant is a prefill, to
             be continued.
         prefill: Beginning of the answer, put into the model's mouth.
+        variables: Of the template, as `template_variables.variables_read` lets them pass.
 
     Raises:
         PromptError: Nothing to answer, no chat template, a role or content that cannot be
@@ -115,7 +117,7 @@ def encode_chat(
         turns = turns[:-1]
     if not any(str(turn["content"]).strip() for turn in turns):
         raise PromptError("the prompt is empty; pass a message with at least one character.")
-    head = _rendered_ids(tokenizer, turns)
+    head = _rendered_ids(tokenizer, turns, variables or {})
     bos = getattr(tokenizer, "bos_token_id", None)
     while bos is not None and head[:2] == [bos, bos]:
         head = head[1:]  # a template that writes BOS beside a tokenizer that adds it
@@ -221,7 +223,9 @@ def _checked_messages(messages: Prompt) -> list[Message]:
     return turns
 
 
-def _rendered_ids(tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
+def _rendered_ids(
+    tokenizer: Tokenizer, turns: Sequence[Message], variables: Mapping[str, object]
+) -> list[int]:
     from jinja2 import TemplateError  # chat templates need it; the rest of the package does not
 
     if not getattr(tokenizer, "chat_template", None):
@@ -229,7 +233,11 @@ def _rendered_ids(tokenizer: Tokenizer, turns: Sequence[Message]) -> list[int]:
             "the tokenizer has no chat template; set tokenizer.chat_template, or pass input_ids."
         )
     render = tokenizer.apply_chat_template
-    options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": False}
+    options: dict[str, Any] = {
+        **variables,
+        "add_generation_prompt": True,
+        "return_dict": False,
+    }
     known = inspect.signature(render).parameters
     if "tokenizer_kwargs" in known:
         options["tokenizer_kwargs"] = {"return_attention_mask": False}

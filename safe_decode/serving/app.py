@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from safe_decode.engines.interface import Engine
 from safe_decode.errors import SafeDecodeError
 from safe_decode.serving.middleware.gate import Gate
+from safe_decode.serving.middleware.origins import OpenToOrigins
 from safe_decode.serving.pages import pages
 from safe_decode.serving.routes import routes
 from safe_decode.serving.scheduling.service import Service
@@ -72,6 +73,8 @@ def create_app(engine: Engine, settings: ServeSettings) -> FastAPI:
     app.add_middleware(
         Gate, settings=settings, metrics=service.metrics, marker=engine.facts.bundle[:16]
     )
+    if settings.cors_origins:
+        app.add_middleware(OpenToOrigins, origins=settings.cors_origins)
     return app
 
 
@@ -81,8 +84,9 @@ def _name_model(app: FastAPI, name: str) -> None:
 
     def document() -> dict[str, Any]:
         told = general()
-        for ask in ("ChatCompletionRequest", "CompletionRequest", "MessagesRequest"):
-            told["components"]["schemas"][ask]["properties"]["model"]["enum"] = [name]
+        for schema in told["components"]["schemas"].values():
+            if "model" in schema.get("properties", {}):
+                schema["properties"]["model"]["enum"] = [name]
         return told
 
     app.openapi = document  # type: ignore[method-assign]

@@ -95,7 +95,7 @@ def _facts(service: Service) -> dict[str, Any]:
         "max_tokens": settings.max_new_tokens or service.engine.facts.certified_cap,
         "shows_scores": settings.expose_scores,
         "shows_bare": settings.expose_bare,
-        "needs_key": bool(settings.api_keys),
+        "needs_key": bool(settings.api_keys or settings.shadow_keys),
         "certificate": {
             "alpha": certificate.alpha,
             "confidence": 1 - certificate.delta,
@@ -109,7 +109,7 @@ def _facts(service: Service) -> dict[str, Any]:
         "scenes": _scenes() if settings.is_demo else [],
     }
     # Facts are told without a key, since the page asks for one by them.
-    if settings.expose_scores and not settings.api_keys:
+    if settings.expose_scores and not told["needs_key"]:
         told["certificate"]["threshold"] = certificate.threshold
     return told
 

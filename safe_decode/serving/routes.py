@@ -1,4 +1,4 @@
-"""The endpoints that answer: chat completions, completions, messages, models.
+"""The endpoints that answer: chat completions, completions, messages, responses, models.
 
 Knows which shape belongs to which path. Does not know queues, engines or how bodies are read.
 """
@@ -17,6 +17,7 @@ from sse_starlette.sse import EventSourceResponse
 
 from safe_decode.engines.rows import RowRequest
 from safe_decode.serving.requests.body import ReadingRoute
+from safe_decode.serving.requests.parse import unread_variables
 from safe_decode.serving.scheduling.service import ResponseInProgress, Service
 from safe_decode.serving.schemas.anthropic import MessageFormatter
 from safe_decode.serving.schemas.errors import ApiError
@@ -24,10 +25,24 @@ from safe_decode.serving.schemas.openai import ChatFormatter, CompletionFormatte
 from safe_decode.serving.schemas.requests import (
     ChatCompletionRequest,
     CompletionRequest,
+    CountTokensRequest,
     MessagesRequest,
+    TokenizeRequest,
 )
+from safe_decode.serving.schemas.responses import ResponsesFormatter
+from safe_decode.serving.schemas.responses_request import ResponsesRequest
 
 __all__ = ["routes", "stream_chunks"]
+
+_UNSERVED = {
+    "/v1/embeddings": "no embeddings are made",
+    "/v1/moderations": "nothing is judged but the answers written here",
+    "/v1/images/generations": "no pictures are made",
+    "/v1/audio/speech": "no sound is made",
+    "/v1/audio/transcriptions": "no sound is read",
+    "/v1/rerank": "nothing is ranked",
+}
+"""Endpoints of other servers, and why they are none of this one."""
 
 
 def routes(service: Service) -> APIRouter:
@@ -35,6 +50,9 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter(route_class=ReadingRoute)
     _add_openai(router, service)
     _add_anthropic(router, service)
+    _add_responses(router, service)
+    _add_tokens(router, service)
+    _add_unserved(router)
     _add_models(router, service.settings.name)
     return router
 
@@ -61,14 +79,17 @@ def _add_openai(router: APIRouter, service: Service) -> None:
     async def chat_completions(ask: ChatCompletionRequest, request: Request) -> Response:
         shape = ChatFormatter(*told, gives_ids=bool(ask.return_token_ids))
         _require_stream_options(ask)
-        rows = await read(lambda: desk.chat(ask))
+        is_shadow = service.is_shadow(request)
+        rows = await read(lambda: desk.chat(ask, is_shadow=is_shadow))
+        request.state.ignored += unread_variables(ask, rows[0].prompt)
         return await openai(rows, ask, request, shape)
 
     @router.post("/v1/completions")
     async def completions(ask: CompletionRequest, request: Request) -> Response:
         shape = CompletionFormatter(*told, gives_ids=bool(ask.return_token_ids))
         _require_stream_options(ask)
-        rows = await read(lambda: desk.completion(ask))
+        is_shadow = service.is_shadow(request)
+        rows = await read(lambda: desk.completion(ask, is_shadow=is_shadow))
         return await openai(rows, ask, request, shape)
 
 
@@ -78,12 +99,62 @@ def _add_anthropic(router: APIRouter, service: Service) -> None:
     @router.post("/v1/messages")
     async def messages(ask: MessagesRequest, request: Request) -> Response:
         shape = MessageFormatter(name, gives_ids=bool(ask.return_token_ids))
-        rows = await read(lambda: desk.messages(ask))
+        is_shadow = service.is_shadow(request)
+        rows = await read(lambda: desk.messages(ask, is_shadow=is_shadow))
         conversation = await service.begin(rows, request, "message")
         if ask.stream:
             return _stream_of(_named(conversation, shape))
         (story,) = await service.finish(conversation, request)
         return JSONResponse(shape.whole(story))
+
+
+def _add_responses(router: APIRouter, service: Service) -> None:
+    desk, read, name = service.desk, service.reader.read, service.settings.name
+
+    @router.post("/v1/responses")
+    async def responses(ask: ResponsesRequest, request: Request) -> Response:
+        shape = ResponsesFormatter(name, ask)
+        is_shadow = service.is_shadow(request)
+        rows = await read(lambda: desk.responses(ask, is_shadow=is_shadow))
+        request.state.ignored += unread_variables(ask, rows[0].prompt)
+        conversation = await service.begin(rows, request, "response")
+        if ask.stream:
+            return _stream_of(_named(conversation, shape))
+        (story,) = await service.finish(conversation, request)
+        return JSONResponse(shape.whole(story))
+
+
+def _add_tokens(router: APIRouter, service: Service) -> None:
+    desk, read = service.desk, service.reader.read
+
+    @router.post("/v1/messages/count_tokens")
+    async def count_tokens(ask: CountTokensRequest, request: Request) -> Response:
+        del request
+        ids = await read(lambda: desk.prompt_ids(ask))
+        return JSONResponse({"input_tokens": len(ids)})
+
+    @router.post("/tokenize")
+    async def tokenize(ask: TokenizeRequest, request: Request) -> Response:
+        del request
+        ids = await read(lambda: desk.prompt_ids(ask))
+        most = service.engine.facts.context_tokens
+        return JSONResponse({"count": len(ids), "max_model_len": most, "tokens": list(ids)})
+
+
+def _add_unserved(router: APIRouter) -> None:
+    """Refuse by name what clients may ask for because other servers have it."""
+
+    async def unserved(request: Request) -> Response:
+        path = request.url.path
+        raise ApiError(
+            404,
+            f"{path} is not served: {_UNSERVED[path]}; this server writes guarded text alone. Ask "
+            "another server for it.",
+            code="unsupported_endpoint",
+        )
+
+    for path in _UNSERVED:
+        router.add_api_route(path, unserved, methods=["POST"], include_in_schema=False)
 
 
 def _add_models(router: APIRouter, served: str) -> None:
@@ -146,7 +217,7 @@ async def _chunks(
 
 
 async def _named(
-    conversation: ResponseInProgress, shape: MessageFormatter
+    conversation: ResponseInProgress, shape: MessageFormatter | ResponsesFormatter
 ) -> AsyncIterator[ServerSentEvent]:
     (story,) = conversation.stories
     for name, body in shape.opening(story):

@@ -143,6 +143,43 @@ def test_openai_takes_a_tighter_policy_completions_and_models(openai, attack):
     assert [model.id for model in openai.models.list()] == [MODEL]
 
 
+def test_openai_s_responses_whole_streamed_and_handed_back(openai, attack):
+    from openai.types.responses import Response
+
+    calm = openai.responses.create(model=MODEL, input=CALM, instructions="You help.")
+    Response.model_validate(calm.model_dump(mode="json"))
+    assert calm.status == "completed" and calm.output_text
+    again = openai.responses.create(model=MODEL, input=[*CALM, *calm.output, *CALM])
+    assert again.usage.input_tokens > calm.usage.input_tokens
+    tripped = openai.responses.create(model=MODEL, input=attack)
+    assert tripped.status == "incomplete"
+    assert tripped.incomplete_details.reason == "content_filter"
+    refusal = tripped.model_extra["safety"]["refusal"]
+    assert refusal and tripped.output_text.endswith(refusal)
+    assert tripped.output_text.count(refusal) == 1
+    events = list(openai.responses.create(model=MODEL, input=attack, stream=True))
+    said = [e.delta for e in events if e.type == "response.output_text.delta"]
+    assert "".join(said) == tripped.output_text and events[-1].type == "response.incomplete"
+    with openai.responses.stream(model=MODEL, input=CALM) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_response().output_text
+    import openai as sdk
+
+    with pytest.raises(sdk.NotFoundError, match="embeddings is not served"):
+        openai.embeddings.create(model=MODEL, input="a")
+
+
+def test_anthropic_counts_as_it_answers(address):
+    sdk = pytest.importorskip("anthropic")
+    with sdk.Anthropic(base_url=address, api_key=KEY) as client:
+        counted = client.messages.count_tokens(model=MODEL, messages=CALM, system="You help.")
+        answered = client.messages.create(
+            model=MODEL, max_tokens=4, messages=CALM, system="You help."
+        )
+    assert counted.input_tokens == answered.usage.input_tokens
+
+
 def test_anthropic_answers_and_refuses(address, attack):
     sdk = pytest.importorskip("anthropic")
     with sdk.Anthropic(base_url=address, api_key=KEY) as client:
@@ -171,6 +208,10 @@ def test_langchain_answers_and_streams(address, attack):
     assert tripped.response_metadata["finish_reason"] == "content_filter"
     refusal = tripped.additional_kwargs["refusal"]
     assert refusal and tripped.content.endswith(refusal) and tripped.content.count(refusal) == 1
+    newest = langchain.ChatOpenAI(
+        base_url=f"{address}/v1", api_key=KEY, model=MODEL, use_responses_api=True
+    )
+    assert newest.invoke(pairs).text.endswith(refusal)
     pieces = list(chat.stream(pairs))
     assert "".join(piece.content for piece in pieces) == tripped.content
     reasons = [piece.response_metadata.get("finish_reason") for piece in pieces]

@@ -355,7 +355,13 @@ def recurrent_cache():
     return DynamicCache(config=MambaConfig(num_hidden_layers=2))
 
 
-SERVED = {"logit_bias": {70: 1.0}, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+SERVED = {
+    "logit_bias": {70: 1.0},
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "ignore_eos": True,
+    "chat_template_kwargs": {"enable_thinking": False},
+}
 
 
 def under_autocast(decoder):

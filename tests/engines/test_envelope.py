@@ -371,13 +371,14 @@ def test_a_strict_decoder_refuses_a_foreign_generate() -> None:
 # --- the server reads the same table
 
 
-def served(decoder: SafeDecoder, **sampling: Any) -> str:
+def served(decoder: SafeDecoder, chat_template_kwargs: Any = None, **sampling: Any) -> str:
     from safe_decode.engines.rows import Row, RowPolicy, RowRequest, Sampling
     from safe_decode.engines.transformers.batch.engine import TransformersEngine
 
     engine = TransformersEngine(decoder, keep_traces=True)
     chosen = Sampling(**{"max_tokens": CAP, "seed": 0, **sampling})
     prompt = engine.chat([{"role": "user", "content": "hello"}])
+    prompt = replace(prompt, variables=chat_template_kwargs or {})
     row = Row(RowRequest(prompt, chosen, RowPolicy(0.5, "refuse", 2)), lambda _event: None)
     engine.run([row])
     engine.close()
@@ -389,6 +390,8 @@ SERVED_VOIDING: Mapping[str, Any] = {
     "logit_bias": {70: 3.0},
     "presence_penalty": 0.5,
     "frequency_penalty": 0.5,
+    "ignore_eos": True,
+    "chat_template_kwargs": {"enable_thinking": False},
 }
 
 
@@ -414,6 +417,9 @@ def test_an_option_of_a_request_voids_by_its_name(name: str) -> None:
             f"{CAP + HOLDBACK} together)",
         ),
         ({"temperature": 0.5}, "void(do_sample=True is not False)"),
+        ({"min_tokens": 2}, "void(min_new_tokens=2 is not 0)"),
+        ({"repetition_penalty": 1.3}, "void(repetition_penalty=1.3 is not 1.0)"),
+        ({"repetition_penalty": 1.0, "min_p": 0.2}, "valid"),  # greedy: no share is looked at
     ],
     ids=str,
 )
@@ -421,7 +427,9 @@ def test_the_server_covers_what_the_library_covers(sampling, said) -> None:
     assert served(certified(GREEDY), **sampling) == said
 
 
-@pytest.mark.parametrize(("name", "value"), [("top_k", 3), ("top_p", 0.5), ("temperature", 0.3)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("top_k", 3), ("top_p", 0.5), ("temperature", 0.3), ("min_p", 0.2)]
+)
 def test_the_sampling_of_a_request_is_that_of_the_certificate_or_voids(name, value) -> None:
     own: dict[str, Any] = {"temperature": 1.0, "top_k": 50}
     assert served(certified(SAMPLED), **own) == "valid"
@@ -432,7 +440,7 @@ def test_the_sampling_of_a_request_is_that_of_the_certificate_or_voids(name, val
 def test_the_server_sees_the_model_s_own_configuration_and_its_end() -> None:
     edits: list[tuple[Callable[[Any], Any], str]] = [
         (lambda c: c.update(repetition_penalty=1.3), "void(repetition_penalty=1.3 is not 1.0)"),
-        (lambda c: c.update(min_p=0.3), "valid"),  # the row sampler has none
+        (lambda c: c.update(min_p=0.3), "valid"),  # the row sampler has a request's alone
     ]
     for edit, said in edits:
         decoder = certified(GREEDY)

@@ -215,7 +215,7 @@ def test_too_many_answers_are_refused_before_anything_is_encoded(monkeypatch):
     engine = staged_engine()
     with TestClient(create_app(engine, settings_of())) as client:
         monkeypatch.setattr(engine, "completion", lambda _prompt: pytest.fail("it was encoded"))
-        monkeypatch.setattr(engine, "chat", lambda _messages: pytest.fail("it was encoded"))
+        monkeypatch.setattr(engine, "chat", lambda _messages, **_: pytest.fail("it was encoded"))
         asked = {"model": MODEL, "prompt": ["a"] * 100}
         assert client.post("/v1/completions", json=asked).json()["error"]["param"] == "n"
         asked = {"model": MODEL, "messages": CALM, "n": 100}
@@ -228,11 +228,11 @@ def test_requests_are_read_beside_the_loop_and_the_line_is_bounded(monkeypatch):
     began, go_on, threads = threading.Event(), threading.Event(), []
     real = engine.chat
 
-    def slow(messages):
+    def slow(messages, **options):
         threads.append(threading.current_thread())
         began.set()
         assert go_on.wait(30)
-        return real(messages)
+        return real(messages, **options)
 
     monkeypatch.setattr(engine, "chat", slow)
     body = {"model": MODEL, "messages": CALM}

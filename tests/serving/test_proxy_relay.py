@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tracemalloc
 
@@ -13,6 +14,7 @@ from safe_decode.serving.proxy.anthropic_relay import MessageRelay
 from safe_decode.serving.proxy.openai_relay import Relay
 from safe_decode.serving.proxy.requests import CHAT, COMPLETIONS, MESSAGES
 from safe_decode.serving.proxy.wire import EventReader
+from safe_decode.serving.schemas.notice import WITHHELD
 from tests.proxying import MARK, asking, chunk, ended, ours, shown_in
 
 CLOSED = {"action": "closed"}
@@ -90,6 +92,23 @@ def test_a_turn_is_known_by_each_of_its_signs(turn):
     said = turn["choices"][0]["delta"]
     assert shown_in(shown) == said.get("content", "")
     assert shown_in(shown, "refusal") == said.get("refusal", "")
+
+
+def test_that_an_answer_was_withheld_is_said_at_its_end():
+    notice = chunk(WITHHELD, refusal=WITHHELD)
+    to = relay(3)
+    assert shown_in(told(to, notice)) == ""
+    end = told(to, ended("content_filter", "stopped"))
+    assert shown_in(end) == shown_in(end, "refusal") == WITHHELD
+    assert end[-1]["choices"][0]["delta"] == {}
+    asked = dataclasses.replace(asking(), body={"response_format": {"type": "json_object"}})
+    data = told(Relay(asked, bundle=MARK, holdback_tokens=0), notice, ended("content_filter"))
+    assert (shown_in(data), shown_in(data, "refusal")) == ("", WITHHELD)
+    # Where text was shown nothing was withheld; a stream that is closed says it too.
+    shown = told(relay(), chunk("a", [1]), notice, ended("content_filter", "stopped"))
+    assert shown_in(shown) == "a"
+    shown, _ = until_wrong(relay(), notice, ended("content_filter", "flagged"))
+    assert shown_in(shown) == WITHHELD and shown[-1]["choices"][0]["safety"] == CLOSED
 
 
 def test_words_beside_a_refusal_are_not_shown():
@@ -288,6 +307,14 @@ def test_words_of_the_guard_are_shown_and_what_they_replace_is_not():
     assert said_in(shown) == "No." and LEAK not in str(shown)
     shown, is_wrong = until_wrong(relay(path=MESSAGES), *OPENING, refusal, delta("c", 3))
     assert is_wrong and said_in(shown) == "No."
+
+
+def test_that_a_message_was_withheld_is_said_once_its_end_is_marked():
+    to = relay(3, path=MESSAGES)
+    notice = {**delta(WITHHELD, safety={"by": "redirect"}), "token_ids": []}
+    assert said_in(told(to, *OPENING, notice, STOP)) == ""
+    shown = told(to, message_end("refusal", "stopped"))
+    assert said_in(shown) == WITHHELD and shown[-2]["usage"]["output_tokens"] == 0
 
 
 @pytest.mark.parametrize("end", [message_end("refusal"), message_end("end_turn", "stopped")])

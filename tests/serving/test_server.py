@@ -336,7 +336,10 @@ def test_hostile_bodies_are_refused_without_a_traceback(client, path, body):
 def test_the_openapi_document_names_the_model_that_is_served(client):
     """So that clients made from it, and those that fuzz it, ask for one that exists."""
     document = client.get("/openapi.json").json()
-    for ask_of in ("ChatCompletionRequest", "CompletionRequest", "MessagesRequest"):
+    for ask_of in (
+        *("ChatCompletionRequest", "CompletionRequest", "MessagesRequest"),
+        *("ResponsesRequest", "CountTokensRequest", "TokenizeRequest"),
+    ):
         assert document["components"]["schemas"][ask_of]["properties"]["model"]["enum"] == [MODEL]
 
 

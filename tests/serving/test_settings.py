@@ -36,6 +36,11 @@ FIELDS = ServeSettings.model_fields
 FLAG_NAMES = {"api_keys": "api_key"}
 # A flag without a value, which cannot be misread.
 SWITCH = ("expose_scores", "flag")
+# Lists of what is not any text.
+LISTED = {
+    "cors_origins": (["https://a.example"], ["http://b.example:81", "*"]),
+    "shadow_endpoints": (["/v1/messages"], ["/v1/completions", "/v1/responses"]),
+}
 WAYS = ("flag", "--set", "environment", "file")
 
 
@@ -57,11 +62,14 @@ def values_of(name):
     high = next((m.le for m in field.metadata if isinstance(m, Le)), 1_000_000)
     open_low = next((m.gt for m in field.metadata if isinstance(m, Gt)), 0)
     open_high = next((m.lt for m in field.metadata if isinstance(m, Lt)), 1_000_000)
+    if name in LISTED:
+        return LISTED[name]
     if any(get_origin(kind) is tuple for kind in kinds):
         return [f"{name}-1".replace("_", "-")], [f"{name}-2".replace("_", "-"), "other.example"]
     if any(get_origin(kind) is Literal for kind in kinds):
         choice = next(kind for kind in kinds if get_origin(kind) is Literal)
-        return get_args(choice)[0], get_args(choice)[-1]
+        others = [value for value in get_args(choice) if value != field.default]
+        return others[0], others[-1]
     if bool in kinds:
         return True, False
     if int in kinds:
@@ -357,6 +365,9 @@ def test_the_first_screen_shows_every_setting_in_effect_and_its_origin(command_l
             "allowed_hosts": "allowed-hosts-1",
             "api_keys": 1,
             "operator_keys": 1,
+            "shadow_keys": 1,
+            "cors_origins": "https://a.example",
+            "shadow_endpoints": "/v1/messages",
         }.get(name, as_text(value))
         assert row == f"{name}={shown}"
         everything = "  ".join(text for _, text in first_screen(command_line.given, engine.facts))

@@ -32,7 +32,7 @@ def client():
 def body_of(path, messages=ATTACK, **extra):
     if path == RAW:
         return {"model": MODEL, "prompt": list(staged_engine().chat(messages).ids), **extra}
-    own = {"max_tokens": 64} if path == MESSAGES else {}
+    own = {"max_tokens": 60} if path == MESSAGES else {}
     return {"model": MODEL, "messages": messages, **own, **extra}
 
 

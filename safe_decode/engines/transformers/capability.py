@@ -100,9 +100,8 @@ def ignored(reason: str, *features: str) -> list[Capability]:
     return [Capability(feature, "ignored", "same", reason) for feature in features]
 
 
-def served(**features: tuple[object, ...]) -> list[Capability]:
+def served(instead: str, **features: tuple[object, ...]) -> list[Capability]:
     """Make rows of options of requests to the server."""
-    instead = "pass sequence_bias or repetition_penalty to generate"
     reason = "an option of requests to the server"
     return [Capability(f, "served", "voids", reason, instead, n) for f, n in features.items()]
 

@@ -105,7 +105,14 @@ TABLE: tuple[Capability, ...] = (
     ),
     *ignored("of encoder-decoder models", "decoder_start_token_id"),
     *ignored("of contrastive search", "low_memory"),
-    *served(logit_bias=(), presence_penalty=(0.0,), frequency_penalty=(0.0,)),
+    *served(
+        "pass sequence_bias or repetition_penalty to generate",
+        logit_bias=(),
+        presence_penalty=(0.0,),
+        frequency_penalty=(0.0,),
+    ),
+    *served("pass min_new_tokens to generate", ignore_eos=_NO),
+    *served("render the prompt and pass input_ids to generate", chat_template_kwargs=()),
     *refused(
         "transformers runs it in a foreign loop, which may call neither hooks nor processors",
         "pass num_beams alone",

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from safe_decode.certificate import Envelope
+from safe_decode.engines.rows import RowRequest
 from safe_decode.engines.transformers.capability import Capability
 from safe_decode.engines.transformers.capability_table import TABLE
 from safe_decode.typing import Cache, GenerationSettings
@@ -83,11 +84,28 @@ def given_options(options: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def request_options(sampling: object) -> dict[str, str]:
-    """Read what a request to the server voids, of the options that the library does not have."""
+def request_options(request: RowRequest, own: Mapping[str, str]) -> dict[str, str]:
+    """Read what a request to the server does to its response, beyond an envelope's own fields.
+
+    Args:
+        request: Its options have the names of the library's, or rows of their own in the table.
+        own: What the model's own configuration does, see `options_in_force`.
+
+    Returns:
+        The options in force, the model's own among them, which a request may replace or raise.
+    """
+    sampling = request.sampling
     rows = [row for row in TABLE if row.status == "served"]
     given = {row.feature: getattr(sampling, row.feature, None) for row in rows}
-    return given_options(given)
+    options = {**own, **given_options({**given, "chat_template_kwargs": request.prompt.variables})}
+    if sampling.min_p:
+        options["min_p"] = recorded(sampling.min_p)
+    if sampling.repetition_penalty is not None:
+        options["repetition_penalty"] = recorded(sampling.repetition_penalty)
+    floor = max(sampling.min_tokens, json.loads(own.get("min_new_tokens", "0")))
+    if floor:
+        options["min_new_tokens"] = recorded(floor)
+    return options
 
 
 def record_of(config: GenerationSettings, ends: Sequence[int]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from uuid import uuid4
 
 from safe_decode.serving.middleware.hosts import AllowedHosts
 from safe_decode.serving.operations.metrics import Metrics
+from safe_decode.serving.requests.admission import CHANGED, IGNORED, shown_names
 from safe_decode.serving.schemas.errors import ApiError, anthropic_body, openai_body
 from safe_decode.serving.settings import ServeSettings
 
@@ -76,6 +77,7 @@ class Gate:
             if message["type"] == "http.response.start":
                 self._metrics.requests.labels(_endpoint(path), message["status"]).inc()
                 own = [*_HEADERS, (b"x-request-id", request_id.encode()), self._marker]
+                own += _told_of(scope.get("state", {}))
                 message["headers"] = [*message.get("headers", []), *own]
             await send(message)
 
@@ -105,7 +107,8 @@ class Gate:
         is_read = scope["method"] in ("GET", "HEAD")
         if path in _OPEN or (path.startswith("/page/") and is_read):
             return "nobody"
-        wanted, is_open = settings.api_keys, not settings.api_keys
+        wanted = (*settings.api_keys, *settings.shadow_keys)
+        is_open = not wanted
         if path.rstrip("/") == "/metrics":
             wanted, is_open = settings.operator_keys, is_open and not settings.operator_keys
         if is_open:
@@ -162,8 +165,22 @@ def _given_key(scope: Scope) -> str:
     return key.decode("latin-1")
 
 
+def _told_of(state: MutableMapping[str, Any]) -> list[tuple[bytes, bytes]]:
+    """Write the headers that say what of a request was ignored, and what was changed."""
+    told = []
+    if state.get("ignored"):
+        told.append((IGNORED.encode(), shown_names(state["ignored"]).encode()))
+    if state.get("changed"):
+        values = ", ".join(f"{one.param}={one.served:g}" for one in state["changed"])
+        told.append((CHANGED.encode(), values.encode()))
+    return told
+
+
 def _endpoint(path: str) -> str:
-    known = ("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/models")
+    known = (
+        *("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/models"),
+        *("/v1/responses", "/v1/messages/count_tokens", "/tokenize"),
+    )
     found = next((name for name in known if path == name), None)
     return found or ("page" if path == "/" or path.startswith("/page/") else "other")
 

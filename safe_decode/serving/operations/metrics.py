@@ -43,6 +43,18 @@ class Metrics:
             ["action", "category"],
             registry=own,
         )
+        self.shadow_rows = Counter(
+            "safe_decode_shadow_rows",
+            "Responses whose trips are told and not acted upon.",
+            ["endpoint"],
+            registry=own,
+        )
+        self.would_block = Counter(
+            "safe_decode_would_block",
+            "Of them, those that would have tripped, by what they would have become.",
+            ["endpoint", "action", "category"],
+            registry=own,
+        )
         self.failures = Counter(
             "safe_decode_guard_failures",
             "Rows closed since the guard or engine failed.",

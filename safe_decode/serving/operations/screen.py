@@ -33,6 +33,7 @@ def first_screen(given: SettingsGiven, facts: GuardFacts) -> list[tuple[str, str
     """
     settings = given.settings
     certificate, envelope = facts.certificate, facts.certificate.envelope
+    n_keys = len(settings.api_keys) + len(settings.shadow_keys)
     how = f"temperature {envelope.temperature:g}" if envelope.do_sample else "greedy"
     rows = [
         ("model", settings.name),
@@ -49,14 +50,20 @@ def first_screen(given: SettingsGiven, facts: GuardFacts) -> list[tuple[str, str
         ("a trip", f"{facts.redirect}, hold-back {facts.holdback_tokens} tokens"),
         (
             "refused",
-            "tools, audio, echo, suffix, best_of, unknown parameters"
+            "tools, pictures, audio, echo, suffix, unknown parameters"
             + ("" if settings.allow_json else ", JSON formats"),
         ),
-        ("keys", f"{len(settings.api_keys)}" if settings.api_keys else "none: anybody may ask"),
+        ("keys", f"{n_keys}" if n_keys else "none: anybody may ask"),
         ("audit", str(settings.audit or "none")),
+        *((("pages of", ", ".join(settings.cors_origins)),) if settings.cors_origins else ()),
     ]
     if facts.summary is not None:
         rows += [("warning", warning) for warning in facts.summary.warnings]
+    shadowed: list[str] = [*settings.shadow_endpoints]
+    if settings.shadow_keys:
+        shadowed.append(f"{len(settings.shadow_keys)} of the keys")
+    if shadowed:
+        rows.append(("not guarded", f"{', '.join(shadowed)}: trips are told, nothing is turned"))
     if settings.expose_scores:
         rows.append(("exposed", "statistics and threshold: an oracle for attackers"))
     if settings.expose_bare:
@@ -69,6 +76,8 @@ def _settings_rows(given: SettingsGiven, facts: GuardFacts) -> list[tuple[str, s
         **given.settings.model_dump(),
         "served_name": given.settings.name,
         "allowed_hosts": AllowedHosts(given.settings.host, given.settings.allowed_hosts),
+        "cors_origins": ", ".join(given.settings.cors_origins) or None,
+        "shadow_endpoints": ", ".join(given.settings.shadow_endpoints) or None,
         "alpha": facts.alpha,
         "holdback_tokens": facts.holdback_tokens,
         "max_new_tokens": given.settings.max_new_tokens or facts.certified_cap,

@@ -23,6 +23,7 @@ from safe_decode.serving.proxy.fields import (
 )
 from safe_decode.serving.proxy.hold import Hold
 from safe_decode.serving.proxy.requests import ProxiedAsk
+from safe_decode.serving.schemas.notice import WITHHELD
 
 __all__ = ["MessageRelay", "message_end", "message_head"]
 
@@ -50,7 +51,7 @@ class MessageRelay:
         self._hold: Hold[NamedEvent] = Hold(holdback_tokens)
         self._input_tokens = 0
         self._opened: list[str] = []
-        self._has_turned = self._has_stopped = False
+        self._has_turned = self._has_stopped = self._is_withheld = False
 
     @property
     def is_over(self) -> bool:
@@ -138,8 +139,11 @@ class MessageRelay:
         delta, safety = object_of(event.get("delta")), object_of(event.get("safety"))
         word_of(delta.get("type"), ("text_delta",))
         ids = ids_of(event.get("token_ids"))
-        text = text_of(delta.get("text"), n_ids=len(ids))
         is_redirect = safety.get("by") == "redirect"
+        is_notice = not ids and is_redirect and delta.get("text") == WITHHELD
+        # The sentence is known, so it needs no ids; it is written once the end is marked.
+        self._is_withheld |= is_notice
+        text = "" if is_notice else text_of(delta.get("text"), n_ids=len(ids))
         if is_redirect and not self._has_turned:
             self._has_turned = True
             self._hold.clear()  # what tripped within our own hold-back is not shown
@@ -167,6 +171,13 @@ class MessageRelay:
 
     def _end(self, end: End, stop: str | None) -> Iterator[NamedEvent]:
         yield from self._hold.rest()
+        if self._is_withheld and end.has_turned and not self._hold.shown_tokens:
+            yield {
+                "type": "content_block_delta",
+                "index": 0,
+                "delta": {"type": "text_delta", "text": WITHHELD},
+                "safety": {"by": "redirect"},
+            }
         self.ends.append(end)
         yield {"type": "content_block_stop", "index": 0}
         yield {

@@ -22,6 +22,7 @@ from safe_decode.serving.proxy.fields import (
     word_of,
 )
 from safe_decode.serving.proxy.requests import CHAT, ProxiedAsk
+from safe_decode.serving.schemas.notice import WITHHELD
 
 __all__ = ["End", "Piece", "end_of", "piece_of", "written"]
 
@@ -41,6 +42,8 @@ class Piece:
         logprobs: Written anew, or None.
         is_redirect: It is what follows a trip.
         tells_trip: It says that the response has tripped.
+        is_withheld: It says that nothing of the response is shown. The sentence is known, so it
+            needs no ids, and is written by the proxy once the end is marked.
     """
 
     content: str = ""
@@ -49,6 +52,7 @@ class Piece:
     logprobs: Mapping[str, Any] | None = None
     is_redirect: bool = False
     tells_trip: bool = False
+    is_withheld: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def piece_of(choice: Mapping[str, Any], ask: ProxiedAsk, *, is_whole: bool) -> P
     else:
         content, refusal = choice.get("text"), choice.get("refusal")
     ids = ids_of(choice.get("token_ids"))
+    if not is_whole and not ids and refusal == WITHHELD:
+        return Piece(is_redirect=True, tells_trip=True, is_withheld=True)
     n_ids = None if is_whole else len(ids)
     said, refused = text_of(content, n_ids=n_ids), text_of(refusal, n_ids=n_ids)
     safety = object_of(choice.get("safety"))

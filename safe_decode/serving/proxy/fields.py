@@ -36,6 +36,11 @@ _MAX_ID = 2**31
 _MAX_COUNT = 2**31
 _CHARS_PER_ID = 1024
 """More than any token of a known vocabulary has, with room for a stop string that was held."""
+_CHANGEABLE = (
+    *("max_tokens", "max_completion_tokens", "max_output_tokens"),
+    *("temperature", "top_p", "top_k", "min_p"),
+)
+"""Fields of a request of which an upstream may say that it served another value."""
 _WORDS = {"population": 64, "why": 200}
 
 
@@ -139,9 +144,23 @@ def safety_of(value: object, bundle: str) -> dict[str, Any]:
         text = text_of(certificate.get(name))
         if text:
             rebuilt[name] = "".join(c if c.isprintable() else " " for c in text[:most])
-    return {
+    safety = {
         "action": word_of(told.get("action"), (*TURNED, *STANDING)),
         "certificate": {**rebuilt, "bundle": bundle},
+    }
+    changed = [_change_of(one) for one in list_of(told.get("changed"), most=len(_CHANGEABLE))]
+    return {**safety, "changed": changed} if changed else safety
+
+
+def _change_of(value: object) -> dict[str, Any]:
+    """Return one thing in which a response is another than was asked for; its words stay behind."""
+    told = object_of(value)
+    asked = told.get("asked")
+    return {
+        "param": word_of(told.get("param"), _CHANGEABLE),
+        # A client may ask for more tokens than there are numbers here.
+        "asked": _number(min(asked, _MAX_COUNT) if isinstance(asked, int) else asked),
+        "served": _number(told.get("served")),
     }
 
 

@@ -124,7 +124,13 @@ class SafetyMiddleware:
         if path not in _GUARDED or scope["method"] != "POST":
             raise ApiError(404, "This path and method are not guarded here.")
         body = (await receive())["body"]  # the gate has read it whole, within its bound
-        ask = read_ask(path, body, max_choices=settings.max_choices)
+        ask = read_ask(
+            path,
+            body,
+            max_choices=settings.max_choices,
+            is_strict=settings.strict_parameters,
+        )
+        scope["state"]["ignored"] = ask.ignored
         async with self.parts.deadlines.one(receive) as deadline:
             if ask.is_stream:
                 await self._stream(ask, send, deadline)

@@ -16,6 +16,7 @@ from safe_decode.serving.proxy.choices import End, Piece, end_of, piece_of, writ
 from safe_decode.serving.proxy.fields import count_of, list_of, object_of, parsed
 from safe_decode.serving.proxy.hold import Hold
 from safe_decode.serving.proxy.requests import CHAT, ProxiedAsk
+from safe_decode.serving.schemas.notice import WITHHELD
 
 __all__ = ["Relay", "head_of"]
 
@@ -30,12 +31,14 @@ class _Choice:
         hold: What waits of it.
         is_open: Whether its first chunk was sent.
         has_turned: Whether it tripped.
+        is_withheld: Whether the upstream says that nothing of it is shown.
         end: Once it has ended.
     """
 
     hold: Hold[Piece]
     is_open: bool = False
     has_turned: bool = False
+    is_withheld: bool = False
     end: End | None = None
 
 
@@ -119,6 +122,7 @@ class Relay:
         if turns and not choice.has_turned:
             choice.has_turned = True
             choice.hold.clear()  # what tripped within our own hold-back is not shown
+        choice.is_withheld |= piece.is_withheld
         if choice.has_turned and not piece.is_redirect:
             if not turns and (piece.content or piece.ids):
                 raise ValueError("the model speaks on after its trip")
@@ -139,6 +143,10 @@ class Relay:
     def _end(self, index: int, choice: _Choice, end: End) -> Iterator[Chunk]:
         for passed in choice.hold.rest():
             yield self._chunk(index, passed)
+        if choice.is_withheld and end.has_turned and not choice.hold.shown_tokens:
+            form = self._ask.body.get("response_format") or {"type": "text"}
+            is_data = form["type"] != "text"
+            yield self._chunk(index, Piece("" if is_data else WITHHELD, WITHHELD))
         choice.end = end
         self.ends.append(end)
         yield self._chunk(index, Piece(), end)

@@ -2,8 +2,9 @@
 
 Knows the request bodies of the server and which of their fields an upstream may read. Does not
 know answers or HTTP. A field that is not known is refused by name, so that no parameter of some
-engine (`vllm_xargs`, `stop_token_ids`, `ignore_eos`, `echo`, ...) passes because nobody thought
-of it. Of the fields that are known, those that change no answer are dropped.
+engine (`vllm_xargs`, `stop_token_ids`, `echo`, ...) passes because nobody thought of it. What the
+server ignores is dropped, by the same table; what the server honours goes upstream if it is
+listed here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from safe_decode.serving.requests.admission import admitted
 from safe_decode.serving.schemas.errors import ApiError
+from safe_decode.serving.schemas.field_table import FIELDS
 from safe_decode.serving.schemas.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -34,7 +37,16 @@ _KINDS: Mapping[str, type[_Body]] = {
 }
 _DRAWN = {"model", "temperature", "top_p", "top_k", "stream", "safety"}
 _OPENAI = _DRAWN | {
-    *("n", "stream_options", "stop", "max_tokens", "presence_penalty", "frequency_penalty"),
+    *(
+        "min_p",
+        "repetition_penalty",
+        "n",
+        "stream_options",
+        "stop",
+        "max_tokens",
+        "presence_penalty",
+        "frequency_penalty",
+    ),
     *("logit_bias", "seed", "logprobs"),
 }
 _FORWARDED: Mapping[str, set[str]] = {
@@ -42,23 +54,9 @@ _FORWARDED: Mapping[str, set[str]] = {
     COMPLETIONS: _OPENAI | {"prompt"},
     MESSAGES: _DRAWN | {"messages", "max_tokens", "system", "stop_sequences"},
 }
-_DROPPED = {
-    *("user", "metadata", "store", "service_tier", "parallel_tool_calls"),
-    "return_token_ids",  # the proxy asks for ids itself
-}
-_SAYS_NOTHING: tuple[object, ...] = (
-    None,
-    False,
-    "",
-    [],
-    {},
-    "none",
-    "auto",
-    "medium",
-    ["text"],
-    {"type": "disabled"},
-)
-"""Values of refused fields that ask for what happens anyway."""
+_DROPPED = {"return_token_ids"}  # the proxy asks for ids itself
+_SAYS_NOTHING: tuple[object, ...] = (None, False, 0, {}, "none")
+"""Values of fields that are not passed on that ask for what happens anyway."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ class ProxiedAsk:
         has_logprobs: Whether it asked for log-probabilities.
         counts_usage: Whether it asked for a chunk that counts.
         stops: Its own stop strings.
+        ignored: Names of fields that were accepted and ignored.
     """
 
     path: str
@@ -86,15 +85,17 @@ class ProxiedAsk:
     has_logprobs: bool = False
     counts_usage: bool = False
     stops: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
-def read_ask(path: str, body: bytes, *, max_choices: int) -> ProxiedAsk:
+def read_ask(path: str, body: bytes, *, max_choices: int, is_strict: bool = False) -> ProxiedAsk:
     """Read a request's body.
 
     Args:
         path: One of the three endpoints.
         body: As the client sent it.
         max_choices: Largest number of answers.
+        is_strict: Refuse fields that would be ignored.
 
     Raises:
         ApiError: It is no such body, or asks for what is not passed on.
@@ -103,6 +104,7 @@ def read_ask(path: str, body: bytes, *, max_choices: int) -> ProxiedAsk:
         ask = _KINDS[path].model_validate_json(body)
     except ValidationError as error:
         raise _invalid(error) from None  # its text repeats what was sent
+    ignored = admitted(ask, is_strict=is_strict)
     forwarded = _FORWARDED[path]
     for name in sorted(ask.model_fields_set - forwarded - _DROPPED):
         if getattr(ask, name) not in _SAYS_NOTHING:
@@ -126,12 +128,15 @@ def read_ask(path: str, body: bytes, *, max_choices: int) -> ProxiedAsk:
         has_logprobs=has_logprobs is not None and has_logprobs is not False,
         counts_usage=bool(options and options.include_usage),
         stops=tuple(ask.stop_sequences or ()) if isinstance(ask, MessagesRequest) else (),
+        ignored=ignored,
     )
 
 
 def known_parameters() -> frozenset[str]:
     """Return the names of all fields of all three bodies."""
-    return frozenset(name for kind in _KINDS.values() for name in kind.model_fields)
+    return frozenset(row.name for row in FIELDS) | frozenset(
+        name for kind in _KINDS.values() for name in kind.model_fields
+    )
 
 
 def _choices(ask: _Body, most: int) -> int:

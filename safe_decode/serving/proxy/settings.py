@@ -37,6 +37,7 @@ _SERVER = (
     *("host", "port", "allowed_hosts", "api_keys", "operator_keys", "max_connections"),
     *("max_connections_per_address", "header_timeout_s", "keep_alive_timeout_s"),
     *("body_timeout_s", "write_timeout_s", "max_body_bytes", "shutdown_grace_s"),
+    "strict_parameters",
 )
 """Settings that mean what they mean for the server."""
 
@@ -82,6 +83,7 @@ class ProxySettings(BaseModel):
         keep_alive_timeout_s: A connection between requests is closed after so long.
         body_timeout_s: A body that has not arrived by then is refused.
         write_timeout_s: A reader that takes nothing for so long is cut off.
+        strict_parameters: Refuse fields that would be accepted and ignored.
         holdback_tokens: Held here, besides what the upstream holds.
         canary_every_s: How long a passed canary of the upstream counts.
         max_body_bytes: Larger bodies of clients are refused.
@@ -113,6 +115,7 @@ class ProxySettings(BaseModel):
     keep_alive_timeout_s: int = Field(default=5, ge=1)
     body_timeout_s: float = Field(default=30.0, gt=0)
     write_timeout_s: float = Field(default=30.0, gt=0)
+    strict_parameters: bool = False
     holdback_tokens: int = Field(default=0, ge=0, le=4096)
     canary_every_s: float = Field(default=15.0, ge=0)
     max_body_bytes: int = Field(default=1_000_000, ge=1024)

@@ -23,7 +23,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
+from safe_decode.serving.requests.admission import admitted
 from safe_decode.serving.schemas.errors import ApiError
+from safe_decode.serving.schemas.requests import RequestBody
 
 __all__ = ["ReadingRoute", "BodyReader", "read_ask"]
 
@@ -89,8 +91,15 @@ class ReadingRoute(APIRoute):
         async def handle(request: Request) -> Response:
             body = await request.body()
             content_type = request.headers.get("content-type", "")
-            reader: BodyReader = request.app.state.service.reader
-            ask = await reader.read(lambda: read_ask(kind, body, content_type))
+            service = request.app.state.service
+            reader: BodyReader = service.reader
+            is_strict: bool = service.settings.strict_parameters
+
+            def read() -> tuple[RequestBody, tuple[str, ...]]:
+                ask: RequestBody = read_ask(kind, body, content_type)
+                return ask, admitted(ask, is_strict=is_strict)
+
+            ask, request.state.ignored = await reader.read(read)
             answer: Response = await self.endpoint(ask, request)
             return answer
 

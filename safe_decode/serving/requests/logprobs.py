@@ -12,7 +12,8 @@ from safe_decode.serving.schemas.requests import OpenAIRequest
 
 __all__ = ["require_judged"]
 
-_STEERS = ("logit_bias", "presence_penalty", "frequency_penalty")
+_STEERS = ("logit_bias", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_NEUTRAL = {"repetition_penalty": 1.0}
 
 
 def require_judged(ask: OpenAIRequest, alternatives: int | None, param: str) -> None:
@@ -35,12 +36,15 @@ def require_judged(ask: OpenAIRequest, alternatives: int | None, param: str) -> 
         raise unsupported(
             param, "alternatives were not judged; pass 0 for the chosen tokens alone."
         )
-    steer = next((name for name in _STEERS if _is_set(getattr(ask, name))), None)
+    steer = next((name for name in _STEERS if _is_set(ask, name)), None)
     if steer is not None:
         raise unsupported(
             "logprobs", f"with {steer} they tell of tokens that were not judged; pass one of them."
         )
 
 
-def _is_set(given: float | Mapping[str, float] | None) -> bool:
-    return any(given.values()) if isinstance(given, Mapping) else bool(given)
+def _is_set(ask: OpenAIRequest, name: str) -> bool:
+    given: float | Mapping[str, float] | None = getattr(ask, name)
+    if isinstance(given, Mapping):
+        return any(given.values())
+    return given not in (None, _NEUTRAL.get(name, 0.0))

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from safe_decode.certificate import Certificate
 from safe_decode.engines.interface import GuardFacts
 from safe_decode.engines.rows import RowRequest
+from safe_decode.serving.schemas.notice import WITHHELD
 from safe_decode.serving.settings import ServeSettings
 from safe_decode.streaming.events import (
     Finished,
@@ -118,12 +119,28 @@ class ResponseState:
 
     def shown_as_content(self, said: Released | GuardText) -> bool:
         """Say whether a text stands in `content`."""
-        return is_before_trip(said) or self.exposure.settings.refusal_as_content
+        if is_before_trip(said):
+            return True
+        return self.exposure.settings.refusal_as_content and not self.request.is_structured
+
+    def pieces(self, event: RowEvent) -> Iterator[RowEvent]:
+        """Cut an event as readers get it; an end at which nothing was shown says so first."""
+        has_turned = isinstance(event, Finished) and event.reason == "content_filter"
+        if has_turned and not (self.content or self.refusal):
+            yield GuardText(0, WITHHELD, (), "refusal")
+        yield from pieces_of(event)
 
     @property
     def threshold(self) -> float:
         """What the row's statistic is compared with."""
         return self.exposure.certificate_of(self.request).threshold
+
+    @property
+    def would_block(self) -> bool | None:
+        """Say whether the guard would have turned a response of the shadow; None: it guards."""
+        if self.end is None or self.exposure.is_page or self.request.policy.redirect != "flag":
+            return None
+        return self.end.outcome in ("flagged", "closed")
 
     @property
     def finish_reason(self) -> str:
@@ -163,6 +180,10 @@ class ResponseState:
             "action": self.end.outcome or "cut",
             "certificate": self.exposure.certificate(self.request, self.end.void),
         }
+        if self.request.changes:
+            told["changed"] = [asdict(change) for change in self.request.changes]
+        if self.would_block is not None:
+            told["would_block"] = self.would_block
         if self.end.outcome == "flagged":
             told["unprotected"] = True
         if self.exposure.settings.expose_scores:

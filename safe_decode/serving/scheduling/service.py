@@ -17,12 +17,13 @@ from starlette.requests import Request
 
 from safe_decode.engines.interface import Engine
 from safe_decode.engines.rows import RowRequest
+from safe_decode.serving.middleware.gate import key_name
 from safe_decode.serving.operations.audit import AuditLog
 from safe_decode.serving.operations.metrics import Metrics
 from safe_decode.serving.operations.telemetry import Telemetry
 from safe_decode.serving.requests.body import BodyReader
 from safe_decode.serving.requests.parse import RequestParser
-from safe_decode.serving.scheduling.response import Exposure, ResponseState, pieces_of
+from safe_decode.serving.scheduling.response import Exposure, ResponseState
 from safe_decode.serving.scheduling.scheduler import Scheduler
 from safe_decode.serving.scheduling.tickets import RequestHandle
 from safe_decode.serving.schemas.errors import ApiError
@@ -61,7 +62,14 @@ class Service:
         self.metrics = Metrics()
         self.audit, self.telemetry = AuditLog(settings.audit), Telemetry()
         self.scheduler = Scheduler(engine, settings, self.metrics)
+        shadowed = settings.shadow_keys
+        self._shadow_keys = frozenset(key_name(key.get_secret_value()) for key in shadowed)
         self.desk, self.reader = RequestParser(engine, settings), BodyReader(settings.max_queue)
+
+    def is_shadow(self, request: Request) -> bool:
+        """Say whether the operator wants trips of a request told and not acted upon."""
+        is_named = request.url.path in self.settings.shadow_endpoints
+        return is_named or request.state.key in self._shadow_keys
 
     async def begin(
         self,
@@ -82,6 +90,7 @@ class Service:
         Raises:
             ApiError: They are not taken, or waited too long.
         """
+        request.state.changed = rows[0].changes
         tickets = self.scheduler.submit(rows, request.state.key)
         exposure = Exposure(self.engine.facts, self.settings, is_page=is_page)
         stories = [ResponseState(row, exposure) for row in rows]
@@ -154,7 +163,7 @@ class Service:
             async with aclosing(tickets.events()) as events:
                 async for index, whole in events:
                     story = stories[index]
-                    for event in pieces_of(whole):
+                    for event in story.pieces(whole):
                         story.take(event)
                         if isinstance(event, Finished):
                             self._settle(story, request, endpoint)
@@ -176,6 +185,11 @@ class Service:
             category = "+".join(self.engine.facts.heads)
             metrics.trips.labels(end.outcome or "cut", category).inc()
             metrics.dropped.observe(len(story.trip.dropped))
+        if story.would_block is not None:
+            metrics.shadow_rows.labels(endpoint).inc()
+            if story.would_block:
+                category = "+".join(self.engine.facts.heads)
+                metrics.would_block.labels(endpoint, self.engine.facts.redirect, category).inc()
         if end.outcome == "closed":
             metrics.failures.inc()
         if story.first_at is not None and story.last_at is not None:
@@ -205,11 +219,14 @@ class Service:
             "holdback_tokens": policy.holdback_tokens,
             "certificate": story.exposure.certificate_of(story.request).status(end.void),
             "trip_step": end.trip_step,
+            "would_block": story.would_block,
+            "would_redirect": self.engine.facts.redirect if story.would_block else None,
             "prompt_tokens": story.prompt_tokens,
             "prefill_tokens": story.request.prompt.prefill_tokens,
             "shown_tokens": end.shown_tokens,
             "dropped_tokens": 0 if story.trip is None else len(story.trip.dropped),
             "seed": sampling.seed,
+            "changed": {one.param: [one.asked, one.served] for one in story.request.changes},
             "seconds": round(time.monotonic() - story.began_at, 4),
             "error": end.error,
         }

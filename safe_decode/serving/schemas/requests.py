@@ -1,28 +1,60 @@
-"""What clients may ask: the request bodies, field by field, and what is refused by name.
+"""What clients may ask: the request bodies, and the fields that serving does something with.
 
-Knows OpenAI's and Anthropic's parameters. Does not know models or how they are answered. A
-parameter that is known and not supported is refused unless it says what happens anyway; one
-that is not known is refused too, so that nothing a client relies on is skipped in silence.
+Knows OpenAI's and Anthropic's parameters, their types and limits. Does not know models or how
+they are answered. What else a body holds is kept as it came until the table of fields
+(`field_table`) says what becomes of it: ignored by name, or refused, so that nothing a client
+relies on is skipped in silence.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from safe_decode.serving.schemas.field_rule import FieldPlace
+from safe_decode.serving.schemas.field_table import as_rows
+from safe_decode.serving.schemas.messages import (
+    LENIENT,
+    STRICT,
+    AnthropicMessage,
+    ChatMessage,
+    Parts,
+    Text,
+    Turn,
+    joined,
+)
+
 __all__ = [
     "ChatCompletionRequest",
-    "OpenAIRequest",
     "CompletionRequest",
+    "CountTokensRequest",
     "MessagesRequest",
+    "OpenAIRequest",
+    "RequestBody",
     "ResponseFormat",
     "SafetyOptions",
     "StreamOptions",
+    "TokenizeRequest",
+    "Variable",
 ]
 
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
-_Text = Annotated[str, Field(max_length=1_000_000)]
+Variable = bool | int | float | Annotated[str, Field(max_length=64)] | None
+"""A value of a template's variable."""
+
+
+def documented(place: FieldPlace) -> ConfigDict:
+    """Return the configuration of a body whose document names the fields that are ignored."""
+
+    def tell(schema: dict[str, Any]) -> None:
+        ignored = as_rows(place)["ignored"]
+        told = {row.name: {"description": f"Ignored: {row.why}."} for row in ignored}
+        schema["properties"] = {**schema["properties"], **told}
+        schema["additionalProperties"] = False
+
+    told: ConfigDict = {**LENIENT, "json_schema_extra": tell}
+    return told
 
 
 class SafetyOptions(BaseModel):
@@ -34,7 +66,7 @@ class SafetyOptions(BaseModel):
         holdback_tokens: At least the operator's.
     """
 
-    model_config = _STRICT
+    model_config = STRICT
 
     alpha: float | None = Field(default=None, gt=0, lt=1)
     redirect: Literal["refuse", "rewind", "stop"] | None = None
@@ -44,67 +76,45 @@ class SafetyOptions(BaseModel):
 class StreamOptions(BaseModel):
     """What a stream holds besides its chunks."""
 
-    model_config = _STRICT
+    model_config = LENIENT
 
     include_usage: bool | None = None
-    include_obfuscation: bool | None = None
 
 
 class ResponseFormat(BaseModel):
     """The form that is asked of the answer."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: dict[str, Any] | None = None
 
 
-class TextPart(BaseModel):
-    """A part of a message; only text is guarded.
+class RequestBody(BaseModel):
+    """What every body has.
 
-    `cache_control` is accepted and has no effect.
+    Attributes:
+        place: Of its fields in the table.
+        model: Which model is asked.
     """
 
-    model_config = _STRICT
-
-    type: Literal["text"]
-    text: _Text
-    cache_control: dict[str, Any] | None = None
-
-
-class ChatMessage(BaseModel):
-    """One message. A last one of the assistant is the beginning of the answer."""
-
-    model_config = _STRICT
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: _Text | Annotated[list[TextPart], Field(max_length=256)] | None = None
-    name: Annotated[str, Field(max_length=256)] | None = None
-    refusal: _Text | None = None
-
-    def as_text(self) -> str:
-        """Return its text; a refusal of an earlier turn belongs to what was said, once."""
-        if isinstance(self.content, list):
-            said = "".join(part.text for part in self.content)
-        else:
-            said = self.content or ""
-        refusal = self.refusal or ""
-        return said if said.endswith(refusal) else said + refusal
-
-
-class OpenAIRequest(BaseModel):
-    """What both OpenAI endpoints take.
-
-    `user`, `metadata`, `store`, `service_tier` and the like change no answer; they are
-    accepted.
-    """
-
-    model_config = _STRICT
+    place: ClassVar[FieldPlace]
 
     model: Annotated[str, Field(max_length=512)]
+
+    def turns(self) -> Iterator[tuple[str, Turn]]:
+        """Yield its messages, each with the place where it stands."""
+        yield from ()
+
+
+class OpenAIRequest(RequestBody):
+    """What both of OpenAI's older endpoints take."""
+
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0, le=1_000_000)
+    top_k: int | None = Field(default=None, ge=-1, le=1_000_000)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
     n: int | None = Field(default=None, ge=1, le=128)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -114,6 +124,8 @@ class OpenAIRequest(BaseModel):
         | None
     ) = None
     max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int | None = Field(default=None, ge=0, le=1_000_000_000)
+    ignore_eos: bool | None = None
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: (
@@ -121,7 +133,6 @@ class OpenAIRequest(BaseModel):
         | None
     ) = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    user: Annotated[str, Field(max_length=4096)] | None = None
     safety: SafetyOptions | None = None
     return_token_ids: bool | None = None
 
@@ -129,34 +140,32 @@ class OpenAIRequest(BaseModel):
 class ChatCompletionRequest(OpenAIRequest):
     """The body of /v1/chat/completions."""
 
+    model_config = documented("chat")
+    place = "chat"
+
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=512)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
-    store: bool | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    # Accepted where they say what happens anyway; refused by name otherwise.
-    tools: list[Any] | None = None
-    functions: list[Any] | None = None
-    tool_choice: Any = None
-    function_call: Any = None
-    parallel_tool_calls: bool | None = None
-    modalities: list[str] | None = None
-    audio: Any = None
-    prediction: Any = None
-    reasoning_effort: str | None = None
-    verbosity: str | None = None
-    web_search_options: Any = None
+    chat_template_kwargs: Annotated[dict[str, Variable], Field(max_length=32)] | None = None
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
+
+    def turns(self) -> Iterator[tuple[str, Turn]]:
+        """Yield its messages."""
+        for number, message in enumerate(self.messages):
+            yield f"messages.{number}", message
 
 
 class CompletionRequest(OpenAIRequest):
     """The body of /v1/completions."""
 
+    model_config = documented("completions")
+    place = "completions"
+
     prompt: (
-        _Text
-        | Annotated[list[_Text], Field(min_length=1, max_length=128)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=128)]
         | Annotated[list[int], Field(min_length=1, max_length=200_000, fail_fast=True)]
         | Annotated[
             list[Annotated[list[int], Field(min_length=1, max_length=200_000, fail_fast=True)]],
@@ -165,49 +174,62 @@ class CompletionRequest(OpenAIRequest):
     )
     logprobs: int | None = Field(default=None, ge=0, le=5)
     best_of: int | None = Field(default=None, ge=1)
-    echo: bool | None = None
-    suffix: str | None = None
 
 
-class AnthropicMessage(BaseModel):
-    """One message in Anthropic's shape."""
+class _ClaudeBody(RequestBody):
+    """What Anthropic's endpoints have in common."""
 
-    model_config = _STRICT
+    messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=512)]
+    system: Text | Parts | None = None
 
-    role: Literal["user", "assistant"]
-    content: _Text | Annotated[list[TextPart], Field(max_length=256)]
+    def turns(self) -> Iterator[tuple[str, Turn]]:
+        """Yield the system prompt if it comes in parts, then the messages."""
+        if isinstance(self.system, list):
+            yield "system", Turn.model_construct(content=self.system)
+        for number, message in enumerate(self.messages):
+            yield f"messages.{number}", message
 
-    def as_text(self) -> str:
-        """Return its text."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content)
+    def spoken(self) -> list[dict[str, str]]:
+        """Return roles and texts, the system prompt first."""
+        system = joined(self.system)
+        before = [{"role": "system", "content": system}] if system else []
+        return before + [{"role": m.role, "content": m.as_text()} for m in self.messages]
 
 
-class MessagesRequest(BaseModel):
+class MessagesRequest(_ClaudeBody):
     """The body of /v1/messages."""
 
-    model_config = _STRICT
+    model_config = documented("messages")
+    place = "messages"
 
-    model: Annotated[str, Field(max_length=512)]
-    messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=512)]
     max_tokens: int = Field(ge=1)
-    system: _Text | Annotated[list[TextPart], Field(max_length=64)] | None = None
     temperature: float | None = Field(default=None, ge=0, le=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, le=1_000_000)
     stop_sequences: Annotated[list[str], Field(max_length=16)] | None = None
     stream: bool | None = None
-    metadata: dict[str, Any] | None = None
-    service_tier: str | None = None
     safety: SafetyOptions | None = None
     return_token_ids: bool | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    thinking: Any = None
 
-    def system_text(self) -> str:
-        """Return the system prompt, or nothing."""
-        if self.system is None or isinstance(self.system, str):
-            return self.system or ""
-        return "".join(part.text for part in self.system)
+
+class CountTokensRequest(_ClaudeBody):
+    """The body of /v1/messages/count_tokens."""
+
+    model_config = documented("tokens")
+    place = "tokens"
+
+
+class TokenizeRequest(RequestBody):
+    """The body of /tokenize: a prompt, or messages."""
+
+    model_config = documented("tokens")
+    place = "tokens"
+
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=512)] | None = None
+    add_special_tokens: bool | None = None
+
+    def turns(self) -> Iterator[tuple[str, Turn]]:
+        """Yield its messages."""
+        for number, message in enumerate(self.messages or []):
+            yield f"messages.{number}", message

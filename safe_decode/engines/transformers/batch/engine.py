@@ -99,9 +99,14 @@ class TransformersEngine:
         """What the rows are guarded by."""
         return self._facts
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> RowPrompt:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        variables: Mapping[str, object] | None = None,
+    ) -> RowPrompt:
         """See `Engine.chat`."""
-        return self._prompts.chat(messages)
+        return self._prompts.chat(messages, variables=variables)
 
     def completion(self, prompt: str | Sequence[int]) -> RowPrompt:
         """See `Engine.completion`."""

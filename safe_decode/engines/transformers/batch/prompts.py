@@ -15,6 +15,7 @@ from safe_decode.engines.rows import RowPrompt
 from safe_decode.errors import PromptError
 from safe_decode.prompts import chat
 from safe_decode.prompts.batch import from_ids
+from safe_decode.prompts.template_variables import variables_read
 from safe_decode.typing import Tokenizer
 
 __all__ = ["PromptReader"]
@@ -40,17 +41,30 @@ class PromptReader:
         self._context_tokens, self._vocab_tokens = context_tokens, vocab_tokens
         self._most_chars = _most_chars(tokenizer, context_tokens)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> RowPrompt:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        variables: Mapping[str, object] | None = None,
+    ) -> RowPrompt:
         """Encode a conversation.
 
+        Args:
+            messages: With role and content.
+            variables: Of the chat template; those that it does not read are left out.
+
         Raises:
-            PromptError: It cannot be encoded, or leaves no room for an answer.
+            PromptError: It cannot be encoded, or leaves no room for an answer; or a variable may
+                not be set.
         """
         self._require_short(sum(len(message["content"]) for message in messages))
-        encoded = chat.encode_chat(self._tokenizer, messages)
+        read = variables_read(self._tokenizer, variables or {})
+        encoded = chat.encode_chat(self._tokenizer, messages, variables=read)
         chat.require_room(len(encoded.ids), self._context_tokens)
         given = encoded.prefill_tokens
-        return RowPrompt(encoded.ids, scanned=given + 1, prefill_tokens=given, is_chat=True)
+        return RowPrompt(
+            encoded.ids, scanned=given + 1, prefill_tokens=given, is_chat=True, variables=read
+        )
 
     def completion(self, prompt: str | Sequence[int]) -> RowPrompt:
         """Encode the beginning of a text, or take its ids.

@@ -120,7 +120,10 @@ class Redirection:
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 "top_k": sampling.top_k,
+                "min_p": sampling.min_p or None,
             }
+        if sampling.repetition_penalty is not None:
+            options["repetition_penalty"] = sampling.repetition_penalty
         stops = self._stops if sampling.stop else None
         rewinder = self._rows.rewinder(self._index, self._settings, options, stops)
         return rewinder.redirect(

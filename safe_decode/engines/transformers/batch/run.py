@@ -18,7 +18,7 @@ from torch import Tensor
 from safe_decode.engines.interface import StepTimes
 from safe_decode.engines.rows import Row, Sampling
 from safe_decode.engines.transformers.batch.redirection import Redirection, RunGuard
-from safe_decode.engines.transformers.batch.sampler import RowSampler
+from safe_decode.engines.transformers.batch.sampler import ModelOwn, RowSampler
 from safe_decode.engines.transformers.batch.served_row import ServedRow
 from safe_decode.engines.transformers.batch.timing import TimedLoop
 from safe_decode.engines.transformers.call_spec import RowSpec
@@ -63,6 +63,11 @@ class BatchRun:
             int(self._model.config.get_text_config().vocab_size),
             self._model.device,
             n_ahead=max(spec.policy.holdback_tokens for spec in specs),
+            own=ModelOwn(
+                tuple(self._ends),
+                getattr(self._model.generation_config, "repetition_penalty", None) or 1.0,
+            ),
+            prompts=[row.request.prompt.ids for row in rows],
         )
         self._reported = {row: i for i, row in enumerate(self._sampler.reported)}
         self._redirected: dict[int, Future[Redirected]] = {}
@@ -183,7 +188,8 @@ class BatchRun:
 
     def _is_flagged(self, index: int) -> bool:
         spec = self._rows.specs[index]
-        return not spec.policy.protects and self._statistic(index) > spec.threshold
+        # What is not a number would have been closed.
+        return not spec.policy.protects and not self._statistic(index) <= spec.threshold
 
     def _redirect(self, index: int, trip: Trip) -> None:
         served, policy = self._served[index], self._rows.specs[index].policy
@@ -219,10 +225,11 @@ class BatchRun:
             top_k=sampling.top_k,
             end_ids=tuple(sorted(self._ends)),
             pad_id=self._tokenizer.pad_token_id,
-            options={**self._own_options, **request_options(sampling)},
+            options=request_options(row.request, self._own_options),
         )
 
 
 def _is_reweighed(sampling: Sampling) -> bool:
     """Say whether a request could make an end likely that the model finds unlikely."""
-    return bool(sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty)
+    weighs = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty
+    return bool(weighs) or sampling.repetition_penalty not in (None, 1.0)
