@@ -15,7 +15,7 @@ __all__ = ["BUNDLE_VARIABLE", "register"]
 BUNDLE_VARIABLE = "SAFE_DECODE_BUNDLE"
 """Names the bundle; the same variable as of `safe-decode serve`."""
 
-_LOG = logging.getLogger("safe_decode.vllm")
+_LOG = logging.getLogger("vllm.safe_decode")
 
 
 def register() -> None:

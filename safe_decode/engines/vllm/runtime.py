@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GuardRuntime", "runtime_of"]
 
-_LOG = logging.getLogger("safe_decode.vllm")
+_LOG = logging.getLogger("vllm.safe_decode")
 _KEY = "safe_decode.guard"
 
 

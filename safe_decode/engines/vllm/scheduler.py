@@ -7,6 +7,7 @@ requests. Does not know scores.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, TypeAlias
 
 from vllm import SamplingParams
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CANARY_ID", "STOP_REASON", "guarded_scheduler"]
 
+_LOG = logging.getLogger("vllm.safe_decode")  # among the engine's own lines
+
 STOP_REASON = "content_filter"
 """`stop_reason` of a row that has tripped."""
 CANARY_ID = "safe-decode-canary"
@@ -38,6 +41,15 @@ class _Guarded:
         self._runtime: GuardRuntime = runtime_of(vllm_config)
         self._most_tokens = int(vllm_config.model_config.max_model_len)
         self.add_request(self._canary(vllm_config, given.get("hash_block_size")))
+        settings = self._runtime.settings
+        _LOG.warning(
+            "guarded by bundle %s, alpha %g, redirect %s; streams show each token when it is "
+            "chosen: nothing is held back, tokens before a trip stand, and the last token before a "
+            "stop string is not judged",
+            settings.bundle.digest[:16],
+            settings.alpha,
+            settings.redirect,
+        )
 
     def add_request(self, request: Request) -> None:
         """Admit a request: its cap leaves room for the refusal, and the signals end it."""

@@ -22,7 +22,7 @@ class CpuBackend(BaseBackend):
         raise NotImplementedError("set TRITON_INTERPRET=1")
 
     def load_dialects(self, context: object) -> None:
-        return None
+        del context
 
     def get_module_map(self) -> dict:
         return {}
