@@ -21,8 +21,8 @@ TOLERANCE = 1e-4
 def crowd(toy: Toy) -> tuple[dict, dict, dict]:
     from vllm import SamplingParams
 
-    # 768 positions for eight rows of some 120 each.
-    llm = start(toy, num_gpu_blocks_override=24)
+    # 448 positions for eight rows of some 100 each, of which 64 are common.
+    llm = start(toy, num_gpu_blocks_override=14)
     seen, engine = Consumed(llm), llm.llm_engine
     draw, waiting, said, aborted = random.Random(1), list(toy.prompts), {}, []
     running: list[str] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from safe_decode.engines.vllm.presence import SCHEDULER
 from safe_decode.engines.vllm.refusals import require_supported
 from safe_decode.engines.vllm.settings import EngineSettings, settings_in_force
 from safe_decode.errors import UnsupportedError
@@ -74,13 +75,13 @@ def _guard(config: VllmConfig, settings: EngineSettings) -> None:
 
     require_supported(config, is_cpu=current_platform.is_cpu())
     settings.measured_in(config.model_config.dtype)
-    runner = "runner_v2" if config.use_v2_model_runner else "runner_v1"
-    processor = f"{_PACKAGE}.{runner}:GuardProcessor"
+    runner = 2 if config.use_v2_model_runner else 1
+    processor = f"{_PACKAGE}.runner_v{runner}:GuardProcessorV{runner}"
     config.model_config.logits_processors = [
         *(config.model_config.logits_processors or ()),
         processor,
     ]
-    config.scheduler_config.scheduler_cls = f"{_PACKAGE}.scheduler.guarded_scheduler"
+    config.scheduler_config.scheduler_cls = SCHEDULER
     # What vLLM compiles is cached by its configuration, and what is compiled depends on the sites.
     config.additional_config = {
         **(config.additional_config or {}),

@@ -23,6 +23,8 @@ GUARDED = {
 }
 """Architectures that are guarded, each with its module in `vllm.model_executor.models`."""
 
+_CLASSES = "safe_decode.engines.vllm.guarded_classes"
+
 
 def register_architectures() -> None:
     """Register our classes and configuration hooks; a second time changes nothing.
@@ -45,4 +47,4 @@ def register_architectures() -> None:
         present: Any = hooks.get(name)
         hooks[name] = hooked(present, is_guarded=name in GUARDED)
     for name in GUARDED:
-        models.ModelRegistry.register_model(name, f"safe_decode.engines.vllm.models:{name}")
+        models.ModelRegistry.register_model(name, f"{_CLASSES}:{name}")

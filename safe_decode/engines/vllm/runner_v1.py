@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor, MoveDirectionality
 
-from safe_decode.engines.vllm.row_judge import JudgedRows
-from safe_decode.engines.vllm.row_terms import require_request
+from safe_decode.engines.vllm.rows.row_judge import JudgedRows
+from safe_decode.engines.vllm.rows.row_terms import require_request
 from safe_decode.engines.vllm.runtime import GuardRuntime, runtime_of
 from safe_decode.engines.vllm.settings import settings_in_force
 from safe_decode.errors import BeatError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.sample.logits_processor.interface import BatchUpdate
 
-__all__ = ["GuardProcessor"]
+__all__ = ["GuardProcessorV1"]
 
 
 class _Row:
@@ -57,7 +57,7 @@ class _Row:
         return [*self.prompt[start:end], *self.output[: max(0, end - n_prompt)]]
 
 
-class GuardProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there when types are checked
+class GuardProcessorV1(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there when types are checked
     """The guard's logits processor; the last one, since the others come before it in the list.
 
     Args:

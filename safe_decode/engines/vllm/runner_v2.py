@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
-from safe_decode.engines.vllm.row_judge import JudgedRows
-from safe_decode.engines.vllm.row_terms import require_request
+from safe_decode.engines.vllm.rows.row_judge import JudgedRows
+from safe_decode.engines.vllm.rows.row_terms import require_request
 from safe_decode.engines.vllm.runtime import runtime_of
 from safe_decode.engines.vllm.settings import settings_in_force
 from safe_decode.errors import BeatError
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         LogitsProcRequestState,
     )
 
-__all__ = ["GuardProcessor", "GuardedModelState"]
+__all__ = ["GuardProcessorV2", "GuardedModelState"]
 
 
 class GuardedModelState(DefaultModelState):  # type: ignore[misc]  # vLLM is not there when types are checked
@@ -126,7 +126,7 @@ class GuardedModelState(DefaultModelState):  # type: ignore[misc]  # vLLM is not
         )
 
 
-class GuardProcessor(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there when types are checked
+class GuardProcessorV2(LogitsProcessor):  # type: ignore[misc]  # vLLM is not there when types are checked
     """The guard's logits processor; the last one, since the others come before it in the list.
 
     Args:

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from safe_decode.bundle.fingerprint import Fingerprint
 from safe_decode.certificate_choice import CertificateChoice
-from safe_decode.engines.vllm.canary_rows import canary_difference
 from safe_decode.engines.vllm.checkpoint_weights import named_weights, weights_folder
 from safe_decode.engines.vllm.forward_v1 import ForwardV1
-from safe_decode.engines.vllm.row_judge import Counts, JudgedRows, RowJudge
-from safe_decode.engines.vllm.row_seats import RowSeats
-from safe_decode.engines.vllm.row_terms import CANARY, CAP, RowTerms, terms_of
-from safe_decode.engines.vllm.score_slots import ScoreSlots
+from safe_decode.engines.vllm.rows.canary_rows import canary_difference
+from safe_decode.engines.vllm.rows.row_judge import Counts, JudgedRows, RowJudge
+from safe_decode.engines.vllm.rows.row_seats import RowSeats
+from safe_decode.engines.vllm.rows.row_terms import CANARY, CAP, RowTerms, terms_of
+from safe_decode.engines.vllm.rows.score_slots import ScoreSlots
+from safe_decode.engines.vllm.rows.signals import SignalIds
 from safe_decode.engines.vllm.settings import EngineSettings, settings_in_force
-from safe_decode.engines.vllm.signals import SignalIds
 from safe_decode.errors import BeatError, CanaryError, UnsupportedError
 from safe_decode.policy.canned_texts import texts_of
 

@@ -17,8 +17,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from safe_decode.engines.vllm.row_terms import CANARY, CAP
+from safe_decode.engines.vllm.rows.row_terms import CANARY, CAP
 from safe_decode.engines.vllm.runtime import GuardRuntime, runtime_of
+from safe_decode.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,10 +53,20 @@ class _Guarded:
         )
 
     def add_request(self, request: Request) -> None:
-        """Admit a request: its cap leaves room for the refusal, and the signals end it."""
-        params = request.sampling_params
-        if params is not None:
-            self._admit(request, params)
+        """Admit a request: its cap leaves room for the refusal, and the signals end it.
+
+        Raises:
+            UnsupportedError: It comes in parts.
+        """
+        if request.resumable:
+            raise UnsupportedError(
+                f"request {request.request_id} comes in parts, which are not guarded; send its "
+                "prompt whole."
+            )
+        if request.sampling_params is not None:
+            # Answers to one prompt may share their parameters.
+            request.sampling_params = request.sampling_params.clone()
+            self._admit(request, request.sampling_params)
         super().add_request(request)  # type: ignore[misc]  # vLLM's
 
     def _admit(self, request: Request, params: SamplingParams) -> None:

@@ -54,7 +54,7 @@ class SiteReader:
         self._places: dict[int, int] = {}
         anatomy = anatomy_of(cast("CausalLM", model))
         width = sum(len(site.channels) for site in self.sites)
-        self._rows = torch.zeros(most_rows, width, dtype=dtype, device=device)
+        self._rows = torch.full((most_rows, width), torch.nan, dtype=dtype, device=device)
         auxiliary = _auxiliary_layers(model, self.sites)
         self._auxiliary: list[tuple[slice, Tensor]] = []
         begin = 0
@@ -102,6 +102,10 @@ class SiteReader:
         for (columns, channels), states in zip(self._auxiliary, auxiliary, strict=True):
             self._rows[:n_rows, columns].copy_(states.index_select(-1, channels))
         return hidden, self._rows[:n_rows]
+
+    def forget(self) -> None:
+        """Make what was read no number: a forward that skips a hook then ends its rows, closed."""
+        self._rows.fill_(torch.nan)
 
 
 def _auxiliary_layers(model: nn.Module, sites: Sequence[Site]) -> tuple[int, ...]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from safe_decode.bundle.canary import CanaryRecord
-from safe_decode.engines.vllm.row_judge import JudgedRows
-from safe_decode.engines.vllm.score_slots import ScoreSlots
+from safe_decode.engines.vllm.rows.row_judge import JudgedRows
+from safe_decode.engines.vllm.rows.score_slots import ScoreSlots
 from safe_decode.errors import CanaryError
 
 __all__ = ["canary_difference"]

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from safe_decode.engines.vllm.row_terms import RowTerms
-from safe_decode.engines.vllm.score_slots import ScoreSlots
-from safe_decode.engines.vllm.signals import SignalIds
+from safe_decode.engines.vllm.rows.row_terms import RowTerms
+from safe_decode.engines.vllm.rows.score_slots import ScoreSlots
+from safe_decode.engines.vllm.rows.signals import SignalIds
 from safe_decode.monitor.config import MonitorConfig
 from safe_decode.monitor.monitor import MonitorState, RiskMonitor
 from safe_decode.policy.redirect import CannedTexts
