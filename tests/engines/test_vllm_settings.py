@@ -7,9 +7,11 @@ import torch
 
 from safe_decode.bundle.canary import CanaryRecord
 from safe_decode.bundle.fingerprint import Fingerprint
+from safe_decode.certificate_choice import CertificateChoice
 from safe_decode.engines.vllm.checkpoint_weights import named_weights, weights_folder
 from safe_decode.engines.vllm.plugin import register
 from safe_decode.engines.vllm.refusals import REFUSED, require_supported
+from safe_decode.engines.vllm.rows.row_terms import require_request, terms_of
 from safe_decode.engines.vllm.rows.signals import SignalIds
 from safe_decode.engines.vllm.settings import EngineSettings
 from safe_decode.errors import (
@@ -19,7 +21,7 @@ from safe_decode.errors import (
     UnsupportedError,
 )
 from safe_decode.testing.bundles import bundle_for, random_probe
-from safe_decode.testing.models import BOS, EOS, tiny_model
+from safe_decode.testing.models import ASSISTANT, BOS, END, EOS, USER, tiny_model
 
 
 def plain(**changes):
@@ -82,6 +84,38 @@ def test_settings_are_read_and_bad_ones_name_the_variable(bundle, llama, tokeniz
     assert read.measured_in(torch.float32).dtype == "float32"
     with pytest.raises(FingerprintMismatchError, match="dtype=bfloat16 is not certified"):
         read.measured_in(torch.bfloat16)
+
+
+def params(**changes):
+    return SimpleNamespace(
+        extra_args=changes.pop("extra_args", None), structured_outputs=None, **changes
+    )
+
+
+def test_a_request_may_tighten_the_guard_and_is_told_what_else_is_refused(bundle, tokenizer):
+    read = EngineSettings.read({"SAFE_DECODE_BUNDLE": bundle})
+    require_request(params(logprobs=None), read)
+    for asked, said in (
+        (params(logprobs=0), "logprobs=0 is refused under the guard"),
+        (params(prompt_logprobs=1), "prompt_logprobs=1 is refused"),
+        (params(thinking_token_budget=5), "thinking_token_budget=5 is refused"),
+        (params(extra_args={"safe_decode_cap": 5}), "vllm_xargs has 'safe_decode_cap', wanted"),
+        (params(extra_args={"safe_decode_canary": True}), "vllm_xargs has 'safe_decode_canary'"),
+        (params(extra_args={"safe_decode_alpha": 0.1}), "alpha=0.1 is not certified; pass one"),
+        (params(extra_args={"safe_decode_redirect": "flag"}), "can only tighten the guard"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
+            require_request(asked, read)
+    choice = CertificateChoice(read.bundle.certificates, "benign", "float32")
+    prompt = [BOS, USER, 40, END, ASSISTANT, 41, 42]
+    asked = params(extra_args={"safe_decode_cap": 7, "safe_decode_redirect": "stop"})
+    terms = terms_of(prompt, asked, read, choice, tokenizer)
+    assert (terms.cap, terms.watched_from, terms.policy.redirect) == (7, 4, "stop")
+    asked.structured_outputs = object()
+    asked.extra_args = {"safe_decode_cap": 7}
+    assert terms_of(prompt, asked, read, choice, tokenizer).policy.redirect == "stop"
+    raw = terms_of(list(range(40, 140)), asked, read, choice, tokenizer)
+    assert raw.watched_from == 100 - 64
 
 
 def test_an_engine_without_a_bundle_is_not_guarded_and_says_so(monkeypatch, caplog):

@@ -69,7 +69,7 @@ class GuardedModelMixin(nn.Module):
     def load_weights(self, weights: object) -> set[str]:
         """Load the weights, and check first that they are those the bundle was made for."""
         self._runtime.require_fingerprint()
-        loaded: set[str] = super().load_weights(weights)
+        loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]  # vLLM's
         return loaded
 
     @staticmethod

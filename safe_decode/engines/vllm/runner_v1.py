@@ -136,7 +136,7 @@ class GuardProcessorV1(LogitsProcessor):  # type: ignore[misc]  # vLLM is not th
         assert judge is not None
         counts = judge.due_positions(judged)
         tokens = np.zeros((len(rows), int(counts.max(initial=0))), dtype=np.int64)
-        for i in np.flatnonzero(counts):
+        for i in np.flatnonzero(counts).tolist():
             end = int(judged.read[i])
             tokens[i, : counts[i]] = rows[i].tokens(end - int(counts[i]), end)
         return torch.from_numpy(tokens)

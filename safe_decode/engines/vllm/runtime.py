@@ -189,20 +189,20 @@ class GuardRuntime:
         assert self.judge is not None
         seat = self._seats.take(key)
         if not seat.is_new:
-            return seat.index
+            return seat.number
         extra = params.extra_args or {}
-        self._unadmitted.discard(seat.index)
-        self.judge.seat(seat.index, self._terms(prompt, params))
+        self._unadmitted.discard(seat.number)
+        self.judge.seat(seat.number, self._terms(prompt, params))
         if CANARY in extra:
-            self._canary_seat = seat.index
+            self._canary_seat = seat.number
         elif CAP not in extra:
             # Not by our scheduler: vLLM's own warm-up, whose answers nobody reads.
-            self._unadmitted.add(seat.index)
-            self.judge.close(seat.index)
+            self._unadmitted.add(seat.number)
+            self.judge.close(seat.number)
         elif n_known > len(prompt):
             _LOG.error("a request comes back and its seat is gone: it ends, closed")
-            self.judge.close(seat.index)
-        return seat.index
+            self.judge.close(seat.number)
+        return seat.number
 
     def leave(self, key: Hashable) -> None:
         """Let a request go, perhaps to come back."""

@@ -10,7 +10,7 @@ Knows vLLM's decoder blocks and sites. Does not know probes, slots or requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -121,7 +121,9 @@ def _auxiliary_layers(model: nn.Module, sites: Sequence[Site]) -> tuple[int, ...
     return tuple(site.layer + 1 for site in sites if site.kind == "resid")
 
 
-def _residual_hook(rows: Tensor, columns: slice, channels: Tensor):  # noqa: ANN202
+def _residual_hook(
+    rows: Tensor, columns: slice, channels: Tensor
+) -> Callable[[nn.Module, object, tuple[Tensor, Tensor]], None]:
     def keep(_module: nn.Module, _given: object, output: tuple[Tensor, Tensor]) -> None:
         hidden, residual = output
         stream = hidden + residual
@@ -130,7 +132,9 @@ def _residual_hook(rows: Tensor, columns: slice, channels: Tensor):  # noqa: ANN
     return keep
 
 
-def _input_hook(rows: Tensor, columns: slice, channels: Tensor):  # noqa: ANN202
+def _input_hook(
+    rows: Tensor, columns: slice, channels: Tensor
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def keep(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
         rows[: given[0].shape[0], columns].copy_(given[0].index_select(-1, channels))
 

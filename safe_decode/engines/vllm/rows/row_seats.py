@@ -20,11 +20,11 @@ class Seat(NamedTuple):
     """Where a request sits.
 
     Attributes:
-        index: Of the seat.
+        number: Of the seat.
         is_new: Whether nothing is known of the request.
     """
 
-    index: int
+    number: int
     is_new: bool
 
 

@@ -77,7 +77,7 @@ def require_request(params: SamplingParams, settings: EngineSettings) -> None:
         _asked_alpha(extra, choice, settings)
     for name, why in _REFUSED_IN_REQUESTS.items():
         value = getattr(params, name, None)
-        if value not in (None, False):
+        if value is not None and value is not False:  # 0 asks for the chosen token's
             raise ConfigurationError(f"{name}={value} is refused under the guard: {why}.")
 
 
