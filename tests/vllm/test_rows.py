@@ -166,3 +166,21 @@ def test_an_engine_that_is_not_what_the_bundle_was_made_for_does_not_answer(llam
 
 def starting_with_lora(toy: Toy) -> None:
     start(toy, enable_lora=True)
+
+
+def loosened(toy: Toy) -> list[list[tuple]]:
+    llm = start(toy, max_num_batched_tokens=1024)
+    before = ask(llm, toy, temperature=0.0)
+
+    def loosen(model: torch.nn.Module) -> None:
+        model.model.layers[0].mlp.down_proj._forward_pre_hooks.clear()
+
+    llm.apply_model(loosen)
+    return [before, ask(llm, toy, temperature=0.0)]
+
+
+def test_rows_whose_activations_are_not_read_any_more_are_closed(llama_toy):
+    before, after = forked(loosened, llama_toy, SAFE_DECODE_BUNDLE=str(llama_toy.bundle))
+    assert not all(text == REFUSAL for *_, text in before)
+    assert {text for *_, text in after} == {REFUSAL}
+    assert {reason for *_, reason, _ in after} == {"content_filter"}

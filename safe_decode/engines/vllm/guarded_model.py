@@ -63,7 +63,7 @@ class GuardedModelMixin(nn.Module):
         output = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)
         hidden, features = self._reader.split(output)
         self._runtime.write(features, input_ids, positions)
-        self._reader.forget()
+        self._reader.forget(features)
         return hidden
 
     def load_weights(self, weights: object) -> set[str]:

@@ -103,9 +103,9 @@ class SiteReader:
             self._rows[:n_rows, columns].copy_(states.index_select(-1, channels))
         return hidden, self._rows[:n_rows]
 
-    def forget(self) -> None:
-        """Make what was read no number: a forward that skips a hook then ends its rows, closed."""
-        self._rows.fill_(torch.nan)
+    def forget(self, features: Tensor) -> None:
+        """Make features no numbers, so that a forward which skips a hook closes its rows."""
+        features.fill_(torch.nan)
 
 
 def _auxiliary_layers(model: nn.Module, sites: Sequence[Site]) -> tuple[int, ...]:
