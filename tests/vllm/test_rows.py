@@ -64,9 +64,9 @@ def test_rows_that_do_not_trip_are_the_bare_engines(llama_toy):
             if not has_tripped:
                 assert own == other
                 continue
-            said, refusal = own[3][: -len(REFUSAL)], own[3][-len(REFUSAL) :]
-            assert refusal == REFUSAL
-            assert other[3].startswith(said.removesuffix(" ... "))
+            assert own[3].endswith(REFUSAL)
+            n_kept = max(0, len(own[0]) - len(" ... " + REFUSAL))  # one id a byte
+            assert own[0][:n_kept] == other[0][:n_kept]
 
 
 def asked(toy: Toy) -> dict[str, object]:
