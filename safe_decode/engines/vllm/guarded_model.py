@@ -75,7 +75,7 @@ class GuardedModelMixin(nn.Module):
     @staticmethod
     def get_model_state_cls() -> type:
         """Name what vLLM's second model runner keeps beside the model."""
-        from safe_decode.engines.vllm.runner_v2 import GuardedModelState
+        from safe_decode.engines.vllm.model_state_v2 import GuardedModelState
 
         return GuardedModelState
 
