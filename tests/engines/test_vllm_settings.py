@@ -75,6 +75,7 @@ def test_settings_are_read_and_bad_ones_name_the_variable(bundle, llama, tokeniz
         ("ALPHA", "0.3", CertificateError, "alpha=0.3 is not certified"),
         ("REDIRECT", "warn", ConfigurationError, "is not one of"),
         ("REDIRECT", "rewind", UnsupportedError, "cannot take tokens back"),
+        ("HOLDBACK_TOKENS", "4", UnsupportedError, "nothing is held back"),
     ):
         with pytest.raises(error, match=said):
             EngineSettings.read({"SAFE_DECODE_BUNDLE": bundle, f"SAFE_DECODE_{name}": value})

@@ -61,6 +61,12 @@ class EngineSettings:
         population = environ.get("SAFE_DECODE_POPULATION", "benign")
         redirect = environ.get("SAFE_DECODE_REDIRECT", "refuse")
         _require_servable(bundle, path)
+        if environ.get("SAFE_DECODE_HOLDBACK_TOKENS", "0") != "0":
+            raise UnsupportedError(
+                f"SAFE_DECODE_HOLDBACK_TOKENS={environ['SAFE_DECODE_HOLDBACK_TOKENS']} is refused "
+                "in vLLM: the engine streams by itself and nothing is held back; unset it, or "
+                "serve with `safe-decode serve`."
+            )
         for dtype in bundle.dtypes:
             bundle.certificate(alpha, population, dtype)
         if redirect not in get_args(Redirect):
@@ -101,7 +107,10 @@ class EngineSettings:
 
 def settings_in_force() -> EngineSettings:
     """Read the settings of this process; a bundle that was read already is not read again."""
-    names = ("BUNDLE", "ALPHA", "POPULATION", "REDIRECT", "REQUIRE_SIGNATURE")
+    names = (
+        *("BUNDLE", "ALPHA", "POPULATION", "REDIRECT", "REQUIRE_SIGNATURE"),
+        "HOLDBACK_TOKENS",
+    )
     given = ((name, os.environ.get(f"SAFE_DECODE_{name}")) for name in names)
     return _read(tuple((f"SAFE_DECODE_{name}", value) for name, value in given if value))
 
