@@ -26,7 +26,11 @@ _SIZES = {
     "vocab_size": 272,  # nine ids more than the tokenizer uses
     "initializer_range": 0.1,
 }
-_HEAD = {"head_dim": 32}
+_OWN = {
+    "qwen3": {"head_dim": 32},
+    # Of three layers all would have a sliding window, and no layer would keep every position.
+    "gemma3": {"head_dim": 32, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Toy:
 
 def make_toy(family: str, folder: Path) -> Toy:
     """Write a toy and its bundle."""
-    head = _HEAD if family in ("qwen3", "gemma3") else {}
-    tiny_model(family, **_SIZES, **head).save_pretrained(folder / "model")
+    own = _OWN.get(family, {})
+    tiny_model(family, **_SIZES, **own).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
     toy = Toy(family, folder / "model", folder / "bundle", prompts_of(12))
     save_bundle(toy, toy.bundle)
