@@ -61,7 +61,7 @@ test: $(VENV)/.tests ## Run the default tests (ARGS=... are passed to pytest).
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 slow: $(VENV)/.tests ## Run the slow tests too.
-	@$(BIN)/python -m pytest -m "not reference and not browser and not clients" $(ARGS)
+	@$(BIN)/python -m pytest -m "not reference and not browser and not clients and not vllm" $(ARGS)
 
 browser: $(VENV)/.tests ## Test the page in a real Chromium, which must be installed.
 	@$(INSTALL) '.[browser,tests]'

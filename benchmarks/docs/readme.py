@@ -49,11 +49,8 @@ _WRITTEN = {
     "decisions": "benchmarks.docs.decisions:as_markdown",
     "location": "benchmarks.docs.located_units:location",
     "machines": "benchmarks.docs.machines:as_markdown",
-<<<<<<< HEAD
     "real-demo": "benchmarks.docs.real_demo:as_markdown",
-=======
     "request-fields": "benchmarks.docs.request_fields:as_markdown",
->>>>>>> clients
     "settings-proxy": "benchmarks.docs.settings:proxy",
     "settings-server": "benchmarks.docs.settings:server",
     "summary": "benchmarks.docs.summary:for_readme",

@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safe_decode.bundle.number_format import GGUF_TYPES, number_format
-from safe_decode.errors import FingerprintMismatchError, UnsupportedError
+from safe_decode.errors import FingerprintMismatchError
 from safe_decode.typing import CausalLM, Tokenizer
+from safe_decode.weight_digests import weight_digests
 
 __all__ = ["CONFIG_KEYS", "Fingerprint", "config_value"]
-
-SAMPLED_VALUES = 256
-"""Values read from each parameter, evenly spaced."""
 
 # Keys that change what is computed; the rest (dropout, caching, output options, names) does
 # not, and new versions of transformers add to it.
@@ -63,7 +59,6 @@ CONFIG_KEYS = (
     "num_experts_per_tok",
     "tie_word_embeddings",
 )
-_LAYER = re.compile(r"^(.*?\.(?:layers|h|blocks|block)\.\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -104,17 +99,43 @@ class Fingerprint:
         quantisation = _quantisation(model)
         template = getattr(tokenizer, "chat_template", None)
         return cls(
-            architecture={
-                key: _json(value)
-                for key in CONFIG_KEYS
-                if (value := config_value(text_config, key)) is not None
-            },
+            architecture=_architecture(text_config),
             tokenizer=_tokenizer_digest(tokenizer),
             template="none" if template is None else _digest(_json(template).encode()),
-            weights=_weight_digests(model),
+            weights=weight_digests(model.named_parameters(), model=model),
             adapters=_adapter_names(model),
             quantisation="none" if quantisation is None else _json(quantisation),
             dtype=",".join(sorted({str(p.dtype) for p in model.parameters()})),
+        )
+
+    @classmethod
+    def of_checkpoint(
+        cls,
+        config: object,
+        tokenizer: Tokenizer,
+        parameters: Iterable[tuple[str, Tensor]],
+        dtype: torch.dtype,
+    ) -> Fingerprint:
+        """Digest weights as they lie on the disk, for an engine that holds them in its own shape.
+
+        Args:
+            config: Of the text model.
+            tokenizer: Of transformers.
+            parameters: All of them by name, not quantised; of each only a few values are read.
+            dtype: That the engine computes in.
+
+        Returns:
+            What `of` returns for the same model of transformers in this dtype.
+        """
+        template = getattr(tokenizer, "chat_template", None)
+        return cls(
+            architecture=_architecture(config),
+            tokenizer=_tokenizer_digest(tokenizer),
+            template="none" if template is None else _digest(_json(template).encode()),
+            weights=weight_digests(parameters, dtype=dtype),
+            adapters=(),
+            quantisation="none",
+            dtype=str(dtype),
         )
 
     @property
@@ -174,6 +195,12 @@ def _mismatch(differing: Sequence[str]) -> FingerprintMismatchError:
 
 
 _Value = str | tuple[str, ...] | Mapping[str, str]
+
+
+def _architecture(config: object) -> dict[str, str]:
+    return {
+        key: _json(value) for key in CONFIG_KEYS if (value := config_value(config, key)) is not None
+    }
 
 
 def config_value(config: object, key: str) -> object:
@@ -248,44 +275,3 @@ def _adapter_names(model: CausalLM) -> tuple[str, ...]:
     }
     is_silent = {name: bool(layers) and name not in active for name in names}
     return tuple(sorted(f"{n} (not active)" if is_silent[n] else n for n in names))
-
-
-def _weight_digests(model: CausalLM) -> dict[str, str]:
-    hashes: dict[str, Any] = {}
-    for name, parameter in sorted(model.named_parameters()):
-        layer = _LAYER.match(name)
-        group = hashes.setdefault(layer[1] if layer else "the rest", hashlib.sha256())
-        group.update(f"{name}{tuple(parameter.shape)}".encode())
-        with _loaded(model, name, parameter) as values:
-            group.update(_sampled_bytes(values))
-    return {group: value.hexdigest()[:16] for group, value in sorted(hashes.items())}
-
-
-@contextmanager
-def _loaded(model: CausalLM, name: str, parameter: nn.Parameter) -> Iterator[Tensor]:
-    """Bring back for a moment what accelerate has put on the disk or in another memory."""
-    if not parameter.is_meta:
-        yield parameter
-        return
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if not hasattr(module, "_hf_hook"):
-        raise UnsupportedError(
-            f"parameter {name} is on the meta device and cannot be read; load the model's "
-            "weights before its fingerprint is taken."
-        )
-    from accelerate.utils import align_module_device  # whoever has put the hook there has it
-
-    with align_module_device(module):
-        yield getattr(module, leaf)
-
-
-def _sampled_bytes(parameter: Tensor) -> bytes:
-    if hasattr(parameter, "__tensor_flatten__"):
-        # A quantised tensor of several plain ones, as torchao's are; its own values are computed.
-        names, _ = parameter.__tensor_flatten__()
-        return b"".join(_sampled_bytes(getattr(parameter, name)) for name in names)
-    flat = parameter.detach().reshape(-1)
-    step = max(1, flat.numel() // SAMPLED_VALUES)
-    sample = flat[::step][:SAMPLED_VALUES].contiguous().cpu()
-    return bytes(sample.view(torch.uint8).numpy().tobytes())

@@ -78,7 +78,7 @@ NAMES_THAT_MAY_RECUR = {
     "__main__.py": "each package that is run has one",
     "interface.py": "the Protocols of engines, of probes and of their fitters",
     "registry.py": "the kinds of engines, of probes and of their fitters",
-    "settings.py": "the generation loop, the server and the proxy each have settings of their own",
+    "settings.py": "the generation loop, vLLM, the server and the proxy have settings of their own",
     "harvest.py": "the step, the command that runs it and the benchmark that times it",
     "self_check.py": "the policy, the recipe that makes its certificate, and its benchmark",
 }

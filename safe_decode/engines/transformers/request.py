@@ -22,15 +22,13 @@ from safe_decode.engines.transformers.capabilities import require_rows, require_
 from safe_decode.engines.transformers.loops.whole_response import method_of
 from safe_decode.engines.transformers.option_types import require_seed
 from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
+from safe_decode.policy.canned_texts import texts_of
 from safe_decode.policy.policy import Policy, RequestPolicy
 from safe_decode.policy.redirect import CannedTexts
-from safe_decode.prompts import chat
 from safe_decode.prompts.batch import PromptBatch, Prompts, from_embeds, from_ids, from_prompts
-from safe_decode.typing import CausalLM, Tokenizer
+from safe_decode.typing import CausalLM
 
-__all__ = ["GenerateRequest", "CallBuilder", "context_tokens", "texts_of"]
-
-_CUT = " ... "
+__all__ = ["GenerateRequest", "CallBuilder", "context_tokens"]
 
 
 @dataclass(frozen=True)
@@ -209,24 +207,6 @@ class CallBuilder:
         if request.refusal is not None:
             texts = texts_of(self.protected.tokenizer, request.refusal, self.opener)
         return RowSpec(policy, certificate, texts, seed, first, reasoning)
-
-
-def texts_of(tokenizer: Tokenizer, refusal: str, opener: str) -> CannedTexts:
-    """Encode canned text.
-
-    Raises:
-        ConfigurationError: One of them is empty.
-    """
-    for name, text in (("refusal", refusal), ("opener", opener)):
-        if not text.strip():
-            raise ConfigurationError(f"{name}={text!r} is empty; pass a text that readers get.")
-    # Canned text may follow a cut in the middle of a sentence: readers see that there is one.
-    return CannedTexts(
-        refusal=chat.text_ids(tokenizer, refusal),
-        refusal_after=chat.text_ids(tokenizer, _CUT + refusal),
-        opener=chat.text_ids(tokenizer, opener),
-        opener_after=chat.text_ids(tokenizer, _CUT + opener),
-    )
 
 
 def context_tokens(model: CausalLM) -> int | None:

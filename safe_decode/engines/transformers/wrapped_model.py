@@ -24,15 +24,13 @@ from safe_decode.decision import Redirect
 from safe_decode.engines.transformers.call_spec import GuardedModel
 from safe_decode.engines.transformers.capabilities import require_supported_model
 from safe_decode.engines.transformers.frames import ModelFace
-from safe_decode.engines.transformers.request import (
-    context_tokens,
-    texts_of,
-)
+from safe_decode.engines.transformers.request import context_tokens
 from safe_decode.errors import (
     CanaryError,
     ConfigurationError,
     PromptError,
 )
+from safe_decode.policy.canned_texts import texts_of
 from safe_decode.policy.policy import OnError, Policy
 from safe_decode.policy.self_check import SelfCheck
 from safe_decode.prompts import chat

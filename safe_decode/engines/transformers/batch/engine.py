@@ -21,8 +21,9 @@ from safe_decode.engines.transformers.batch.run import BatchRun
 from safe_decode.engines.transformers.capabilities import require_rows, require_supported
 from safe_decode.engines.transformers.decoder import SafeDecoder
 from safe_decode.engines.transformers.loops.whole_response import method_of
-from safe_decode.engines.transformers.request import context_tokens, texts_of
+from safe_decode.engines.transformers.request import context_tokens
 from safe_decode.errors import SafeDecodeError, UnsupportedError
+from safe_decode.policy.canned_texts import texts_of
 from safe_decode.prompts import chat
 
 __all__ = ["TransformersEngine"]

@@ -1,0 +1,1 @@
+"""What the guard knows of the rows of a worker, whichever of vLLM's model runners drives it."""
