@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -127,6 +129,86 @@ def test_a_wait_that_is_put_in_is_found(monkeypatch):
     )
     bare, guarded = run("bare"), run("refuse")
     assert [s.total() for s in guarded.steps] == [s.total() + 1 for s in bare.steps]
+
+
+class _Reader:
+    """A streamer, which is handed texts."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def put(self, value: object) -> None:
+        self.texts.append(str(value))
+
+    def end(self) -> None:
+        self.texts.append("end")
+
+
+def test_a_stream_s_step_waits_for_nothing_either(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PROMPTS", PROMPTS[:1])
+    reader = _Reader()
+    streamed = run("refuse", streamer=reader, max_new_tokens=NEW_TOKENS)
+    assert [of_guard(step) for step in streamed.steps] == [{}] * (NEW_TOKENS - 1)
+    assert len(reader.texts) > 2 and reader.texts[-1] == "end"
+
+
+def test_a_call_asks_a_device_for_few_things_before_its_first_token_and_behind_its_last():
+    guarded = run("refuse")
+    before, after = of_guard(guarded.before), of_guard(guarded.after)
+    assert sum(before.values()) <= 4, before  # the ids and mask of the prompt, and two end ids
+    assert sum(after.values()) <= 8, after
+
+
+@pytest.mark.parametrize(("ends", "n_closing"), [((), 1), ((0,), 1), ((0, 1), 0)])
+def test_only_rows_that_did_not_end_themselves_get_a_closing_forward(ends, n_closing):
+    model, tokenizer = tiny_model("llama"), byte_tokenizer()
+    ids = torch.tensor(PROMPTS)
+    bare = model.generate(ids, attention_mask=(ids != PAD).long(), max_new_tokens=3)
+    widths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    # The last token of some rows becomes an end id.
+    last = [int(bare[row, -1]) for row in ends] or [EOS]
+    decoder = decoder_for(model, tokenizer, holdback=0, redirect="refuse")
+    decoder.generate(
+        input_ids=ids, attention_mask=(ids != PAD).long(), max_new_tokens=3, eos_token_id=last
+    )
+    assert len(widths) == 3 + n_closing
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device to wait for")
+@pytest.mark.parametrize("sampled", [False, True])
+def test_on_a_cuda_device_a_step_synchronises_no_more_often_than_the_bare_one(sampled):
+    model = tiny_model("llama").to("cuda")
+    ids = torch.tensor(PROMPTS, device="cuda")
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": sampled}
+
+    def synchronised(generate: Any) -> list[int]:
+        at: list[int] = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+
+            def criterion(input_ids: Any, _scores: object, **_: object) -> Any:
+                at.append(sum("synchroniz" in str(one.message) for one in caught))
+                return torch.zeros(len(input_ids), dtype=torch.bool, device="cuda")
+
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                generate(
+                    input_ids=ids,
+                    attention_mask=(ids != PAD).long(),
+                    stopping_criteria=[criterion],
+                    **options,
+                )
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return [b - a for a, b in zip(at, at[1:], strict=False)]
+
+    decoder = decoder_for(model, byte_tokenizer(), redirect="refuse")
+    for generate in (model.generate, decoder.generate):
+        synchronised(generate)  # the first calls set the device up
+    assert synchronised(decoder.generate) == synchronised(model.generate)
 
 
 def test_a_step_queues_few_operations():
