@@ -270,7 +270,7 @@ class Session:
     def records(self) -> list[RowRecord]:
         """Build what each row's trace needs; one copy to the host for the whole batch."""
         records = []
-        thresholds = self.roster.monitor.threshold.expand(self.batch).tolist()
+        thresholds = torch.tensor([row.threshold for row in self.roster.rows]).tolist()
         for row, column in enumerate(self._history.columns(self._detector)):
             if column.first_broken is not None:
                 # Where errors are allowed nothing was parked, and nothing else would tell.

@@ -131,6 +131,44 @@ def test_a_wait_that_is_put_in_is_found(monkeypatch):
     assert [s.total() for s in guarded.steps] == [s.total() + 1 for s in bare.steps]
 
 
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_processor_in_a_foreign_loop_forces_there_and_says_what_it_says_on_the_cpu(sampled):
+    tokenizer, ids = byte_tokenizer(), torch.tensor([*PROMPTS, [BOS, *b"go to it"[:7]]])
+
+    def told(model: Any, threshold: float, redirect: str = "refuse", world: Any = None) -> Any:
+        given, seen = ids.to(model.device), []
+
+        def note(input_ids: Any, _scores: object, **_: object) -> Any:
+            seen.append(0 if world is None else len(world.by("guard")))
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        decoder = decoder_for(model, tokenizer, threshold=threshold, redirect=redirect)
+        torch.manual_seed(0)
+        mask = (given != PAD).long()
+        with decoder.processor(given, attention_mask=mask, redirect=redirect) as handle:
+            found = model.generate(
+                given,
+                attention_mask=mask,
+                max_new_tokens=24,
+                do_sample=sampled,
+                logits_processor=[handle.logits_processor],
+                stopping_criteria=[note, handle.stopping_criteria],
+            )
+        return found.tolist(), handle.traces, seen
+
+    _, flagged, _ = told(tiny_model("llama"), 1e9, "flag")
+    tops = [max(step.statistic for step in trace.steps) for trace in flagged]
+    threshold = threshold_between(tops)
+    with fake_cuda() as world:
+        model = on_device(tiny_model("llama"), world)
+        found = told(model, threshold, world=world)
+        *_, calm = told(model, 1e9, world=world)
+    wanted = told(tiny_model("llama"), threshold)
+    assert found[:2] == wanted[:2]
+    assert {trace.tripped for trace in found[1]} == {True, False}
+    assert calm[1] == calm[-1], "no wait of the guard's between the second token and the last"
+
+
 class _Reader:
     """A streamer, which is handed texts."""
 
@@ -147,7 +185,7 @@ class _Reader:
 def test_a_stream_s_step_waits_for_nothing_either(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PROMPTS", PROMPTS[:1])
     reader = _Reader()
-    streamed = run("refuse", streamer=reader, max_new_tokens=NEW_TOKENS)
+    streamed = run("refuse", streamer=reader)
     assert [of_guard(step) for step in streamed.steps] == [{}] * (NEW_TOKENS - 1)
     assert len(reader.texts) > 2 and reader.texts[-1] == "end"
 

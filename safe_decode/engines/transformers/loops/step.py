@@ -220,8 +220,8 @@ class StepLoop(ChoiceJudge):
             trips = self._rows.counted(self._trips)
             if self.session.roster.protected is not None:
                 trips = trips & self.session.roster.protected
-            for row in trips.nonzero()[:, 0].tolist():
-                if not self._is_cleared(row, sequences):
+            for row, has_tripped in enumerate(trips.tolist()):
+                if has_tripped and not self._is_cleared(row, sequences):
                     self._rows.park(row, said=self._n_judged)
 
     def _settle(self, sequences: Tensor) -> None:
