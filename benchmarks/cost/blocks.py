@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,29 +41,44 @@ class Calls:
     def of(self, name: str) -> Laps:
         """Return the calls of a configuration, whole rounds alone."""
         kept: Laps = {}
-        for line in self._lines():
-            if line["study"] == self._study and line["configuration"] == name:
-                for arm, lap in line["laps"].items():
-                    kept.setdefault(arm, []).append(Lap(**{**lap, **_tuples(lap)}))
+        for line in self._lines(name):
+            for arm, lap in line.get("laps", {}).items():
+                kept.setdefault(arm, []).append(Lap(**{**lap, **_tuples(lap)}))
         return kept
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Return the rows of a configuration that is finished; none if it is not."""
+        found: list[dict[str, Any]] = []
+        for line in self._lines(name):
+            found = line.get("rows", found)
+        return found
 
     def keep(self, name: str, laps: Mapping[str, Lap]) -> None:
         """Keep one round."""
-        told = {arm: asdict(lap) for arm, lap in laps.items()}
-        line = {"study": self._study, "configuration": name, "laps": told}
+        self._add(name, laps={arm: asdict(lap) for arm, lap in laps.items()})
+
+    def finish(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the rows of a configuration that needs no more rounds."""
+        self._add(name, rows=list(rows))
+
+    def _add(self, name: str, **told: object) -> None:
+        line = {"study": self._study, "configuration": name, **told}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            # On a line of its own, whatever a run that was cut off has left of its last one.
+            file.write("\n" + json.dumps(line) + "\n")
             file.flush()
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         if not self._path.exists():
             return
         for line in self._path.read_text(encoding="utf-8").splitlines():
             # The last line may be half of one, where a run was cut off.
             try:
-                yield json.loads(line)
+                read = json.loads(line)
             except json.JSONDecodeError:
                 continue
+            if read["study"] == self._study and read["configuration"] == name:
+                yield read
 
 
 def _tuples(lap: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

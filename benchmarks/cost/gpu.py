@@ -58,7 +58,7 @@ class Study:
 
     shape: str = "llama-3-8b"
     dtype: str = "bfloat16"
-    context: int = 512
+    context: int = 128
     new_tokens: int = 16
     features: int = 4_096
     sites: int | None = None
@@ -111,8 +111,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def _measured(
     subject: Subject, study: Study, mode: Mode, batch: int, calls: Calls, until: float
 ) -> list[dict[str, Any]]:
-    """Measure one configuration: a row an arm."""
+    """Measure one configuration, unless that is done: a row an arm."""
     name = f"{mode} {batch}"
+    if finished := calls.rows(name):
+        LOG.info("%s was measured before", name)
+        return finished
     load = Load(batch, study.context, study.new_tokens, mode=mode, backend=study.backend)
     options = options_of(subject, load)
     arms = _arms(subject, load)
@@ -140,6 +143,8 @@ def _measured(
         arm = str(figures["arm"])
         rows.append({**facts, **figures, **noted[arm], **same.get(arm, {})})
         LOG.info("%s", json.dumps(rows[-1]))
+    if settled != "time":
+        calls.finish(name, rows)
     return rows
 
 

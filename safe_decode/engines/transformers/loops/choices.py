@@ -162,8 +162,11 @@ class ChoiceJudge:
         turns = None
         if not self._rows.go_on_as_they_are(done if trips is None else done | trips):
             turns = self._sort_rows(choice)
+        self._tell(choice.newest, turns)
+
+    def _tell(self, newest: Tensor, turns: Turns | None) -> None:
         if self._follower is not None:
-            self._follower.on_choice(choice.newest.tolist(), turns, self.session.trips)
+            self._follower.on_choice(newest.tolist(), turns, self.session.trips)
 
     def _prefilled(self, input_ids: Tensor) -> tuple[int, ...]:
         assert self._own is not None
