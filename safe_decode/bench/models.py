@@ -184,13 +184,13 @@ def of_shape(
     )
 
 
-@torch.no_grad()
 def _decide(model: CausalLM) -> None:
     """Let what was read last outweigh what the layers add, and point to its neighbour."""
     own: Any = model
     embedded, head = own.model.embed_tokens.weight, own.lm_head.weight
-    embedded.mul_(_OUTWEIGHS)
-    head.copy_(embedded.roll(1, 0) / _OUTWEIGHS)
+    with torch.no_grad():
+        embedded.mul_(_OUTWEIGHS)
+        head.copy_(embedded.roll(1, 0) / _OUTWEIGHS)
 
 
 def _bundle(model: CausalLM, tokenizer: Tokenizer, wanted: ProbeShape, *, seed: int) -> ProbeBundle:

@@ -132,6 +132,34 @@ def test_a_wait_that_is_put_in_is_found(monkeypatch):
 
 
 @pytest.mark.parametrize("sampled", [False, True])
+def test_nan_is_seen_on_the_device_and_closes_its_row_as_on_the_cpu(sampled):
+    def told(model: Any) -> Any:
+        ids = torch.tensor(PROMPTS, device=model.device)
+
+        def breaks(input_ids: Any, scores: Any) -> Any:
+            if input_ids.shape[1] == ids.shape[1] + 3:
+                scores = scores.clone()
+                scores[1] = torch.nan
+            return scores
+
+        torch.manual_seed(0)
+        found = decoder_for(model, byte_tokenizer(), redirect="refuse").generate(
+            input_ids=ids,
+            attention_mask=(ids != PAD).long(),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=sampled,
+            logits_processor=[breaks],
+        )
+        return found.sequences.tolist(), list(found.traces)
+
+    wanted = told(tiny_model("llama"))
+    with fake_cuda() as world:
+        found = told(on_device(tiny_model("llama"), world))
+    assert found == wanted
+    assert [trace.tripped for trace in found[1]] == [False, True]
+
+
+@pytest.mark.parametrize("sampled", [False, True])
 def test_a_processor_in_a_foreign_loop_forces_there_and_says_what_it_says_on_the_cpu(sampled):
     tokenizer, ids = byte_tokenizer(), torch.tensor([*PROMPTS, [BOS, *b"go to it"[:7]]])
 

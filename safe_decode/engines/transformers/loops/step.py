@@ -179,7 +179,7 @@ class StepLoop(ChoiceJudge):
         guard: Any = SafetyLogitsProcessor(self)
 
         def processed(ids: Tensor, scores: Tensor) -> Tensor:
-            if ends is not None:
+            if ends is not None and spared is not None:
                 self._own_ends = chooses_end(scores, ends) | spared
             judged: Tensor = guard(ids, processors(ids, scores))
             return judged
