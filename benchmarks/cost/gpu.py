@@ -140,8 +140,8 @@ def _measured(
     }
     rows = []
     for figures in figures_of(kept, batch=batch):
-        arm = str(figures["arm"])
-        rows.append({**facts, **figures, **noted[arm], **same.get(arm, {})})
+        name_of_arm = str(figures["arm"])
+        rows.append({**facts, **figures, **noted[name_of_arm], **same.get(name_of_arm, {})})
         LOG.info("%s", json.dumps(rows[-1]))
     if settled != "time":
         calls.finish(name, rows)
