@@ -17,6 +17,7 @@ from safe_decode.activations.recorder import ForwardRecorder
 from safe_decode.activations.site import Site
 from safe_decode.activations.visitor import ActivationVisitor
 from safe_decode.errors import BeatError
+from safe_decode.host_copies import sent
 
 __all__ = ["HookFactory", "Listener"]
 
@@ -72,7 +73,7 @@ class HookFactory:
                     "[batch, seq, width]."
                 )
             if channels is not None and channels.device != hidden.device:
-                channels = channels.to(hidden.device)
+                channels = sent(channels, hidden.device)
             recorder.hear(index, hidden.detach() if hidden.requires_grad else hidden, channels)
 
         return hook

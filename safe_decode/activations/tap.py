@@ -86,6 +86,7 @@ class ActivationTap:
         self._batch_source = anatomy.blocks[0].block if flattened else None
         self._widths = tuple(anatomy.width(site.layer, site.kind) for site in self.sites)
         self._handles: list[RemovableHandle] = []
+        self._hooks: list[TappedModule] = []  # made once: they hold channels where they are read
         self._installs = 0
         self._lock = threading.Lock()
         self._spare: CompiledTap | None = None  # made once, so that graphs traced with it stay good
@@ -202,6 +203,11 @@ class ActivationTap:
             yield
 
     def _tapped(self) -> list[TappedModule]:
+        if not self._hooks:
+            self._hooks = self._made()
+        return self._hooks
+
+    def _made(self) -> list[TappedModule]:
         tapped = [
             TappedModule(module, self._hook(index, site), site)
             for index, (site, module) in enumerate(zip(self.sites, self._modules, strict=True))

@@ -25,6 +25,9 @@ from safe_decode.typing import CausalLM, Tokenizer
 
 __all__ = ["SHAPES", "ProbeShape", "ModelShape", "Subject", "embedded_subject", "of_shape"]
 
+_OUTWEIGHS = 200.0
+"""Times the embeddings that are drawn, so that 32 random layers do not drown them."""
+
 NEVER = 1e9
 """A threshold that no statistic reaches."""
 
@@ -132,6 +135,7 @@ def of_shape(
     vocab: int | None = None,
     context_tokens: int = 16_384,
     seed: int = 0,
+    is_decided: bool = False,
 ) -> Subject:
     """Make a model of a named shape with random weights, and a random probe for it.
 
@@ -143,6 +147,9 @@ def of_shape(
         vocab: Instead of the shape's.
         context_tokens: Longest sequence.
         seed: Of weights and probe.
+        is_decided: Let each token be followed by its neighbour in the vocabulary, by far. Else
+            the largest scores of a large vocabulary tie in half precision, and what is chosen
+            depends on the kernel.
 
     Raises:
         ConfigurationError: No shape of that name, or it has fewer channels or layers than
@@ -169,10 +176,21 @@ def of_shape(
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+        if is_decided:
+            _decide(model)
     tokenizer = _tokenizer(shape.vocab)
     return Subject(
         name, model, tokenizer, _bundle(model, tokenizer, probe or ProbeShape(), seed=seed)
     )
+
+
+def _decide(model: CausalLM) -> None:
+    """Let what was read last outweigh what the layers add, and point to its neighbour."""
+    own: Any = model
+    embedded, head = own.model.embed_tokens.weight, own.lm_head.weight
+    with torch.no_grad():
+        embedded.mul_(_OUTWEIGHS)
+        head.copy_(embedded.roll(1, 0) / _OUTWEIGHS)
 
 
 def _bundle(model: CausalLM, tokenizer: Tokenizer, wanted: ProbeShape, *, seed: int) -> ProbeBundle:

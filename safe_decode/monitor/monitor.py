@@ -10,12 +10,14 @@ Python and is what the tensors are tested against. State is O(1) a row.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from safe_decode.errors import ConfigurationError
+from safe_decode.host_copies import sent
 from safe_decode.monitor.config import (
     HARD_TO_UNDO,
     MonitorConfig,
@@ -117,17 +119,18 @@ class RiskMonitor:
                 f"threshold has {self.threshold.shape[0]} rows for a batch of {batch}; "
                 "pass one threshold for each row."
             )
-        self.threshold = self.threshold.to(device)
-        self._inverse_scale = self._inverse_scale.to(device)
-        self._shift = self._shift.to(device)
-        self._start, self._forgiven = self._start.to(device), self._forgiven.to(device)
-        self._boundary = self._boundary.to(device)
+        self.threshold = sent(self.threshold, device)
+        vars(self).pop("_bounds", None)
+        self._inverse_scale = sent(self._inverse_scale, device)
+        self._shift = sent(self._shift, device)
+        self._start, self._forgiven = sent(self._start, device), sent(self._forgiven, device)
+        self._boundary = sent(self._boundary, device)
         low = torch.full((batch,), -torch.inf, device=device)
         nothing = torch.zeros(batch, dtype=torch.int64, device=device)
         config = self.config
-        recent = torch.tensor(config.first_recent, device=device).view(-1, config.n_heads)
+        recent = sent(config.first_recent, device).view(-1, config.n_heads)
         return MonitorState(
-            ema=torch.tensor(config.first_level, device=device).expand(batch, -1).contiguous(),
+            ema=sent(config.first_level, device).expand(batch, -1).contiguous(),
             smoothed=low,
             statistic=low,
             alarm=torch.zeros(batch, dtype=torch.bool, device=device),
@@ -142,6 +145,23 @@ class RiskMonitor:
         """Join all levels, [..., n_levels], to one number in benign deviations, [...]."""
         per_head = torch.addcmul(self._shift, level, self._inverse_scale)
         return per_head.select(-1, 0) if self._is_plain else per_head.amax(-1)
+
+    def is_over(self, level: Tensor) -> Tensor:
+        """Say where a level [batch, n_levels] alarms or is not finite, [batch] bool, unread.
+
+        Clamped to what is finite and no alarm, each of these is another number than before.
+        """
+        per_head = torch.addcmul(self._shift, level, self._inverse_scale)
+        lowest, highest = self._bounds
+        over = per_head.clamp(lowest, highest) != per_head
+        return over.select(-1, 0) if self._is_plain else over.any(-1)
+
+    @cached_property
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        largest = torch.finfo(torch.float32).max
+        highest = self.threshold.clamp(max=largest)
+        highest = highest if highest.ndim == 0 else highest[:, None]
+        return torch.full_like(highest, -largest), highest
 
     def step(
         self,

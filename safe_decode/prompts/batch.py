@@ -7,13 +7,14 @@ turn. Does not know roles or templates (that is `chat`), models, or what a score
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safe_decode.errors import ConfigurationError, PromptError, UnsupportedError
+from safe_decode.host_copies import sent
 from safe_decode.prompts.chat import (
     encode_batch,
     encode_chat,
@@ -52,6 +53,8 @@ class PromptBatch:
         prefill_tokens: For each row, trailing ids that are supplied prefill.
         is_chat: For each row, whether it has an open assistant turn.
         embeds: [batch, seq, d_model] instead of ids, or None; `input_ids` are then [batch, 0].
+        on_host: `input_ids` and `attention_mask` on the host, so that nobody asks a device for
+            them again; None: as they are.
     """
 
     input_ids: Tensor
@@ -60,6 +63,7 @@ class PromptBatch:
     prefill_tokens: tuple[int, ...]
     is_chat: tuple[bool, ...]
     embeds: Tensor | None = None
+    on_host: tuple[Tensor, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def repeated(self, n_times: int) -> PromptBatch:
         """Repeat each row, as num_return_sequences does; the tensors stay as they are."""
@@ -67,13 +71,11 @@ class PromptBatch:
         def repeat(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(value for value in values for _ in range(n_times))
 
-        return PromptBatch(
-            self.input_ids,
-            self.attention_mask,
-            repeat(self.scanned),
-            repeat(self.prefill_tokens),
-            repeat(self.is_chat),
-            self.embeds,
+        return replace(
+            self,
+            scanned=repeat(self.scanned),
+            prefill_tokens=repeat(self.prefill_tokens),
+            is_chat=repeat(self.is_chat),
         )
 
     def prompt_ids(self, row: int) -> list[int]:
@@ -81,16 +83,25 @@ class PromptBatch:
         source = row // (len(self.scanned) // self.attention_mask.shape[0])
         if self.embeds is not None:
             return []
-        n_tokens = int(self.attention_mask[source].sum())
-        ids: list[int] = self.input_ids[source, self.input_ids.shape[1] - n_tokens :].tolist()
+        input_ids, mask = self.on_host or (self.input_ids, self.attention_mask)
+        n_tokens = int(mask[source].sum())
+        ids: list[int] = input_ids[source, input_ids.shape[1] - n_tokens :].tolist()
         return ids
+
+    @property
+    def lengths(self) -> list[int]:
+        """Count each prompt's tokens without padding, repeated ones once."""
+        mask = self.attention_mask if self.on_host is None else self.on_host[1]
+        counts: list[int] = mask.long().sum(-1).tolist()
+        return counts
 
     def to(self, device: torch.device) -> PromptBatch:
         """Return the batch with its tensors on `device`."""
         return replace(
             self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
+            input_ids=sent(self.input_ids, device),
+            attention_mask=sent(self.attention_mask, device),
+            on_host=self.on_host or (self.input_ids.cpu(), self.attention_mask.cpu()),
         )
 
     def require_room(self, context_tokens: int | None) -> None:
@@ -99,7 +110,7 @@ class PromptBatch:
         Raises:
             PromptError: It does not.
         """
-        require_room(int(self.attention_mask.sum(-1).max()), context_tokens)
+        require_room(max(self.lengths), context_tokens)
 
 
 def from_prompts(
@@ -130,7 +141,7 @@ def from_prompts(
         encode_chat(tokenizer, chat, prefill=begun)
         for chat, begun in zip(chats, prefills, strict=True)
     ]
-    batch = encode_batch(tokenizer, encoded, device)
+    batch = encode_batch(tokenizer, encoded, "cpu")
     turns = tuple(int(n) for n in batch.turn_tokens)
     return PromptBatch(
         batch.input_ids,
@@ -138,7 +149,7 @@ def from_prompts(
         tuple(n + 1 for n in turns),
         turns,
         (True,) * len(turns),
-    )
+    ).to(device)
 
 
 def from_ids(
@@ -169,11 +180,13 @@ def from_ids(
             f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}; "
             "pass a mask of the same shape."
         )
-    _require_left_padding(mask)
-    lengths = mask.long().sum(-1).tolist()
+    # Ids of a device come to the host once; from here on nothing asks for them.
+    host_ids, host_mask = input_ids.cpu(), mask.cpu()
+    _require_left_padding(host_mask)
+    lengths = host_mask.long().sum(-1).tolist()
     starts = [
         open_turn_start(tokenizer, row[-n:])
-        for row, n in zip(input_ids.tolist(), lengths, strict=True)
+        for row, n in zip(host_ids.tolist(), lengths, strict=True)
     ]
     return PromptBatch(
         input_ids,
@@ -184,6 +197,7 @@ def from_ids(
         ),
         tuple(0 if s is None else n - s for n, s in zip(lengths, starts, strict=True)),
         tuple(start is not None for start in starts),
+        on_host=(host_ids, host_mask),
     )
 
 

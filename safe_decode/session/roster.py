@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from safe_decode.errors import ConfigurationError
+from safe_decode.host_copies import sent
 from safe_decode.monitor.monitor import MonitorConfig, MonitorState, RiskMonitor
 from safe_decode.policy.policy import Policy
 from safe_decode.session.records import SessionRow
@@ -47,7 +48,7 @@ class Roster:
         if len({row.policy.on_error for row in rows}) > 1:
             raise ConfigurationError("on_error differs between rows; pass one value for the batch.")
         protects = [row.policy.protects for row in rows]
-        protected = torch.tensor(protects, device=device) if len(set(protects)) > 1 else None
+        protected = sent(protects, device) if len(set(protects)) > 1 else None
         thresholds = [row.threshold for row in rows]
         is_one = len(set(thresholds)) == 1
         monitor = RiskMonitor(config, thresholds[0] if is_one else torch.tensor(thresholds))
@@ -57,6 +58,10 @@ class Roster:
         """Begin every row where it asks to begin."""
         fresh = self.monitor.start(len(self.rows), self.device)
         return fresh.with_rows({i: r.state for i, r in enumerate(self.rows) if r.state is not None})
+
+    def begun(self) -> list[int]:
+        """Count, for each row, the scores it has when it begins; waits for no fresh row."""
+        return [0 if r.state is None else int(r.state.step[0]) for r in self.rows]
 
     @cached_property
     def scanned(self) -> tuple[int, ...]:

@@ -12,6 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from safe_decode.host_copies import sent
+
 __all__ = ["GlobalDraws", "RowRNG", "continued_seed"]
 
 _BLOCK = 128
@@ -50,7 +52,7 @@ class RowRNG:
             ]
             # Apple's devices have no float64.
             wide = torch.float32 if self._device.type == "mps" else torch.float64
-            self._uniform = torch.cat(blocks, 1).to(self._device, wide)
+            self._uniform = sent(torch.cat(blocks, 1).to(wide), self._device)
         self._step += 1
         # In float64, so that the last ids of a large vocabulary keep their mass.
         mass = torch.softmax(scores.to(self._uniform.dtype), -1).cumsum(-1)

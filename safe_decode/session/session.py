@@ -17,6 +17,7 @@ from torch import Tensor
 
 from safe_decode.activations.tap import ForwardRecorder
 from safe_decode.errors import ConfigurationError, GuardError
+from safe_decode.host_copies import sent
 from safe_decode.monitor.monitor import MonitorConfig, MonitorState
 from safe_decode.policy.reasoning import SpanReader
 from safe_decode.policy.self_check import Look
@@ -69,7 +70,7 @@ class Session:
         self.looks: Mapping[int, Sequence[Look]] = {}
         self.spans = SpanShifts(spans)
         start = self.roster.start()
-        self._log, self._history = TripLog(start), History(len(rows))
+        self._log, self._history = TripLog(self.roster.begun()), History(len(rows))
         self._detector = TripDetector(
             self.roster.monitor,
             rows[0].policy,
@@ -182,7 +183,7 @@ class Session:
         records, start = self.records(), roster.start()
         self._history.settle(old)
         self._history.rearrange(moved.sources)
-        self._log.rearrange(moved, start)
+        self._log.rearrange(moved, roster.begun(), start.finite)
         self.roster = roster
         self._detector = old.rearranged(
             moved.sources, roster.monitor, rows[0].policy, start, n_snapshots=roster.n_snapshots
@@ -269,7 +270,7 @@ class Session:
     def records(self) -> list[RowRecord]:
         """Build what each row's trace needs; one copy to the host for the whole batch."""
         records = []
-        thresholds = self.roster.monitor.threshold.expand(self.batch).tolist()
+        thresholds = torch.tensor([row.threshold for row in self.roster.rows]).tolist()
         for row, column in enumerate(self._history.columns(self._detector)):
             if column.first_broken is not None:
                 # Where errors are allowed nothing was parked, and nothing else would tell.
@@ -288,9 +289,9 @@ class Session:
 
     def _judge_prompt(self, logits: Tensor) -> Tensor:
         width, scanned = logits.shape[1], self.roster.scanned
-        waits = torch.tensor([width - n for n in scanned], device=logits.device)
         uneven = len(set(scanned)) > 1
+        waits = sent([width - n for n in scanned], logits.device) if uneven else None
         for position in range(width):
-            active = waits <= position if uneven else None
+            active = None if waits is None else waits <= position
             self._detector.step(logits[:, position], active, self.spans.at(position))
         return self._detector.trips(width)

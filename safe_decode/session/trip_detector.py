@@ -87,8 +87,9 @@ class TripDetector:
         )
         self._trips = policy.trips(state.alarm, state.finite)
         self._reads_on_host = state.ema.is_cpu
-        self._low = torch.full_like(state.ema, -_LARGEST)
-        self._high = _upper_bound(monitor, state)
+        if self._reads_on_host:
+            self._low = torch.full_like(state.ema, -_LARGEST)
+            self._high = _upper_bound(monitor, state)
 
     def rearranged(
         self,
@@ -180,7 +181,7 @@ class TripDetector:
             latched = self.state.alarm[:, None]
             self._high = torch.where(latched, self._high.new_tensor(_LARGEST), self._high)
         elif n_scores == 1 and self._policy.on_error == "close":
-            over, active = self._over(), self._active[-1]
+            over, active = self._monitor.is_over(self._level), self._active[-1]
             # A row that has consumed nothing stands where it starts, which may lie over a bound.
             self._trips = self._trips | (over if active is None else over & active)
             return self._trips
@@ -210,7 +211,11 @@ class TripDetector:
         else:
             _ = self.state
             smoothed, statistic = (torch.stack(shown) for shown in zip(*self._shown, strict=True))
-        return Trail(torch.stack(self._logits).cpu(), smoothed.cpu(), statistic.cpu(), masks.cpu())
+        logits = torch.stack(self._logits)
+        # One copy for all.
+        numbers = torch.stack([smoothed, statistic, masks.float()], -1)
+        host = torch.cat([logits, numbers.to(logits.dtype)], -1).cpu()
+        return Trail(host[..., :-3], host[..., -3], host[..., -2], host[..., -1] != 0)
 
     def _is_within(self, n_scores: int) -> bool:
         level = self._level if n_scores == 1 else torch.stack(self._levels[-n_scores:])
@@ -220,11 +225,6 @@ class TripDetector:
     def _masks(self) -> Tensor:
         everyone = torch.ones_like(self._first.finite)
         return torch.stack([everyone if mask is None else mask for mask in self._active])
-
-    def _over(self) -> Tensor:
-        """[batch] bool: exactly the monitor's alarm, or a level that is not finite."""
-        residue = self._level - self._level
-        return (self._monitor.value(self._level) > self._monitor.threshold) | (residue.sum(-1) != 0)
 
 
 class _Gain:

@@ -6,11 +6,12 @@ not know features or how scores come about.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from safe_decode.errors import GuardError, NonFiniteError
-from safe_decode.monitor.monitor import MonitorState
 from safe_decode.policy.redirect import cut_of
 from safe_decode.session.batch_update import Rearrangement
 from safe_decode.session.records import SessionRow, Trip
@@ -23,7 +24,7 @@ class TripLog:
     """The trips of one session.
 
     Args:
-        start: The states in which the rows begin.
+        begun: Scores that each row has when it begins.
 
     Attributes:
         trips: By row.
@@ -32,12 +33,12 @@ class TripLog:
         parked: [batch] bool, the rows in `trips`, on their device; None: there is none.
     """
 
-    def __init__(self, start: MonitorState) -> None:
+    def __init__(self, begun: Sequence[int]) -> None:
         self.trips: dict[int, Trip] = {}
         self.errors: dict[int, GuardError] = {}
         self.content: dict[int, int] = {}
         self.parked: Tensor | None = None
-        self._before: list[int] = start.step.tolist()
+        self._before = list(begun)
 
     def park(
         self,
@@ -78,14 +79,20 @@ class TripLog:
             self.errors[index] = error
         self._mark(index, state.finite)
 
-    def rearrange(self, moved: Rearrangement, start: MonitorState) -> None:
-        """Carry everything over to the new places of the rows; `start` is that of new rows."""
-        fresh, before = start.step.tolist(), self._before
-        self._before = [fresh[i] if s is None else before[s] for i, s in enumerate(moved.sources)]
+    def rearrange(self, moved: Rearrangement, begun: Sequence[int], like: Tensor) -> None:
+        """Carry everything over to the new places of the rows.
+
+        Args:
+            moved: The places.
+            begun: Scores of new rows, in their places; of others it is not read.
+            like: [batch] bool, where rows live.
+        """
+        before = self._before
+        self._before = [begun[i] if s is None else before[s] for i, s in enumerate(moved.sources)]
         self.trips, self.errors = moved.kept(self.trips), moved.kept(self.errors)
         self.content, self.parked = moved.kept(self.content), None
         for index in self.trips:
-            self._mark(index, start.finite)
+            self._mark(index, like)
 
     def _mark(self, index: int, like: Tensor) -> None:
         if self.parked is None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.cost import gpu
 from safe_decode.bench.arms import ARMS, Lap, Load, arms_of, options_of
 from safe_decode.bench.compare import compare
 from safe_decode.bench.compile_modes import mode_options, modes_of
@@ -158,14 +157,6 @@ def test_modes_are_read_and_refused_by_name():
     assert graphs["cache_implementation"] == "static"
     assert graphs["compile_config"].mode == "reduce-overhead"
     assert mode_options("compiled", "inductor")["compile_config"].mode == "default"
-
-
-@pytest.mark.slow
-def test_the_accelerators_script_tries_out_every_mode_that_the_cpu_has():
-    rows = gpu.main(["--tiny"])
-    assert {row["mode"] for row in rows} == {"eager", "compiled"}
-    assert {row["batch"] for row in rows} == {1, 2} and all(row["same_ids"] for row in rows)
-    assert len(rows) == 2 * 2 * (1 + len(gpu.ARMS))
 
 
 def test_live_bytes_see_a_tensor_come_and_go():

@@ -7,11 +7,12 @@ as text, or what callers may ask for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from safe_decode.engines.transformers.call_spec import GuardedModel, RowSpec
 from safe_decode.engines.transformers.guarded_rows import GuardedRows
+from safe_decode.errors import ForcedTokenError
 from safe_decode.prompts.batch import PromptBatch
 from safe_decode.session.records import RowRecord
 from safe_decode.trace.schema import SafetyTrace
@@ -90,6 +91,8 @@ def guarded(
             yield handle
             steps.finish()
         finally:
+            with suppress(ForcedTokenError):  # where the loop has ended otherwise
+                steps.hear(None)
             handle.traces = _traces(steps, rows)
 
 

@@ -63,7 +63,7 @@ class GuardedRows:
         limit = self.protected.context_tokens
         if limit is None:
             return None
-        lengths: list[int] = self.prompts.attention_mask.long().sum(-1).tolist()
+        lengths = self.prompts.lengths
         copies = len(self.specs) // len(lengths)
         return [limit - n for n in lengths for _ in range(copies)]
 

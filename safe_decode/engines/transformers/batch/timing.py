@@ -42,18 +42,19 @@ class TimedLoop(StepLoop):
 
     def on_done(self, input_ids: Tensor, done: Tensor) -> Tensor:
         """Take note of the chosen ids, timed; what readers are told is not the guard's."""
-        began, self._told = time.perf_counter(), 0.0
+        began = time.perf_counter()
         ends = super().on_done(input_ids, done)
         now = time.perf_counter()
         self.times.guard_s.append(self._own_seconds + now - began - self._told)
         self.times.step_s.append(now - self._began)
-        self._began, self._own_seconds = now, 0.0
+        self._began, self._own_seconds, self._told = now, 0.0, 0.0
         return ends
 
-    def _tell(self, input_ids: Tensor, turns: Turns | None) -> None:
+    def _tell(self, newest: Tensor, turns: Turns | None) -> None:
+        # On a device they are told of a choice before the next score, not behind the choice.
         began = time.perf_counter()
-        super()._tell(input_ids, turns)
-        self._told = time.perf_counter() - began
+        super()._tell(newest, turns)
+        self._told += time.perf_counter() - began
 
     def _close(self, sequences: Tensor) -> None:
         began = time.perf_counter()

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from safe_decode.engines.transformers.loops.device_checks import (
-    AsyncFlag,
     all_finite,
     broken,
     picked,
@@ -25,6 +25,7 @@ from safe_decode.engines.transformers.loops.settings import (
     Follower,
 )
 from safe_decode.errors import BeatError, GuardError, NonFiniteError
+from safe_decode.host_copies import LateCopies
 from safe_decode.policy.redirect import forced_scores
 from safe_decode.policy.self_check import SelfChecker
 from safe_decode.session.row_rng import GlobalDraws, RowRNG
@@ -34,17 +35,19 @@ from safe_decode.session.turns import Turns
 __all__ = ["ChoiceJudge"]
 
 
-class _Unsorted(NamedTuple):
-    """One choice, as `on_done` has seen it.
+class _Choice(NamedTuple):
+    """One choice of every row, on the host but for `input_ids`.
 
     Attributes:
-        input_ids: [batch, seq].
+        input_ids: [batch, seq], where they are.
+        newest: [batch] its last column.
         done: [batch] bool, rows that bare `generate` ends.
         trips: [batch] bool, rows that trip or are broken; None: none can.
         own_ends: [batch] bool, rows in which an end is the model's own choice; None: all.
     """
 
     input_ids: Tensor
+    newest: Tensor
     done: Tensor
     trips: Tensor | None
     own_ends: Tensor | None
@@ -86,8 +89,10 @@ class ChoiceJudge:
         self._global_draws: GlobalDraws | None = None
         self._scores: Tensor | None = None
         self._trips: Tensor | None = None
-        self._late: AsyncFlag | None = None  # where asking would wait
-        self._unsorted: _Unsorted | None = None
+        self._late: LateCopies | None = None  # where asking would wait
+        self._unsorted: Tensor | None = None  # ids of the choice that is on its way to the host
+        self._undrawable: Tensor | None = None  # rows whose scores cannot be drawn from, there
+        self._pad_scores: Tensor | None = None
 
     @property
     def pads_after_end(self) -> bool:
@@ -101,8 +106,7 @@ class ChoiceJudge:
 
     def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Judge the forward that made `scores` [batch, vocab]; comes last of all processors."""
-        if self._unsorted is not None:
-            self._sort_late()
+        self._sort_late()
         self._scored += 1
         if not self._is_blind:
             positions = (1, input_ids.shape[1]) if self._said else self._prefilled(input_ids)
@@ -123,30 +127,46 @@ class ChoiceJudge:
                 ),
             )
         trips = self._suspects(input_ids)
-        flags = done if trips is None else done | trips
+        choice = _Choice(input_ids, input_ids[:, -1], done, trips, self._own_ends)
         if self._late is not None:
-            self._late.send(flags)
-            self._unsorted = _Unsorted(input_ids, done, trips, self._own_ends)
-            over = self._rows.over(input_ids[:, -1], done, self._said, self._own_ends)
-            return over if trips is None else over | trips
-        # The step's one wait for the host, just before the loop's own.
-        turns = None
-        if not self._rows.go_on_as_they_are(flags):
-            turns = self._sort_rows(_Unsorted(input_ids, done, trips, self._own_ends))
-        self._tell(input_ids, turns)
+            return self._send(self._late, choice)
+        self._sort(choice)
         return self._rows.is_over(done)
 
-    def _tell(self, input_ids: Tensor, turns: Turns | None) -> None:
-        if self._follower is not None:
-            self._follower.on_choice(input_ids[:, -1].tolist(), turns, self.session.trips)
+    def _send(self, late: LateCopies, choice: _Choice) -> Tensor:
+        """Send a choice to the host; say meanwhile which rows take no further token."""
+        _, newest, done, trips, own_ends = choice
+        named = {"newest": newest, "done": done, "trips": trips, "own_ends": own_ends}
+        late.send({name: value for name, value in named.items() if value is not None})
+        self._unsorted = choice.input_ids
+        # A look may clear a row, so that one that alarms is not over yet.
+        if trips is None or self._checker is not None:
+            return self._rows.over(newest, done, self._said)
+        return self._rows.over(newest, done | trips, self._said) | trips
 
     def _sort_late(self) -> None:
         """Do what `on_done` left, before the next forward is judged: nothing came between."""
         if self._unsorted is None or self._late is None:
             return
-        unsorted, self._unsorted = self._unsorted, None
-        if not self._rows.are_even or self._late.read():
-            self._sort_rows(unsorted)
+        input_ids, self._unsorted = self._unsorted, None
+        here = self._late.read()
+        self._sort(
+            _Choice(
+                input_ids, here["newest"], here["done"], here.get("trips"), here.get("own_ends")
+            )
+        )
+
+    def _sort(self, choice: _Choice) -> None:
+        """See which rows go on, and tell who follows."""
+        done, trips = choice.done, choice.trips
+        turns = None
+        if not self._rows.go_on_as_they_are(done if trips is None else done | trips):
+            turns = self._sort_rows(choice)
+        self._tell(choice.newest, turns)
+
+    def _tell(self, newest: Tensor, turns: Turns | None) -> None:
+        if self._follower is not None:
+            self._follower.on_choice(newest.tolist(), turns, self.session.trips)
 
     def _prefilled(self, input_ids: Tensor) -> tuple[int, ...]:
         assert self._own is not None
@@ -187,7 +207,10 @@ class ChoiceJudge:
     def _drawable(self, scores: Tensor) -> Tensor:
         """Keep a draw from failing for the whole batch where one row's scores are not finite."""
         tops, none_parked = top(scores), self._rows.parked is None
-        if tops.is_cpu and none_parked and all_finite(tops):
+        if self._late is not None:
+            self._undrawable = broken(tops)
+            return self._padded(scores, self._rows.and_parked(self._undrawable))
+        if none_parked and all_finite(tops):
             return scores
         is_broken = broken(tops)
         if none_parked and not bool(is_broken.any()):
@@ -195,6 +218,13 @@ class ChoiceJudge:
         forced = self._rows.and_parked(is_broken)
         self._park_nonfinite(self._rows.counted(is_broken).nonzero()[:, 0].tolist())
         return forced_scores(scores, dict.fromkeys(forced.nonzero()[:, 0].tolist(), self._pad_id))
+
+    def _padded(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """Let the rows [batch] bool say a pad, whatever their scores [batch, vocab] hold."""
+        if self._pad_scores is None:
+            self._pad_scores = torch.full_like(scores[0], -torch.inf)
+            self._pad_scores[self._pad_id] = 0.0
+        return torch.where(rows[:, None], self._pad_scores, scores)
 
     def _park_nonfinite(self, rows: list[int]) -> None:
         for row in rows:
@@ -208,27 +238,31 @@ class ChoiceJudge:
         if not self.session.roster.protects:
             return None
         trips = None if self._is_blind else self._trips
+        is_broken = self._undrawable
         if not self._do_sample and self._scores is not None and self._rows.closes:
             is_broken = broken(picked(self._scores, input_ids))
+        if is_broken is not None:
             trips = is_broken if trips is None else trips | is_broken
         if trips is not None and self.session.roster.protected is not None:
             trips = trips & self.session.roster.protected
         return None if trips is None else self._rows.counted(trips)
 
-    def _sort_rows(self, step: _Unsorted) -> Turns:
+    def _sort_rows(self, choice: _Choice) -> Turns:
         """Park what tripped and see who goes on. Not on the path while all rows go on."""
-        input_ids, done, trips, own_ends = step
-        if trips is not None:
+        trips = choice.trips
+        tripped = [] if trips is None else trips.nonzero()[:, 0].tolist()
+        if tripped:  # only now is the device asked
             judged = [] if self._trips is None else self._trips.tolist()
-            for row in trips.nonzero()[:, 0].tolist():
-                if judged and judged[row]:
-                    # The newest token is chosen, not judged: a look does not see it.
-                    if not self._is_cleared(row, input_ids[:, :-1]):
-                        self._rows.park(row, said=self._n_judged)
-                else:
-                    self._park_nonfinite([row])
+            lost = [] if self._undrawable is None else self._undrawable.tolist()
+        for row in tripped:
+            if judged and judged[row] and not (lost and lost[row]):
+                # The newest token is chosen, not judged: a look does not see it.
+                if not self._is_cleared(row, choice.input_ids[:, :-1]):
+                    self._rows.park(row, said=self._n_judged)
+            else:
+                self._park_nonfinite([row])
         had_ended = self.has_bare_ended
-        turns = self._rows.go_on(input_ids[:, -1], done, self._said, own_ends)
+        turns = self._rows.go_on(choice.newest, choice.done, self._said, choice.own_ends)
         if self.has_bare_ended and not had_ended and not all(turns.is_last):
             self._begin_ahead()
         return turns

@@ -1,7 +1,8 @@
 """The guard's side of a loop that somebody else wrote.
 
 Knows one call before and one after each choice, forced ids and ends of rows. Does not know the
-loop around it.
+loop around it. On a device a row that alarms is forced there, in the same step; the host hears of
+it before the next score counts, and goes on with the second id.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from safe_decode.engines.transformers.loops.foreign_checks import require_alternation, require_rows
+from safe_decode.engines.transformers.loops.late_forcing import Alarms, LateForcing
 from safe_decode.errors import (
     BeatError,
     ConfigurationError,
     ForcedTokenError,
     GuardError,
     NonFiniteError,
-    UnsupportedError,
     as_guard_error,
 )
+from safe_decode.host_copies import sent
 from safe_decode.policy.redirect import Script, forced_scores
 from safe_decode.session.session import Session
 
@@ -67,6 +70,7 @@ class GuardedSteps:
         self._n_checked = prompt_tokens
         self._scores: Tensor | None = None
         self._poisoned: Tensor | None = None
+        self._late: LateForcing | None = None  # where asking would wait
 
     def on_scores(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """See `ScoresStep`.
@@ -78,11 +82,16 @@ class GuardedSteps:
                 no EOS could end a row.
         """
         if not self.session.reader.is_prefilled:
-            self._require_rows(input_ids, scores)
+            require_rows(self.session.batch, input_ids, scores)
+            # Marks of reasoning are followed on the host, which waits for each id.
+            if not input_ids.is_cpu and not self.session.spans.are_followed:
+                self._late = LateForcing(input_ids.device)
+        self.hear(input_ids)
         said = self._said(input_ids)
         self._check_arrivals(input_ids)
         try:
-            self._require_alternation(said)
+            can_end = self.was_asked_to_stop or self._end_id is not None
+            require_alternation(said, self.n_scored, can_end=can_end)
             self.session.note(input_ids)
             trips = self.session.judge(self._lengths(input_ids), self._active(input_ids))
         except ConfigurationError:
@@ -93,9 +102,32 @@ class GuardedSteps:
         self.n_scored, self._scores, self.last_ids = said + 1, scores, input_ids
         if trips is not None and self.session.roster.protects:
             suspects = trips if self._poisoned is None else trips | self._poisoned
+            if self._late is not None:
+                return self._forced_there(self._late, scores, Alarms(suspects, trips, said))
             if bool(suspects.any()):
                 self._park(suspects, trips, said)
         return self._forced(scores) if self.scripts else scores
+
+    def hear(self, input_ids: Tensor | None) -> None:
+        """Hear on the host of rows that have alarmed on a device; nothing if there are none.
+
+        Args:
+            input_ids: [batch, seq] as far as they are known; None: no further than `last_ids`.
+
+        Raises:
+            ForcedTokenError: As `on_scores`.
+        """
+        here = None if self._late is None else self._late.heard()
+        if here is None or not bool(here.suspects.any()):
+            return
+        known, said = set(self.scripts), here.said
+        self._park(here.suspects, here.trips, said)
+        new = [row for row in self.scripts if row not in known]
+        for row in new:
+            self.scripts[row].force()  # it was, there
+        ids = self.last_ids if input_ids is None else input_ids
+        if ids is not None and self._n_checked == ids.shape[1] > self.prompt_tokens + said:
+            self._check_rows(ids, new)
 
     def on_choice(self, input_ids: Tensor) -> Tensor:
         """See `ChoiceStep`.
@@ -118,9 +150,14 @@ class GuardedSteps:
             picked = self._scores.gather(1, input_ids[:, -1:])[:, 0]
             self._poisoned = picked != picked
         self._ended |= {row for row, script in self.scripts.items() if not script.has_next}
-        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        batch = range(input_ids.shape[0])
         if self._ended:
-            done[sorted(self._ended)] = True
+            done = sent([row in self._ended for row in batch], input_ids.device)
+        else:
+            done = torch.zeros(len(batch), dtype=torch.bool, device=input_ids.device)
+        alarms = None if self._late is None else self._late.unheard
+        if alarms is not None and len(self._script_ids((), alarms.said)) == 1:
+            done = done | alarms.suspects
         return done
 
     def finish(self) -> None:
@@ -128,7 +165,9 @@ class GuardedSteps:
 
         Raises:
             BeatError: Forwards passed that the processor never judged.
+            ForcedTokenError: As `on_scores`.
         """
+        self.hear(None)
         try:
             self.session.reader.require_quiet()
         except BeatError as error:
@@ -157,33 +196,6 @@ class GuardedSteps:
         if not self.was_asked_to_stop or self.last_ids is None:
             return 1
         return int(int(self.last_ids[row, -1]) not in self._quiet_ids)
-
-    def _require_alternation(self, said: int) -> None:
-        if said != self.n_scored:
-            raise BeatError(
-                f"the processor runs before token {said}, wanted token {self.n_scored}; pass it "
-                "to generate once."
-            )
-        if said > 0 and not self.was_asked_to_stop and self._end_id is None:
-            raise ConfigurationError(
-                "the model has no EOS in its generation configuration, so a refusal could not "
-                "end; pass stopping_criteria=[handle.stopping_criteria] to generate as well."
-            )
-
-    def _require_rows(self, input_ids: Tensor, scores: Tensor) -> None:
-        if input_ids.shape[0] != self.session.batch:
-            raise UnsupportedError(
-                f"generate runs {input_ids.shape[0]} rows, the guard was opened for "
-                f"{self.session.batch}; pass the same input_ids to decoder.processor, its "
-                "num_return_sequences, and num_beams=1."
-            )
-        # Beam search hands log-probabilities over: they sum to one, raw scores hardly ever do.
-        total = torch.logsumexp(scores.float(), -1)
-        if scores.shape[-1] > 1 and bool((total.abs() < 1e-4).all()):
-            raise UnsupportedError(
-                "scores are log-probabilities, as in num_beams > 1 or renormalised scores; pass "
-                "num_beams=1 and put the guard's processor on raw scores."
-            )
 
     def _lengths(self, input_ids: Tensor) -> tuple[int, ...]:
         whole = input_ids.shape[1]
@@ -223,11 +235,20 @@ class GuardedSteps:
             self.session.errors.setdefault(row, error)
 
     def _open_script(self, row: int, said: int) -> None:
-        refusal = self._refusal_after_ids if said else self._refusal_ids
-        refusal = self.session.spans.closing(row) + refusal
+        self.scripts[row] = Script(self._script_ids(self.session.spans.closing(row), said))
+
+    def _script_ids(self, closing: tuple[int, ...], said: int) -> tuple[int, ...]:
+        refusal = closing + (self._refusal_after_ids if said else self._refusal_ids)
         text = () if self.session.roster.rows[0].policy.rule.says == "nothing" else refusal
         end = () if self._end_id is None else (self._end_id,)
-        self.scripts[row] = Script((*text, *end) or (self._pad_id,))
+        return (*text, *end) or (self._pad_id,)
+
+    def _forced_there(self, late: LateForcing, scores: Tensor, alarms: Alarms) -> Tensor:
+        if self.scripts:
+            known = [row in self.scripts for row in range(self.session.batch)]
+            alarms = alarms.but(sent(known, scores.device))
+            scores = self._forced(scores)
+        return late.force(scores, alarms, self._script_ids((), alarms.said)[0])
 
     def _forced(self, scores: Tensor) -> Tensor:
         due = {}
@@ -240,8 +261,12 @@ class GuardedSteps:
         n_checked, self._n_checked = self._n_checked, input_ids.shape[1]
         if not self.scripts or n_checked == self._n_checked:
             return
+        self._check_rows(input_ids, list(self.scripts))
+
+    def _check_rows(self, input_ids: Tensor, rows: Sequence[int]) -> None:
         newest, lost = input_ids[:, -1].tolist(), {}
-        for row, script in self.scripts.items():
+        for row in rows:
+            script = self.scripts[row]
             is_over, due = script.is_done, script.check(newest[row])
             if is_over and newest[row] not in self._quiet_ids:
                 # Which id fills ended rows is the foreign loop's to say; it is always the same.

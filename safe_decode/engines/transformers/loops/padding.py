@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+from safe_decode.host_copies import sent
 
 __all__ = ["padded"]
 
@@ -23,9 +26,8 @@ def padded(prompts: Tensor, answers: Sequence[Sequence[int]], pad_id: int) -> Te
     Returns:
         [len(answers), seq + longest answer], a new tensor.
     """
-    width, longest = prompts.shape[1], max(len(ids) for ids in answers)
-    whole = prompts.new_full((len(answers), width + longest), pad_id)
-    whole[:, :width] = prompts.repeat_interleave(len(answers) // prompts.shape[0], 0)
-    for row, ids in enumerate(answers):
-        whole[row, width : width + len(ids)] = prompts.new_tensor(ids)
-    return whole
+    longest = max(len(ids) for ids in answers)
+    rows = [[*ids, *[pad_id] * (longest - len(ids))] for ids in answers]
+    behind = torch.tensor(rows, dtype=prompts.dtype).view(len(answers), longest)
+    before = prompts.repeat_interleave(len(answers) // prompts.shape[0], 0)
+    return torch.cat([before, sent(behind, prompts.device)], 1)

@@ -175,17 +175,17 @@ Only asked where processors reweigh the scores, as a bias does: they could end a
 An end that sampling alone reaches in one of twenty draws is one that nobody has to force."""
 
 
-def chooses_end(scores: Tensor, ends: Sequence[int]) -> Tensor:
+def chooses_end(scores: Tensor, ends: Tensor) -> Tensor:
     """Say where an end would be the model's own choice.
 
     Args:
         scores: [batch, vocab] the model's own.
-        ends: Ids, at least one.
+        ends: [n] ids on the same device, at least one.
 
     Returns:
         [batch] bool.
     """
-    shares = scores[:, list(ends)].logsumexp(-1) - scores.logsumexp(-1)
+    shares = scores.index_select(-1, ends).logsumexp(-1) - scores.logsumexp(-1)
     return shares >= math.log(OWN_END_SHARE)
 
 

@@ -15,17 +15,15 @@ Decoder-only models, one forward a token, eager execution.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safe_decode.engines.transformers.loops.choices import ChoiceJudge
-from safe_decode.engines.transformers.loops.device_checks import (
-    AsyncFlag,
-)
 from safe_decode.engines.transformers.loops.extra_forwards import OwnForwards
-from safe_decode.engines.transformers.loops.row_status import EndIds
+from safe_decode.engines.transformers.loops.row_state import EndIds
 from safe_decode.engines.transformers.loops.settings import (
     CallSettings,
     CriteriaList,
@@ -39,6 +37,7 @@ from safe_decode.engines.transformers.loops.settings import (
     settings_of,
 )
 from safe_decode.errors import BeatError
+from safe_decode.host_copies import LateCopies, sent
 from safe_decode.policy.self_check import SelfChecker
 from safe_decode.session.row_rng import GlobalDraws, RowRNG
 from safe_decode.session.session import Session
@@ -87,9 +86,15 @@ class StepLoop(ChoiceJudge):
         """Return the first `n` unseen ids behind a row's response."""
         if not n or self.generation is None:
             return ()
-        sequences: Tensor = getattr(self.generation, "sequences", self.generation)
         first = self._prompt_tokens + self.ends[row].content
-        return tuple(sequences[row, first : first + n].tolist())
+        return tuple(self._ids[row][first : first + n])
+
+    @cached_property
+    def _ids(self) -> list[list[int]]:
+        """All ids on the host, once the call has ended."""
+        sequences: Tensor = getattr(self.generation, "sequences", self.generation)
+        found: list[list[int]] = sequences.tolist()
+        return found
 
     @property
     def bare_steps(self) -> int | None:
@@ -143,9 +148,8 @@ class StepLoop(ChoiceJudge):
         self._prompt_tokens = input_ids.shape[1]
         self._do_sample = settings.do_sample
         self._pad_id = settings.pad_id or 0
-        if input_ids.is_cuda and self._follower is None and self._checker is None:
-            # Who follows is told of each token, and a check asks at once: the host waits anyway.
-            self._late = AsyncFlag(input_ids.device)
+        if not input_ids.is_cpu:
+            self._late = LateCopies(input_ids.device)
         if self._draws is not None:
             # Processors are built by now, the warpers of sampling included; the draw is ours.
             config.do_sample = False
@@ -171,11 +175,11 @@ class StepLoop(ChoiceJudge):
         """
         from safe_decode.engines.transformers.loops.processor import SafetyLogitsProcessor
 
-        ends, spared = self._forceable_ends(input_ids, processors)
+        ends, spared = self._forceable_ends(input_ids.device, processors)
         guard: Any = SafetyLogitsProcessor(self)
 
         def processed(ids: Tensor, scores: Tensor) -> Tensor:
-            if ends:
+            if ends is not None and spared is not None:
                 self._own_ends = chooses_end(scores, ends) | spared
             judged: Tensor = guard(ids, processors(ids, scores))
             return judged
@@ -183,15 +187,17 @@ class StepLoop(ChoiceJudge):
         return processed
 
     def _forceable_ends(
-        self, input_ids: Tensor, processors: ProcessorList
-    ) -> tuple[tuple[int, ...], Tensor]:
-        """Return ids at which processors may end rows, none if none may, and the rows spared."""
+        self, device: torch.device, processors: ProcessorList
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return ids at which processors may end rows, None if none may, and the rows spared."""
         assert self.settings is not None
         rows = self._reweighed
         if rows is None:
             rows = [reweighs(processors)] * self.session.batch
-        spared = torch.tensor([not row for row in rows], device=input_ids.device)
-        return self.settings.end_ids if any(rows) else (), spared
+        if not any(rows) or not self.settings.end_ids:
+            return None, None
+        spared = sent([not row for row in rows], device)
+        return sent(self.settings.end_ids, device), spared
 
     def _take_back(self) -> None:
         """Leave the generator and a cache that outlives the call as bare `generate` does."""
@@ -203,8 +209,7 @@ class StepLoop(ChoiceJudge):
     def _close(self, sequences: Tensor) -> None:
         """Judge the tail of rows whose last token ended the loop. Draws no random number."""
         self._sort_late()
-        active = self._rows.active
-        if self._is_blind or (active is not None and not bool(active.any())):
+        if self._is_blind or not self._rows.any_active:
             return
         assert self._own is not None
         self._scored += 1
@@ -215,8 +220,8 @@ class StepLoop(ChoiceJudge):
             trips = self._rows.counted(self._trips)
             if self.session.roster.protected is not None:
                 trips = trips & self.session.roster.protected
-            for row in trips.nonzero()[:, 0].tolist():
-                if not self._is_cleared(row, sequences):
+            for row, has_tripped in enumerate(trips.tolist()):
+                if has_tripped and not self._is_cleared(row, sequences):
                     self._rows.park(row, said=self._n_judged)
 
     def _settle(self, sequences: Tensor) -> None:

@@ -172,7 +172,8 @@ class WholeResponseLoop:
         logits = model(**inputs, return_dict=True).logits
         for row, scores in zip(rows, logits, strict=True):
             last = scores[None, n_prompt + len(row.content) - 1]
-            row.is_own = row.end is None or bool(chooses_end(last.float(), [row.end]))
+            ends = torch.tensor([row.end or 0], device=last.device)
+            row.is_own = row.end is None or bool(chooses_end(last.float(), ends))
         self.session.note(sequences, width - n_prompt)
         self.session.judge_whole(width, [len(answer) for answer in answers])
 
