@@ -59,7 +59,7 @@ PLAN = (
         ),
     ),
     MutatedModule(
-        "session.trip_detector", ("session/test_trip_detector.py", "engines/test_async_flag.py")
+        "session.trip_detector", ("session/test_trip_detector.py", "engines/test_waits.py")
     ),
     MutatedModule("policy.redirect", ("policy/test_redirect.py", "policy/test_policy.py")),
     MutatedModule("policy.holdback", ("policy/test_holdback.py", "streaming/test_release.py")),

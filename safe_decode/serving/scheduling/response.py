@@ -16,6 +16,7 @@ from typing import Any
 from safe_decode.certificate import Certificate
 from safe_decode.engines.interface import GuardFacts
 from safe_decode.engines.rows import RowRequest
+from safe_decode.policy.redirect import REDIRECTS
 from safe_decode.serving.schemas.notice import WITHHELD
 from safe_decode.serving.settings import ServeSettings
 from safe_decode.streaming.events import (
@@ -138,7 +139,8 @@ class ResponseState:
     @property
     def would_block(self) -> bool | None:
         """Say whether the guard would have turned a response of the shadow; None: it guards."""
-        if self.end is None or self.exposure.is_page or self.request.policy.redirect != "flag":
+        protects = REDIRECTS[self.request.policy.redirect].protects
+        if self.end is None or self.exposure.is_page or protects:
             return None
         return self.end.outcome in ("flagged", "closed")
 
