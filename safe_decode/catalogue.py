@@ -10,7 +10,6 @@ Knows the file, its names and the cache's layout. Does not know how anything is 
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -132,6 +131,8 @@ def _shipped() -> Path:
 
 @lru_cache(maxsize=4)
 def _read(place: str) -> Mapping[str, CatalogueEntry]:
+    import tomllib
+
     try:
         if is_address(place):
             import fsspec

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from probes.cli.tables.facts import show_facts
-from safe_decode.certificate_choice import BEGUN
 from safe_decode.cli.command import command
 from safe_decode.cli.console import console, print_json
 from safe_decode.cli.options import Alpha, JsonOptions, NamedBundle
@@ -85,6 +84,8 @@ def _in_force(
 
 def _differs(one: Certificate, own: Certificate) -> bool:
     """Say whether traces that one certificate judged say nothing of another."""
+    from safe_decode.certificate_choice import BEGUN
+
     if (one.population, one.threshold) == (own.population, own.threshold):
         return False
     is_of_another_cap = one.envelope.max_new_tokens != own.envelope.max_new_tokens
