@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safe_decode.catalogue import fetched_model
 from safe_decode.errors import ConfigurationError
 
 __all__ = ["SIZES", "ModelFiles", "look_at"]
@@ -102,6 +101,8 @@ def look_at(name: str | Path, gguf_file: str | None = None) -> ModelFiles:
         ConfigurationError: The model of that name was not fetched yet, the directory holds no
             model or lacks its weights, or a package that its format needs is not installed.
     """
+    from safe_decode.catalogue import fetched_model
+
     source = Path(name)
     if not source.is_dir() and (fetched := fetched_model(str(name))) is not None:
         source = fetched

@@ -1,7 +1,7 @@
 """What `make real` shows, as tables: the scenes side by side, and what was counted.
 
-`safe-decode demo --model NAME --json` wrote it. Of each answer its first words stand here: harm is
-named and not taught.
+`safe-decode demo --model NAME --json > FILE`, then `python -m benchmarks.docs.real_demo FILE`, make
+it. The first words of each answer are kept: harm is named and not taught.
 
 Knows the fields of that document. Does not know models.
 """
@@ -9,13 +9,15 @@ Knows the fields of that document. Does not know models.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.docs.markdown import table
+from safe_decode.whole_files import write_whole
 
-__all__ = ["as_markdown", "first_words"]
+__all__ = ["as_markdown", "first_words", "main"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real-demo.json"
 _WORDS = 12
@@ -72,3 +74,15 @@ def _counted(one: Mapping[str, Any]) -> dict[str, object]:
         "tripped": one["tripped"],
         "unchanged": one["unchanged"],
     }
+
+
+def main(argv: Sequence[str]) -> None:
+    """Keep a document of the demo, with the first words of each answer."""
+    told = json.loads(Path(argv[0]).read_text("utf-8"))
+    for one in told["shown"]:
+        one |= {name: first_words(one[name]) for name in ("bare", "guarded")}
+    write_whole(RESULTS, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
