@@ -41,7 +41,10 @@ def configurations() -> Mapping[str, MonitorConfig]:
         StatisticChoice("top", 16, best=2),
         StatisticChoice("cusum", drift=1.0),
     )
-    found = {str(one): one.monitor((0.0,), (0.0,), (1.0,), 1.0) for one in choices}
+    found = {}
+    for one in choices:
+        levels = len(one.levels)
+        found[str(one)] = one.monitor((0.0,), (0.0,) * levels, (1.0,) * levels, 1.0)
     boundary = {"boundary_at": (8, 64, 512), "boundary": (0.5, 0.2, 0.0)}
     return {**found, "shrunk-16 even": replace(found["shrunk-16"], **boundary)}  # type: ignore[arg-type]
 
