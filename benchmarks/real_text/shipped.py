@@ -6,7 +6,8 @@ answers of the part *certify*, whose prompts nobody fitted on or chose by; of th
 aside, on which the bundle's page counts. Answers are read from their text: their ids are encoded
 anew, which may differ from what was sampled where a text has several encodings.
 
-The same data, model and work directory give the same bundle.
+The same data, model and work directory give the same bundle. What stands in a work directory is
+computed in bfloat16, and differs in the last digits with batches and processors.
 
 Knows the study's files and bundles. Does not fit.
 """
@@ -33,7 +34,7 @@ from benchmarks.real_text.study import TRIED, Scored, monitor_of, read_scored
 from probes.activations.teacher_forcing import encode_response
 from probes.calibration.canary import canary_of
 from probes.calibration.certify import Calibration, certify_populations
-from probes.calibration.detection import DetectionBound, detection_bounds
+from probes.calibration.detection import detection_bounds
 from probes.calibration.reach import Responses
 from probes.calibration.statistic import maxima, smoothed_paths
 from probes.data.conversations import Conversation
@@ -45,6 +46,7 @@ from safe_decode import __version__
 from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
 from safe_decode.bundle.seen import SeenPrompts
 from safe_decode.bundle.summary import summary_of
+from safe_decode.bundle.worth import DetectionBound
 from safe_decode.certificate import Envelope
 from safe_decode.engines.transformers.coverage import record_of
 from safe_decode.loading import Loaded, load_model

@@ -234,7 +234,11 @@ def best_of_kinds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         name = str(row["statistic"])
-        kind = name if name == str(TRIED[0]) else name.split("-")[0] + name[-5:] * ("even" in name)
+        kind = (
+            name
+            if name == str(TRIED[0])
+            else name.split("-")[0] + (" even" if "even" in name else "")
+        )
         key = (str(row["read"]), kind)
         best[key] = row if key not in best else max(best[key], row, key=_preference)
     return list(best.values())

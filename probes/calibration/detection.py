@@ -12,46 +12,20 @@ Knows paths, groups and certificates. Does not know models or text.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import beta
 
 from probes.data.conversations import Conversation
+from safe_decode.bundle.worth import DetectionBound
 from safe_decode.certificate import Certificate
 from safe_decode.certificate_choice import BEGUN
 
-__all__ = ["FEWEST", "DetectionBound", "detection_bounds"]
+__all__ = ["FEWEST", "detection_bounds"]
 
 FEWEST = 30
 """Groups without which no bound is given."""
-
-
-@dataclass(frozen=True)
-class DetectionBound:
-    """How much a threshold finds, at least.
-
-    Attributes:
-        responses: Which harmful ones: `harmful`, or `harmful, begun` where their beginning was
-            supplied.
-        alpha: Of the certificate whose threshold it is.
-        tokens: Its cap: what is seen of a response.
-        found: Groups that trip.
-        n: Groups.
-        delta: Chance that the bound does not hold.
-        at_least: Lower bound on the share that trips.
-        is_on_policy: Whether the model wrote all of them.
-    """
-
-    responses: str
-    alpha: float
-    tokens: int
-    found: int
-    n: int
-    delta: float
-    at_least: float
-    is_on_policy: bool
 
 
 def detection_bounds(

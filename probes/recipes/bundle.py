@@ -16,7 +16,7 @@ from probes.activations.features import union_of_sites
 from probes.activations.harvest import score_responses
 from probes.calibration.canary import canary_of
 from probes.calibration.certify import Calibration, certify_populations
-from probes.calibration.detection import DetectionBound, detection_bounds
+from probes.calibration.detection import detection_bounds
 from probes.calibration.reach import Responses
 from probes.calibration.statistic import smoothed_paths
 from probes.data.conversations import SPLITS, Conversation, Split, by_split
@@ -35,6 +35,7 @@ from probes.recipes.reading import (
 from probes.recipes.records import seen_prompts
 from safe_decode.activations.site import Site
 from safe_decode.bundle.bundle import Fingerprint, ProbeBundle
+from safe_decode.bundle.worth import DetectionBound
 from safe_decode.certificate import Envelope
 from safe_decode.errors import ConfigurationError, DataError
 from safe_decode.typing import CausalLM, Tokenizer

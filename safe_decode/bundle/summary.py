@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from safe_decode.bundle.worth import Find, Worth, finds_in, mapping_of, text_of, worth_in
+from safe_decode.bundle.worth import DetectionBound, Worth, finds_in, mapping_of, text_of, worth_in
 from safe_decode.certificate import Certificate
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class BundleSummary:
     dtype: str
     certificate: Certificate
     worth: Worth | None
-    finds: tuple[Find, ...]
+    finds: tuple[DetectionBound, ...]
     is_located: bool
     reads: str
     made: str | None

@@ -11,7 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Find", "MeasuredShare", "Worth", "finds_in", "mapping_of", "text_of", "worth_in"]
+__all__ = [
+    "DetectionBound",
+    "MeasuredShare",
+    "Worth",
+    "finds_in",
+    "mapping_of",
+    "text_of",
+    "worth_in",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +71,16 @@ class Worth:
 
 
 @dataclass(frozen=True, slots=True)
-class Find:
+class DetectionBound:
     """What a certified threshold finds at least.
 
     Attributes:
-        responses: Which harmful ones.
+        responses: Which harmful ones: `harmful`, or `harmful, begun` where their beginning was
+            supplied.
         alpha: Of the certificate whose threshold it is.
-        tokens: Its cap.
-        found: Draws that trip.
-        n: Draws.
+        tokens: Its cap: what is seen of a response.
+        found: Groups that trip.
+        n: Groups.
         delta: Chance that the bound does not hold.
         at_least: Lower bound on the share that trips, in [0, 1].
         is_on_policy: Whether the model wrote all of them.
@@ -135,13 +144,13 @@ def text_of(value: object) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
-def finds_in(provenance: Mapping[str, Any]) -> tuple[Find, ...]:
+def finds_in(provenance: Mapping[str, Any]) -> tuple[DetectionBound, ...]:
     """Read the bounds on what thresholds find; records that cannot be are passed over."""
     records = provenance.get("finds")
     found = []
     for record in records if isinstance(records, list | tuple) else ():
         try:
-            one = Find(**mapping_of(record))
+            one = DetectionBound(**mapping_of(record))
             is_sound = 0 <= one.found <= one.n and 0 <= one.at_least <= 1 and 0 < one.delta < 1
         except TypeError:
             continue

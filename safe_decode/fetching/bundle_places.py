@@ -5,6 +5,7 @@ Knows names and stores. Does not know what a bundle holds.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -54,9 +55,9 @@ def bundle_folder(name: str | os.PathLike[str]) -> Path:
 def _fetched(address: str) -> Path:
     import fsspec
 
-    target = cache_folder() / "bundles" / hashlib.sha256(address.encode()).hexdigest()[:16]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+    places = cache_folder() / "bundles"
+    places.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=places) as work:
         try:
             store, path = fsspec.core.url_to_fs(address)
             found = [one for one in store.ls(path, detail=True) if one["type"] == "file"]
@@ -78,7 +79,19 @@ def _fetched(address: str) -> Path:
                 f"bundle={address!r} cannot be read: {error or type(error).__name__}; pass the "
                 "directory, the address or the name of a bundle."
             ) from error
-        if target.exists():
-            os.replace(target, Path(work) / "old")
-        os.replace(new, target)
+        # By its content: whoever loads an older one at this moment keeps it.
+        target = places / _sum_of(new)
+        if not target.is_dir():
+            with contextlib.suppress(OSError):
+                os.replace(new, target)
+        if not target.is_dir():
+            raise BundleError(f"bundle={address!r} cannot be kept in {places}; make room there.")
     return target
+
+
+def _sum_of(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:32]

@@ -40,7 +40,10 @@ def test_what_an_address_holds_is_fetched_anew(saved, llama, tokenizer):
     other.save(folder / "other")
     upload(folder / "other")
     assert load_bundle("memory://guards/guard").digest == other.digest
-    assert len(list((folder / "cache" / "bundles").iterdir())) == 1
+    # Both stay, so that nobody who is reading the first one loses it.
+    assert len(list((folder / "cache" / "bundles").iterdir())) == 2
+    assert bundle_places.bundle_folder("memory://guards/guard").is_dir()
+    assert len(list((folder / "cache" / "bundles").iterdir())) == 2
 
 
 def test_a_name_of_the_catalogue_is_a_bundle(saved, monkeypatch):
