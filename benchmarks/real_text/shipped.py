@@ -1,13 +1,9 @@
 """The shipped bundle of the studied model: `python -m benchmarks.real_text.shipped`.
 
-Takes the probe and the statistic that the study chose on select, among channels that were located
-where these are at most half a point behind. Thresholds are calibrated on the model's own harmless
-answers of the part *certify*, whose prompts nobody fitted on or chose by; of these a share is kept
-aside, on which the bundle's page counts. Answers are read from their text: their ids are encoded
-anew, which may differ from what was sampled where a text has several encodings.
-
-The same data, model and work directory give the same bundle. What stands in a work directory is
-computed in bfloat16, and differs in the last digits with batches and processors.
+Takes the probe and the statistic that the study chose on select. Thresholds are calibrated on the
+model's own harmless answers of the part *certify*, whose prompts nobody fitted on or chose by; a
+share is kept aside to count on. Ids of answers are encoded anew from their text. The same work
+directory gives the same bundle; what stands in one differs in the last digits with batches.
 
 Knows the study's files and bundles. Does not fit.
 """

@@ -234,11 +234,8 @@ def best_of_kinds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
         name = str(row["statistic"])
-        kind = (
-            name
-            if name == str(TRIED[0])
-            else name.split("-")[0] + (" even" if "even" in name else "")
-        )
+        family = name.split("-")[0] + (" even" if name.endswith("even") else "")
+        kind = name if name == str(TRIED[0]) else family
         key = (str(row["read"]), kind)
         best[key] = row if key not in best else max(best[key], row, key=_preference)
     return list(best.values())
