@@ -7,15 +7,16 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from safe_decode.bundle.bundle import ProbeBundle
-from safe_decode.bundle.files import CALIBRATION, CARD, PROBE, card_digest
+from safe_decode.bundle.files import CALIBRATION, CARD, PROBE, WITH_PAST, card_digest
 from safe_decode.bundle.fingerprint import Fingerprint
+from safe_decode.certificate import Certificate
 from safe_decode.errors import (
     BundleCorruptError,
     BundleError,
@@ -23,9 +24,10 @@ from safe_decode.errors import (
     ConfigurationError,
     FingerprintMismatchError,
 )
+from safe_decode.monitor.config import StatisticKind
 from safe_decode.probe.linear import LinearProbe
 from safe_decode.testing.models import byte_tokenizer, tiny_model
-from tests.bundles import random_bundle
+from tests.bundles import ENVELOPE, random_bundle
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +242,28 @@ def test_parts_that_do_not_fit_are_refused_before_saving(bundle: ProbeBundle) ->
         replace(bundle, refusal=" ")
     with pytest.raises(CertificateError, match="hold one twice"):
         replace(bundle, certificates=bundle.certificates * 2)
+
+
+@pytest.mark.parametrize("kind", get_args(StatisticKind))
+def test_a_statistic_that_older_readers_do_not_know_is_told_by_the_schema(
+    llama, tokenizer, tmp_path, kind
+):
+    bundle = random_bundle(llama, tokenizer)
+    levels = 2 if kind == "bank" else 1
+    monitor = replace(
+        bundle.monitor,
+        kind=kind,
+        window=4,
+        offset=bundle.monitor.offset * levels,
+        scale=bundle.monitor.scale * levels,
+    )
+    # A sum is never below what it starts from, which the stored maxima would contradict.
+    peaks = [abs(value) for value in bundle.certificates[0].maxima]
+    certificate = Certificate.compute(
+        peaks, alpha=0.01, delta=0.05, population="benign", envelope=ENVELOPE
+    )
+    changed = replace(bundle, monitor=monitor, certificates=(certificate,))
+    changed.save(tmp_path / "b")
+    assert ProbeBundle.load(tmp_path / "b").monitor == monitor
+    schema = json.loads((tmp_path / "b" / "card.json").read_text())["schema"]
+    assert (schema >= WITH_PAST) == (kind not in ("ema", "mean", "cusum"))
